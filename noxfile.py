@@ -1,0 +1,135 @@
+"""`nox`: lint and every default row that this machine can run. `nox -s compare`: the main job. Rows: ci/matrix.toml."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nox
+
+nox.needs_version = ">=2026.8.10"  # older reports do not say why a session was skipped
+nox.options.default_venv_backend = "uv"
+
+ROOT = Path(__file__).parent
+MATRIX = nox.project.load_toml(ROOT / "ci" / "matrix.toml")
+BASE = MATRIX["base"]
+ROWS: dict[str, dict[str, Any]] = {f"{row['package']}/{row['id']}": BASE | row for row in MATRIX["row"]}
+BUDGETS: dict[str, int] = MATRIX["minutes"] | {f"tests({name})": row["minutes"] for name, row in ROWS.items()}
+
+# uv does not read pip's settings: where pip is offered a CPU build of torch, uv shall take it too.
+os.environ.setdefault("UV_FIND_LINKS", os.environ.get("PIP_FIND_LINKS", ""))
+
+
+def _cuda() -> str | None:
+    if not shutil.which("nvidia-smi"):
+        return "no NVIDIA GPU found (nvidia-smi is missing)"
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return None if "GPU " in listing.stdout else "no NVIDIA GPU found (nvidia-smi -L lists none)"
+
+
+def _tpu() -> str | None:
+    found = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return None if found else "no TPU found (neither /dev/accel* nor /dev/vfio/*)"
+
+
+# A probe returns None where the hardware is present, else the reason why not.
+HARDWARE: dict[str, Callable[[], str | None]] = {"cpu": lambda: None, "cuda": _cuda, "tpu": _tpu}
+MISSING = {name: reason for name, probe in HARDWARE.items() if (reason := probe())}
+
+
+def _third_party() -> list[str]:
+    """What the packages require, less torch (BASE pins it), the vendors (Any to mypy) and each other."""
+    root = nox.project.load_toml(ROOT / "pyproject.toml")
+    vendors = root["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-api"]
+    members = [nox.project.load_toml(path) for path in sorted(ROOT.glob("packages/*/pyproject.toml"))]
+    left_out = {"torch", *vendors, *(member["project"]["name"].replace("-", "_") for member in members)}
+    required = [requirement for member in members for requirement in member["project"].get("dependencies", [])]
+    return [each for each in required if re.split(r"[^\w.-]", each)[0].replace("-", "_") not in left_out]
+
+
+@nox.session(python=BASE["python"])
+def lint(session: nox.Session) -> None:
+    """ruff and mypy over all packages."""
+    session.install("--group", "dev", BASE["torch"], "numpy", *_third_party())
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("mypy")
+
+
+def _param(name: str, row: dict[str, Any]) -> Any:
+    """The row as a session. Where its hardware is missing it gets no environment: it is only there to say so."""
+    python = False if row["hardware"] in MISSING else row["python"]
+    return nox.param(python, row, id=name, tags=[row["package"], row["hardware"]])
+
+
+nox.options.sessions = ["lint", *(f"tests({name})" for name, row in ROWS.items() if row["default"])]
+
+
+@nox.session
+@nox.parametrize("python,row", [_param(name, row) for name, row in ROWS.items()])
+def tests(session: nox.Session, row: dict[str, Any]) -> None:
+    """One row of the matrix: its pins, the bounds between the packages, the package's tests."""
+    package = f"packages/{row['package']}"
+    pytest = ["pytest", f"{package}/tests"]
+    session.log(f"this row without nox: {shlex.join(pytest)}")
+    if reason := MISSING.get(row["hardware"]):
+        session.skip(f"needs {row['hardware']}: {reason}")
+    session.install("-e", package, "--group", f"{package}/pyproject.toml:test", row["torch"], *row["pins"])
+    if session.venv_backend != "none":  # a ready-made image has no uv, and packages whose bounds are not ours to check
+        session.run("uv", "pip", "check", external=True)  # uv ignores version bounds between workspace packages
+    session.run(*pytest, *session.posargs)
+
+
+def _install_core_and_lab(session: nox.Session) -> None:
+    session.install("-e", "packages/precision-core", "-e", "packages/precision-lab", BASE["torch"])
+
+
+@nox.session(python=BASE["python"])
+def compare(session: nox.Session) -> None:
+    """The main job: train one model in every precision and compare. `nox -s compare -- --help` lists its options."""
+    _install_core_and_lab(session)
+    session.run("precision", "compare", *session.posargs)
+
+
+@nox.session(python=BASE["python"])
+def bench(session: nox.Session) -> None:
+    """Every benchmarks/bench_*.py, one after another, with this command's arguments."""
+    _install_core_and_lab(session)
+    for script in sorted(ROOT.glob("benchmarks/bench_*.py")):
+        session.run("python", str(script.relative_to(ROOT)), *session.posargs)
+
+
+def _print_table(report: Path) -> None:
+    """Row, seconds, budget, result. From nox's own report, so that rows which failed before their first line count."""
+    if not report.exists():  # nothing ran: --list, a misspelt name
+        return
+    table = [("row", "seconds", "budget", "result")]
+    for entry in json.loads(report.read_text())["sessions"]:
+        name = (entry["signatures"] or [entry["name"]])[0]
+        minutes, seconds = BUDGETS.get(name), entry["duration"]
+        result = "ran" if entry["result"] == "success" else entry["result"]
+        if minutes and seconds > 60 * minutes:
+            result += ", over its budget"
+        if entry["reason"]:
+            result += f": {entry['reason']}"
+        table.append((name, f"{seconds:.0f}", f"{minutes} min" if minutes else "-", result))
+    report.unlink()
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print()
+    for name, seconds, budget, result in table:
+        print(f"{name:<{widths[0]}}  {seconds:>{widths[1]}}  {budget:>{widths[2]}}  {result}")
+
+
+# nox has no hook for its end, but writes a report: print the table from that when the process ends.
+REPORT = Path(tempfile.gettempdir(), f"nox-report-{os.getpid()}.json")
+nox.options.report = str(REPORT)
+atexit.register(_print_table, REPORT)

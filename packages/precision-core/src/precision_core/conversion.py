@@ -1,0 +1,69 @@
+"""Converting a module's parameters and buffers, one tensor at a time, so that it needs one more at most.
+
+Parameters stay the same objects (an optimizer made before still holds them) and tied ones stay tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from precision_core.casting import cast_dtype, cast_tensor
+from precision_core.report import Item
+
+ParamDtype = Callable[[str, nn.Parameter], torch.dtype | None]
+BufferDtype = Callable[[str, Tensor], torch.dtype | None]
+
+
+def cast_parameters(module: nn.Module, dtype_of: ParamDtype) -> list[Item]:
+    """Casts every parameter, and its gradient if there is one, to `dtype_of(name, param)`; None leaves it as it is."""
+    items = []
+    for name, param in module.named_parameters():
+        dtype = dtype_of(name, param)
+        if dtype is None or cast_dtype(param.dtype, dtype) is param.dtype:
+            continue
+        items.append(Item(name, _change(param, dtype)))
+        gradient, param.grad = param.grad, None
+        param.data = cast_tensor(param.data, dtype)
+        if gradient is not None:
+            param.grad = cast_tensor(gradient, dtype)
+    for child in module.modules():
+        if isinstance(child, nn.RNNBase):
+            child.flatten_parameters()  # cuDNN wants them in one block again
+    return items
+
+
+def cast_buffers(module: nn.Module, dtype_of: BufferDtype) -> tuple[list[Item], list[str]]:
+    """Casts every buffer to `dtype_of(name, buffer)`; None leaves it as it is.
+
+    Returns the items for the report, and the names of buffers whose values changed by the cast.
+    """
+    items, changed = [], []
+    done: dict[Tensor, Tensor] = {}  # a buffer that two modules share stays shared
+    for prefix, child in module.named_modules():
+        for key, buffer in child._buffers.items():
+            if buffer is None:
+                continue
+            name = f"{prefix}.{key}" if prefix else key
+            if buffer not in done:
+                dtype = dtype_of(name, buffer)
+                done[buffer] = buffer if dtype is None else cast_tensor(buffer, dtype)
+                if done[buffer] is not buffer:
+                    items.append(Item(name, _change(buffer, done[buffer].dtype)))
+                    if _loses(buffer, done[buffer]):
+                        changed.append(name)
+            child._buffers[key] = done[buffer]
+    return items, changed
+
+
+def _loses(before: Tensor, after: Tensor) -> bool:
+    """Whether the cast changed a value; meta tensors have none, so they count as changed by any narrowing."""
+    if torch.promote_types(before.dtype, after.dtype) is after.dtype:
+        return False
+    return before.is_meta or not torch.equal(after.to(before.dtype).nan_to_num(), before.nan_to_num())
+
+
+def _change(tensor: Tensor, dtype: torch.dtype) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} -> {str(dtype).removeprefix('torch.')}"

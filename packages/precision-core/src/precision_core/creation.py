@@ -1,0 +1,136 @@
+"""Created tensors get the dtype: a thread-local function mode in place of torch's process-wide default dtype.
+
+Inside `created_as(dtype)`, whatever torch would give its default dtype gets `dtype`: factories that were called without
+one (`torch.zeros(3)`, `torch.tensor([0.5])`) and arithmetic that makes floats of integers (`torch.arange(4) / 3`).
+A dtype that the user wrote (`dtype=`, `.float()`, `.to(...)`) and whatever follows from a floating input stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_FACTORIES = frozenset(
+    {
+        torch.empty,
+        torch.empty_strided,
+        torch.zeros,
+        torch.ones,
+        torch.rand,
+        torch.randn,
+        torch.eye,
+        torch.linspace,
+        torch.logspace,
+        torch.normal,
+        torch.bartlett_window,
+        torch.blackman_window,
+        torch.hamming_window,
+        torch.hann_window,
+        torch.kaiser_window,
+        torch.fft.fftfreq,
+        torch.fft.rfftfreq,
+    }
+)
+"""Always floating without a dtype. The random ones must get it up front: running them twice would draw twice."""
+
+_INFERRING = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.full, torch.arange, torch.scalar_tensor})
+"""Floating only when the values are."""
+
+_EXPLICIT = frozenset(
+    {
+        torch.Tensor.float,
+        torch.Tensor.to,
+        torch.Tensor.type,
+        torch.Tensor.view,
+        torch.Tensor.cfloat,  # type: ignore[attr-defined]
+        torch.Tensor.dequantize,
+        torch.dequantize,
+        torch.from_numpy,
+        torch.frombuffer,
+        torch.load,
+    }
+)
+"""The caller, or the data, said which dtype."""
+
+_CONDITIONAL = frozenset({torch.where, torch.Tensor.where})
+
+_COMPLEX = {torch.float64: torch.complex128}
+
+
+class created_as(TorchFunctionMode):
+    """Context in which tensors that torch would create in its default dtype are created in `dtype`.
+
+    Thread-local, re-entrant, restored on exceptions, and traced by torch.compile.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES and kwargs.get("dtype") is None and not _any_tensor(args, kwargs):
+            return func(*args, **{**kwargs, "dtype": self.dtype})
+        out = func(*args, **kwargs)
+        # Nearly always the result is in self.dtype already, and this comparison is all that the mode costs.
+        if type(out) is not Tensor or out.dtype is self.dtype or not (out.is_floating_point() or out.is_complex()):
+            return out
+        if kwargs.get("dtype") is not None or func in _EXPLICIT or type(func) not in _TORCH_CALLS:
+            return out
+        if func in _INFERRING:
+            return out if _typed_data(args, kwargs) else self._infer_again(func, args, kwargs, out)
+        if out.is_complex() or _any_floating(args) or _any_floating(kwargs):
+            return out
+        # Integers became floats. In a wider dtype compute them again: a cast could not bring the digits back.
+        if torch.promote_types(self.dtype, out.dtype) is self.dtype:
+            return func(*self._widen(args, func), **self._widen(kwargs, func)).to(self.dtype)
+        return out.to(self.dtype)
+
+    def _infer_again(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], out: Tensor) -> Any:
+        dtype = _COMPLEX.get(self.dtype, out.dtype) if out.is_complex() else self.dtype
+        return func(*args, **{**kwargs, "dtype": dtype})
+
+    def _widen(self, tree: Any, func: Callable[..., Any]) -> Any:
+        """Returns the arguments with integers (for torch.where: its Python floats, not the condition) in self.dtype."""
+        if isinstance(tree, Tensor):
+            return tree if func in _CONDITIONAL else tree.to(self.dtype)
+        if isinstance(tree, float) and func in _CONDITIONAL:
+            return torch.scalar_tensor(tree, dtype=self.dtype)
+        if isinstance(tree, dict):
+            return {key: self._widen(value, func) for key, value in tree.items()}
+        if isinstance(tree, (list, tuple)):
+            return type(tree)(self._widen(value, func) for value in tree)
+        return tree
+
+
+_TORCH_CALLS = (type(torch.zeros), type(torch.Tensor.add), type(torch.Tensor.sum), type(torch.split))
+"""torch's own functions and methods. Operators called through torch.ops say themselves what dtype they return."""
+
+
+def _typed_data(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the data of torch.tensor and its like carries a dtype (tensors, arrays) instead of Python numbers."""
+    values = [*args, *kwargs.values()]
+    while values:
+        value = values.pop()
+        if hasattr(value, "dtype") or isinstance(value, torch.dtype):
+            return True
+        if isinstance(value, (list, tuple)):
+            values.extend(value[:1])  # the first element speaks for the list
+    return False
+
+
+def _any_tensor(args: Any, kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
+
+
+def _any_floating(tree: Any) -> bool:
+    if isinstance(tree, Tensor):
+        return tree.is_floating_point() or tree.is_complex()
+    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return any(_any_floating(value) for value in values)

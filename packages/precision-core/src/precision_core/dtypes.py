@@ -1,0 +1,60 @@
+"""The floating dtypes a policy may name: parsing, printing, and the nearest match for an error message."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import torch
+
+FLOATS: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+_SHORT = {
+    "double": "float64",
+    "fp64": "float64",
+    "f64": "float64",
+    "float": "float32",
+    "fp32": "float32",
+    "f32": "float32",
+    "bf16": "bfloat16",
+    "half": "float16",
+    "fp16": "float16",
+    "f16": "float16",
+}
+
+_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+
+FLOAT_DTYPES: frozenset[torch.dtype] = frozenset(_NAMES)
+"""What casts are allowed to touch: integers, bool, float8 and quantised dtypes are not in it."""
+
+
+def parse_dtype(value: str | torch.dtype) -> torch.dtype:
+    """Returns the floating dtype that `value` names (`torch.bfloat16`, `"bfloat16"`, `"bf16"`, ...).
+
+    Raises:
+        ValueError: for anything that is not one of float64, float32, bfloat16, float16.
+    """
+    if isinstance(value, torch.dtype) and value in _NAMES:
+        return value
+    name = str(value).strip().removeprefix("torch.")
+    name = _SHORT.get(name, name)
+    if name in FLOATS and isinstance(value, str):
+        return FLOATS[name]
+    raise ValueError(f"unknown dtype {value!r}: allowed are {', '.join(FLOATS)}{nearest(name, FLOATS)}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name that `parse_dtype` reads back, `"bfloat16"` for `torch.bfloat16`."""
+    return _NAMES[dtype]
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """Returns `'; did you mean "..."?'` for the closest of `allowed`, or an empty string when none is close."""
+    lower = {name.lower(): name for name in allowed}
+    match = difflib.get_close_matches(given.strip().lower(), lower, n=1, cutoff=0.5)
+    return f'; did you mean "{lower[match[0]]}"?' if match else ""

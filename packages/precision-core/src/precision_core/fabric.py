@@ -1,0 +1,308 @@
+"""Fabric: the thin host that ties one precision to one strategy around the user's own loop.
+
+fabric = Fabric(precision="bf16-mixed")
+model, optimizer = fabric.setup(model, optimizer)
+for batch in fabric.setup_dataloaders(loader):
+    optimizer.zero_grad()
+    loss = criterion(model(batch["input"]), batch["target"])
+    fabric.backward(loss)
+    fabric.clip_gradients(model, optimizer, max_norm=1.0)
+    optimizer.step()
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from precision_core import checkpoint, rng
+from precision_core.devices import choose_device
+from precision_core.loader import DeviceLoader
+from precision_core.override import is_overridden, override
+from precision_core.policy import Policy
+from precision_core.precision import Precision, check_state
+from precision_core.resolve import resolve_precision
+from precision_core.state import collect, restore
+from precision_core.strategies import SingleDeviceStrategy, Strategy
+
+
+class Fabric:
+    """Ties a precision to a strategy.
+
+    Args:
+        accelerator: "auto", "cpu", "gpu", "cuda", "mps", "xpu" or "tpu".
+        strategy: "auto", which is one device in this process, or a `Strategy`.
+        devices: "auto", 1, or a list with one device index.
+        precision: a mode ("bf16-mixed"), an alias (16), a policy or its spelling, or a plugin.
+
+    Raises:
+        ValueError: an argument that is unknown, a device that is missing, or a plugin and strategy that do not fit.
+    """
+
+    def __init__(
+        self,
+        accelerator: str = "auto",
+        strategy: str | Strategy = "auto",
+        devices: int | str | Sequence[int] = "auto",
+        precision: str | int | Policy | Precision = "32-true",
+    ) -> None:
+        device = choose_device(accelerator, devices)
+        self._strategy = _resolve_strategy(strategy, device)
+        self._precision = resolve_precision(precision, self._strategy.device.type)
+        self._strategy.connect(self._precision)
+        self._restores: list[Callable[[], None]] = []
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+    # ---------------------------------------------------------------- what there is
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._strategy.device
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """The precision plugin in use."""
+        return self._precision
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy in use."""
+        return self._strategy
+
+    @property
+    def global_rank(self) -> int:
+        """This process's number among all processes of the run."""
+        return self._strategy.global_rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes run."""
+        return self._strategy.world_size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self._strategy.is_global_zero
+
+    @property
+    def last_step_skipped(self) -> bool:
+        """Whether the last optimizer step was skipped: `if not fabric.last_step_skipped: scheduler.step()`."""
+        return self._precision.last_step_skipped
+
+    # ---------------------------------------------------------------- set-up
+
+    def launch(self, function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Starts the processes of the run, on one device only this; returns `function(fabric, *args, **kwargs)`."""
+        return None if function is None else function(self, *args, **kwargs)
+
+    def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any:
+        """Converts the model, moves it to the device, and lets forward, backward and step run in the precision.
+
+        Returns the very objects that it was given: `model` alone, or `(model, *optimizers)`.
+
+        Raises:
+            ValueError: something that was set up before, or that the precision refuses; nothing was set up.
+        """
+        self._check_optimizers(optimizers)
+        self.setup_module(model)
+        self.setup_optimizers(*optimizers)
+        return (model, *optimizers) if optimizers else model
+
+    def setup_module(self, model: nn.Module) -> nn.Module:
+        """Sets up a model without optimizers, for evaluation for example; see `setup`."""
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"fabric.setup expected a torch.nn.Module first, got a {type(model).__name__}")
+        target = _uncompiled(model)
+        if is_overridden(target, "forward"):
+            raise ValueError(f"this {type(target).__name__} is set up already; a copy of it needs no setup either")
+        self._strategy.setup_module(self._precision.convert_module(target))
+        self._override_method(target, "forward")
+        return model
+
+    def setup_optimizers(self, *optimizers: Optimizer) -> Any:
+        """Sets up optimizers apart from their model; returns the one, or a tuple of them."""
+        self._check_optimizers(optimizers)
+        self._precision.register_optimizers(*optimizers)
+        for optimizer in optimizers:
+            self._strategy.setup_optimizer(optimizer)
+            self._restores.append(override(optimizer, "step", self._make_step))
+            self._optimizers.add(optimizer)
+        return optimizers[0] if len(optimizers) == 1 else optimizers
+
+    def _check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        for index, optimizer in enumerate(optimizers):
+            if not isinstance(optimizer, Optimizer):
+                raise ValueError(f"fabric.setup expected a torch optimizer, got a {type(optimizer).__name__}")
+            if is_overridden(optimizer, "step") or any(optimizer is other for other in optimizers[:index]):
+                raise ValueError(f"this {type(optimizer).__name__} is set up already")
+
+    def _make_step(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        strategy = self._strategy
+
+        def step(self: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+            return strategy.optimizer_step(self, closure, **kwargs)
+
+        return step
+
+    def mark_forward_method(self, model: nn.Module, name: str) -> None:
+        """Lets the model's method `name` run in the precision too, as forward does.
+
+        Raises:
+            ValueError: the model is not set up, has no such method, or the method is marked already.
+        """
+        target = _uncompiled(model)
+        if not is_overridden(target, "forward"):
+            raise ValueError("fabric.mark_forward_method: set the model up first with fabric.setup(model)")
+        if not isinstance(name, str) or not callable(getattr(target, name, None)):
+            raise ValueError(f"fabric.mark_forward_method: {type(target).__name__} has no method {name!r}")
+        if is_overridden(target, name):
+            raise ValueError(f"fabric.mark_forward_method: {name!r} is marked already")
+        self._override_method(target, name)
+
+    def _override_method(self, module: nn.Module, name: str) -> None:
+        strategy = self._strategy
+
+        def make(function: Callable[..., Any]) -> Callable[..., Any]:
+            def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                return strategy.forward(self, function, *args, **kwargs)
+
+            return method
+
+        self._restores.append(override(module, name, make))
+
+    def setup_dataloaders(self, *loaders: Iterable[Any], move_to_device: bool = True) -> Any:
+        """Returns the loaders with their batches moved to the device, dtypes untouched; one, or a tuple of them."""
+        moved = tuple(DeviceLoader(loader, self.device) if move_to_device else loader for loader in loaders)
+        return moved[0] if len(moved) == 1 else moved
+
+    @contextmanager
+    def init_module(self) -> Iterator[None]:
+        """Context in which modules are built on the device, with parameters in the precision's dtype."""
+        with self.device, self._precision.module_init_context():
+            yield
+
+    @contextmanager
+    def init_tensor(self) -> Iterator[None]:
+        """Context in which tensors are created on the device, in the dtype that inputs are cast to."""
+        with self.device, self._precision.tensor_init_context():
+            yield
+
+    # ---------------------------------------------------------------- the loop
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Context in which code outside the model's forward runs in the precision."""
+        return self._precision.forward_context()
+
+    def backward(self, tensor: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        """Runs backward from the loss; use it in place of `loss.backward()`. Arguments go to `Tensor.backward`."""
+        self._strategy.backward(tensor, model, *args, **kwargs)
+
+    def clip_gradients(
+        self,
+        model: nn.Module | None,
+        optimizer: Optimizer | None = None,
+        *,
+        max_norm: float | None = None,
+        clip_val: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+    ) -> Tensor | None:
+        """Clips true gradients, of `optimizer` or of the whole `model`; see `Precision.clip_gradients`."""
+        return self._strategy.clip_gradients(
+            None if model is None else _uncompiled(model),
+            optimizer,
+            max_norm=max_norm,
+            clip_val=clip_val,
+            norm_type=norm_type,
+            error_if_nonfinite=error_if_nonfinite,
+        )
+
+    def no_backward_sync(self, model: nn.Module, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Context for all but the last backward of an accumulation: gradients are not reduced over ranks in it."""
+        return self._strategy.no_backward_sync(model, enabled)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Prints on the first rank only."""
+        if self.is_global_zero:
+            print(*args, **kwargs)
+
+    @staticmethod
+    def seed_everything(seed: int) -> int:
+        """Seeds Python's, numpy's and torch's generators, all devices included; returns `seed`."""
+        return rng.seed_everything(seed)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save(self, path: str | PathLike[str], state: dict[str, Any]) -> None:
+        """Writes a checkpoint, all or nothing.
+
+        `state` holds objects with `state_dict` and plain values, dicts may nest. The precision's state and the random
+        generators' are added.
+
+        Raises:
+            ValueError: a value that `load` would refuse; names its key, and an old file at `path` stays.
+        """
+        if not isinstance(state, dict) or checkpoint.RESERVED in state:
+            raise ValueError(f"fabric.save(path, state): state is a dict without the key {checkpoint.RESERVED!r}")
+        header = {
+            "version": checkpoint.FORMAT_VERSION,
+            "policy": str(self._precision.policy),
+            "torch": str(torch.__version__),
+            "precision": self._precision.state_dict(),
+            "rng": rng.rng_state(self.device),
+        }
+        checkpoint.write(Path(path), {**collect(state), checkpoint.RESERVED: header})
+
+    def load(
+        self, path: str | PathLike[str], state: dict[str, Any] | None = None, strict: bool = True
+    ) -> dict[str, Any]:
+        """Reads a checkpoint, verified and never executed.
+
+        With `state`, its objects, its plain values, the precision and the random generators are brought to what was
+        saved, and what `state` has no key for is returned. Without, all is returned and nothing live is touched.
+
+        Raises:
+            CheckpointError: damaged, foreign, newer, or does not fit; nothing was changed.
+            FileNotFoundError: there is no such file.
+        """
+        content = checkpoint.read(Path(path))
+        header = content.pop(checkpoint.RESERVED)
+        if state is None:
+            return content
+        check_state(header.get("precision"))
+        rest = restore(state, content, strict=strict)
+        self._precision.load_state_dict(header["precision"])
+        rng.set_rng_state(header["rng"], self.device)
+        return rest
+
+    def teardown(self) -> None:
+        """Gives the objects that were set up their own methods back; dtypes stay."""
+        while self._restores:
+            self._restores.pop()()
+        self._precision.teardown()
+        self._strategy.teardown()
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """Returns the module inside `torch.compile(module)`, where an override is traced; any other as it is."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _resolve_strategy(strategy: str | Strategy, device: torch.device) -> Strategy:
+    if isinstance(strategy, Strategy):
+        return strategy
+    if strategy == "auto":
+        return SingleDeviceStrategy(device)
+    raise ValueError(
+        f'Fabric(strategy={strategy!r}): expected "auto" (one device in this process) or a Strategy object'
+    )

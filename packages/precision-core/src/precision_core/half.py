@@ -1,0 +1,145 @@
+"""Half precision: parameters, inputs and activations in float16 or bfloat16, without float32 copies."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from precision_core.conversion import cast_buffers, cast_parameters
+from precision_core.creation import created_as
+from precision_core.dtypes import FLOATS, dtype_name, parse_dtype
+from precision_core.exceptions import EffectivePolicies, Restore, apply_exceptions
+from precision_core.patterns import check_all_used, check_pattern, covers, matches
+from precision_core.policy import Policy
+from precision_core.precision import Precision
+from precision_core.report import Item, Report, module_bytes
+
+if TYPE_CHECKING:
+    from precision_core.strategies.base import Strategy
+
+_SPACING = {torch.bfloat16: "1/256 to 1/128", torch.float16: "1/2048 to 1/1024"}
+
+
+class HalfPrecision(Precision):
+    """`16-true` or `bf16-true`: the model is cast, inputs and tensors created in forward get the dtype.
+
+    Args:
+        precision: `"16-true"`, `"bf16-true"`, or a policy whose params and compute are the same half dtype; exceptions
+            are applied.
+        buffers: None casts floating buffers as the policy says, with a warning that names those which lose by it.
+            `"float32"` (any float dtype) casts all of them to that; name patterns (`{"*.inv_freq"}`) keep those that
+            match in float32. Batch norms that keep float32 statistics keep their weight and bias in float32 too.
+
+    Raises:
+        ValueError: any other mode, 16 and "bf16" included, which mean mixed precision.
+    """
+
+    _runs = (torch.float16, torch.bfloat16)
+    _applies_exceptions = True
+
+    def __init__(
+        self, precision: str | int | Policy = "16-true", *, buffers: str | torch.dtype | Iterable[str] | None = None
+    ) -> None:
+        super().__init__(policy=precision)
+        self._float32_buffers: tuple[str, ...] = ()
+        if isinstance(buffers, torch.dtype) or buffers in FLOATS:
+            self.policy = replace(self.policy, buffers=parse_dtype(buffers))
+        elif buffers is not None:
+            patterns = [buffers] if isinstance(buffers, str) else buffers
+            self._float32_buffers = tuple(check_pattern(pattern) for pattern in patterns)
+        self._device_type: str | None = None
+        self._restores: list[Restore] = []
+
+    def connect(self, strategy: Strategy) -> None:
+        """Takes the device type, which exceptions in mixed precision need."""
+        self._device_type = strategy.device.type
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Casts parameters and buffers in place, applies the exceptions, and returns `module`.
+
+        Warns (once, `UserWarning`) of buffers whose values change by the cast, and of running statistics always: an
+        average that is updated by less than the spacing of its dtype stands still.
+        """
+        policies = EffectivePolicies(module, self.policy)
+        names = [name for name, _ in module.named_buffers(remove_duplicate=False)]
+        check_all_used(self._float32_buffers, names, "buffer")
+        before = module_bytes(module)
+
+        def buffer_dtype(name: str, buffer: Tensor) -> torch.dtype:
+            if any(matches(pattern, name) or covers(pattern, name) for pattern in self._float32_buffers):
+                return torch.float32
+            return policies.of(name).buffers
+
+        wide_norms = _norms_with_wide_statistics(module, policies, buffer_dtype)
+
+        def param_dtype(name: str, param: nn.Parameter) -> torch.dtype | None:
+            if self.storage(param) is None:
+                return None
+            return wide_norms.get(name.rpartition(".")[0], policies.of(name).params)
+
+        items = cast_parameters(module, param_dtype)
+        buffers, changed = cast_buffers(module, buffer_dtype)
+        statistics = [item.name for item in buffers if item.name.endswith(("running_mean", "running_var"))]
+        self._restores += apply_exceptions(module, policies, self._device_type or _device_type(module))
+        self._warn_of_buffers([name for name in names if name in {*changed, *statistics}])
+        dtype = self.policy.params
+        self.report = Report(
+            str(self.policy),
+            converted=tuple(items + buffers),
+            skipped=tuple(
+                Item(name, f"kept in {dtype_name(wide)}: torch's batch norm wants weight and statistics alike")
+                for name, wide in wide_norms.items()
+            ),
+            notes=(
+                f"pure {dtype_name(dtype)} loses updates smaller than its spacing ({_SPACING[dtype]} of the "
+                "parameter): small learning rates stop moving large parameters; a mixed mode keeps float32 parameters",
+            ),
+            bytes_before=before,
+            bytes_after=module_bytes(module),
+        )
+        self._remember(module)
+        return module
+
+    def _warn_of_buffers(self, names: list[str]) -> None:
+        if names:
+            dtype = dtype_name(self.policy.buffers)
+            warnings.warn(
+                f"{self.policy.flat} casts buffers to {dtype}, which changes their values or holds running statistics: "
+                f'{", ".join(names)}. To keep them: HalfPrecision("{self.policy}", buffers="float32"), or '
+                "buffers={name patterns} for some of them",
+                stacklevel=3,
+            )
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Context in which created tensors get the dtype."""
+        return created_as(self.policy.params)
+
+    def teardown(self) -> None:
+        """Gives modules that are exceptions their own forward back."""
+        while self._restores:
+            self._restores.pop()()
+
+
+def _norms_with_wide_statistics(
+    module: nn.Module, policies: EffectivePolicies, buffer_dtype: Any
+) -> dict[str, torch.dtype]:
+    """Returns name -> dtype of batch norms whose running statistics are kept wider than their weights would be."""
+    wide = {}
+    for name, child in module.named_modules():
+        if isinstance(child, _NormBase) and child.running_mean is not None:
+            dtype = buffer_dtype(f"{name}.running_mean" if name else "running_mean", child.running_mean)
+            if dtype is not policies.by_name[name].params:
+                wide[name] = dtype
+    return wide
+
+
+def _device_type(module: nn.Module) -> str:
+    param = next(module.parameters(), None)
+    return "cpu" if param is None else param.device.type

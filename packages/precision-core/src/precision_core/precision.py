@@ -1,0 +1,315 @@
+"""Precision: the plugin. The base class is a complete float32 plugin; a subclass overrides what differs.
+
+Hooks in the order in which they run. A strategy calls them, or a hand-written loop does:
+
+    module = precision.convert_module(module)           once
+    data = precision.convert_input(data)                every forward
+    with precision.forward_context(): ...
+    output = precision.convert_output(output)
+    loss = precision.pre_backward(loss, module)         every backward
+    precision.backward(loss, module)
+    loss = precision.post_backward(loss, module)
+    precision.clip_gradients(module, optimizer, max_norm=1.0)
+    precision.optimizer_step(optimizer, module, None)   every step
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.optim import Optimizer
+
+from precision_core.casting import cast, map_tensors
+from precision_core.clipping import Clip
+from precision_core.conversion import cast_buffers, cast_parameters
+from precision_core.dtypes import FLOAT_DTYPES
+from precision_core.policy import MODES, Policy
+from precision_core.report import Report, module_bytes
+from precision_core.runnable import check_runnable
+from precision_core.scaler import Scaler
+
+if TYPE_CHECKING:
+    from precision_core.strategies.base import Strategy
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+
+class Precision:
+    """Float32 throughout: parameters, buffers and inputs are cast to float32, outputs come as they are.
+
+    `policy` says what the plugin does, `report` what the last `convert_module` did.
+    """
+
+    policy: Policy = MODES["32-true"]
+    report: Report = Report("32-true")
+
+    def __init__(self, *, policy: Policy | str | int | None = None) -> None:
+        if policy is not None:
+            self.policy = self._check_policy(Policy.parse(policy))
+
+    _runs: tuple[torch.dtype, ...] = (
+        torch.float32,
+    )  # the params and compute dtype of the policies that this class runs
+    _applies_exceptions = False
+
+    def _check_policy(self, policy: Policy) -> Policy:
+        """Returns `policy`; raises `ValueError` when this class cannot run it, naming what does."""
+        check_runnable(policy)
+        name = f"{type(self).__name__}({str(policy)!r})"
+        if policy.mixed or policy.params not in self._runs:
+            modes = ", ".join(mode for mode, known in MODES.items() if known.params in self._runs and not known.mixed)
+            raise ValueError(f"{name}: this plugin runs params and compute alike, as in {modes}")
+        if policy.exceptions and not self._applies_exceptions:
+            raise ValueError(f"{name}: this plugin applies no exceptions; bf16-true, 16-true and the mixed modes do")
+        return policy
+
+    # ---------------------------------------------------------------- set-up
+
+    def connect(self, strategy: Strategy) -> None:
+        """Takes what the plugin needs from the strategy; raises `ValueError` when the two do not fit."""
+
+    def storage(self, param: nn.Parameter) -> torch.dtype | None:
+        """Returns the dtype that `param` is to be stored in; None: as it is (integers, float8, packed weights)."""
+        return self.policy.params if param.dtype in FLOAT_DTYPES or param.is_complex() else None
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Casts parameters and buffers in place, leaves a `report`, and returns `module`."""
+        before = module_bytes(module)
+        items = cast_parameters(module, lambda _, param: self.storage(param))
+        items += cast_buffers(module, lambda *_: self.policy.buffers)[0]
+        self.report = Report(
+            str(self.policy), converted=tuple(items), bytes_before=before, bytes_after=module_bytes(module)
+        )
+        self._remember(module)
+        return module
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """Context in which modules are built with parameters in `policy.params`.
+
+        Each parameter is cast when it is registered. Buffers keep the dtype in which the module computes them: position
+        tables that are computed in bfloat16 are wrong beyond repair, so `convert_module` casts those afterwards.
+        """
+        return nullcontext() if self.policy.params is torch.float32 else _parameters_in(self.policy.params)
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        """Context in which tensors are created in the dtype that inputs are cast to."""
+        return self.forward_context() if not self.policy.mixed else nullcontext()
+
+    # ---------------------------------------------------------------- forward
+
+    def convert_input(self, data: T) -> T:
+        """Returns `data`, any nesting of containers, with its floating tensors in `policy.compute`."""
+        return cast(data, self.policy.compute)
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Context in which forward runs."""
+        return nullcontext()
+
+    def convert_output(self, data: T) -> T:
+        """Returns `data` with tensors of the params and compute dtypes in `policy.output`; others come as they are."""
+        policy = self.policy
+        mine = (policy.params, policy.compute)
+        if isinstance(data, Tensor):  # a model that returns one tensor should not pay for the rest
+            return data.to(policy.output) if data.dtype in mine else data  # type: ignore[return-value]
+        return map_tensors(data, lambda tensor: tensor.to(policy.output) if tensor.dtype in mine else tensor)
+
+    # ---------------------------------------------------------------- backward
+
+    @cached_property
+    def scaler(self) -> Scaler:
+        """The loss scaler; one that does nothing where the loss is not scaled."""
+        return Scaler()
+
+    def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Tensor:
+        """Returns the loss to call backward on, scaled where the mode scales."""
+        return self.scaler.scale(tensor)
+
+    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Runs `tensor.backward(*args, **kwargs)`."""
+        tensor.backward(*args, **kwargs)
+
+    def post_backward(self, tensor: Tensor, module: nn.Module | None) -> Tensor:
+        """Returns the unscaled loss for what `pre_backward` returned.
+
+        Gradients stay scaled until the first of `unscale_gradients`, `clip_gradients` and `optimizer_step` needs them
+        true, so that accumulation is right. To read `p.grad` before the step, call `unscale_gradients(optimizer)`.
+        """
+        return self.scaler.unscaled(tensor)
+
+    # ---------------------------------------------------------------- step
+
+    def register_optimizers(self, *optimizers: Optimizer) -> None:
+        """Tells a scaled mode all optimizers of the run (Fabric does). A loop with several should, before it starts."""
+        self.scaler.register(optimizers)
+
+    def main_params(self, optimizer: Optimizer) -> Iterable[nn.Parameter]:
+        """Yields the parameters whose gradients the step applies."""
+        for group in optimizer.param_groups:
+            yield from group["params"]
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Makes the gradients of `optimizer` true, at most once per step, whoever asks."""
+        self.scaler.unscale(optimizer)
+
+    def clip_gradients(
+        self,
+        module: nn.Module | None,
+        optimizer: Optimizer | None = None,
+        *,
+        max_norm: float | None = None,
+        clip_val: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+    ) -> Tensor | None:
+        """Clips gradients in place and leaves them true.
+
+        The gradients are those of `optimizer`, or of the whole `module` when that is None. Returns their true norm
+        before clipping for `max_norm`, None for `clip_val`. Where the loss is scaled, inf and NaN lead to a skipped
+        step instead of an error, unless `error_if_nonfinite`.
+
+        Raises:
+            ValueError: not exactly one of `max_norm` and `clip_val`; neither a module nor an optimizer.
+            RuntimeError: `error_if_nonfinite` and the norm is not finite.
+        """
+        clip = Clip(max_norm, clip_val, norm_type, error_if_nonfinite)
+        if optimizer is not None:
+            params = list(self.main_params(optimizer))
+        elif module is not None:
+            params = list(module.parameters())
+        else:
+            raise ValueError("clip_gradients needs the model, the optimizer, or both")
+        return self.scaler.clip(optimizer, params, clip, self._name_of)
+
+    def optimizer_step(
+        self, optimizer: Optimizer, model: nn.Module | None, closure: Callable[[], Any] | None, **kwargs: Any
+    ) -> Any:
+        """Steps `optimizer`, or skips the step when a scaled gradient overflowed; `kwargs` go to its own `step`.
+
+        Returns the closure's unscaled result (also on a skipped step), else what the optimizer returns.
+        """
+        if model is not None:
+            self._remember(model)
+        return self.scaler.step(optimizer, closure, self._name_of, **kwargs)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken, over all optimizers; skipped ones are not among them."""
+        return self._counted().steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that were skipped because a gradient was inf or NaN."""
+        return self._counted().skipped
+
+    @property
+    def last_step_skipped(self) -> bool:
+        """Whether the last optimizer step was skipped: `if not fabric.last_step_skipped: scheduler.step()`."""
+        return self._counted().last_skipped
+
+    @property
+    def scale(self) -> float:
+        """The loss scale, 1.0 where the loss is not scaled."""
+        return self.scaler.factor
+
+    def _counted(self) -> Any:
+        counter = self.scaler.counter
+        counter.read()
+        self.scaler.check_skips(self._name_of)
+        return counter
+
+    # ---------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns version, mode, step counts, and the loss scaler's state, as plain values."""
+        counts = self.scaler.counter.state_dict()
+        return {"version": STATE_VERSION, "mode": str(self.policy), "scaler": self.scaler.state_dict(), **counts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned.
+
+        From another mode the step counts are taken; a loss scale only where both modes scale, else it is left out, or
+        stays at its start. A note in `report` and in the log says so.
+
+        Raises:
+            ValueError: for anything that `state_dict` did not return, or that a newer version did; nothing changes.
+        """
+        state = check_state(state_dict)
+        if state["scaler"] and self.policy.scale:
+            self.scaler.load_state_dict(state["scaler"])
+        self.scaler.counter.load_state_dict(state)
+        if state["mode"] != str(self.policy):
+            self._note(f"loaded the state of {state['mode']!r} into {str(self.policy)!r}: {self._what_of(state)}")
+
+    def _what_of(self, state: dict[str, Any]) -> str:
+        if self.policy.scale:
+            return "the loss scale was taken over" if state["scaler"] else "the loss scale stays at its start"
+        return "the loss scale was left out" if state["scaler"] else "neither scales the loss"
+
+    def teardown(self) -> None:
+        """Gives back what `convert_module` put on the module besides dtypes."""
+
+    # ---------------------------------------------------------------- helpers
+
+    def _note(self, note: str) -> None:
+        self.report = replace(self.report, notes=(*self.report.notes, note))
+        _log.warning(note)
+
+    @cached_property
+    def _modules(self) -> weakref.WeakSet[nn.Module]:
+        return weakref.WeakSet()
+
+    def _remember(self, module: nn.Module) -> None:
+        self._modules.add(module)
+
+    def _name_of(self, param: Tensor) -> str:
+        for module in self._modules:
+            for name, candidate in module.named_parameters():
+                if candidate is param:
+                    return name
+        return f"a parameter of shape {tuple(param.shape)}"
+
+
+def check_state(state: Any) -> dict[str, Any]:
+    """Returns `state`; raises `ValueError` unless it is what `Precision.state_dict` returns."""
+    counts = ("steps", "skipped_steps", "skipped_in_a_row", "last_step_skipped")
+    if not isinstance(state, dict) or not {"version", "mode", "scaler", *counts} <= state.keys():
+        raise ValueError(f"this is no precision state: {str(state)[:80]}; pass what precision.state_dict() returned")
+    if state["version"] != STATE_VERSION:
+        raise ValueError(f"precision state of version {state['version']!r}: this release reads version {STATE_VERSION}")
+    if not isinstance(state["mode"], str) or not isinstance(state["scaler"], dict):
+        raise ValueError("this is no precision state: mode is no string, or scaler is no dict")
+    for key in counts:
+        if type(state[key]) is not int or state[key] < 0:
+            raise ValueError(f"this is no precision state: {key} is {state[key]!r}")
+    return state
+
+
+@contextmanager
+def _parameters_in(dtype: torch.dtype) -> Iterator[None]:
+    """Casts each floating parameter that this thread registers on a module."""
+    thread = threading.get_ident()
+
+    def hook(module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        if threading.get_ident() == thread and param is not None:
+            param.data = cast(param.data, dtype)
+        return param
+
+    handle = register_module_parameter_registration_hook(hook)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()

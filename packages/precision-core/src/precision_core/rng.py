@@ -1,0 +1,53 @@
+"""Random number generators: seeding them, and their states as plain values and tensors that a checkpoint may hold."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import torch
+
+
+def seed_everything(seed: int) -> int:
+    """Seeds Python's, numpy's (where it is installed) and torch's generators, all devices included; returns `seed`.
+
+    Raises:
+        ValueError: not an int from 0 to 2**32 - 1, numpy's range.
+    """
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise ValueError(f"seed_everything({seed!r}): expected an int from 0 to {2**32 - 1}")
+    random.seed(seed)
+    numpy = _numpy()
+    if numpy is not None:
+        numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    return seed
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """Returns the states of Python's, numpy's, torch's and `device`'s generators."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    numpy = _numpy()
+    if numpy is not None:
+        name, keys, *rest = numpy.random.get_state()
+        state["numpy"] = [name, torch.from_numpy(keys.astype("int64")), *rest]
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restores what `rng_state` returned; generators that are not in it, or not here, keep their state."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    numpy = _numpy()
+    if numpy is not None and "numpy" in state:
+        name, keys, *rest = state["numpy"]
+        numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+    if device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type], device)
+
+
+def _numpy() -> Any:
+    return sys.modules.get("numpy")  # torch imports it where it is installed

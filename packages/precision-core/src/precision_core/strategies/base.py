@@ -1,0 +1,92 @@
+"""Strategy: where the model lives and who runs the step. Always a thin layer on an engine.
+
+The base class calls the precision's hooks; an engine that owns backward, clipping or the step replaces those methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from precision_core.dtypes import FLOAT_DTYPES
+from precision_core.precision import Precision
+
+
+class Strategy:
+    """One process on one device; subclasses say which, and override what their engine does itself."""
+
+    device: torch.device = torch.device("cpu")
+    precision: Precision
+
+    @property
+    def global_rank(self) -> int:
+        """This process's number among all processes of the run."""
+        return 0
+
+    @property
+    def world_size(self) -> int:
+        """How many processes run."""
+        return 1
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.global_rank == 0
+
+    def connect(self, precision: Precision) -> None:
+        """Ties the plugin to this strategy; either raises `ValueError` when the two do not fit."""
+        precision.connect(self)
+        self.precision = precision
+
+    # ---------------------------------------------------------------- set-up
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Moves the converted module to where it runs and returns it."""
+        return module.to(self.device)
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Brings state that the optimizer already has to its parameters' device and dtype, and returns it."""
+        for param, state in optimizer.state.items():
+            for key, value in state.items():
+                # Step counters stay where the optimizer wants them, and float32: bfloat16 counts to 256.
+                if key != "step" and isinstance(value, Tensor):
+                    dtype = param.dtype if value.dtype in FLOAT_DTYPES else value.dtype
+                    state[key] = value.to(param.device, dtype)
+        return optimizer
+
+    def forward(self, module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs one of the module's methods, `function(module, ...)`, under the precision's forward hooks."""
+        precision = self.precision
+        args, kwargs = precision.convert_input((args, kwargs))
+        with precision.forward_context():
+            output = function(module, *args, **kwargs)
+        return precision.convert_output(output)
+
+    # ---------------------------------------------------------------- step
+
+    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Runs backward from the loss; gradients accumulate, scaled where the mode scales."""
+        precision = self.precision
+        tensor = precision.pre_backward(tensor, module)
+        precision.backward(tensor, module, *args, **kwargs)
+        precision.post_backward(tensor, module)
+
+    def clip_gradients(self, module: nn.Module | None, optimizer: Optimizer | None, **clip: Any) -> Tensor | None:
+        """Clips true gradients; arguments and result as in `Precision.clip_gradients`."""
+        return self.precision.clip_gradients(module, optimizer, **clip)
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
+        """Steps the optimizer as the precision says."""
+        return self.precision.optimizer_step(optimizer, None, closure, **kwargs)
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
+        """Context in which backward reduces no gradients over ranks."""
+        return nullcontext()
+
+    def teardown(self) -> None:
+        """Ends what the engine started."""
