@@ -26,10 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
-from torch.nn.utils import get_total_norm
-from torch.optim import LBFGS, SGD, Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from precision_core.clipping import Clip, clip_true_gradients
+from precision_core.gradients import (
+    all_finite,
+    clip_scaled,
+    gradients_of,
+    is_plain,
+    multiply,
+    params_of,
+    skips_on_device,
+)
 from precision_core.override import original
 from precision_core.scaler import NameOf, Scaler
 
@@ -51,11 +59,20 @@ class _Gradients(enum.Enum):
 class _Record:
     """What is known of one optimizer's gradients."""
 
-    def __init__(self) -> None:
+    def __init__(self, optimizer: Optimizer, forget: Callable[[int], Any]) -> None:
+        key = id(optimizer)
+        self.reference = weakref.ref(optimizer, lambda _: forget(key))
+        self.of_the_run = False
         self.gradients = _Gradients.NONE
         self.stepped = False  # since the last scaling
         self.found_inf: bool | Tensor = False  # in gradients that are TRUE; a tensor where the host must not wait
         self.counted = True  # found_inf has gone into an update of the scale
+
+    @property
+    def optimizer(self) -> Optimizer:
+        optimizer = self.reference()
+        assert optimizer is not None  # `_live` sees to it
+        return optimizer
 
 
 class LossScaler(Scaler):
@@ -74,8 +91,7 @@ class LossScaler(Scaler):
         self._min_scale = min_scale
         self._max_skips = max_skips
         self._lazy = lazy
-        self._records: weakref.WeakKeyDictionary[Optimizer, _Record] = weakref.WeakKeyDictionary()
-        self._of_the_run: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._records: dict[int, _Record] = {}  # by id of the optimizer
         self._issued: float | Tensor | None = None  # the scale of the last scaling
         self._due = False  # a step's found_inf waits for the update of the scale
         self._last_loss: tuple[weakref.ref[Tensor], Tensor] | None = None
@@ -89,19 +105,28 @@ class LossScaler(Scaler):
             ValueError: LBFGS, or a parameter that another optimizer holds too.
         """
         for optimizer in optimizers:
-            if optimizer not in self._records:
-                self._check(optimizer)
-                self._records[optimizer] = _Record()
-            self._of_the_run.add(optimizer)
+            record = self._records.get(id(optimizer)) or self._new_record(optimizer)
+            record.of_the_run = True
 
     def _record(self, optimizer: Optimizer) -> _Record:
-        if optimizer not in self._records:
-            self._check(optimizer)
-            self._records[optimizer] = record = _Record()
+        record = self._records.get(id(optimizer))
+        if record is None:
+            record = self._new_record(optimizer)
             if self._issued is not None:  # its gradients came from a scaled loss
                 record.gradients = _Gradients.SCALED
-                self._rescale(optimizer, self._issued, self._value())
-        return self._records[optimizer]
+                self._rescale(record, self._issued, self._value())
+        return record
+
+    def _new_record(self, optimizer: Optimizer) -> _Record:
+        self._check(optimizer)
+        record = self._records[id(optimizer)] = _Record(optimizer, lambda key: self._records.pop(key, None))
+        return record
+
+    def _live(self) -> Iterator[_Record]:
+        for record in list(self._records.values()):
+            optimizer = record.reference()  # held while the caller looks at its record
+            if optimizer is not None:
+                yield record
 
     def _check(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, LBFGS):
@@ -109,12 +134,12 @@ class LossScaler(Scaler):
                 "LBFGS evaluates the loss several times a step and cannot run with a scaled loss: "
                 'use another optimizer, or a mode that does not scale such as precision="bf16-mixed"'
             )
-        ours = {id(param) for param in _params(optimizer)}
-        for other in self._records:
-            if any(id(param) in ours for param in _params(other)):
+        ours = {id(param) for param in params_of(optimizer)}
+        for record in self._live():
+            if any(id(param) in ours for param in params_of(record.optimizer)):
                 raise ValueError(
-                    f"{type(optimizer).__name__} and {type(other).__name__} hold the same parameter: under a scaled "
-                    "loss gradients are unscaled per optimizer, so each parameter may be in one optimizer only"
+                    f"{type(optimizer).__name__} and {type(record.optimizer).__name__} hold the same parameter: under a "
+                    "scaled loss gradients are unscaled per optimizer, so each parameter may be in one optimizer only"
                 )
 
     # ---------------------------------------------------------------- the scale
@@ -127,15 +152,15 @@ class LossScaler(Scaler):
 
     def scale(self, loss: Tensor) -> Tensor:
         """Returns `loss` (any shape) times the scale."""
-        for optimizer, record in self._records.items():
+        for record in self._live():
             if record.gradients is _Gradients.TRUE:
-                self._withdraw(optimizer, record)
+                self._withdraw(record)
         self._update_if_due()
         scaled: Tensor = self.torch_scaler.scale(loss)
         self._issued = self._value()
-        for optimizer, record in self._records.items():
+        for record in self._live():
             if record.gradients is not _Gradients.SCALED:
-                self._rescale(optimizer, 1.0, self._issued)
+                self._rescale(record, 1.0, self._issued)
                 record.gradients = _Gradients.SCALED
             record.stepped = False
         self._last_loss = (weakref.ref(scaled), loss)
@@ -149,16 +174,16 @@ class LossScaler(Scaler):
             return loss
         return scaled.detach() / self.torch_scaler.get_scale()
 
-    def _withdraw(self, optimizer: Optimizer, record: _Record) -> None:
+    def _withdraw(self, record: _Record) -> None:
         """Takes back the check of gradients that were clipped and then dropped or added to instead of stepped.
 
         An overflow among dropped ones still lowers the scale; among kept ones it will be found again.
         """
         if not record.counted:
-            if record.found_inf and not _gradients(optimizer):
+            if record.found_inf and all_finite(gradients_of(record.optimizer)):
                 self._due = True
             else:
-                self.torch_scaler._per_optimizer_states.pop(id(optimizer), None)
+                self.torch_scaler._per_optimizer_states.pop(id(record.optimizer), None)
         record.found_inf, record.counted = False, True
 
     def _value(self) -> float | Tensor:
@@ -178,48 +203,42 @@ class LossScaler(Scaler):
         elif self.torch_scaler.get_scale() < min(old, self._min_scale):
             self.torch_scaler.update(min(old, self._min_scale))
         self._scale_changed(old)
-        for record in self._records.values():
+        for record in self._live():
             record.counted = True
 
     def _scale_changed(self, old: float | Tensor) -> None:
         new = self._value()
-        for optimizer, record in self._records.items():
+        for record in self._live():
             if record.gradients is _Gradients.SCALED:
-                self._rescale(optimizer, old, new)
+                self._rescale(record, old, new)
 
-    def _rescale(self, optimizer: Optimizer, old: float | Tensor, new: float | Tensor) -> None:
-        if not isinstance(new, Tensor) and old == new:
-            return
-        gradients = _gradients(optimizer)
-        if gradients:
-            with torch.no_grad():
-                torch._foreach_mul_(gradients, new / old)
+    def _rescale(self, record: _Record, old: float | Tensor, new: float | Tensor) -> None:
+        if isinstance(new, Tensor) or old != new:
+            multiply(gradients_of(record.optimizer), new / old)
 
     # ---------------------------------------------------------------- true gradients
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Divides the gradients of `optimizer` by the scale, at most once until it steps."""
         record = self._record(optimizer)
-        self._check_scaled(optimizer, record)
+        self._check_scaled(record)
         if record.gradients is _Gradients.SCALED:
             self.torch_scaler.unscale_(optimizer)
-            self._now_true(optimizer, record)
+            self._now_true(record)
 
-    def _now_true(self, optimizer: Optimizer, record: _Record) -> None:
-        flags = list(self.torch_scaler._found_inf_per_device(optimizer).values())
+    def _now_true(self, record: _Record) -> None:
+        flags = list(self.torch_scaler._found_inf_per_device(record.optimizer).values())
         if self._lazy and flags:
-            record.found_inf = (
-                sum(flag.to(flags[0].device) for flag in flags) + 0
-            )  # a new tensor: update() adds in place
+            record.found_inf = torch.stack([flag.to(flags[0].device) for flag in flags]).sum()
         else:
             record.found_inf = any(flag.item() for flag in flags)
         record.gradients, record.counted = _Gradients.TRUE, not flags
 
-    def _check_scaled(self, optimizer: Optimizer, record: _Record) -> None:
-        if record.gradients is _Gradients.NONE and _gradients(optimizer):
+    def _check_scaled(self, record: _Record) -> None:
+        if record.gradients is _Gradients.NONE and gradients_of(record.optimizer):
             raise RuntimeError(
-                f"the gradients of {type(optimizer).__name__} come from no scaled loss: nothing was scaled since its "
-                "last step. Call fabric.backward(loss) instead of loss.backward(); in a loop without Fabric, "
+                f"the gradients of {type(record.optimizer).__name__} come from no scaled loss: nothing was scaled "
+                "since its last step. Call fabric.backward(loss) instead of loss.backward(); in a loop without Fabric, "
                 "precision.pre_backward(loss, model).backward()"
             )
 
@@ -231,62 +250,41 @@ class LossScaler(Scaler):
         Gradients with inf or NaN lead to a skipped step, not to an error, unless `clip.error_if_nonfinite`.
         """
         optimizers = [optimizer] if optimizer is not None else self._holders(params, name_of)
-        records = {each: self._record(each) for each in optimizers}
-        for each, record in records.items():
-            self._check_scaled(each, record)
+        records = [self._record(each) for each in optimizers]
+        for record in records:
+            self._check_scaled(record)
         gradients = [param.grad for param in params if param.grad is not None]
-        if clip.max_norm is not None and self._can_clip_at_once(records, gradients):
-            norm = self._clip_scaled(records, gradients, clip)
-            if norm is not None:
-                return norm
+        at_once = (
+            clip.max_norm is not None
+            and bool(gradients)
+            and all(record.gradients is _Gradients.SCALED for record in records)
+            and len(gradients) == sum(len(gradients_of(each)) for each in optimizers)  # all that they hold
+            and is_plain(gradients)
+        )
+        if at_once:
+            wait = clip.error_if_nonfinite
+            result = clip_scaled(gradients, self.torch_scaler.get_scale() if wait else self._value(), clip)
+            if result is not None:
+                self._note_flag(records, result[1])
+                return result[0]
         for each in optimizers:
             self.unscale(each)
         return clip_true_gradients(params, clip)
 
-    def _can_clip_at_once(self, records: dict[Optimizer, _Record], gradients: list[Tensor]) -> bool:
-        """Whether `gradients` are all that the optimizers hold, all scaled, dense and on one device."""
-        return (
-            bool(gradients)
-            and all(record.gradients is _Gradients.SCALED for record in records.values())
-            and len(gradients) == sum(len(_gradients(each)) for each in records)
-            and all(type(each) is Tensor and each.layout is torch.strided for each in gradients)
-            and len({each.device for each in gradients}) == 1
-        )
-
-    @torch.no_grad()
-    def _clip_scaled(self, records: dict[Optimizer, _Record], gradients: list[Tensor], clip: Clip) -> Tensor | None:
-        """Norm of the scaled gradients, then one multiplication that unscales and clips.
-
-        That saves a pass over the gradients. Returns None, with nothing changed, when the host sees a norm that is not
-        finite: it may be the sum of squares that overflowed, so each element has to be checked.
-        """
-        assert clip.max_norm is not None
-        total = get_total_norm(gradients, clip.norm_type)
-        scale = self._value()
-        if isinstance(scale, Tensor) and not clip.error_if_nonfinite:
-            norm = total / scale
-            factor: float | Tensor = (clip.max_norm / (norm + 1e-6)).clamp(max=1.0) / scale
-            flag = torch.logical_not(torch.isfinite(total)).float()
-        else:
-            if not math.isfinite(total.item()):
-                return None
-            norm = total / scale
-            factor = min(clip.max_norm / (norm.item() + 1e-6), 1.0) / float(scale)
-            flag = torch.zeros((), device=total.device)
-        torch._foreach_mul_(gradients, factor)
-        for optimizer, record in records.items():
-            state = self.torch_scaler._per_optimizer_states[id(optimizer)]
+    def _note_flag(self, records: list[_Record], flag: Tensor) -> None:
+        """Tells torch's scaler and the records what a check of their gradients found."""
+        for record in records:
+            state = self.torch_scaler._per_optimizer_states[id(record.optimizer)]
             state["stage"], state["found_inf_per_device"] = OptState.UNSCALED, {flag.device: flag.clone()}
-            self._now_true(optimizer, record)
-        return norm
+            self._now_true(record)
 
     def _holders(self, params: list[nn.Parameter], name_of: NameOf) -> list[Optimizer]:
         wanted = {id(param): param for param in params if param.grad is not None}
         holders = []
-        for optimizer in list(self._records):
-            held = {id(param) for param in _params(optimizer)} & wanted.keys()
+        for record in self._live():
+            held = {id(param) for param in params_of(record.optimizer)} & wanted.keys()
             if held:
-                holders.append(optimizer)
+                holders.append(record.optimizer)
                 for key in held:
                     del wanted[key]
         if wanted:
@@ -314,12 +312,12 @@ class LossScaler(Scaler):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        self._check_scaled(optimizer, record)
+        self._check_scaled(record)
         if self._issued is None:
             raise RuntimeError(
                 "optimizer.step() before any backward: there are no gradients yet. Call fabric.backward(loss) first"
             )
-        if _gradients(optimizer):
+        if gradients_of(optimizer):
             self.unscale(optimizer)
             returned = self._step_or_skip(optimizer, record, kwargs)
             result = returned if closure is None else result
@@ -327,14 +325,15 @@ class LossScaler(Scaler):
         else:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
         record.gradients, record.stepped = _Gradients.NONE, True
-        if all(self._records[each].stepped for each in self._of_the_run or self._records):
+        records = [each for each in self._live() if each.of_the_run] or list(self._live())
+        if all(each.stepped for each in records):
             self._update_if_due()
         self.check_skips(name_of)
         return result
 
     def _step_or_skip(self, optimizer: Optimizer, record: _Record, kwargs: dict[str, Any]) -> Any:
         step = original(optimizer, "step")
-        if isinstance(record.found_inf, Tensor) and _skips_on_device(optimizer):
+        if isinstance(record.found_inf, Tensor) and skips_on_device(optimizer):
             optimizer.grad_scale, optimizer.found_inf = None, record.found_inf  # type: ignore[attr-defined]
             try:
                 returned = step(**kwargs)
@@ -356,9 +355,9 @@ class LossScaler(Scaler):
             return
         bad = (
             name_of(param)
-            for optimizer in list(self._records)
-            for param in _params(optimizer)
-            if param.grad is not None and not torch.isfinite(_values(param.grad)).all()
+            for record in self._live()
+            for param in params_of(record.optimizer)
+            if param.grad is not None and not all_finite([param.grad])
         )
         raise FloatingPointError(
             f"{self.counter.skipped_in_a_row} optimizer steps in a row were skipped, the loss scale is "
@@ -384,34 +383,6 @@ class LossScaler(Scaler):
         old = self._value()
         self.torch_scaler.load_state_dict(state)
         self._scale_changed(old)
-
-
-def _params(optimizer: Optimizer) -> Iterator[nn.Parameter]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
-
-
-def _values(gradient: Tensor) -> Tensor:
-    return gradient._values() if gradient.is_sparse else gradient
-
-
-def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    return [
-        _values(param.grad) for group in optimizer.param_groups for param in group["params"] if param.grad is not None
-    ]
-
-
-def _skips_on_device(optimizer: Optimizer) -> bool:
-    """Whether the optimizer takes found_inf, and may be trusted with it.
-
-    torch's fused SGD leaves a momentum buffer uninitialised when its first step is skipped.
-    """
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return False
-    return not isinstance(optimizer, SGD) or all(
-        not group["momentum"] or all("momentum_buffer" in optimizer.state[param] for param in group["params"])
-        for group in optimizer.param_groups
-    )
 
 
 def _first(names: Iterable[str], count: int = 5) -> str:

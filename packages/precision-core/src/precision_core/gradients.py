@@ -1,0 +1,82 @@
+"""Gradients as an optimizer holds them: finding them, multiplying them, and clipping scaled ones in one pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import SGD, Optimizer
+
+from precision_core.clipping import Clip
+
+
+def params_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    """Yields the parameters of all groups."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """Returns the gradients that are there; of sparse ones the values."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if any(gradient.is_sparse for gradient in gradients):
+        return [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
+    return gradients
+
+
+@torch.no_grad()
+def multiply(gradients: list[Tensor], factor: float | Tensor) -> None:
+    """Multiplies gradients in place."""
+    if gradients:
+        torch._foreach_mul_(gradients, factor)  # type: ignore[call-overload]
+
+
+def all_finite(gradients: Sequence[Tensor]) -> bool:
+    """Whether no element is inf or NaN; waits for the device."""
+    return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+
+@torch.no_grad()
+def clip_scaled(gradients: list[Tensor], scale: float | Tensor, clip: Clip) -> tuple[Tensor, Tensor] | None:
+    """Unscales and clips in place: the norm of the scaled gradients, then one multiplication.
+
+    That is a pass over the gradients less than unscale, then clip. `scale` is a float where the host may wait for
+    values, else a tensor. Returns the true norm, and 1.0 or 0.0 for whether inf or NaN was found. Returns None, with
+    nothing changed, when the host sees a norm that is not finite: it may be the sum of squares that overflowed, so
+    each element has to be checked.
+    """
+    assert clip.max_norm is not None
+    total = get_total_norm(gradients, clip.norm_type)
+    if isinstance(scale, Tensor):
+        norm = total / scale
+        multiply(gradients, (clip.max_norm / (norm + 1e-6)).clamp(max=1.0) / scale)
+        return norm, torch.logical_not(torch.isfinite(total)).float()
+    value = total.item() / scale
+    if not math.isfinite(value):
+        return None
+    multiply(gradients, min(clip.max_norm / (value + 1e-6), 1.0) / scale)
+    return total / scale, torch.zeros((), device=total.device)
+
+
+def is_plain(gradients: Sequence[Tensor]) -> bool:
+    """Whether all are ordinary dense tensors on one device."""
+    return all(
+        type(each) is Tensor and each.layout is torch.strided and each.device == gradients[0].device
+        for each in gradients
+    )
+
+
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Whether the optimizer takes the flag found_inf and skips by itself, and may be trusted with it.
+
+    torch's fused SGD leaves a momentum buffer uninitialised when its first step is skipped.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    return not isinstance(optimizer, SGD) or all(
+        not group["momentum"] or all("momentum_buffer" in optimizer.state[param] for param in group["params"])
+        for group in optimizer.param_groups
+    )
