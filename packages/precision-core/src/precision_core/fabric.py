@@ -113,6 +113,7 @@ class Fabric:
             ValueError: something that was set up before, or that the precision refuses; nothing was set up.
         """
         self._check_optimizers(optimizers)
+        self._precision.register_optimizers(*optimizers)  # before the model is converted: it may refuse one
         self.setup_module(model)
         self.setup_optimizers(*optimizers)
         return (model, *optimizers) if optimizers else model

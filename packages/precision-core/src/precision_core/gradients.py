@@ -31,7 +31,7 @@ def gradients_of(optimizer: Optimizer) -> list[Tensor]:
 def multiply(gradients: list[Tensor], factor: float | Tensor) -> None:
     """Multiplies gradients in place."""
     if gradients:
-        torch._foreach_mul_(gradients, factor)  # type: ignore[call-overload]
+        torch._foreach_mul_(gradients, factor)
 
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:

@@ -138,8 +138,8 @@ class LossScaler(Scaler):
         for record in self._live():
             if any(id(param) in ours for param in params_of(record.optimizer)):
                 raise ValueError(
-                    f"{type(optimizer).__name__} and {type(record.optimizer).__name__} hold the same parameter: under a "
-                    "scaled loss gradients are unscaled per optimizer, so each parameter may be in one optimizer only"
+                    f"{type(optimizer).__name__} and {type(record.optimizer).__name__} hold the same parameter: under "
+                    "a scaled loss gradients are unscaled per optimizer, so each parameter may be in one optimizer only"
                 )
 
     # ---------------------------------------------------------------- the scale
