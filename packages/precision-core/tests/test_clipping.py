@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from precision_core import MixedPrecision, Precision
+from precision_core.loss_scaler import LossScaler
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import SGD
@@ -15,11 +15,12 @@ from torch.optim import SGD
 MODES = ("32-true", "16-mixed", "16-mixed on a device that blocks")
 
 
-def make(mode: str, **options: Any) -> Precision:
+def make(mode: str) -> Precision:
     if mode == "32-true":
         return Precision()
-    plugin = MixedPrecision("16-mixed", device="cpu", **options)
-    plugin.scaler._lazy = "blocks" in mode  # type: ignore[attr-defined]  # the CPU can play such a device
+    plugin = MixedPrecision("16-mixed", device="cpu")
+    lazy = "blocks" in mode  # the CPU can play such a device
+    plugin.scaler = LossScaler(plugin.setup_scaler(), min_scale=2.0**-14, max_skips=50, lazy=lazy)
     return plugin
 
 

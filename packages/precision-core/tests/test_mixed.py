@@ -46,7 +46,7 @@ def test_int_alias_and_policies_are_modes() -> None:
     assert MixedPrecision(16, device="cpu").policy == Policy.parse("16-mixed")
     assert MixedPrecision("params=float32,compute=bfloat16", device="cpu").policy == Policy.parse("bf16-mixed")
     for mode in ("32-true", "bf16-true", 32, "params=float64,compute=bfloat16"):
-        with pytest.raises(ValueError, match="MixedPrecision|cannot run here"):
+        with pytest.raises(ValueError, match=r"MixedPrecision|cannot run here"):
             MixedPrecision(mode, device="cpu")
 
 
@@ -199,7 +199,7 @@ def test_lbfgs_is_refused_at_registration_and_at_the_step() -> None:
 
 def test_one_parameter_in_two_optimizers_is_refused() -> None:
     plugin, param = MixedPrecision("16-mixed", device="cpu"), nn.Parameter(torch.ones(1))
-    with pytest.raises(ValueError, match="SGD and Adam hold the same parameter|Adam and SGD hold the same parameter"):
+    with pytest.raises(ValueError, match="Adam and SGD hold the same parameter"):
         plugin.register_optimizers(SGD([param], lr=1.0), Adam([param]))
 
 

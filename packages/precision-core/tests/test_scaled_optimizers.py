@@ -1,4 +1,4 @@
-"""Scaled steps through torch's optimizers: for-loop, foreach and fused, on a CPU and on a device that blocks on reads."""
+"""Scaled steps through torch's optimizers: for-loop, foreach, fused, on a CPU and on a device that blocks on reads."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from typing import Any
 import pytest
 import torch
 from precision_core import MixedPrecision
+from precision_core.loss_scaler import LossScaler
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 BAD_STEPS = (0, 3)
 IMPLEMENTATIONS = [{"foreach": False}, {"foreach": True}, {"fused": True}]
+
+
+def make(lazy: bool, max_skips: int = 50) -> MixedPrecision:
+    """A plugin on the CPU; with `lazy` the CPU plays a device whose values are slow to read."""
+    plugin = MixedPrecision("16-mixed", device="cpu")
+    plugin.scaler = LossScaler(plugin.setup_scaler(), min_scale=2.0**-14, max_skips=max_skips, lazy=lazy)
+    return plugin
 
 
 def train(optimizer: Optimizer, model: nn.Module, plugin: MixedPrecision | None, clip: bool) -> list[float]:
@@ -50,8 +58,7 @@ def test_like_training_without_the_bad_steps(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
     twin = copy.deepcopy(model)
-    plugin = MixedPrecision("16-mixed", device="cpu")
-    plugin.scaler._lazy = lazy  # type: ignore[attr-defined]  # the CPU can play a device whose values are slow to read
+    plugin = make(lazy)
     skipped = train(kind(model.parameters(), **options, **implementation), model, plugin, clip)
     train(kind(twin.parameters(), **options, **implementation), twin, None, clip)
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
@@ -62,8 +69,7 @@ def test_like_training_without_the_bad_steps(
 
 
 def test_flags_stay_on_the_device_with_a_fused_optimizer() -> None:
-    plugin = MixedPrecision("16-mixed", device="cpu")
-    plugin.scaler._lazy = True  # type: ignore[attr-defined]
+    plugin = make(lazy=True)
     param = nn.Parameter(torch.ones(1))
     optimizer = AdamW([param], lr=0.1, fused=True)
     for factor in (1.0, float("inf"), 1.0):
@@ -79,8 +85,7 @@ def test_flags_stay_on_the_device_with_a_fused_optimizer() -> None:
 
 def test_gradients_are_true_after_the_step() -> None:
     for lazy in (False, True):
-        plugin = MixedPrecision("16-mixed", device="cpu")
-        plugin.scaler._lazy = lazy  # type: ignore[attr-defined]
+        plugin = make(lazy)
         param = nn.Parameter(torch.ones(1))
         optimizer = AdamW([param], lr=0.1, fused=True)
         plugin.pre_backward((param * 3.0).sum(), None).backward()
@@ -89,8 +94,7 @@ def test_gradients_are_true_after_the_step() -> None:
 
 
 def test_the_limit_of_skips_is_checked_when_flags_are_read() -> None:
-    plugin = MixedPrecision("16-mixed", device="cpu", max_skips=3)
-    plugin.scaler._lazy = True  # type: ignore[attr-defined]
+    plugin = make(lazy=True, max_skips=3)
     param = nn.Parameter(torch.ones(1))
     optimizer = AdamW([param], lr=0.1, fused=True)
     for _ in range(4):

@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 
-@dataclass(frozen=True)
-class Clip:
-    """How to clip: exactly one of `max_norm` (of all gradients together) and `clip_val` (of each element).
+class Clip(NamedTuple):
+    """How to clip, as `make_clip` has checked it."""
 
-    Raises `ValueError` for both, neither, or a limit that is no positive number.
+    max_norm: float | None
+    clip_val: float | None
+    norm_type: float
+    error_if_nonfinite: bool
+
+
+def make_clip(max_norm: float | None, clip_val: float | None, norm_type: float, error_if_nonfinite: bool) -> Clip:
+    """Returns how to clip: exactly one of `max_norm` (of all gradients together) and `clip_val` (of each element).
+
+    Raises:
+        ValueError: both, neither, or a limit that is no positive number.
     """
-
-    max_norm: float | None = None
-    clip_val: float | None = None
-    norm_type: float = 2.0
-    error_if_nonfinite: bool = False
-
-    def __post_init__(self) -> None:
-        given = {
-            name: value
-            for name, value in (("max_norm", self.max_norm), ("clip_val", self.clip_val))
-            if value is not None
-        }
-        if len(given) != 1:
-            raise ValueError(
-                f"clip_gradients takes exactly one of max_norm and clip_val, got {'both' if given else 'neither'}: "
-                "pass max_norm=1.0 to limit the norm of all gradients together, clip_val=0.5 to limit each element"
-            )
-        ((name, value),) = given.items()
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise ValueError(f"clip_gradients got {name}={value!r}: expected a positive number")
+    if (max_norm is None) == (clip_val is None):
+        raise ValueError(
+            "clip_gradients takes exactly one of max_norm and clip_val, got "
+            f"{'neither' if max_norm is None else 'both'}: pass max_norm=1.0 to limit the norm of all gradients "
+            "together, clip_val=0.5 to limit each element"
+        )
+    limit = clip_val if max_norm is None else max_norm
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
+        name = "clip_val" if max_norm is None else "max_norm"
+        raise ValueError(f"clip_gradients got {name}={limit!r}: expected a positive number")
+    return Clip(max_norm, clip_val, norm_type, error_if_nonfinite)
 
 
 def clip_true_gradients(params: Sequence[nn.Parameter], clip: Clip) -> Tensor | None:

@@ -25,7 +25,8 @@ class StepCounter:
 
     def add(self, skipped: bool) -> None:
         """Counts one step whose outcome is known."""
-        self.read()
+        if self._unread:
+            self.read()
         self._count(skipped)
 
     def add_later(self, found_inf: Tensor) -> None:

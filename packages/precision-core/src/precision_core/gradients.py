@@ -39,9 +39,29 @@ def all_finite(gradients: Sequence[Tensor]) -> bool:
     return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
 
+def is_plain(gradients: Sequence[Tensor]) -> bool:
+    """Whether there are any, and all are ordinary dense float32 tensors on one device."""
+    kinds = {(type(each), each.layout, each.dtype, each.device) for each in gradients}
+    if len(kinds) != 1:
+        return False
+    ((kind, layout, dtype, _),) = kinds
+    return kind is Tensor and layout is torch.strided and dtype is torch.float32
+
+
+@torch.no_grad()
+def unscale_plain(gradients: list[Tensor], scale: float) -> Tensor:
+    """Divides plain gradients on the CPU by the scale; returns 1.0 or 0.0 for whether inf or NaN was found.
+
+    The kernel and the rounding of torch's `GradScaler.unscale_`, without its grouping by device and dtype.
+    """
+    flag = torch.zeros(())
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, flag, torch.tensor(1.0 / scale))
+    return flag
+
+
 @torch.no_grad()
 def clip_scaled(gradients: list[Tensor], scale: float | Tensor, clip: Clip) -> tuple[Tensor, Tensor] | None:
-    """Unscales and clips in place: the norm of the scaled gradients, then one multiplication.
+    """Unscales and clips plain gradients in place: the norm of the scaled ones, then one multiplication.
 
     That is a pass over the gradients less than unscale, then clip. `scale` is a float where the host may wait for
     values, else a tensor. Returns the true norm, and 1.0 or 0.0 for whether inf or NaN was found. Returns None, with
@@ -59,14 +79,6 @@ def clip_scaled(gradients: list[Tensor], scale: float | Tensor, clip: Clip) -> t
         return None
     multiply(gradients, min(clip.max_norm / (value + 1e-6), 1.0) / scale)
     return total / scale, torch.zeros((), device=total.device)
-
-
-def is_plain(gradients: Sequence[Tensor]) -> bool:
-    """Whether all are ordinary dense tensors on one device."""
-    return all(
-        type(each) is Tensor and each.layout is torch.strided and each.device == gradients[0].device
-        for each in gradients
-    )
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import enum
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from precision_core.gradients import (
     multiply,
     params_of,
     skips_on_device,
+    unscale_plain,
 )
 from precision_core.override import original
 from precision_core.scaler import NameOf, Scaler
@@ -59,20 +60,13 @@ class _Gradients(enum.Enum):
 class _Record:
     """What is known of one optimizer's gradients."""
 
-    def __init__(self, optimizer: Optimizer, forget: Callable[[int], Any]) -> None:
-        key = id(optimizer)
-        self.reference = weakref.ref(optimizer, lambda _: forget(key))
+    def __init__(self, reference: weakref.ref[Optimizer]) -> None:
+        self.reference = reference
         self.of_the_run = False
         self.gradients = _Gradients.NONE
         self.stepped = False  # since the last scaling
         self.found_inf: bool | Tensor = False  # in gradients that are TRUE; a tensor where the host must not wait
         self.counted = True  # found_inf has gone into an update of the scale
-
-    @property
-    def optimizer(self) -> Optimizer:
-        optimizer = self.reference()
-        assert optimizer is not None  # `_live` sees to it
-        return optimizer
 
 
 class LossScaler(Scaler):
@@ -91,8 +85,11 @@ class LossScaler(Scaler):
         self._min_scale = min_scale
         self._max_skips = max_skips
         self._lazy = lazy
+        # A subclass of torch's scaler may reduce flags over ranks in unscale_.
+        self._unscales_plainly = not lazy and type(torch_scaler).unscale_ is GradScaler.unscale_
         self._records: dict[int, _Record] = {}  # by id of the optimizer
         self._issued: float | Tensor | None = None  # the scale of the last scaling
+        self._read: tuple[Tensor, int, float] | None = None  # the scale, its version, and its value when last read
         self._due = False  # a step's found_inf waits for the update of the scale
         self._last_loss: tuple[weakref.ref[Tensor], Tensor] | None = None
 
@@ -105,8 +102,9 @@ class LossScaler(Scaler):
             ValueError: LBFGS, or a parameter that another optimizer holds too.
         """
         for optimizer in optimizers:
-            record = self._records.get(id(optimizer)) or self._new_record(optimizer)
-            record.of_the_run = True
+            if id(optimizer) not in self._records:
+                self._new_record(optimizer)
+            self._records[id(optimizer)].of_the_run = True
 
     def _record(self, optimizer: Optimizer) -> _Record:
         record = self._records.get(id(optimizer))
@@ -114,19 +112,18 @@ class LossScaler(Scaler):
             record = self._new_record(optimizer)
             if self._issued is not None:  # its gradients came from a scaled loss
                 record.gradients = _Gradients.SCALED
-                self._rescale(record, self._issued, self._value())
+                _rescale(optimizer, self._issued, self._value())
         return record
 
     def _new_record(self, optimizer: Optimizer) -> _Record:
         self._check(optimizer)
-        record = self._records[id(optimizer)] = _Record(optimizer, lambda key: self._records.pop(key, None))
+        key, records = id(optimizer), self._records
+        record = records[key] = _Record(weakref.ref(optimizer, lambda _: records.pop(key, None)))
         return record
 
-    def _live(self) -> Iterator[_Record]:
-        for record in list(self._records.values()):
-            optimizer = record.reference()  # held while the caller looks at its record
-            if optimizer is not None:
-                yield record
+    def _live(self) -> list[tuple[Optimizer, _Record]]:
+        pairs = [(record.reference(), record) for record in list(self._records.values())]
+        return [(optimizer, record) for optimizer, record in pairs if optimizer is not None]
 
     def _check(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, LBFGS):
@@ -135,10 +132,10 @@ class LossScaler(Scaler):
                 'use another optimizer, or a mode that does not scale such as precision="bf16-mixed"'
             )
         ours = {id(param) for param in params_of(optimizer)}
-        for record in self._live():
-            if any(id(param) in ours for param in params_of(record.optimizer)):
+        for other, _ in self._live():
+            if any(id(param) in ours for param in params_of(other)):
                 raise ValueError(
-                    f"{type(optimizer).__name__} and {type(record.optimizer).__name__} hold the same parameter: under "
+                    f"{type(optimizer).__name__} and {type(other).__name__} hold the same parameter: under "
                     "a scaled loss gradients are unscaled per optimizer, so each parameter may be in one optimizer only"
                 )
 
@@ -152,15 +149,16 @@ class LossScaler(Scaler):
 
     def scale(self, loss: Tensor) -> Tensor:
         """Returns `loss` (any shape) times the scale."""
-        for record in self._live():
+        live = self._live()
+        for optimizer, record in live:
             if record.gradients is _Gradients.TRUE:
-                self._withdraw(record)
+                self._withdraw(optimizer, record)
         self._update_if_due()
         scaled: Tensor = self.torch_scaler.scale(loss)
         self._issued = self._value()
-        for record in self._live():
+        for optimizer, record in live:
             if record.gradients is not _Gradients.SCALED:
-                self._rescale(record, 1.0, self._issued)
+                _rescale(optimizer, 1.0, self._issued)
                 record.gradients = _Gradients.SCALED
             record.stepped = False
         self._last_loss = (weakref.ref(scaled), loss)
@@ -174,21 +172,28 @@ class LossScaler(Scaler):
             return loss
         return scaled.detach() / self.torch_scaler.get_scale()
 
-    def _withdraw(self, record: _Record) -> None:
+    def _withdraw(self, optimizer: Optimizer, record: _Record) -> None:
         """Takes back the check of gradients that were clipped and then dropped or added to instead of stepped.
 
         An overflow among dropped ones still lowers the scale; among kept ones it will be found again.
         """
         if not record.counted:
-            if record.found_inf and all_finite(gradients_of(record.optimizer)):
+            if record.found_inf and all_finite(gradients_of(optimizer)):
                 self._due = True
             else:
-                self.torch_scaler._per_optimizer_states.pop(id(record.optimizer), None)
+                self.torch_scaler._per_optimizer_states.pop(id(optimizer), None)
         record.found_inf, record.counted = False, True
 
     def _value(self) -> float | Tensor:
+        """The scale as it is now: a number, or a copy on the device where the host must not wait for one."""
         scale = self.torch_scaler._scale
-        return scale.clone() if self._lazy and scale is not None else self.torch_scaler.get_scale()
+        if scale is None:  # no loss was scaled yet
+            return self.torch_scaler.get_scale()
+        if self._lazy:
+            return scale.clone()
+        if self._read is None or self._read[0] is not scale or self._read[1] != scale._version:
+            self._read = (scale, scale._version, scale.item())
+        return self._read[2]
 
     def _update_if_due(self) -> None:
         if not self._due:
@@ -200,45 +205,54 @@ class LossScaler(Scaler):
             scale = self.torch_scaler._scale
             assert scale is not None
             torch.maximum(scale, old.clamp(max=self._min_scale), out=scale)
-        elif self.torch_scaler.get_scale() < min(old, self._min_scale):
+        elif self._value() < min(old, self._min_scale):
             self.torch_scaler.update(min(old, self._min_scale))
-        self._scale_changed(old)
-        for record in self._live():
-            record.counted = True
+        self._follow(old)
 
-    def _scale_changed(self, old: float | Tensor) -> None:
+    def _follow(self, old: float | Tensor) -> None:
+        """Brings gradients that carry the old scale to the new one; what was found before it has had its effect."""
         new = self._value()
-        for record in self._live():
+        for optimizer, record in self._live():
+            record.counted = True
             if record.gradients is _Gradients.SCALED:
-                self._rescale(record, old, new)
-
-    def _rescale(self, record: _Record, old: float | Tensor, new: float | Tensor) -> None:
-        if isinstance(new, Tensor) or old != new:
-            multiply(gradients_of(record.optimizer), new / old)
+                _rescale(optimizer, old, new)
 
     # ---------------------------------------------------------------- true gradients
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Divides the gradients of `optimizer` by the scale, at most once until it steps."""
         record = self._record(optimizer)
-        self._check_scaled(record)
+        gradients = gradients_of(optimizer)
+        self._check_scaled(optimizer, record, gradients)
         if record.gradients is _Gradients.SCALED:
-            self.torch_scaler.unscale_(optimizer)
-            self._now_true(record)
+            self._unscale(optimizer, record, gradients)
 
-    def _now_true(self, record: _Record) -> None:
-        flags = list(self.torch_scaler._found_inf_per_device(record.optimizer).values())
-        if self._lazy and flags:
-            record.found_inf = torch.stack([flag.to(flags[0].device) for flag in flags]).sum()
+    def _unscale(self, optimizer: Optimizer, record: _Record, gradients: list[Tensor]) -> None:
+        if self._unscales_plainly and is_plain(gradients) and gradients[0].is_cpu:
+            scale = self._value()
+            assert isinstance(scale, float)
+            self._now_true(optimizer, record, unscale_plain(gradients, scale))
         else:
-            record.found_inf = any(flag.item() for flag in flags)
+            self.torch_scaler.unscale_(optimizer)
+            self._now_true(optimizer, record)
+
+    def _now_true(self, optimizer: Optimizer, record: _Record, flag: Tensor | None = None) -> None:
+        """Notes what the check of the gradients found; `flag` is given when it was not torch's scaler that checked."""
+        if flag is not None:
+            state = self.torch_scaler._per_optimizer_states[id(optimizer)]
+            state["stage"], state["found_inf_per_device"] = OptState.UNSCALED, {flag.device: flag}
+        flags = list(self.torch_scaler._found_inf_per_device(optimizer).values())
+        if self._lazy and flags:
+            record.found_inf = torch.stack([each.to(flags[0].device) for each in flags]).sum()
+        else:
+            record.found_inf = any(each.item() for each in flags)
         record.gradients, record.counted = _Gradients.TRUE, not flags
 
-    def _check_scaled(self, record: _Record) -> None:
-        if record.gradients is _Gradients.NONE and gradients_of(record.optimizer):
+    def _check_scaled(self, optimizer: Optimizer, record: _Record, gradients: list[Tensor]) -> None:
+        if record.gradients is _Gradients.NONE and gradients:
             raise RuntimeError(
-                f"the gradients of {type(record.optimizer).__name__} come from no scaled loss: nothing was scaled "
-                "since its last step. Call fabric.backward(loss) instead of loss.backward(); in a loop without Fabric, "
+                f"the gradients of {type(optimizer).__name__} come from no scaled loss: nothing was scaled since its "
+                "last step. Call fabric.backward(loss) instead of loss.backward(); in a loop without Fabric, "
                 "precision.pre_backward(loss, model).backward()"
             )
 
@@ -250,41 +264,34 @@ class LossScaler(Scaler):
         Gradients with inf or NaN lead to a skipped step, not to an error, unless `clip.error_if_nonfinite`.
         """
         optimizers = [optimizer] if optimizer is not None else self._holders(params, name_of)
-        records = [self._record(each) for each in optimizers]
-        for record in records:
-            self._check_scaled(record)
+        held = {each: gradients_of(each) for each in optimizers}
+        for each, gradients in held.items():
+            self._check_scaled(each, self._record(each), gradients)
         gradients = [param.grad for param in params if param.grad is not None]
         at_once = (
             clip.max_norm is not None
-            and bool(gradients)
-            and all(record.gradients is _Gradients.SCALED for record in records)
-            and len(gradients) == sum(len(gradients_of(each)) for each in optimizers)  # all that they hold
+            and all(self._record(each).gradients is _Gradients.SCALED for each in optimizers)
+            and len(gradients) == sum(map(len, held.values()))  # no optimizer holds more than is clipped
             and is_plain(gradients)
         )
         if at_once:
-            wait = clip.error_if_nonfinite
-            result = clip_scaled(gradients, self.torch_scaler.get_scale() if wait else self._value(), clip)
+            scale = self.torch_scaler.get_scale() if clip.error_if_nonfinite else self._value()
+            result = clip_scaled(gradients, scale, clip)
             if result is not None:
-                self._note_flag(records, result[1])
+                for each in optimizers:
+                    self._now_true(each, self._record(each), result[1].clone())
                 return result[0]
         for each in optimizers:
             self.unscale(each)
         return clip_true_gradients(params, clip)
 
-    def _note_flag(self, records: list[_Record], flag: Tensor) -> None:
-        """Tells torch's scaler and the records what a check of their gradients found."""
-        for record in records:
-            state = self.torch_scaler._per_optimizer_states[id(record.optimizer)]
-            state["stage"], state["found_inf_per_device"] = OptState.UNSCALED, {flag.device: flag.clone()}
-            self._now_true(record)
-
     def _holders(self, params: list[nn.Parameter], name_of: NameOf) -> list[Optimizer]:
         wanted = {id(param): param for param in params if param.grad is not None}
         holders = []
-        for record in self._live():
-            held = {id(param) for param in params_of(record.optimizer)} & wanted.keys()
+        for optimizer, _ in self._live():
+            held = {id(param) for param in params_of(optimizer)} & wanted.keys()
             if held:
-                holders.append(record.optimizer)
+                holders.append(optimizer)
                 for key in held:
                     del wanted[key]
         if wanted:
@@ -312,24 +319,30 @@ class LossScaler(Scaler):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        self._check_scaled(record)
+        gradients = gradients_of(optimizer)
+        self._check_scaled(optimizer, record, gradients)
         if self._issued is None:
             raise RuntimeError(
                 "optimizer.step() before any backward: there are no gradients yet. Call fabric.backward(loss) first"
             )
-        if gradients_of(optimizer):
-            self.unscale(optimizer)
+        if gradients:
+            if record.gradients is _Gradients.SCALED:
+                self._unscale(optimizer, record, gradients)
             returned = self._step_or_skip(optimizer, record, kwargs)
             result = returned if closure is None else result
             self._due = self._due or not record.counted
         else:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
         record.gradients, record.stepped = _Gradients.NONE, True
-        records = [each for each in self._live() if each.of_the_run] or list(self._live())
-        if all(each.stepped for each in records):
+        if self._due and self._all_stepped():
             self._update_if_due()
-        self.check_skips(name_of)
+        if self.counter.skipped_in_a_row:
+            self.check_skips(name_of)
         return result
+
+    def _all_stepped(self) -> bool:
+        records = [record for _, record in self._live()]
+        return all(record.stepped for record in [each for each in records if each.of_the_run] or records)
 
     def _step_or_skip(self, optimizer: Optimizer, record: _Record, kwargs: dict[str, Any]) -> Any:
         step = original(optimizer, "step")
@@ -355,8 +368,8 @@ class LossScaler(Scaler):
             return
         bad = (
             name_of(param)
-            for record in self._live()
-            for param in params_of(record.optimizer)
+            for optimizer, _ in self._live()
+            for param in params_of(optimizer)
             if param.grad is not None and not all_finite([param.grad])
         )
         raise FloatingPointError(
@@ -382,7 +395,12 @@ class LossScaler(Scaler):
         self._due = False
         old = self._value()
         self.torch_scaler.load_state_dict(state)
-        self._scale_changed(old)
+        self._follow(old)
+
+
+def _rescale(optimizer: Optimizer, old: float | Tensor, new: float | Tensor) -> None:
+    if isinstance(new, Tensor) or old != new:
+        multiply(gradients_of(optimizer), new / old)
 
 
 def _first(names: Iterable[str], count: int = 5) -> str:
