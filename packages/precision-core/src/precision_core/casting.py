@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 import torch
@@ -37,7 +37,8 @@ def cast_dtype(current: torch.dtype, dtype: torch.dtype) -> torch.dtype:
 
 def cast_tensor(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns `tensor` in `cast_dtype(tensor.dtype, dtype)`, the same object when that is its own."""
-    return tensor if tensor.dtype is dtype else tensor.to(cast_dtype(tensor.dtype, dtype))
+    wanted = cast_dtype(tensor.dtype, dtype)
+    return tensor if tensor.dtype is wanted else tensor.to(wanted)
 
 
 def cast(tree: T, dtype: torch.dtype) -> T:
@@ -49,35 +50,35 @@ def cast(tree: T, dtype: torch.dtype) -> T:
 
 def map_tensors(tree: T, function: Callable[[Tensor], Tensor]) -> T:
     """Returns `tree` with every tensor replaced by `function(tensor)`, each distinct tensor only once."""
-    return _map(tree, function, {})
+    return _map(tree, function, {})[0]
 
 
-def _map(tree: Any, function: Callable[[Tensor], Tensor], done: dict[Tensor, Tensor]) -> Any:
+def _map(tree: Any, function: Callable[[Tensor], Tensor], done: dict[Tensor, Tensor]) -> tuple[Any, bool]:
+    """Returns the new tree and whether it is one: torch.compile cannot tell two containers apart by `is`."""
     if isinstance(tree, Tensor):
         if tree not in done:  # tensors hash by identity
             done[tree] = function(tree)
-        return done[tree]
-    kind = type(tree)
-    if kind is dict:
-        new: Any = {key: _map(value, function, done) for key, value in tree.items()}
-        return new if any(new[key] is not tree[key] for key in tree) else tree
+        return done[tree], done[tree] is not tree
     if isinstance(tree, (list, tuple)):
-        values = [_map(value, function, done) for value in tree]
-        if all(new is old for new, old in zip(values, tree, strict=True)):
-            return tree
-        return _rebuild_sequence(tree, values)
-    if isinstance(tree, Mapping):  # OrderedDict, defaultdict, UserDict, ModelOutput: a copy keeps what else they hold
-        changed = {key: _map(value, function, done) for key, value in tree.items()}
-        changed = {key: value for key, value in changed.items() if value is not tree[key]}
-        if not changed:
-            return tree
-        new = copy.copy(tree)
-        for key, value in changed.items():
-            new[key] = value
-        return new
-    if dataclasses.is_dataclass(kind):
-        return _map_dataclass(tree, function, done)
-    return tree
+        pairs = [_map(value, function, done) for value in tree]
+        changed = any(is_new for _, is_new in pairs)
+        return (_rebuild_sequence(tree, [value for value, _ in pairs]), True) if changed else (tree, False)
+    if isinstance(tree, Mapping):
+        new = _map_items(tree.items(), function, done)
+        return (_rebuild_mapping(tree, new), True) if new else (tree, False)
+    if dataclasses.is_dataclass(type(tree)):
+        fields = [field.name for field in dataclasses.fields(tree) if hasattr(tree, field.name)]
+        new = _map_items([(name, getattr(tree, name)) for name in fields], function, done)
+        return (_rebuild_dataclass(tree, new), True) if new else (tree, False)
+    return tree, False
+
+
+def _map_items(
+    items: Iterable[tuple[Any, Any]], function: Callable[[Tensor], Tensor], done: dict[Tensor, Tensor]
+) -> dict[Any, Any]:
+    """Returns the new values of those keys whose value is new."""
+    pairs = {key: _map(value, function, done) for key, value in items}
+    return {key: value for key, (value, is_new) in pairs.items() if is_new}
 
 
 def _rebuild_sequence(tree: Any, values: list[Any]) -> Any:
@@ -88,18 +89,22 @@ def _rebuild_sequence(tree: Any, values: list[Any]) -> Any:
         new = copy.copy(tree)
         new[:] = values
         return new
-    if hasattr(kind, "_fields"):  # a namedtuple takes its fields one by one
-        return kind(*values)
+    if hasattr(kind, "_make"):  # a namedtuple, whose own __new__ may want other arguments than its fields
+        return kind._make(values)
     return kind(values)  # torch.return_types and other tuples take one sequence
 
 
-def _map_dataclass(tree: Any, function: Callable[[Tensor], Tensor], done: dict[Tensor, Tensor]) -> Any:
-    old = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree) if hasattr(tree, field.name)}
-    new = {name: _map(value, function, done) for name, value in old.items()}
-    changed = {name: value for name, value in new.items() if value is not old[name]}
-    if not changed:
-        return tree
+def _rebuild_mapping(tree: Any, new: dict[Any, Any]) -> Any:
+    if type(tree) is dict or not isinstance(tree, MutableMapping):
+        return type(tree)({**tree, **new})
+    result = copy.copy(tree)  # OrderedDict, defaultdict, UserDict, ModelOutput: a copy keeps what else they hold
+    for key, value in new.items():
+        result[key] = value
+    return result
+
+
+def _rebuild_dataclass(tree: Any, new: dict[str, Any]) -> Any:
     result = copy.copy(tree)  # not dataclasses.replace: that would run __post_init__ again
-    for name, value in changed.items():
+    for name, value in new.items():
         object.__setattr__(result, name, value)  # frozen ones too
     return result

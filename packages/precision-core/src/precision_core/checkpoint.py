@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import secrets
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,9 @@ _PLAIN = (
     torch.device,
     torch.Size,
 )
+_MAX_INT_BITS = 2000
+"""From about 255 bytes on, integers have a pickle opcode that a safe load refuses."""
+
 _CONTAINERS: tuple[type, ...] = (dict, list, tuple, OrderedDict)
 
 
@@ -66,7 +70,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Returns the content of a checkpoint, its tensors on `device`.
 
     torch.load checks no checksum: of 1,000 single flipped bits 914 loaded silently wrong. So every record is verified
-    before anything is unpickled.
+    before anything is unpickled, and nothing in the file is executed.
 
     Raises:
         CheckpointError: damaged, truncated, not a checkpoint of Fabric.save, or of a newer format.
@@ -78,13 +82,13 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise FileNotFoundError(f"there is no checkpoint {path}")
     with open(path, "rb") as file:  # outside the try: a missing permission is not a damaged file
         try:
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise CheckpointError(f"the record {damaged} does not match its checksum")
-            file.seek(0)
+            _verify(file)
             content = torch.load(file, map_location=device, weights_only=True)
-        except Exception as error:  # damage shows anywhere: zip structure, checksums, pickle opcodes, tensor sizes
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path} was not written by Fabric.save: it holds objects that a safe load refuses"
+            ) from error
+        except Exception as error:  # damage shows anywhere: zip structure, checksums, tensor sizes
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise CheckpointError(f"{path} is damaged, or no checkpoint: {reason}") from error
     header = content.get(RESERVED) if isinstance(content, dict) else None
@@ -97,13 +101,31 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format {header['version']}, written by a newer precision-core; this one reads {FORMAT_VERSION}"
         )
+    if not {"precision", "rng"} <= header.keys():
+        raise CheckpointError(f"{path} is incomplete: its {RESERVED!r} record has only {sorted(header)}")
     return content
+
+
+def _verify(file: IO[bytes]) -> None:
+    """Raises unless every record of the zip file matches its checksum, and leaves the file at its start."""
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()
+        # The one field that no checksum covers and torch reads: a record marked as a folder is taken for empty.
+        marked = [record.filename for record in archive.infolist() if record.external_attr]
+    if damaged or marked:
+        raise CheckpointError(f"the record {damaged or marked[0]} does not match its checksum")
+    file.seek(0)
 
 
 def check_saveable(tree: Any, key: str = "", inside: tuple[int, ...] = ()) -> None:
     """Raises `ValueError` naming the key of the first value that `torch.load(weights_only=True)` would refuse."""
     kind = type(tree)
-    if kind in _PLAIN:
+    if isinstance(tree, Tensor) and tree.is_meta:
+        raise ValueError(f"cannot save {key or 'the state'}: it is on the meta device and has no values")
+    if kind in _CONTAINERS or kind in _PLAIN:  # what was set on a tensor or an OrderedDict is saved with it
+        for name, value in getattr(tree, "__dict__", {}).items():
+            check_saveable(value, f"{key}.{name}", (*inside, id(tree)))
+    if kind in _PLAIN and not (kind is int and tree.bit_length() > _MAX_INT_BITS):
         return
     if kind in _CONTAINERS:
         if id(tree) in inside:
@@ -120,8 +142,13 @@ def check_saveable(tree: Any, key: str = "", inside: tuple[int, ...] = ()) -> No
         buffer.seek(0)
         torch.load(buffer, weights_only=True)
     except Exception as error:
+        way_out = (
+            "Objects with state_dict are saved from dicts only: put it under a key of its own"
+            if hasattr(tree, "state_dict")
+            else "Save plain values (float(x), str(path), vars(args), array.tolist()), or give the object state_dict "
+            "and load_state_dict"
+        )
         raise ValueError(
-            f"cannot save {key.lstrip('.') or 'the state'}: a {kind.__module__}.{kind.__qualname__} would be refused "
-            "by a safe load, which takes tensors, numbers, strings and containers of them. Save plain values "
-            "(float(x), str(path), vars(args), array.tolist()), or give the object state_dict and load_state_dict"
+            f"cannot save {key or 'the state'}: a {kind.__module__}.{kind.__qualname__} would be refused by a safe "
+            f"load, which takes tensors, numbers, strings and containers of them. {way_out}"
         ) from error

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from precision_core.casting import cast_dtype, cast_tensor
 from precision_core.report import Item
@@ -62,7 +63,17 @@ def _loses(before: Tensor, after: Tensor) -> bool:
     """Whether the cast changed a value; meta tensors have none, so they count as changed by any narrowing."""
     if torch.promote_types(before.dtype, after.dtype) is after.dtype:
         return False
-    return before.is_meta or not torch.equal(after.to(before.dtype).nan_to_num(), before.nan_to_num())
+    if before.is_meta or is_lazy(before):
+        return True
+    before, after = _values(before), _values(after)
+    return not bool(((after.to(before.dtype) == before) | before.isnan()).all())
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """Returns the values that a sparse tensor stores; a dense one is its own."""
+    if tensor.layout is torch.strided:
+        return tensor
+    return tensor._values() if tensor.is_sparse else tensor.values()
 
 
 def _change(tensor: Tensor, dtype: torch.dtype) -> str:

@@ -3,6 +3,11 @@
 Inside `created_as(dtype)`, whatever torch would give its default dtype gets `dtype`: factories that were called without
 one (`torch.zeros(3)`, `torch.tensor([0.5])`) and arithmetic that makes floats of integers (`torch.arange(4) / 3`).
 A dtype that the user wrote (`dtype=`, `.float()`, `.to(...)`) and whatever follows from a floating input stays.
+
+Out of reach is what torch hides from function modes: the old constructor `torch.Tensor(...)`, scripted functions, and
+Python code that reads `torch.get_default_dtype()` itself (`torch.signal.windows`, `torch.distributions` of numbers).
+A function mode is also off in backward, where activation checkpoints run parts of forward again. They want it passed:
+`checkpoint(..., use_reentrant=False, context_fn=lambda: (nullcontext(), precision.forward_context()))`.
 """
 
 from __future__ import annotations
@@ -14,10 +19,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from precision_core.casting import cast_dtype
+
 _FACTORIES = frozenset(
     {
         torch.empty,
         torch.empty_strided,
+        torch.empty_permuted,
         torch.zeros,
         torch.ones,
         torch.rand,
@@ -37,16 +45,31 @@ _FACTORIES = frozenset(
 )
 """Always floating without a dtype. The random ones must get it up front: running them twice would draw twice."""
 
-_INFERRING = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.full, torch.arange, torch.scalar_tensor})
+_INFERRING = frozenset(
+    {
+        torch.tensor,
+        torch.as_tensor,
+        torch.asarray,
+        torch.full,
+        torch.arange,
+        torch.scalar_tensor,
+        torch.sparse_coo_tensor,
+    }
+)
 """Floating only when the values are."""
 
 _EXPLICIT = frozenset(
     {
+        torch.Tensor.double,
         torch.Tensor.float,
+        torch.Tensor.half,
+        torch.Tensor.bfloat16,
+        torch.Tensor.cdouble,  # type: ignore[attr-defined]
+        torch.Tensor.cfloat,  # type: ignore[attr-defined]
+        torch.Tensor.chalf,
         torch.Tensor.to,
         torch.Tensor.type,
         torch.Tensor.view,
-        torch.Tensor.cfloat,  # type: ignore[attr-defined]
         torch.Tensor.dequantize,
         torch.dequantize,
         torch.from_numpy,
@@ -58,13 +81,12 @@ _EXPLICIT = frozenset(
 
 _CONDITIONAL = frozenset({torch.where, torch.Tensor.where})
 
-_COMPLEX = {torch.float64: torch.complex128}
-
 
 class created_as(TorchFunctionMode):
     """Context in which tensors that torch would create in its default dtype are created in `dtype`.
 
-    Thread-local, re-entrant, restored on exceptions, and traced by torch.compile.
+    Complex ones become complex128 under float64, and stay complex64 under any other. Thread-local, re-entrant, restored
+    on exceptions, and traced by torch.compile.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -75,26 +97,23 @@ class created_as(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _FACTORIES and kwargs.get("dtype") is None and not _any_tensor(args, kwargs):
+        if func in _FACTORIES and _leaves_dtype_open(func, args, kwargs):
             return func(*args, **{**kwargs, "dtype": self.dtype})
         out = func(*args, **kwargs)
         # Nearly always the result is in self.dtype already, and this comparison is all that the mode costs.
         if type(out) is not Tensor or out.dtype is self.dtype or not (out.is_floating_point() or out.is_complex()):
             return out
-        if kwargs.get("dtype") is not None or func in _EXPLICIT or type(func) not in _TORCH_CALLS:
+        if func in _EXPLICIT or type(func) not in _TORCH_CALLS or _any_dtype(args, kwargs):
             return out
+        wanted = cast_dtype(torch.complex64, self.dtype) if out.is_complex() else self.dtype
         if func in _INFERRING:
-            return out if _typed_data(args, kwargs) else self._infer_again(func, args, kwargs, out)
-        if out.is_complex() or _any_floating(args) or _any_floating(kwargs):
+            return out if _typed_data(args, kwargs) else func(*args, **{**kwargs, "dtype": wanted})
+        if _any_floating(args) or _any_floating(kwargs):
             return out
         # Integers became floats. In a wider dtype compute them again: a cast could not bring the digits back.
-        if torch.promote_types(self.dtype, out.dtype) is self.dtype:
-            return func(*self._widen(args, func), **self._widen(kwargs, func)).to(self.dtype)
-        return out.to(self.dtype)
-
-    def _infer_again(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], out: Tensor) -> Any:
-        dtype = _COMPLEX.get(self.dtype, out.dtype) if out.is_complex() else self.dtype
-        return func(*args, **{**kwargs, "dtype": dtype})
+        if torch.promote_types(wanted, out.dtype) is wanted is not out.dtype:
+            return func(*self._widen(args, func), **self._widen(kwargs, func)).to(wanted)
+        return out.to(wanted)
 
     def _widen(self, tree: Any, func: Callable[..., Any]) -> Any:
         """Returns the arguments with integers (for torch.where: its Python floats, not the condition) in self.dtype."""
@@ -113,20 +132,30 @@ _TORCH_CALLS = (type(torch.zeros), type(torch.Tensor.add), type(torch.Tensor.sum
 """torch's own functions and methods. Operators called through torch.ops say themselves what dtype they return."""
 
 
+def _leaves_dtype_open(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> bool:
+    if kwargs.get("dtype") is not None or kwargs.get("out") is not None:
+        return False
+    return func is not torch.normal or not any(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
+
+
 def _typed_data(args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the data of torch.tensor and its like carries a dtype (tensors, arrays) instead of Python numbers."""
+    """Whether the data of torch.tensor and its like carries a floating dtype (tensors, arrays)."""
     values = [*args, *kwargs.values()]
     while values:
         value = values.pop()
-        if hasattr(value, "dtype") or isinstance(value, torch.dtype):
-            return True
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, Tensor):
+            if _any_floating(value):
+                return True  # an integer one is a size, a limit or an index
+        elif hasattr(value, "dtype"):
+            if getattr(value.dtype, "kind", "f") not in "iub":  # numpy's letters for integers and bool
+                return True
+        elif isinstance(value, (list, tuple)):
             values.extend(value[:1])  # the first element speaks for the list
     return False
 
 
-def _any_tensor(args: Any, kwargs: dict[str, Any]) -> bool:
-    return any(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
+def _any_dtype(args: Any, kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values()))
 
 
 def _any_floating(tree: Any) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from precision_core.dtypes import nearest
+
 ACCELERATORS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu",),
     "gpu": ("cuda", "xpu", "mps"),
@@ -49,8 +51,9 @@ def choose_device(accelerator: str, devices: int | str | Sequence[int]) -> torch
 
 
 def _choose_type(accelerator: str) -> str:
-    if accelerator not in ACCELERATORS:
-        raise ValueError(f"Fabric(accelerator={accelerator!r}): allowed are {', '.join(ACCELERATORS)}")
+    if not isinstance(accelerator, str) or accelerator not in ACCELERATORS:
+        hint = nearest(str(accelerator), ACCELERATORS)
+        raise ValueError(f"Fabric(accelerator={accelerator!r}): allowed are {', '.join(ACCELERATORS)}{hint}")
     for device_type in ACCELERATORS[accelerator]:
         if is_available(device_type):
             return device_type

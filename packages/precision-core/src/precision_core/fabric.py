@@ -12,7 +12,6 @@ for batch in fabric.setup_dataloaders(loader):
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
@@ -24,13 +23,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from precision_core import checkpoint, rng
-from precision_core.devices import choose_device
+from precision_core.checkpoint import CheckpointError
+from precision_core.devices import ACCELERATORS, choose_device
 from precision_core.loader import DeviceLoader
 from precision_core.override import is_overridden, override
 from precision_core.policy import Policy
-from precision_core.precision import Precision, check_state
+from precision_core.precision import Precision
 from precision_core.resolve import resolve_precision
-from precision_core.state import collect, restore
+from precision_core.state import check_fits, collect, restore
 from precision_core.strategies import SingleDeviceStrategy, Strategy
 
 
@@ -55,11 +55,10 @@ class Fabric:
         precision: str | int | Policy | Precision = "32-true",
     ) -> None:
         device = choose_device(accelerator, devices)
-        self._strategy = _resolve_strategy(strategy, device)
+        self._strategy = _resolve_strategy(strategy, accelerator, device)
         self._precision = resolve_precision(precision, self._strategy.device.type)
         self._strategy.connect(self._precision)
         self._restores: list[Callable[[], None]] = []
-        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     # ---------------------------------------------------------------- what there is
 
@@ -136,7 +135,6 @@ class Fabric:
         for optimizer in optimizers:
             self._strategy.setup_optimizer(optimizer)
             self._restores.append(override(optimizer, "step", self._make_step))
-            self._optimizers.add(optimizer)
         return optimizers[0] if len(optimizers) == 1 else optimizers
 
     def _check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
@@ -147,11 +145,19 @@ class Fabric:
                 raise ValueError(f"this {type(optimizer).__name__} is set up already")
 
     def _make_step(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        strategy = self._strategy
+        run = self._strategy.optimizer_step
 
         def step(self: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-            return strategy.optimizer_step(self, closure, **kwargs)
+            return run(self, closure, **kwargs)
 
+        def plain(optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
+            return function(optimizer, **kwargs) if closure is None else function(optimizer, closure, **kwargs)
+
+        def let_go() -> None:
+            nonlocal run
+            run = plain
+
+        self._restores.append(let_go)  # a scheduler that has wrapped this step goes on calling it after teardown
         return step
 
     def mark_forward_method(self, model: nn.Module, name: str) -> None:
@@ -163,7 +169,8 @@ class Fabric:
         target = _uncompiled(model)
         if not is_overridden(target, "forward"):
             raise ValueError("fabric.mark_forward_method: set the model up first with fabric.setup(model)")
-        if not isinstance(name, str) or not callable(getattr(target, name, None)):
+        method = getattr(target, name, None) if isinstance(name, str) else None
+        if not callable(method) or isinstance(method, nn.Module):
             raise ValueError(f"fabric.mark_forward_method: {type(target).__name__} has no method {name!r}")
         if is_overridden(target, name):
             raise ValueError(f"fabric.mark_forward_method: {name!r} is marked already")
@@ -275,13 +282,18 @@ class Fabric:
             CheckpointError: damaged, foreign, newer, or does not fit; nothing was changed.
             FileNotFoundError: there is no such file.
         """
+        if state is not None and not isinstance(state, dict):
+            raise ValueError(f"fabric.load(path, state): state is a dict as for save, not a {type(state).__name__}")
         content = checkpoint.read(Path(path))
         header = content.pop(checkpoint.RESERVED)
         if state is None:
             return content
-        check_state(header.get("precision"))
+        check_fits(state, content, strict=strict)
+        try:
+            self._precision.load_state_dict(header["precision"])
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         rest = restore(state, content, strict=strict)
-        self._precision.load_state_dict(header["precision"])
         rng.set_rng_state(header["rng"], self.device)
         return rest
 
@@ -299,8 +311,13 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def _resolve_strategy(strategy: str | Strategy, device: torch.device) -> Strategy:
+def _resolve_strategy(strategy: str | Strategy, accelerator: str, device: torch.device) -> Strategy:
     if isinstance(strategy, Strategy):
+        if accelerator != "auto" and strategy.device.type not in ACCELERATORS[accelerator]:
+            raise ValueError(
+                f"Fabric(accelerator={accelerator!r}) got a {type(strategy).__name__} on {str(strategy.device)!r}: "
+                "leave accelerator out, or make the strategy for that device"
+            )
         return strategy
     if strategy == "auto":
         return SingleDeviceStrategy(device)

@@ -16,7 +16,7 @@ from precision_core.conversion import cast_buffers, cast_parameters
 from precision_core.creation import created_as
 from precision_core.dtypes import FLOATS, dtype_name, parse_dtype
 from precision_core.exceptions import EffectivePolicies, Restore, apply_exceptions
-from precision_core.patterns import check_all_used, check_pattern, covers, matches
+from precision_core.patterns import check_all_used, check_pattern, covers
 from precision_core.policy import Policy
 from precision_core.precision import Precision
 from precision_core.report import Item, Report, module_bytes
@@ -49,11 +49,13 @@ class HalfPrecision(Precision):
     ) -> None:
         super().__init__(policy=precision)
         self._float32_buffers: tuple[str, ...] = ()
-        if isinstance(buffers, torch.dtype) or buffers in FLOATS:
+        if isinstance(buffers, torch.dtype) or (isinstance(buffers, str) and buffers in FLOATS):
             self.policy = replace(self.policy, buffers=parse_dtype(buffers))
-        elif buffers is not None:
+        elif isinstance(buffers, Iterable):
             patterns = [buffers] if isinstance(buffers, str) else buffers
             self._float32_buffers = tuple(check_pattern(pattern) for pattern in patterns)
+        elif buffers is not None:
+            raise ValueError(f"HalfPrecision(buffers={buffers!r}): expected a float dtype, or name patterns of buffers")
         self._device_type: str | None = None
         self._restores: list[Restore] = []
 
@@ -69,11 +71,11 @@ class HalfPrecision(Precision):
         """
         policies = EffectivePolicies(module, self.policy)
         names = [name for name, _ in module.named_buffers(remove_duplicate=False)]
-        check_all_used(self._float32_buffers, names, "buffer")
+        check_all_used(self._float32_buffers, names, "buffer", covers)
         before = module_bytes(module)
 
         def buffer_dtype(name: str, buffer: Tensor) -> torch.dtype:
-            if any(matches(pattern, name) or covers(pattern, name) for pattern in self._float32_buffers):
+            if any(covers(pattern, name) for pattern in self._float32_buffers):
                 return torch.float32
             return policies.of(name).buffers
 
@@ -86,8 +88,12 @@ class HalfPrecision(Precision):
 
         items = cast_parameters(module, param_dtype)
         buffers, changed = cast_buffers(module, buffer_dtype)
-        statistics = [item.name for item in buffers if item.name.endswith(("running_mean", "running_var"))]
-        self._restores += apply_exceptions(module, policies, self._device_type or _device_type(module))
+        statistics = [
+            name
+            for name, buffer in module.named_buffers(remove_duplicate=False)
+            if name.endswith(("running_mean", "running_var")) and buffer.dtype in self._runs
+        ]
+        self._restores += apply_exceptions(module, policies, self._device_type)
         self._warn_of_buffers([name for name in names if name in {*changed, *statistics}])
         dtype = self.policy.params
         self.report = Report(
@@ -138,8 +144,3 @@ def _norms_with_wide_statistics(
             if dtype is not policies.by_name[name].params:
                 wide[name] = dtype
     return wide
-
-
-def _device_type(module: nn.Module) -> str:
-    param = next(module.parameters(), None)
-    return "cpu" if param is None else param.device.type

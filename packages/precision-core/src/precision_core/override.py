@@ -2,53 +2,67 @@
 
 That form, and no other that was tried, keeps everything a user does with a model: `fullgraph=True` compiles before and
 after, export works, a deepcopy runs its own weights with the same precision, and a pickle gives back the plain object
-(a bound method pickles as "the attribute of that name", which on the unpickled object is the class's own).
+(a bound method pickles as "the attribute of that name", which on the unpickled object is the class's own). A shallow
+copy shares everything with its model, forward included.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+from torch import nn
+
 _ORIGINAL = "_precision_original"
-_MISSING: Any = object()
+_PREVIOUS = "_precision_previous"
 
 
 def override(obj: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
     """Replaces the method `name` on `obj` by `make(function)` and returns what undoes it.
 
     `function(obj, ...)` is the method as it was, whoever put it there; `make` returns a function of the same form.
+    What undoes it does not keep `obj` alive.
     """
-    previous = obj.__dict__.get(name, _MISSING)
     function = _unbound(obj, name)
     new = functools.wraps(function)(make(function))
     new.__name__ = name  # a bound method pickles by this name
     setattr(new, _ORIGINAL, function)
+    if name in obj.__dict__:
+        setattr(new, _PREVIOUS, obj.__dict__[name])
     obj.__dict__[name] = MethodType(new, obj)
+    if not isinstance(obj, nn.Module):  # what stands in a module's dict goes into its pickle
+        obj.__dict__[_ORIGINAL] = MethodType(function, obj)
+    obj_ref, new_ref = weakref.ref(obj), weakref.ref(new)
 
     def restore() -> None:
-        current = obj.__dict__.get(name)
-        if getattr(current, "__func__", None) is not new:
+        obj, new = obj_ref(), new_ref()
+        if obj is None or new is None:
+            return
+        obj.__dict__.pop(_ORIGINAL, None)
+        if getattr(obj.__dict__.get(name), "__func__", None) is not new:
             return  # someone wrapped it since; who wraps must undo first
-        if previous is _MISSING:
-            del obj.__dict__[name]
+        if hasattr(new, _PREVIOUS):
+            obj.__dict__[name] = getattr(new, _PREVIOUS)
         else:
-            obj.__dict__[name] = previous
+            del obj.__dict__[name]
 
     return restore
 
 
 def is_overridden(obj: Any, name: str) -> bool:
-    """Whether `override` replaced the method `name` of `obj`, directly or under someone's wrapper."""
-    return hasattr(obj.__dict__.get(name), _ORIGINAL)
+    """Whether `override` replaced the method `name` of `obj`, or of the module that `obj` is a copy of."""
+    if isinstance(obj, nn.Module):
+        return hasattr(obj.__dict__.get(name), _ORIGINAL)
+    return _ORIGINAL in obj.__dict__
 
 
 def original(obj: Any, name: str) -> Callable[..., Any]:
-    """Returns the method `name` of `obj` as it was before `override`, bound to `obj`."""
-    function = getattr(obj.__dict__.get(name), _ORIGINAL, None)
-    return MethodType(function, obj) if function is not None else getattr(obj, name)
+    """Returns the method `name` of an optimizer as it was before `override`, whoever wrapped it since."""
+    method: Callable[..., Any] | None = obj.__dict__.get(_ORIGINAL)
+    return getattr(obj, name) if method is None else method
 
 
 def _unbound(obj: Any, name: str) -> Callable[..., Any]:

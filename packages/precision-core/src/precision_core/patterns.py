@@ -9,7 +9,7 @@ holds for everything inside it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from precision_core.dtypes import nearest
@@ -42,10 +42,12 @@ def covers(pattern: str, name: str) -> bool:
     return any(matches(pattern, ".".join(parts[:end])) for end in range(len(parts), 0, -1))
 
 
-def check_all_used(patterns: Iterable[str], names: Iterable[str], what: str) -> None:
-    """Raises `ValueError` that names the first of `patterns` which matches none of `names` (`what`: "module", ...)."""
+def check_all_used(
+    patterns: Iterable[str], names: Iterable[str], what: str, holds: Callable[[str, str], bool] = matches
+) -> None:
+    """Raises `ValueError` naming the first of `patterns` that holds for none of `names` (`what`: "module", ...)."""
     names = list(names)
     for pattern in patterns:
-        if not any(matches(pattern, name) for name in names):
+        if not any(holds(pattern, name) for name in names):
             hint = nearest(pattern, names) or nearest(pattern, {name.rpartition(".")[2] for name in names})
             raise ValueError(f"the pattern {pattern!r} matches no {what} of this model{hint}")

@@ -60,16 +60,16 @@ class Policy:
         scale: bool | None = None,
         exceptions: Mapping[str, Policy | str | int] | Iterable[tuple[str, Policy | str | int]] = (),
     ) -> None:
-        params = parse_dtype(params)
-        compute = params if compute is None else parse_dtype(compute)
+        params = _dtype("params", params)
+        compute = params if compute is None else _dtype("compute", compute)
         is_float64 = params is torch.float64
         fields = {
             "params": params,
             "compute": compute,
-            "reduce": torch.promote_types(params, compute) if reduce is None else parse_dtype(reduce),
-            "output": (torch.float64 if is_float64 else torch.float32) if output is None else parse_dtype(output),
-            "buffers": params if buffers is None else parse_dtype(buffers),
-            "master": None if master is None else parse_dtype(master),
+            "reduce": torch.promote_types(params, compute) if reduce is None else _dtype("reduce", reduce),
+            "output": (torch.float64 if is_float64 else torch.float32) if output is None else _dtype("output", output),
+            "buffers": params if buffers is None else _dtype("buffers", buffers),
+            "master": None if master is None else _dtype("master (a dtype or none)", master),
             "scale": (params, compute) == (torch.float32, torch.float16) if scale is None else scale,
             "exceptions": _exceptions(exceptions),
         }
@@ -79,7 +79,7 @@ class Policy:
 
     def _check(self) -> None:
         if not isinstance(self.scale, bool):
-            raise ValueError(f"scale={self.scale!r}: allowed are true and false")
+            raise ValueError(f"scale={self.scale!r}: allowed are True and False")
         if self.master is not None and torch.promote_types(self.master, self.params) is not self.master:
             raise ValueError(
                 f"contradictory policy: master={dtype_name(self.master)} is narrower than "
@@ -134,6 +134,13 @@ class Policy:
         return f"Policy.parse({str(self)!r})"
 
 
+def _dtype(key: str, value: Dtype) -> torch.dtype:
+    try:
+        return parse_dtype(value)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
 def _value_name(value: torch.dtype | bool | None) -> str:
     return dtype_name(value) if isinstance(value, torch.dtype) else str(value).lower()
 
@@ -141,7 +148,9 @@ def _value_name(value: torch.dtype | bool | None) -> str:
 def _exceptions(
     given: Mapping[str, Policy | str | int] | Iterable[tuple[str, Policy | str | int]],
 ) -> tuple[tuple[str, Policy], ...]:
-    pairs = given.items() if isinstance(given, Mapping) else given
+    pairs = tuple(given.items() if isinstance(given, Mapping) else given)
+    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f'exceptions={given!r}: expected (pattern, mode) pairs, for example {{"*.norm": "32-true"}}')
     exceptions = tuple((check_pattern(pattern), Policy.parse(policy)) for pattern, policy in pairs)
     seen: set[str] = set()
     for pattern, policy in exceptions:

@@ -30,7 +30,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim import Optimizer
 
 from precision_core.casting import cast, map_tensors
-from precision_core.clipping import Clip
+from precision_core.clipping import make_clip
 from precision_core.conversion import cast_buffers, cast_parameters
 from precision_core.dtypes import FLOAT_DTYPES
 from precision_core.policy import MODES, Policy
@@ -47,6 +47,13 @@ _log = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 
+_RUNNERS = {
+    torch.float64: "DoublePrecision",
+    torch.float32: "Precision",
+    torch.bfloat16: "HalfPrecision",
+    torch.float16: "HalfPrecision",
+}
+
 
 class Precision:
     """Float32 throughout: parameters, buffers and inputs are cast to float32, outputs come as they are.
@@ -61,9 +68,7 @@ class Precision:
         if policy is not None:
             self.policy = self._check_policy(Policy.parse(policy))
 
-    _runs: tuple[torch.dtype, ...] = (
-        torch.float32,
-    )  # the params and compute dtype of the policies that this class runs
+    _runs: tuple[torch.dtype, ...] = (torch.float32,)  # what params and compute may be, alike
     _applies_exceptions = False
 
     def _check_policy(self, policy: Policy) -> Policy:
@@ -71,8 +76,11 @@ class Precision:
         check_runnable(policy)
         name = f"{type(self).__name__}({str(policy)!r})"
         if policy.mixed or policy.params not in self._runs:
-            modes = ", ".join(mode for mode, known in MODES.items() if known.params in self._runs and not known.mixed)
-            raise ValueError(f"{name}: this plugin runs params and compute alike, as in {modes}")
+            modes = " and ".join(
+                mode for mode, known in MODES.items() if known.params in self._runs and not known.mixed
+            )
+            runner = "MixedPrecision" if policy.mixed else _RUNNERS[policy.params]
+            raise ValueError(f"{name}: this plugin runs {modes}; for this policy there is {runner}")
         if policy.exceptions and not self._applies_exceptions:
             raise ValueError(f"{name}: this plugin applies no exceptions; bf16-true, 16-true and the mixed modes do")
         return policy
@@ -98,12 +106,15 @@ class Precision:
         return module
 
     def module_init_context(self) -> AbstractContextManager[Any]:
-        """Context in which modules are built with parameters in `policy.params`.
+        """Context in which modules are built with parameters in `policy.params`, or the widest of its exceptions.
 
         Each parameter is cast when it is registered. Buffers keep the dtype in which the module computes them: position
         tables that are computed in bfloat16 are wrong beyond repair, so `convert_module` casts those afterwards.
         """
-        return nullcontext() if self.policy.params is torch.float32 else _parameters_in(self.policy.params)
+        dtype = self.policy.params
+        for _, exception in self.policy.exceptions:
+            dtype = torch.promote_types(dtype, exception.params)
+        return nullcontext() if dtype is torch.float32 else _parameters_in(dtype)
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """Context in which tensors are created in the dtype that inputs are cast to."""
@@ -185,7 +196,7 @@ class Precision:
             ValueError: not exactly one of `max_norm` and `clip_val`; neither a module nor an optimizer.
             RuntimeError: `error_if_nonfinite` and the norm is not finite.
         """
-        clip = Clip(max_norm, clip_val, norm_type, error_if_nonfinite)
+        clip = make_clip(max_norm, clip_val, norm_type, error_if_nonfinite)
         if optimizer is not None:
             params = list(self.main_params(optimizer))
         elif module is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 _ROWS = 20
 
@@ -40,9 +41,9 @@ class Report:
 
 
 def module_bytes(module: nn.Module) -> int:
-    """Returns the bytes of all parameters and buffers, shared ones counted once."""
+    """Returns the bytes of all parameters and buffers, shared ones counted once, lazy ones not yet."""
     tensors = [*module.parameters(), *module.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if not is_lazy(tensor))
 
 
 def _mib(count: int) -> str:

@@ -5,6 +5,7 @@ The base class calls the precision's hooks; an engine that owns backward, clippi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from precision_core.casting import map_tensors
 from precision_core.dtypes import FLOAT_DTYPES
 from precision_core.precision import Precision
 
@@ -51,12 +53,14 @@ class Strategy:
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Brings state that the optimizer already has to its parameters' device and dtype, and returns it."""
-        for param, state in optimizer.state.items():
-            for key, value in state.items():
-                # Step counters stay where the optimizer wants them, and float32: bfloat16 counts to 256.
-                if key != "step" and isinstance(value, Tensor):
-                    dtype = param.dtype if value.dtype in FLOAT_DTYPES else value.dtype
-                    state[key] = value.to(param.device, dtype)
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                state = optimizer.state.get(param, {})
+                for key, value in state.items():
+                    if key != "step":
+                        state[key] = map_tensors(value, functools.partial(_to_like, param))
+                    elif isinstance(value, Tensor) and (group.get("fused") or group.get("capturable")):
+                        state[key] = value.to(param.device)  # else the host counts; float32, as bfloat16 counts to 256
         return optimizer
 
     def forward(self, module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -90,3 +94,8 @@ class Strategy:
 
     def teardown(self) -> None:
         """Ends what the engine started."""
+
+
+def _to_like(param: Tensor, value: Tensor) -> Tensor:
+    alike = {param.dtype, value.dtype} <= FLOAT_DTYPES or (param.is_complex() and value.is_complex())
+    return value.to(param.device, param.dtype if alike else value.dtype)

@@ -1,0 +1,75 @@
+"""What the benchmarks share: times of two loops side by side, bytes of live tensors, and the table."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Times in seconds per step, and the ratio of ours to theirs: its median over rounds and its quartiles."""
+
+    ours: float
+    theirs: float
+    ratio: float
+    low: float
+    high: float
+
+
+def interleave(ours: Step, theirs: Step, rounds: int, steps: int) -> Comparison:
+    """Times `rounds` pairs of blocks of `steps` steps, the order swapped from round to round.
+
+    The clock is the process's CPU time, so what other processes take is not counted; what they do to caches and clock
+    rates is, for both blocks of a pair alike, since those lie milliseconds apart. Hence a ratio per pair, and its
+    median. Garbage collection is off meanwhile.
+    """
+    pairs = []
+    gc.collect()
+    gc.disable()
+    for number in range(rounds):
+        if number % 2:
+            mine, other = _time(ours, steps), _time(theirs, steps)
+        else:
+            other, mine = _time(theirs, steps), _time(ours, steps)
+        pairs.append((mine, other))
+    gc.enable()
+    low, ratio, high = statistics.quantiles([mine / other for mine, other in pairs], n=4)
+    return Comparison(
+        ours=statistics.median(mine for mine, _ in pairs),
+        theirs=statistics.median(other for _, other in pairs),
+        ratio=ratio,
+        low=low,
+        high=high,
+    )
+
+
+def _time(step: Step, steps: int) -> float:
+    start = time.process_time()
+    for _ in range(steps):
+        step()
+    return (time.process_time() - start) / steps
+
+
+def verdict(value: float, target: float | None, strict: bool = False) -> str:
+    """Returns the target and whether `value` keeps it (`strict`: stays below it)."""
+    if target is None:
+        return "-"
+    kept = value < target if strict else value <= target
+    return f"{'<' if strict else '<='} {target:g} {'ok' if kept else 'over'}"
+
+
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints left-aligned columns under a title with torch's version."""
+    table = [head, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+    print(f"\n{title} (torch {torch.__version__})")
+    for row in table:
+        print("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

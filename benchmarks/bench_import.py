@@ -1,0 +1,64 @@
+"""Time that `import precision_core` takes beyond `import torch`.
+
+Fresh processes import torch alone and torch with precision_core in turn. The difference between the two kinds is noisy,
+as torch takes seconds; so the second kind also times its own second import, which is the same quantity without torch's
+noise. That one is held against the target, at most 50 ms. All times are wall times, medians over the processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+
+from _measure import print_table, verdict
+
+TARGET = 50.0
+CHILD = """
+import sys, time
+start = time.perf_counter()
+import torch
+middle = time.perf_counter()
+if sys.argv[1] == "both":
+    import precision_core
+print(middle - start, time.perf_counter() - middle)
+"""
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="Time of the import beyond torch's.")
+    options.add_argument("--pairs", type=int, default=7, help="pairs of processes")
+    given, _ = options.parse_known_args()  # other benchmarks may be run with the same arguments
+    run("both")  # writes byte code and warms the file cache
+    alone, both, own = [], [], []
+    for _ in range(given.pairs):
+        alone.append(sum(run("torch")))
+        torch_first, ours = run("both")
+        both.append(torch_first + ours)
+        own.append(ours)
+    torch_ms, both_ms, own_ms = (1000 * statistics.median(times) for times in (alone, both, own))
+    head = ["imported", "ms", "beyond torch", "own clock", "spread", "target"]
+    rows = [
+        ["torch", f"{torch_ms:.0f}", "", "", "", ""],
+        [
+            "torch, precision_core",
+            f"{both_ms:.0f}",
+            f"{both_ms - torch_ms:+.0f} ms",
+            f"{own_ms:.1f} ms",
+            f"{1000 * min(own):.1f} to {1000 * max(own):.1f}",
+            verdict(own_ms, TARGET),
+        ],
+    ]
+    print_table("import", head, rows)
+
+
+def run(what: str) -> tuple[float, float]:
+    """Returns the seconds for torch and for precision_core in a fresh process."""
+    done = subprocess.run([sys.executable, "-c", CHILD, what], capture_output=True, text=True, check=True)
+    first, second = done.stdout.split()
+    return float(first), float(second)
+
+
+if __name__ == "__main__":
+    main()

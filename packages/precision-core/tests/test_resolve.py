@@ -1,0 +1,56 @@
+"""From mode to plugin: which class runs it, and whose device it takes."""
+
+from __future__ import annotations
+
+import pytest
+from precision_core import ALIASES, MODES, DoublePrecision, HalfPrecision, MixedPrecision, Policy, Precision
+from precision_core.resolve import resolve_precision
+
+CLASSES = {
+    "64-true": DoublePrecision,
+    "32-true": Precision,
+    "16-true": HalfPrecision,
+    "bf16-true": HalfPrecision,
+    "16-mixed": MixedPrecision,
+    "bf16-mixed": MixedPrecision,
+    "params=float64,output=float32": DoublePrecision,
+    "params=float32,buffers=float64": Precision,
+    "params=float16,buffers=float32": HalfPrecision,
+    "bf16-true; head: bf16-mixed": HalfPrecision,
+    "bf16-mixed; *.norm: 32-true": MixedPrecision,
+    "params=float32,compute=float16,scale=false": MixedPrecision,
+}
+
+
+@pytest.mark.parametrize("mode", [*CLASSES, *ALIASES])
+def test_every_mode_has_its_plugin(mode: str | int) -> None:
+    for spelling in (mode, Policy.parse(mode)):
+        plugin = resolve_precision(spelling, "cpu")
+        assert type(plugin) is CLASSES[ALIASES.get(mode, mode)]  # type: ignore[index,arg-type]
+        assert plugin.policy == Policy.parse(mode)
+
+
+def test_no_mode_is_missing_above() -> None:
+    assert MODES.keys() <= CLASSES.keys()
+
+
+def test_a_plugin_is_used_as_it_is_and_mixed_takes_the_device() -> None:
+    plugin = HalfPrecision("bf16-true", buffers="float32")
+    assert resolve_precision(plugin, "cpu") is plugin
+    mixed = resolve_precision("bf16-mixed", "cpu")
+    assert isinstance(mixed, MixedPrecision) and mixed.device_type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("32-true; head: 64-true", "Precision('32-true; head: 64-true'): this plugin applies no exceptions; bf16-true"),
+        ("64-true; head: 32-true", "DoublePrecision('64-true; head: 32-true'): this plugin applies no exceptions"),
+        ("bf16-tru", 'did you mean "bf16-true"?'),
+        (None, "precision=None is no mode"),
+    ],
+)
+def test_what_no_plugin_runs_is_refused(mode: object, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        resolve_precision(mode, "cpu")  # type: ignore[arg-type]
+    assert message in str(error.value)

@@ -1,0 +1,101 @@
+"""The `precision` command."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from precision_core import Policy
+
+# Each command imports what it needs when it runs: torch takes seconds, --help should not.
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="precision-lab")
+def main() -> None:
+    """Find out what a number format does to training, by measuring it."""
+
+
+@main.command()
+@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Training steps of each mode.")
+@click.option(
+    "--modes",
+    metavar="MODE,...",
+    help="Precisions to compare: modes, or policies such as params=float32,compute=bfloat16. "
+    "Those that are named run even where they are slow. [default: all of core's, slow ones left out]",
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of weights and batches.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("precision-compare"),
+    show_default=True,
+    help="Folder for compare.json and compare.png; older ones are replaced.",
+)
+@click.option("--all", "run_all", is_flag=True, help="Run the modes that are slow on this device, too.")
+@click.option("--accelerator", default="auto", show_default=True, help="Where to train: cpu, cuda, mps, ...")
+@click.pass_context
+def compare(
+    context: click.Context, steps: int, modes: str | None, seed: int, out: Path, run_all: bool, accelerator: str
+) -> None:
+    """Train a small GPT on real text in each precision, from the same seed, and compare.
+
+    Prints a table, and writes its figures with every step's loss (compare.json) and the curves (compare.png). The exit
+    code is 1 when a mode failed.
+    """
+    policies = _policies(modes)
+    device_type = _device_type(accelerator)
+    _check_folder(out)
+
+    from rich.console import Console
+
+    from precision_lab.compare import make_rows, run
+    from precision_lab.plot import save_plot
+    from precision_lab.progress import make_progress
+    from precision_lab.results import Comparison
+    from precision_lab.table import print_table
+    from precision_lab.train import settings
+
+    console = Console(highlight=False)
+    comparison = Comparison(steps, seed, make_rows(policies, device_type, run_slow=run_all or modes is not None))
+    with make_progress(console, comparison.rows, steps) as progress:
+        run(comparison, accelerator, progress)
+
+    record = comparison.as_dict(settings())
+    (out / "compare.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    save_plot(comparison, out / "compare.png")
+    print_table(comparison, console)
+    console.print(f"{out / 'compare.json'}, {out / 'compare.png'}", soft_wrap=True)
+    context.exit(1 if comparison.failed else 0)
+
+
+def _policies(modes: str | None) -> list[Policy]:
+    from precision_lab.modes import default_modes, parse_modes
+
+    try:
+        return default_modes() if modes is None else parse_modes(modes)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--modes") from None
+
+
+def _device_type(accelerator: str) -> str:
+    from precision_core import Fabric
+
+    try:
+        return Fabric(accelerator=accelerator).device.type
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--accelerator") from None
+
+
+def _check_folder(out: Path) -> None:
+    """Makes the folder and tries to write in it: better now than after the training."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise click.BadParameter(f"cannot write in {str(out)!r}: {error.strerror}", param_hint="--out") from None

@@ -1,0 +1,50 @@
+"""Memory that a training run took, as the machine counts it.
+
+On CUDA, torch's allocator knows its peak exactly. Anywhere else the process is asked: the growth of its resident peak
+over its resident size at the start, when everything is imported and the model does not exist yet. That includes what
+libraries allocate on first use (threads, workspaces), so it is the same for each mode only in a fresh process.
+
+Linux: VmHWM, the peak of this program. ru_maxrss, which other systems have, would be wrong there: a child starts with
+its parent's peak, as exec does not reset it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+
+
+class PeakMemory:
+    """Counts from its construction."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before: int | None = 0
+        else:
+            self._before = _resident("VmRSS")
+
+    def read(self) -> int | None:
+        """Returns the bytes by which memory grew at most; None where the system does not tell."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        peak = _resident("VmHWM")
+        return None if peak is None or self._before is None else max(0, peak - self._before)
+
+
+def _resident(field: str) -> int | None:
+    """Returns the process's resident bytes now (VmRSS) or at their peak (VmHWM); without /proc always the peak."""
+    if _STATUS.exists():
+        lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        return int(lines[field].split()[0]) * 1024  # "  1234 kB"
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

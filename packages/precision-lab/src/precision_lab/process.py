@@ -1,0 +1,69 @@
+"""One child process, and the lines it sends.
+
+Each mode trains in a fresh process: its memory starts at zero, nothing that a mode leaves behind (caches, autotuned
+kernels, a crash) reaches the next one, and deterministic algorithms can be switched on for all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from precision_lab.train import Job
+
+_VENDORS = {
+    # cuBLAS is deterministic only with a fixed workspace.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # OpenMP's threads spin while they wait for each other. When something else needs a core too, they spin for whole
+    # time slices, and a step takes a second instead of 70 ms; so few spins cost nothing on an idle machine.
+    "GOMP_SPINCOUNT": "1000",
+}
+"""What libraries read from the environment when they start. The user's own settings come first."""
+
+
+class ChildFailed(Exception):
+    """The child ended before its work was done; the message says why."""
+
+
+def run_child(job: Job) -> Iterator[dict[str, Any]]:
+    """Runs `python -m precision_lab.train` and yields its lines as they come.
+
+    The child never outlives the generator (close it: `contextlib.closing`), nor this process: when that is killed, its
+    end of the child's stdin closes.
+
+    Raises:
+        ChildFailed: with the last line of the child's traceback, or the signal that ended it.
+    """
+    command = [sys.executable, "-m", "precision_lab.train", job.mode, "--until-stdin-closes"]
+    command += ["--steps", str(job.steps), "--seed", str(job.seed), "--accelerator", job.accelerator]
+    environment = _VENDORS | os.environ
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as child,
+    ):
+        assert child.stdout is not None
+        try:
+            for line in child.stdout:
+                yield json.loads(line)
+            code = child.wait()
+        finally:
+            child.kill()  # does nothing when it has ended
+        if code:
+            errors.seek(0)
+            raise ChildFailed(_reason(code, errors.read()))
+
+
+def _reason(code: int, errors: str) -> str:
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"ended by {name}" + (", is the memory full?" if name == "SIGKILL" else "")
+    lines = [line for line in errors.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else f"exit code {code}"

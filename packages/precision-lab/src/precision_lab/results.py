@@ -1,0 +1,120 @@
+"""What a comparison found: a row for each mode, and what takes several rows to say."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from precision_core import MODES, Policy
+
+Status = Literal["done", "failed", "not run"]
+
+REFERENCE = MODES["64-true"]
+"""Drift is measured from this mode: its rounding errors are a billionth of float32's."""
+BASELINE = MODES["32-true"]
+"""Step times are ratios to this mode's."""
+
+
+@dataclass
+class Row:
+    """What one mode did. Figures are None as long as they are not known."""
+
+    policy: Policy
+    status: Status = "not run"
+    reason: str = ""
+    """Why it was not run, or failed."""
+    losses: list[float] = field(default_factory=list)
+    """The training loss of each step."""
+    step_seconds: list[float] = field(default_factory=list)
+    held_out_loss: float | None = None
+    parameter_bytes: int | None = None
+    gradient_bytes: int | None = None
+    optimizer_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    skipped_steps: int | None = None
+
+    @property
+    def mode(self) -> str:
+        """The policy's name, or its spelling when it has none."""
+        return str(self.policy)
+
+    @property
+    def train_loss(self) -> float | None:
+        """The mean over the last tenth of the steps: a single batch says little."""
+        return statistics.fmean(self.losses[-last_tenth(len(self.losses)) :]) if self.status == "done" else None
+
+    @property
+    def median_step_seconds(self) -> float | None:
+        """The median, which the slow first steps and a busy machine hardly move."""
+        return statistics.median(self.step_seconds) if self.status == "done" else None
+
+
+@dataclass
+class Comparison:
+    """All rows, and what was asked for."""
+
+    steps: int
+    seed: int
+    rows: list[Row]
+    environment: dict[str, Any] = field(default_factory=dict)
+    """What ran where, as the first child that came so far described it."""
+
+    def drift(self, row: Row) -> float | None:
+        """Returns max over steps of |L - L64| / L64; None without a finished 64-true row."""
+        reference = self.find(REFERENCE)
+        if reference is None or row.status != "done":
+            return None
+        return max(abs(loss - true) / true for loss, true in zip(row.losses, reference.losses, strict=True))
+
+    def time_ratio(self, row: Row) -> float | None:
+        """Returns the median step time in units of 32-true's; None without a finished 32-true row."""
+        baseline = self.find(BASELINE)
+        if baseline is None or row.median_step_seconds is None or not baseline.median_step_seconds:
+            return None
+        return row.median_step_seconds / baseline.median_step_seconds
+
+    def find(self, policy: Policy) -> Row | None:
+        """Returns the finished row of `policy`."""
+        return next((row for row in self.rows if row.policy == policy and row.status == "done"), None)
+
+    @property
+    def failed(self) -> bool:
+        """Whether any mode failed."""
+        return any(row.status == "failed" for row in self.rows)
+
+    def as_dict(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Returns everything as plain values for JSON; `settings` are the constants of training."""
+        return {
+            "version": 1,
+            "steps": self.steps,
+            "seed": self.seed,
+            "settings": settings,
+            "environment": self.environment,
+            "modes": [self._row_as_dict(row) for row in self.rows],
+        }
+
+    def _row_as_dict(self, row: Row) -> dict[str, Any]:
+        derived = {
+            "train_loss": row.train_loss,
+            "drift": self.drift(row),
+            "step_ms": None if row.median_step_seconds is None else 1000 * row.median_step_seconds,
+            "time_ratio": self.time_ratio(row),
+        }
+        measured = {f.name: getattr(row, f.name) for f in fields(row) if f.name != "policy"}
+        return {"mode": row.mode, "policy": spell(row.policy)} | derived | measured
+
+
+def last_tenth(steps: int) -> int:
+    """Returns how many steps the train loss is averaged over."""
+    return max(1, steps // 10)
+
+
+def spell(policy: Policy) -> dict[str, Any]:
+    """Returns every field of `policy` as plain values, a mode's name included nowhere."""
+    values = {f.name: getattr(policy, f.name) for f in fields(policy)}
+    exceptions = {pattern: spell(exception) for pattern, exception in values.pop("exceptions")}
+    plain = {name: value if value is None or isinstance(value, bool) else str(value) for name, value in values.items()}
+    return {name: str(v).removeprefix("torch.") if isinstance(v, str) else v for name, v in plain.items()} | (
+        {"exceptions": exceptions} if exceptions else {}
+    )

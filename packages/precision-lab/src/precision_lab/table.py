@@ -1,0 +1,91 @@
+"""The table at the end."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from precision_lab.results import BASELINE, REFERENCE, Comparison, Row, last_tenth
+
+_COLUMNS = ("train", "held-out", "drift", "ms/step", "x 32-true", "params", "grads", "optimizer", "peak", "skipped")
+_WIDTH = 1000
+"""Rich cuts what does not fit the terminal. Figures are worth more than that: too long a line is the terminal's to wrap."""
+
+
+def print_table(comparison: Comparison, console: Console) -> None:
+    """Prints a row for each mode: its figures, or why there are none."""
+    wide = Console(file=console.file, width=_WIDTH, highlight=False)
+    widest = min(30, max(len(row.mode) for row in comparison.rows))
+    finished = [row for row in comparison.rows if row.status == "done"]
+    if finished:
+        table = _table(widest)
+        for name in _COLUMNS:
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in finished:
+            table.add_row(escape(row.mode), *_cells(row, comparison))
+        wide.print(table)
+    others = [row for row in comparison.rows if row.status != "done"]
+    if others:
+        table = _table(widest, show_header=not finished)
+        table.add_column("result")
+        for row in others:
+            style = "red" if row.status == "failed" else "dim"
+            table.add_row(escape(row.mode), f"[{style}]{row.status}: {escape(row.reason)}")
+        wide.print(table)
+    if finished:
+        console.print(_footnotes(comparison), style="dim", markup=False)
+
+
+def _table(mode_width: int, show_header: bool = True) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_header=show_header, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("mode", width=mode_width, overflow="fold")
+    return table
+
+
+def _cells(row: Row, comparison: Comparison) -> list[str]:
+    drift = comparison.drift(row)
+    ratio = comparison.time_ratio(row)
+    seconds = row.median_step_seconds
+    return [
+        "-" if row.train_loss is None else f"{row.train_loss:.4f}",
+        "-" if row.held_out_loss is None else f"{row.held_out_loss:.4f}",
+        "-" if drift is None else "0" if drift == 0 else f"{drift:.1e}",
+        "-" if seconds is None else f"{1000 * seconds:.1f}",
+        "-" if ratio is None else f"{ratio:.2f}",
+        human_bytes(row.parameter_bytes),
+        human_bytes(row.gradient_bytes),
+        human_bytes(row.optimizer_bytes),
+        human_bytes(row.peak_memory_bytes),
+        "-" if row.skipped_steps is None else str(row.skipped_steps),
+    ]
+
+
+def human_bytes(number: int | None) -> str:
+    """Returns `number` with three digits and a binary unit, "-" for None."""
+    if number is None:
+        return "-"
+    value = float(number)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} GiB"
+
+
+def _footnotes(comparison: Comparison) -> str:
+    tenth = last_tenth(comparison.steps)
+    drift = "max over steps of |L - L64| / L64"
+    if comparison.find(REFERENCE) is None:
+        drift += ", - without 64-true among the finished modes"
+    ratio = "" if comparison.find(BASELINE) else "; x 32-true: - without 32-true among the finished modes"
+    peak = (
+        "most memory that tensors took on the device"
+        if comparison.environment.get("device") == "cuda"
+        else "growth of the process's memory from before the model was built"
+    )
+    return (
+        f"losses in nats per byte, train: mean of the last {tenth} step{'s' if tenth > 1 else ''}; drift: {drift}; "
+        f"ms/step: median{ratio}; peak: {peak}"
+    )

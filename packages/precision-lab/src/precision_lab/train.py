@@ -1,0 +1,200 @@
+"""One training run in one precision, in a process of its own.
+
+    python -m precision_lab.train bf16-mixed --steps 300 --seed 0
+
+trains the GPT through `Fabric` and prints one JSON object a line: what runs where, then each step's loss and seconds,
+then the rest of the figures. `precision compare` reads these lines; by hand they, and the whole traceback of a mode
+that fails, are one command away.
+
+The same seed means the same start for every mode: weights are drawn in float32 and cast afterwards, batches come from
+a generator of their own, and deterministic algorithms make a second run the same bit for bit. What then differs
+between two modes is the precision and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from precision_core import Fabric
+from torch import Tensor, nn
+
+from precision_lab.gpt import GPT, GPTConfig
+from precision_lab.memory import PeakMemory
+from precision_lab.text import split_text
+
+BATCH = 4
+LEARNING_RATE = 2e-3
+WARMUP = 30
+"""Steps over which the learning rate rises; it then falls to zero in a straight line."""
+WEIGHT_DECAY = 0.1
+MAX_NORM = 1.0
+
+EVALUATION_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one child process is to do."""
+
+    mode: str
+    steps: int
+    seed: int
+    accelerator: str = "auto"
+
+
+def train(job: Job) -> Iterator[dict[str, Any]]:
+    """Trains, and yields what is known at the start, after each step, and at the end.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    fabric = Fabric(accelerator=job.accelerator, precision=job.mode)
+    training, held_out = (part.to(fabric.device) for part in split_text())
+    memory = PeakMemory(fabric.device)
+
+    fabric.seed_everything(job.seed)
+    model = GPT(GPTConfig())  # in float32 on the CPU, whatever the mode and the device: the same weights for all
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY, fused=True
+    )
+    model.to(fabric.device)
+    model, optimizer = fabric.setup(model, optimizer)
+    yield describe(fabric.device, model)
+
+    batches = torch.Generator().manual_seed(job.seed)
+    for step in range(job.steps):
+        start = time.perf_counter()
+        inputs, targets = draw_batch(training, model.config.context, batches)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, job.steps)
+        optimizer.zero_grad()
+        loss = cross_entropy(model(inputs), targets)
+        fabric.backward(loss)
+        fabric.clip_gradients(model, optimizer, max_norm=MAX_NORM)
+        optimizer.step()
+        value = loss.item()  # waits for the device, so that the time is the step's
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the training loss is {value} at step {step + 1}")
+        yield {"step": step + 1, "loss": value, "seconds": time.perf_counter() - start}
+
+    # Memory is read before evaluation, which is not part of training.
+    figures = {
+        "parameter_bytes": sum(param.nbytes for param in model.parameters()),
+        "gradient_bytes": sum(param.grad.nbytes for param in model.parameters() if param.grad is not None),
+        "optimizer_bytes": optimizer_bytes(optimizer),
+        "peak_memory_bytes": memory.read(),
+        "skipped_steps": fabric.precision_plugin.skipped_steps,
+    }
+    held_out_loss = evaluate(model, held_out, model.config.context)
+    if not math.isfinite(held_out_loss):
+        raise FloatingPointError(f"the held-out loss is {held_out_loss} after training")
+    yield figures | {"held_out_loss": held_out_loss}
+
+
+def describe(device: torch.device, model: nn.Module) -> dict[str, Any]:
+    """Returns what runs where."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": device.type,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "parameters": sum(param.numel() for param in model.parameters()),
+    }
+
+
+def draw_batch(data: Tensor, context: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Returns inputs and targets (batch, context): random windows of the text, and the same one byte later."""
+    starts = torch.randint(len(data) - context, (BATCH, 1), generator=generator).to(data.device)
+    windows = data[starts + torch.arange(context + 1, device=data.device)]
+    return windows[:, :-1], windows[:, 1:]
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Returns the rate of a step, counted from 0: up over the first steps (a tenth at most), then down to zero."""
+    warmup = max(1, min(WARMUP, steps // 10))
+    return LEARNING_RATE * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup), 1.0)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Returns the mean loss in nats per byte."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def evaluate(model: nn.Module, data: Tensor, context: int) -> float:
+    """Returns the mean loss over `data`, cut into windows side by side; a last one that is not full is left out."""
+    count = (len(data) - 1) // context
+    inputs = data[: count * context].view(count, context)
+    targets = data[1 : count * context + 1].view(count, context)
+    total = 0.0
+    with torch.no_grad():
+        for some_inputs, some_targets in zip(
+            inputs.split(EVALUATION_BATCH), targets.split(EVALUATION_BATCH), strict=True
+        ):
+            total += cross_entropy(model(some_inputs), some_targets).item() * len(some_inputs)
+    return total / count
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Returns the size of all tensors in the optimizer's state."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def settings() -> dict[str, Any]:
+    """Returns the constants of this file and the model's sizes, for the record."""
+    return {
+        "model": asdict(GPTConfig()),
+        "batch": BATCH,
+        "optimizer": "AdamW, betas 0.9 and 0.99",
+        "learning_rate": LEARNING_RATE,
+        "warmup": WARMUP,
+        "weight_decay": WEIGHT_DECAY,
+        "max_norm": MAX_NORM,
+    }
+
+
+def main() -> None:
+    """Runs one job from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m precision_lab.train", description="Train in one precision.")
+    parser.add_argument("mode")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--until-stdin-closes", action="store_true", help="end with the process at the other end of it")
+    arguments = vars(parser.parse_args())
+    if arguments.pop("until_stdin_closes"):
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+    # Whatever a library prints belongs to stderr: stdout carries our lines only.
+    sys.stdout.flush()
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    torch.use_deterministic_algorithms(True)  # for the whole process, which is ours
+    for event in train(Job(**arguments)):
+        print(json.dumps(event, allow_nan=False), file=lines, flush=True)
+
+
+def _exit_with_parent() -> None:
+    """Ends this process when its parent does, however that died: the system then closes the pipe to our stdin."""
+    while os.read(0, 1):  # os.read, because a thread that waits in sys.stdin would block the interpreter's exit
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
