@@ -77,8 +77,10 @@ def hand_loop(mode: str, clipped: bool, width: int, batch: int) -> tuple[nn.Modu
 
     def true() -> None:
         optimizer.zero_grad()
-        output = model(inputs) if dtype is None else model(inputs.to(dtype))
-        loss = mse_loss(output.float() if half else output, targets)
+        if half:
+            loss = mse_loss(model(inputs.to(dtype)).float(), targets)
+        else:
+            loss = mse_loss(model(inputs if dtype is None else inputs.to(dtype)), targets)
         loss.backward()
         if clipped:
             clip_grad_norm_(model.parameters(), MAX_NORM)

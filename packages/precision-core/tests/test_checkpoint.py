@@ -138,6 +138,15 @@ def test_an_object_with_state_dict_in_a_list_is_told_where_to_go() -> None:
 # ---------------------------------------------------------------- all or nothing
 
 
+def test_who_has_the_old_file_open_goes_on_reading_it(path: Path) -> None:
+    before = path.read_bytes()
+    with open(path, "rb") as file:
+        start = file.read(100)
+        write(path, {"other": 1, **HEADER})
+        assert start + file.read() == before
+    assert read(path)["other"] == 1
+
+
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(path: Path) -> None:
     before = path.read_bytes()
     hooked = torch.ones(2, requires_grad=True)

@@ -49,21 +49,25 @@ def cast(tree: T, dtype: torch.dtype) -> T:
 
 
 def map_tensors(tree: T, function: Callable[[Tensor], Tensor]) -> T:
-    """Returns `tree` with every tensor replaced by `function(tensor)`, each distinct tensor only once."""
+    """Returns `tree` with every tensor replaced by `function(tensor)`; one that changes is replaced only once."""
     return _map(tree, function, {})[0]
 
 
 def _map(tree: Any, function: Callable[[Tensor], Tensor], done: dict[Tensor, Tensor]) -> tuple[Any, bool]:
     """Returns the new tree and whether it is one: torch.compile cannot tell two containers apart by `is`."""
     if isinstance(tree, Tensor):
-        if tree not in done:  # tensors hash by identity
-            done[tree] = function(tree)
-        return done[tree], done[tree] is not tree
+        if done and tree in done:  # tensors hash by identity
+            return done[tree], True
+        new = function(tree)
+        if new is tree:  # nothing to remember; asking again costs less
+            return tree, False
+        done[tree] = new
+        return new, True
     if isinstance(tree, (list, tuple)):
         pairs = [_map(value, function, done) for value in tree]
         changed = any(is_new for _, is_new in pairs)
         return (_rebuild_sequence(tree, [value for value, _ in pairs]), True) if changed else (tree, False)
-    if isinstance(tree, Mapping):
+    if type(tree) is dict or isinstance(tree, Mapping):
         new = _map_items(tree.items(), function, done)
         return (_rebuild_mapping(tree, new), True) if new else (tree, False)
     if dataclasses.is_dataclass(type(tree)):

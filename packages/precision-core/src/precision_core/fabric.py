@@ -212,7 +212,7 @@ class Fabric:
 
     def backward(self, tensor: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Runs backward from the loss; use it in place of `loss.backward()`. Arguments go to `Tensor.backward`."""
-        self._strategy.backward(tensor, model, *args, **kwargs)
+        self._strategy.backward(tensor, None if model is None else _uncompiled(model), *args, **kwargs)
 
     def clip_gradients(
         self,
@@ -236,7 +236,7 @@ class Fabric:
 
     def no_backward_sync(self, model: nn.Module, enabled: bool = True) -> AbstractContextManager[Any]:
         """Context for all but the last backward of an accumulation: gradients are not reduced over ranks in it."""
-        return self._strategy.no_backward_sync(model, enabled)
+        return self._strategy.no_backward_sync(_uncompiled(model), enabled)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Prints on the first rank only."""
@@ -307,8 +307,8 @@ class Fabric:
 
 def _uncompiled(model: nn.Module) -> nn.Module:
     """Returns the module inside `torch.compile(module)`, where an override is traced; any other as it is."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model
+    inner = model._modules.get("_orig_mod")  # no getattr: a module takes long to say that it has no such attribute
+    return model if inner is None else inner
 
 
 def _resolve_strategy(strategy: str | Strategy, accelerator: str, device: torch.device) -> Strategy:

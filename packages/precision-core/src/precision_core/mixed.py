@@ -66,6 +66,7 @@ class MixedPrecision(Precision):
             self.device_type = torch.device(device).type
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"MixedPrecision(device={device!r}): expected a device type such as 'cuda'") from error
+        self._device_is_here = is_available(self.device_type)  # asked in forward, where torch.compile traces
         self._given_scaler = _check_scaler(scaler, self.policy, self.device_type)
         self._upcast = upcast
         self._min_scale = min_scale
@@ -158,10 +159,6 @@ class MixedPrecision(Precision):
                 f"MixedPrecision(device={self.device_type!r}): there is no such device here, and autocast would do "
                 'nothing; pass device="cpu" or another that torch finds'
             )
-
-    @cached_property
-    def _device_is_here(self) -> bool:
-        return is_available(self.device_type)
 
     # ---------------------------------------------------------------- scaling
 

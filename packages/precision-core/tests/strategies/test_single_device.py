@@ -84,6 +84,17 @@ def test_a_plugins_hooks_run_in_order_and_their_values_count() -> None:
     assert norm == 3.0 and model.weight.item() == 1.0 - 3.0
 
 
+def test_hooks_are_given_the_module_inside_a_compiled_one() -> None:
+    plugin, model = Recording(), nn.Linear(1, 1)
+    fabric = Fabric(accelerator="cpu", precision=plugin)
+    compiled = fabric.setup(torch.compile(model, backend="eager"))
+    with fabric.no_backward_sync(compiled):
+        fabric.backward(compiled(torch.ones(1, 1)).sum(), model=compiled)
+    fabric.clip_gradients(compiled, max_norm=1.0)
+    given = [part for call in plugin.calls if type(call) is tuple for part in call if isinstance(part, nn.Module)]
+    assert given == [model, model]
+
+
 def test_it_is_one_process_and_moves_the_module_to_its_device() -> None:
     strategy = SingleDeviceStrategy("meta")
     assert (strategy.global_rank, strategy.world_size, strategy.is_global_zero) == (0, 1, True)

@@ -22,7 +22,9 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Training steps of each mode.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Training steps, of each mode."
+)
 @click.option(
     "--modes",
     metavar="MODE,...",
@@ -99,3 +101,7 @@ def _check_folder(out: Path) -> None:
         tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise click.BadParameter(f"cannot write in {str(out)!r}: {error.strerror}", param_hint="--out") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,8 @@ narrower, so that all of them show. Colours are Okabe and Ito's, which colour-bl
 
 from __future__ import annotations
 
+import textwrap
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
@@ -24,21 +26,23 @@ def save_plot(comparison: Comparison, path: Path) -> None:
     """Draws every mode that trained for at least a step; one that failed, up to there."""
     figure = Figure(figsize=(13, 5.5), layout="constrained")  # not pyplot: no window, no global state
     losses, drift = figure.subplots(1, 2)
+    end = losses.inset_axes((0.42, 0.25, 0.56, 0.38))
     rows = [row for row in comparison.rows if row.losses]
-    for index, (row, colour, marker) in enumerate(zip(rows, cycle(_COLOURS), cycle(_MARKERS))):
-        width = max(1.2, 5.0 - 1.3 * index)
-        _draw_losses(losses, row, colour, width)
-        if row.held_out_loss is not None:
-            # Side by side to the right of the last step, since on top of each other only the last one would show.
-            place = comparison.steps * (1.03 + 0.03 * index)
-            losses.plot(place, row.held_out_loss, marker, color=colour, markersize=8, clip_on=False)
-        _draw_drift(drift, row, comparison.find(REFERENCE), colour)
+    for index, (row, colour, marker) in enumerate(zip(rows, cycle(_COLOURS), cycle(_MARKERS), strict=False)):
+        style = _Style(colour, marker, width=max(1.2, 5.5 * 0.55**index))
+        # Marks stand side by side to the right of the last step: on top of each other only the last one would show.
+        place = comparison.steps * (1.015 + 0.015 * index)
+        for axes in (losses, end):
+            _draw_losses(axes, row, style, place)
+        _draw_drift(drift, row, comparison.find(REFERENCE), style)
     losses.set(xlabel="step", ylabel="loss in nats per byte", title="training loss (lines), held-out loss (marks)")
     drift.set(xlabel="step", ylabel="|L - L64| / L64", title="drift from 64-true: each step, and the most so far")
-    for axes in (losses, drift):
+    _zoom(end, comparison, rows)
+    for axes in (losses, drift, end):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
+    for axes in (losses, drift):
+        if axes.lines:
             axes.legend(frameon=False)
     if not drift.lines:
         drift.text(0.5, 0.5, "needs 64-true and another mode", ha="center", transform=drift.transAxes, color="gray")
@@ -46,26 +50,58 @@ def save_plot(comparison: Comparison, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _draw_losses(axes: Axes, row: Row, colour: str, width: float) -> None:
+@dataclass(frozen=True)
+class _Style:
+    colour: str
+    marker: str
+    width: float
+
+
+def _draw_losses(axes: Axes, row: Row, style: _Style, place: float) -> None:
+    steps, losses = _curve(row)
+    axes.plot(steps, losses, color=style.colour, linewidth=style.width)
+    label = _label(row)
+    if row.held_out_loss is not None:
+        label += f", held-out {row.held_out_loss:.3f}"
+        axes.plot(place, row.held_out_loss, style.marker, color=style.colour, markersize=8, label=label)
+    elif row.status == "failed":
+        label += ", failed"
+        axes.plot(steps[-1], losses[-1], "x", color=style.colour, markersize=10, markeredgewidth=2, label=label)
+
+
+def _label(row: Row) -> str:
+    return textwrap.fill(row.mode.replace(",", ", "), 36)  # a policy that is spelled out is longer than the picture
+
+
+def _zoom(axes: Axes, comparison: Comparison, rows: list[Row]) -> None:
+    """Shows the last fifth of the run, where the modes differ by less than a line is thick."""
+    first = comparison.steps * 0.8
+    seen = [row.held_out_loss for row in rows if row.held_out_loss is not None]
+    for row in rows:
+        steps, losses = _curve(row)
+        seen += losses[steps >= first].tolist()
+    if seen:
+        margin = 0.08 * (max(seen) - min(seen)) + 1e-3
+        axes.set(ylim=(min(seen) - margin, max(seen) + margin))
+    axes.set_xlim(first, comparison.steps * (1.03 + 0.015 * len(rows)))
+    axes.set_title("the last fifth", fontsize="medium")
+
+
+def _curve(row: Row) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     window = max(1, len(row.losses) // 15)
-    label = row.mode if row.held_out_loss is None else f"{row.mode}, held-out {row.held_out_loss:.3f}"
-    label += " (failed)" if row.status == "failed" else ""
-    steps = np.arange(1, len(row.losses) + 1)
-    axes.plot(steps, smooth(row.losses, window), color=colour, linewidth=width, label=label)
-    if row.status == "failed":
-        axes.plot(steps[-1], smooth(row.losses, window)[-1], "x", color=colour, markersize=10, markeredgewidth=2)
+    return np.arange(1.0, len(row.losses) + 1), smooth(row.losses, window)
 
 
-def _draw_drift(axes: Axes, row: Row, reference: Row | None, colour: str) -> None:
+def _draw_drift(axes: Axes, row: Row, reference: Row | None, style: _Style) -> None:
     if reference is None or row is reference:
         return
     true = np.array(reference.losses[: len(row.losses)])
     drift = np.abs(np.array(row.losses) - true) / true
+    label = f"{_label(row)}, at most {drift.max():.1e}"
     drift[drift == 0] = np.nan  # has no place on a logarithmic axis
     steps = np.arange(1, len(drift) + 1)
-    axes.semilogy(steps, drift, color=colour, linewidth=0.8, alpha=0.35)
-    most = np.fmax.accumulate(drift)
-    axes.semilogy(steps, most, color=colour, linewidth=2, label=f"{row.mode}, at most {np.nanmax(drift):.1e}")
+    axes.semilogy(steps, drift, color=style.colour, linewidth=0.8, alpha=0.35)
+    axes.semilogy(steps, np.fmax.accumulate(drift), color=style.colour, linewidth=2, label=label)
 
 
 def smooth(losses: list[float], window: int) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from precision_lab.train import Job
@@ -31,7 +31,7 @@ class ChildFailed(Exception):
     """The child ended before its work was done; the message says why."""
 
 
-def run_child(job: Job) -> Iterator[dict[str, Any]]:
+def run_child(job: Job) -> Generator[dict[str, Any], None, None]:
     """Runs `python -m precision_lab.train` and yields its lines as they come.
 
     The child never outlives the generator (close it: `contextlib.closing`), nor this process: when that is killed, its

@@ -10,6 +10,7 @@ from typing import Protocol
 import rich.progress
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Column
 
 from precision_lab.results import Row
 
@@ -27,7 +28,7 @@ class Bars:
 
     def __init__(self, console: Console, rows: Sequence[Row], steps: int) -> None:
         self._bars = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TextColumn("{task.description}", table_column=Column(max_width=30, no_wrap=True)),
             rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TextColumn("{task.fields[note]}"),
@@ -70,7 +71,7 @@ class Lines:
     def __init__(self, console: Console, rows: Sequence[Row], steps: int) -> None:
         self._console = console
         self._steps = steps
-        self._width = max((len(row.mode) for row in rows), default=0)
+        self._width = min(30, max((len(row.mode) for row in rows), default=0))
         self._marks = {max(1, steps * tenth // 10) for tenth in range(1, 11)}
         self._started = 0.0
         self._printed = 0

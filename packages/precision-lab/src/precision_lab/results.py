@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import torch
 from precision_core import MODES, Policy
 
 Status = Literal["done", "failed", "not run"]
@@ -111,10 +112,11 @@ def last_tenth(steps: int) -> int:
 
 
 def spell(policy: Policy) -> dict[str, Any]:
-    """Returns every field of `policy` as plain values, a mode's name included nowhere."""
+    """Returns every field of `policy` as plain values."""
     values = {f.name: getattr(policy, f.name) for f in fields(policy)}
     exceptions = {pattern: spell(exception) for pattern, exception in values.pop("exceptions")}
-    plain = {name: value if value is None or isinstance(value, bool) else str(value) for name, value in values.items()}
-    return {name: str(v).removeprefix("torch.") if isinstance(v, str) else v for name, v in plain.items()} | (
-        {"exceptions": exceptions} if exceptions else {}
-    )
+    return {name: _plain(value) for name, value in values.items()} | {"exceptions": exceptions}
+
+
+def _plain(value: torch.dtype | bool | None) -> str | bool | None:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

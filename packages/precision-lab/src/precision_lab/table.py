@@ -11,7 +11,7 @@ from precision_lab.results import BASELINE, REFERENCE, Comparison, Row, last_ten
 
 _COLUMNS = ("train", "held-out", "drift", "ms/step", "x 32-true", "params", "grads", "optimizer", "peak", "skipped")
 _WIDTH = 1000
-"""Rich cuts what does not fit the terminal. Figures are worth more than that: too long a line is the terminal's to wrap."""
+"""Rich cuts what does not fit the terminal. Too long a line is the terminal's to wrap, so that no figure is lost."""
 
 
 def print_table(comparison: Comparison, console: Console) -> None:
@@ -39,7 +39,7 @@ def print_table(comparison: Comparison, console: Console) -> None:
 
 
 def _table(mode_width: int, show_header: bool = True) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_header=show_header, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, show_header=show_header, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("mode", width=mode_width, overflow="fold")
     return table
 

@@ -22,7 +22,7 @@ def read_text() -> str:
     """Returns the first `CHARACTERS` characters of all topics, joined in alphabetical order."""
     text = "".join(topics[name] for name in sorted(topics))
     if len(text) < CHARACTERS:
-        raise RuntimeError(f"this Python's pydoc_data.topics has {len(text)} characters, expected at least {CHARACTERS}")
+        raise RuntimeError(f"this Python's pydoc_data.topics has {len(text)} characters, fewer than {CHARACTERS}")
     return text[:CHARACTERS]
 
 

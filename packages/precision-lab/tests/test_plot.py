@@ -1,0 +1,35 @@
+import matplotlib.image
+import numpy as np
+import pytest
+from precision_core import MODES, Policy
+from precision_lab.plot import save_plot, smooth
+from precision_lab.results import Comparison, Row
+
+
+def test_smooth_is_the_mean_of_what_was():
+    np.testing.assert_allclose(smooth([4.0, 2.0, 0.0, 1.0], 2), [4, 3, 1, 0.5])
+    np.testing.assert_allclose(smooth([4.0, 2.0], 1), [4, 2])
+
+
+def curve(mode, status="done", factor=1.0, steps=20):
+    losses = [factor * (2 + 3 / (1 + step)) for step in range(steps)]
+    held_out = 2.2 * factor if status == "done" else None
+    return Row(Policy.parse(mode), status, "", losses, [0.1] * steps, held_out)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [curve("64-true"), curve("32-true"), curve("bf16-mixed", factor=1.01)],
+        [curve("64-true"), curve("16-true", "failed", steps=7), Row(MODES["16-mixed"], reason="slow")],
+        [curve("32-true", steps=1)],
+        [Row(MODES["32-true"], "failed", "broke")],
+        [curve("64-true"), curve("bf16-mixed; *.norm: params=float32,compute=float16,scale=false", factor=1.01)],
+    ],
+    ids=["drift", "failed", "one step", "nothing", "long name"],
+)
+def test_picture_of(rows, tmp_path):
+    save_plot(Comparison(20, 0, rows), tmp_path / "picture.png")
+    pixels = matplotlib.image.imread(tmp_path / "picture.png")
+    assert pixels.shape[:2] == (660, 1560)
+    assert pixels[..., :3].std() > 0.01  # not a blank page

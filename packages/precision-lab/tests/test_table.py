@@ -1,0 +1,53 @@
+import io
+
+import pytest
+from precision_core import MODES
+from precision_lab.results import Comparison, Row
+from precision_lab.table import human_bytes, print_table
+from rich.console import Console
+
+LONG = "ValueError: " + "why " * 60 + "[red]really[/red]"
+
+
+def figures(mode, losses):
+    size = 1_272_640 * 4
+    return Row(
+        MODES[mode], "done", "", losses, [0.05] * len(losses), 2.34567, size, size, 2 * size, 100 * 2**20, 3
+    )  # fmt: skip
+
+
+def printed(rows, width=80):
+    text = io.StringIO()
+    print_table(Comparison(2, 0, rows, {"device": "cpu"}), Console(file=text, width=width))
+    return text.getvalue()
+
+
+def test_a_finished_mode_has_its_figures_uncut_on_a_narrow_terminal():
+    text = printed([figures("64-true", [4.0, 2.0]), figures("32-true", [4.0, 2.1])], width=60)
+    line = next(line for line in text.splitlines() if line.strip().startswith("32-true"))
+    assert " ".join(line.split()) == "32-true 2.1000 2.3457 5.0e-02 50.0 1.00 4.85 MiB 4.85 MiB 9.71 MiB 100 MiB 3"
+
+
+def test_other_modes_say_why_in_one_line():
+    rows = [figures("32-true", [4.0]), Row(MODES["16-true"], "failed", LONG), Row(MODES["16-mixed"], reason="slow")]
+    lines = [" ".join(line.split()) for line in printed(rows).splitlines()]
+    assert f"16-true failed: {LONG}" in lines
+    assert "16-mixed not run: slow" in lines
+
+
+def test_footnotes_explain_missing_figures():
+    text = " ".join(printed([figures("bf16-mixed", [4.0])]).split())
+    assert "- without 64-true among the finished modes" in text
+    assert "- without 32-true among the finished modes" in text
+
+
+def test_a_table_without_a_finished_mode():
+    assert "failed: broke" in printed([Row(MODES["32-true"], "failed", "broke")])
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(None, "-"), (0, "0 B"), (999, "999 B"), (5_090_560, "4.85 MiB"), (104_857_600, "100 MiB"), (3 * 2**30, "3 GiB")],
+)
+def test_human_bytes(number, text):
+    assert human_bytes(number) == text
