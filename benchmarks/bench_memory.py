@@ -2,8 +2,8 @@
 
 Counted are the bytes of live tensors: torch's profiler records each allocation and each release of its allocator,
 temporaries inside of operators and what autograd saves included, and their running sum has a peak. That is exact and
-the same each time, which the resident size of a process is not; what libraries allocate past torch is left out. Each
-figure comes from a fresh process; of a training run the third step counts, when gradients and optimizer state exist.
+the same each time, which the resident size of a process is not, so one process measures all; what libraries allocate
+past torch is left out. Of a training run the third step counts, when gradients and optimizer state exist.
 
 Targets: a step needs at most 1.02 times the hand-written loop's peak, and `HalfPrecision.convert_module` at most the
 largest parameter on top of the model.
@@ -12,7 +12,7 @@ largest parameter on top of the model.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import gc
 import os
 import warnings
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from precision_core import MODES, HalfPrecision
 
-WIDTH, BATCH = 512, 128
+WIDTH, BATCH = 512, 1024
 TARGET_STEP, TARGET_CONVERSION = 1.02, 1.0
 MIB = 2**20
 LARGEST = 8 * MIB  # the bytes of the embedding
@@ -33,12 +33,13 @@ LARGEST = 8 * MIB  # the bytes of the embedding
 
 def main() -> None:
     argparse.ArgumentParser(description="Peak memory beside the hand-written loop.").parse_known_args()
+    torch.set_num_threads(1)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports each start and stop
     rows = []
     for mode in MODES:
         for clipped in (False, True):
-            _, ours = in_fresh_process(step_peak, "fabric", mode, clipped)
-            _, theirs = in_fresh_process(step_peak, "hand", mode, clipped)
+            _, ours = step_peak("fabric", mode, clipped)
+            _, theirs = step_peak("hand", mode, clipped)
             ratio = ours / theirs
             cells = [f"{ours / MIB:.3f}", f"{theirs / MIB:.3f}", f"{ratio:.4f}", verdict(ratio, TARGET_STEP)]
             rows.append([mode, "max_norm" if clipped else "-", *cells])
@@ -47,7 +48,7 @@ def main() -> None:
 
     rows = []
     for name, buffers in (("parameters alone", False), ("a mask in each layer", True)):
-        before, peak = in_fresh_process(conversion_peak, buffers)
+        before, peak = conversion_peak(buffers)
         ratio = (peak - before) / LARGEST
         cells = [f"{each / MIB:.2f}" for each in (before, peak - before, LARGEST)]
         rows.append([name, *cells, f"{ratio:.3f}", verdict(ratio, TARGET_CONVERSION)])
@@ -93,6 +94,7 @@ def conversion_peak(buffers: bool) -> tuple[int, int]:
 
 def peak_of(prepare: Callable[[], Callable[[], object]]) -> tuple[int, int]:
     """Returns the bytes of live tensors before the call of what `prepare` returns, and their peak during it."""
+    gc.collect()  # so that no release of earlier tensors falls into this count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         measured = prepare()
         with record_function("measured"):
@@ -105,12 +107,6 @@ def peak_of(prepare: Callable[[], Callable[[], object]]) -> tuple[int, int]:
             live += event.nbytes()
             peak = max(peak, live) if peak >= 0 else -1
     return before, peak
-
-
-def in_fresh_process(function: Callable[..., tuple[int, int]], *arguments: object) -> tuple[int, int]:
-    """Returns what `function(*arguments)` returns in a process of its own, forked from this one, which has no tensors."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 if __name__ == "__main__":

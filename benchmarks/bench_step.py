@@ -48,8 +48,10 @@ def main() -> None:
                 rows.append([mode, f"max_norm={MAX_NORM:g}" if clipped else "-", name])
                 try:
                     rows[-1] += measure(build, mode, clipped, given.rounds, given.steps, name == "Fabric")
-                except (ValueError, NotImplementedError) as error:  # a peer without this mode
-                    rows[-1] += [str(error).splitlines()[0][:60], "", "", "", ""]
+                except (ValueError, NotImplementedError, AssertionError) as error:
+                    if name == "Fabric":
+                        raise
+                    rows[-1] += ["-", "-", "-", "-", str(error).splitlines()[0][:60]]
     head = ["mode", "clipping", "loop", "us a step", "by hand", "ratio", "quartiles", "target"]
     print_table("host time per step", head, rows)
 
@@ -62,7 +64,7 @@ def measure(build: Build, mode: str, clipped: bool, rounds: int, steps: int, our
         step()
         hand_step()
     for param, expected in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(param, expected, msg=f"the loops under {mode} do not compute the same")
+        torch.testing.assert_close(param, expected, msg="computes something else")
     result = interleave(step, hand_step, rounds, steps)
     strict = mode == "16-mixed" and clipped
     target = TARGET_SCALED_CLIP if strict else TARGET

@@ -7,22 +7,18 @@ import collections
 import datetime
 import decimal
 import enum
-import io
 import math
 import os
-import pickle
-import random
 import stat
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from precision_core import CheckpointError
-from precision_core.checkpoint import FORMAT_VERSION, RESERVED, read, write
 from torch import Tensor, nn
+
+from precision_core.checkpoint import FORMAT_VERSION, RESERVED, read, write
 
 HEADER = {RESERVED: {"version": FORMAT_VERSION, "precision": {}, "rng": {}}}
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -67,7 +63,7 @@ SAVEABLE = {
     "odd tensors": [torch.ones(2).to(torch.float8_e4m3fn), torch.eye(3).to_sparse(), nn.Parameter(torch.ones(2))],
     "torch": [torch.float16, torch.device("cpu"), torch.Size([1, 2])],
     "containers": [(), [], {}, {1, 2}, collections.OrderedDict(b=1, a=2), collections.Counter("abb")],
-    "keys": {1: "a", 1.5: "b", None: "c", True: "d", ("x", 2): "e", b"y": "f"},
+    "keys": {1: "a", 1.5: "b", None: "c", False: "d", ("x", 2): "e", b"y": "f"},
     "deep": [[[[[[{"a": ({"b": [1]},)}]]]]]],
     "shared twice": [[1]] * 2,
 }
@@ -197,125 +193,3 @@ def test_permissions_follow_the_umask(umask: int, tmp_path: Path) -> None:
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "new.ckpt").stat().st_mode) == 0o666 & ~umask
-
-
-# ---------------------------------------------------------------- damaged and foreign files
-
-
-def test_a_flipped_bit_is_found_or_makes_no_difference(path: Path) -> None:
-    whole = path.read_bytes()
-    dice = random.Random(0)
-    directory = whole.index(b"PK\x01\x02")  # where names, sizes, offsets and attributes stand
-    places = [dice.randrange(len(whole)) for _ in range(200)] + list(range(directory, len(whole), 3))
-    found = 0
-    for place in places:
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << dice.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            assert same(read(path), content()), place
-        except CheckpointError:
-            found += 1
-    assert found > len(places) / 3
-
-
-def test_a_record_marked_as_a_folder_is_found(path: Path) -> None:
-    """torch reads no bytes of such a record and returns a tensor of whatever lay in memory."""
-    whole = bytearray(path.read_bytes())
-    name = whole.rindex(b"/data/0")
-    entry = whole.rindex(b"PK\x01\x02", 0, name)
-    whole[entry + 38] ^= 0x10  # the external attributes in the central directory
-    path.write_bytes(whole)
-    with pytest.raises(CheckpointError, match="data/0 does not match its checksum"):
-        read(path)
-
-
-def test_a_cut_file_is_found_at_every_length(path: Path) -> None:
-    whole = path.read_bytes()
-    for length in [*range(0, len(whole), 41), *range(len(whole) - 30, len(whole))]:
-        path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match="is damaged, or no checkpoint"):
-            read(path)
-
-
-def test_zeroed_and_doubled_blocks_are_found(path: Path) -> None:
-    whole = path.read_bytes()
-    for start in range(0, len(whole) - 64, 64):
-        for block in (bytes(64), whole[start - 64 : start] or bytes(64)):
-            path.write_bytes(whole[:start] + block + whole[start + 64 :])
-            try:
-                assert same(read(path), content()), start
-            except CheckpointError:
-                pass
-
-
-class CreatesAFile:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return open, (str(self.path), "w")
-
-
-def zipped(**records: bytes) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, data in records.items():
-            archive.writestr(f"archive/{name.replace('_', '.')}", data)
-    return file.getvalue()
-
-
-def torch_file(value: Any, **options: Any) -> bytes:
-    file = io.BytesIO()
-    torch.save(value, file, **options)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "is damaged, or no checkpoint"),
-        (b"step: 3\n", "is damaged, or no checkpoint"),
-        (pickle.dumps({"step": 3}), "is damaged, or no checkpoint"),
-        (zipped(readme_txt=b"hello"), "is damaged, or no checkpoint"),
-        (zipped(data_pkl=b"hello", version=b"3"), "is damaged, or no checkpoint|not written by Fabric.save"),
-        (torch_file({"step": 3}, _use_new_zipfile_serialization=False), "is damaged, or no checkpoint"),
-        (torch_file({"step": 3}), r"was not written by Fabric.save: it has no '__precision__' record"),
-        (torch_file([1]), r"Read it with torch.load\(path, weights_only=True\)"),
-        (torch_file({RESERVED: 3}), "was not written by Fabric.save"),
-        (torch_file(nn.Linear(1, 1)), "was not written by Fabric.save: it holds objects that a safe load refuses"),
-        (torch_file({RESERVED: {"version": 1}}), r"is incomplete: its '__precision__' record has only \['version'\]"),
-        (
-            torch_file({RESERVED: {**HEADER[RESERVED], "version": FORMAT_VERSION + 1}}),
-            f"has format {FORMAT_VERSION + 1}, written by a newer precision-core; this one reads {FORMAT_VERSION}",
-        ),
-    ],
-)
-def test_a_foreign_file_is_an_error_that_says_so(data: bytes, message: str, path: Path) -> None:
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=message) as error:
-        read(path)
-    assert str(path) in str(error.value)
-
-
-def test_a_hostile_file_is_not_executed(path: Path) -> None:
-    victim = path.parent / "created"
-    for data in (
-        torch_file({"x": CreatesAFile(victim), **HEADER}),
-        torch_file(CreatesAFile(victim)),
-        pickle.dumps(CreatesAFile(victim)),
-        torch_file(CreatesAFile(victim), _use_new_zipfile_serialization=False),
-    ):
-        path.write_bytes(data)
-        with pytest.raises(CheckpointError):
-            read(path)
-        assert not victim.exists()
-    torch.load(io.BytesIO(torch_file(CreatesAFile(victim))), weights_only=False).close()
-    assert victim.exists()  # it would have been
-
-
-def test_a_folder_and_a_missing_file(path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is a folder"):
-        read(path.parent)
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
-        read(path.parent / "other.ckpt")

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from precision_core import MixedPrecision, Precision
-from precision_core.loss_scaler import LossScaler
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import SGD
+
+from precision_core import MixedPrecision, Precision
+from precision_core.loss_scaler import LossScaler
 
 MODES = ("32-true", "16-mixed", "16-mixed on a device that blocks")
 

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from torch import Tensor, nn
+
 from precision_core import DoublePrecision, Precision
 from precision_core.conversion import cast_buffers, cast_parameters
 from precision_core.report import Item
-from torch import Tensor, nn
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from precision_core.counters import READ_EVERY, StepCounter
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import threading
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from precision_core.creation import created_as
 from torch import Tensor, nn
+
+from precision_core.creation import created_as
 
 F64, F32, BF16, F16, C64, C128 = (
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -133,6 +134,13 @@ def test_complex_follows_float64(make: Callable[[], Tensor]) -> None:
         assert make().dtype is C64  # there is no narrower partner
 
 
+def saved(tensor: Tensor) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(tensor, file)
+    file.seek(0)
+    return file
+
+
 X64, X32 = torch.tensor([0.1], dtype=F64), torch.tensor([0.1], dtype=F32)
 
 # What says its dtype itself, and what that is.
@@ -149,6 +157,7 @@ SAID: dict[str, tuple[Callable[[], Any], torch.dtype]] = {
     "integers.to(dtype)": (lambda: ids().to(F32), F32),
     "integers.to(tensor)": (lambda: ids().to(X32), F32),
     "integers.type(dtype)": (lambda: ids().type(F32), F32),
+    "integers.type(name)": (lambda: ids().type("torch.FloatTensor"), F32),
     "integers.type_as(tensor)": (lambda: ids().type_as(X32), F32),
     "integers.view(dtype)": (lambda: ids().view(F64), F64),
     "sum(dtype=)": (lambda: ids().sum(dtype=F32), F32),
@@ -162,6 +171,8 @@ SAID: dict[str, tuple[Callable[[], Any], torch.dtype]] = {
     "numpy": (lambda: torch.tensor(numpy.ones(2)), F64),
     "numpy's scalar": (lambda: torch.tensor(numpy.float32(0.1)), F32),
     "from_numpy": (lambda: torch.from_numpy(numpy.ones(2, numpy.float32)), F32),
+    "frombuffer": (lambda: torch.frombuffer(bytearray(8), dtype=F32), F32),
+    "load": (lambda: torch.load(saved(torch.tensor([0.1], dtype=F16))), F16),
     "full of a tensor": (lambda: torch.full((2,), torch.tensor(0.1, dtype=F32)), F32),
     "normal of tensors": (lambda: torch.normal(X32, 1.0), F32),
     "where of tensors": (lambda: torch.where(ids() > 1, X32, 0.1), F32),
@@ -189,93 +200,3 @@ def test_random_factories_draw_as_often_as_without() -> None:
     expected = draw()
     with created_as(F32):
         assert torch.equal(draw(), expected)
-
-
-def test_contexts_nest_and_restore() -> None:
-    seen = []
-    outer = created_as(BF16)
-    with outer:
-        seen.append(torch.zeros(1).dtype)
-        with created_as(F64):
-            seen.append((torch.arange(3) / 3).dtype)
-            assert torch.equal(torch.arange(3) / 3, torch.arange(3, dtype=F64) / 3)
-            with outer:  # entered again
-                seen.append(torch.tensor(0.1).dtype)
-            with created_as(F32):
-                seen.append(torch.where(torch.tensor([True]), 0.1, 0.2).dtype)
-            seen.append(torch.ones(1).dtype)
-        seen.append((torch.arange(3) / 3).dtype)
-        with created_as(F32):  # its digits survive the bfloat16 around it
-            assert torch.equal(torch.arange(3) / 3, torch.arange(3, dtype=F32) / 3)
-            assert torch.equal(torch.tensor([0.1]), X32)
-    assert seen == [BF16, F64, BF16, F32, F64, BF16]
-    with pytest.raises(ZeroDivisionError), created_as(F64):
-        torch.zeros(1).item() / 0
-    assert torch.zeros(1).dtype is F32
-
-
-def test_another_thread_is_not_affected_while_inside() -> None:
-    inside, done, seen = threading.Event(), threading.Event(), []
-
-    def work() -> None:
-        inside.wait(10)
-        seen.append((torch.zeros(1).dtype, (torch.arange(3) / 3).dtype, torch.get_default_dtype()))
-        with created_as(BF16):
-            seen.append(torch.zeros(1).dtype)
-        done.set()
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    with created_as(F64):
-        inside.set()
-        assert done.wait(10) and torch.zeros(1).dtype is F64
-    thread.join()
-    assert seen == [(F32, F32, F32), BF16]
-
-
-class Creates(nn.Module):
-    """Makes tensors in every way that the mode tells apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(-1, 1, 12).view(4, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        position = torch.arange(x.shape[0])
-        angle = position[:, None] / 10000 ** (torch.arange(0, 4) / 4)
-        x = x + angle.sin() * torch.full((4,), 0.1) + torch.tensor([0.1, 0.2, 0.3, 0.4]) + torch.zeros(4)
-        x = torch.where(position[:, None] > 1, x, 0.1) + torch.where(position[:, None] > 1, 0.1, 0.2)
-        return (x @ self.weight + torch.linspace(0, 1, 3)) * torch.ones(3)
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
-@pytest.mark.parametrize(
-    ("backend", "dtype", "inside"),
-    [
-        ("eager", F64, True),
-        ("aot_eager", F64, False),
-        ("aot_eager", BF16, True),
-        ("aot_eager", BF16, False),
-        ("inductor", F64, False),
-    ],
-    ids=str,
-)
-def test_compiled_in_one_graph_it_gives_eagers_values(backend: str, dtype: torch.dtype, inside: bool) -> None:
-    torch._dynamo.reset()
-    model, x = Creates().to(dtype), torch.linspace(0, 1, 20, dtype=dtype).view(5, 4)
-
-    def run(x: Tensor) -> Tensor:
-        with created_as(dtype):
-            return model(x)
-
-    expected = run(x)
-    if inside:
-        actual = torch.compile(run, fullgraph=True, backend=backend)(x)
-    else:
-        with created_as(dtype):
-            actual = torch.compile(model, fullgraph=True, backend=backend)(x)
-    assert actual.dtype is expected.dtype is dtype
-    torch.testing.assert_close(actual, expected, rtol=1e-14 if dtype is F64 else 2**-7, atol=0)
-    assert torch.equal(actual, expected) or backend == "inductor"
-    gradient = torch.autograd.grad(actual.sum(), model.weight)[0]
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), model.weight)[0])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from precision_core import Fabric
 from precision_core.devices import ACCELERATORS, choose_device, device_count, is_available
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from precision_core import DoublePrecision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from precision_core import DoublePrecision
 
 F64, F32, C64, C128 = torch.float64, torch.float32, torch.complex64, torch.complex128
 

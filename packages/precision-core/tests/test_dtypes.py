@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
+
 from precision_core.dtypes import FLOAT_DTYPES, FLOATS, dtype_name, nearest, parse_dtype
 
 SPELLINGS = {
@@ -40,6 +42,7 @@ def test_the_floats_are_four() -> None:
         (16, "unknown dtype 16"),
         (None, "unknown dtype None"),
         (float, "unknown dtype <class 'float'>"),
+        (numpy.dtype("float32"), "unknown dtype dtype('float32')"),
     ],
 )
 def test_anything_else_is_refused_with_what_is_allowed(given: object, message: str) -> None:

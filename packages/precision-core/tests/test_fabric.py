@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from precision_core import MODES, Fabric, HalfPrecision, MixedPrecision, Precision, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam
+
+from precision_core import MODES, Fabric, HalfPrecision, MixedPrecision, Precision, SingleDeviceStrategy
 
 
 class Batch(NamedTuple):

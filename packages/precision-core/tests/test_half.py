@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from precision_core import HalfPrecision, Policy
 from torch import Tensor, nn
+
+from precision_core import HalfPrecision, Policy
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 MODES = {"bf16-true": BF16, "16-true": F16}

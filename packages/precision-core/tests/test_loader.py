@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from precision_core import Fabric, SingleDeviceStrategy
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+from precision_core import Fabric, SingleDeviceStrategy
 
 
 class Pairs(Dataset[Any]):

@@ -10,9 +10,10 @@ import gc
 
 import pytest
 import torch
-from precision_core import MixedPrecision
 from torch import nn
 from torch.optim import SGD
+
+from precision_core import MixedPrecision
 
 INF = float("inf")
 

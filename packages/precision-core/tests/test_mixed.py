@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from precision_core import Fabric, MixedPrecision, Policy
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, SGD, Adam
+
+from precision_core import Fabric, MixedPrecision, Policy
 
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from precision_core import MODES, Fabric
 from precision_core.override import is_overridden, original, override
-from torch import Tensor, nn
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from precision_core.patterns import check_all_used, check_pattern, covers, matches
 
 # pattern, names it matches, names it does not match

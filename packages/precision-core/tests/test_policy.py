@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from precision_core import ALIASES, MODES, Policy
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -117,7 +118,7 @@ def test_exceptions_are_read_in_every_form_and_the_first_that_covers_wins() -> N
     pairs = (("blocks.0.norm", MODES["64-true"]), ("*.norm", norms), ("blocks.0", norms), ("lm_head", head))
     assert policy.exceptions == pairs
     assert Policy(compute=BF16, exceptions=pairs) == Policy(compute="bf16", exceptions=dict(pairs)) == policy
-    assert Policy(compute=BF16, exceptions=[(name, str(each)) for name, each in pairs]) == policy
+    assert Policy(compute=BF16, exceptions=[[name, str(each)] for name, each in pairs]) == policy
     expected = {
         "blocks.0.norm": MODES["64-true"],
         "blocks.0.norm.inner": MODES["64-true"],

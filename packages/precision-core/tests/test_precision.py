@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from precision_core import DoublePrecision, HalfPrecision, MixedPrecision, Policy, Precision
 from torch import nn
+
+from precision_core import DoublePrecision, HalfPrecision, MixedPrecision, Policy, Precision
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 

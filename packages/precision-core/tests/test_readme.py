@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from precision_core import Fabric
 from torch import nn
+
+from precision_core import Fabric
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)

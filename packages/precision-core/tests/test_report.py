@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
+
 from precision_core import DoublePrecision, HalfPrecision, Precision, Report
 from precision_core.report import Item, module_bytes
-from torch import nn
 
 
 def test_the_table() -> None:

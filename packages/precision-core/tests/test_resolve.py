@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from precision_core import ALIASES, MODES, DoublePrecision, HalfPrecision, MixedPrecision, Policy, Precision
 from precision_core.resolve import resolve_precision
 

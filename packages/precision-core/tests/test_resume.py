@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from precision_core import MODES, CheckpointError, Fabric, MixedPrecision
-from precision_core.checkpoint import RESERVED
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
+
+from precision_core import MODES, CheckpointError, Fabric, MixedPrecision
+from precision_core.checkpoint import RESERVED
 
 STEPS = 5
 BAD = {
@@ -174,7 +175,7 @@ def test_a_checkpoint_of_another_mode_loads_where_no_value_is_lost(path: Path) -
     assert all(buffer.dtype is torch.float64 for buffer in buffers)
     assert "loaded the state of '16-mixed' into '64-true'" in fabric.precision_plugin.report.notes[-1]
     fabric, model, _ = small("bf16-true", seed=1)
-    with pytest.raises(CheckpointError, match="torch.float32 in the checkpoint, torch.bfloat16 in the model"):
+    with pytest.raises(CheckpointError, match=r"torch\.float32 in the checkpoint, torch\.bfloat16 in the model"):
         fabric.load(path, {"model": model})
     fabric.load(path, {"model": model}, strict=False)
     assert torch.equal(model.weight, saved["model"]["weight"].bfloat16())

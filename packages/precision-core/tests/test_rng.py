@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from precision_core import Fabric
 from precision_core.rng import rng_state, seed_everything, set_rng_state
 

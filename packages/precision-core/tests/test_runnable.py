@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from precision_core import DoublePrecision, Fabric, HalfPrecision, MixedPrecision, Policy, Precision
 from precision_core.runnable import check_runnable
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from precision_core import MixedPrecision
-from precision_core.loss_scaler import LossScaler
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from precision_core import MixedPrecision
+from precision_core.loss_scaler import LossScaler
 
 BAD_STEPS = (0, 3)
 IMPLEMENTATIONS = [{"foreach": False}, {"foreach": True}, {"fused": True}]

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from precision_core import MODES, Fabric, MixedPrecision
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR, StepLR
+
+from precision_core import MODES, Fabric, MixedPrecision
 
 INF = float("inf")
 Make = Callable[[Optimizer], Any]

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from precision_core import MODES, Fabric, MixedPrecision
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from precision_core import MODES, Fabric, MixedPrecision
 
 STEPS = 6
 Make = Callable[[nn.Module], Optimizer]

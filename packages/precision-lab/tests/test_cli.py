@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+
 from precision_core import MODES, Policy
 from precision_lab.cli import main
 from precision_lab.slow import cpu_has_float16

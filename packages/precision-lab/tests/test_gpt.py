@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from precision_lab.gpt import GPT, GPTConfig, rotate, rotation_table
 from precision_lab.train import cross_entropy
 

@@ -1,4 +1,5 @@
 import torch
+
 from precision_lab.memory import PeakMemory
 
 MIB = 2**20

@@ -1,4 +1,5 @@
 import pytest
+
 from precision_core import MODES, Policy
 from precision_lab.modes import default_modes, parse_modes, split_modes
 

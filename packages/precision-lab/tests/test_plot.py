@@ -1,6 +1,7 @@
 import matplotlib.image
 import numpy as np
 import pytest
+
 from precision_core import MODES, Policy
 from precision_lab.plot import save_plot, smooth
 from precision_lab.results import Comparison, Row

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from precision_lab.process import ChildFailed, run_child
 from precision_lab.train import Job
 

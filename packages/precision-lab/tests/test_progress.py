@@ -1,9 +1,10 @@
 import io
 
+from rich.console import Console
+
 from precision_core import MODES
 from precision_lab.progress import Bars, Lines, make_progress
 from precision_lab.results import Row
-from rich.console import Console
 
 
 def run(console, steps):

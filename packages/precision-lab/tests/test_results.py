@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from precision_core import MODES, Policy
 from precision_lab.results import Comparison, Row
 

@@ -1,5 +1,6 @@
-import precision_lab.slow as slow
 import pytest
+
+import precision_lab.slow as slow
 from precision_core import Policy
 
 

@@ -1,10 +1,11 @@
 import io
 
 import pytest
+from rich.console import Console
+
 from precision_core import MODES
 from precision_lab.results import Comparison, Row
 from precision_lab.table import human_bytes, print_table
-from rich.console import Console
 
 LONG = "ValueError: " + "why " * 60 + "[red]really[/red]"
 

@@ -1,4 +1,5 @@
 import torch
+
 from precision_lab.text import CHARACTERS, read_text, split_text
 
 

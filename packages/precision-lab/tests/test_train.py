@@ -1,9 +1,10 @@
 import json
 import math
 
-import precision_lab.train as train_module
 import pytest
 import torch
+
+import precision_lab.train as train_module
 from precision_lab.gpt import GPT, GPTConfig
 from precision_lab.text import split_text
 from precision_lab.train import BATCH, LEARNING_RATE, Job, draw_batch, evaluate, learning_rate, settings, train

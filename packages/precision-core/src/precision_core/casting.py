@@ -63,17 +63,19 @@ def _map(tree: Any, function: Callable[[Tensor], Tensor], done: dict[Tensor, Ten
             return tree, False
         done[tree] = new
         return new, True
+    if tree is None or isinstance(tree, (str, int, float)):
+        return tree, False
     if isinstance(tree, (list, tuple)):
         pairs = [_map(value, function, done) for value in tree]
         changed = any(is_new for _, is_new in pairs)
         return (_rebuild_sequence(tree, [value for value, _ in pairs]), True) if changed else (tree, False)
     if type(tree) is dict or isinstance(tree, Mapping):
-        new = _map_items(tree.items(), function, done)
-        return (_rebuild_mapping(tree, new), True) if new else (tree, False)
+        items = _map_items(tree.items(), function, done)
+        return (_rebuild_mapping(tree, items), True) if items else (tree, False)
     if dataclasses.is_dataclass(type(tree)):
         fields = [field.name for field in dataclasses.fields(tree) if hasattr(tree, field.name)]
-        new = _map_items([(name, getattr(tree, name)) for name in fields], function, done)
-        return (_rebuild_dataclass(tree, new), True) if new else (tree, False)
+        items = _map_items([(name, getattr(tree, name)) for name in fields], function, done)
+        return (_rebuild_dataclass(tree, items), True) if items else (tree, False)
     return tree, False
 
 

@@ -67,17 +67,15 @@ _EXPLICIT = frozenset(
         torch.Tensor.cdouble,  # type: ignore[attr-defined]
         torch.Tensor.cfloat,  # type: ignore[attr-defined]
         torch.Tensor.chalf,
-        torch.Tensor.to,
         torch.Tensor.type,
-        torch.Tensor.view,
         torch.Tensor.dequantize,
         torch.dequantize,
-        torch.from_numpy,
-        torch.frombuffer,
-        torch.load,
     }
 )
-"""The caller, or the data, said which dtype."""
+"""The name, or the data, says which dtype. Where the caller passes one, `_any_dtype` finds it."""
+
+_IS_TRACED = torch.__version__ >= "2.12"
+"""Older ones call factories whose arguments are all constants without asking the function mode."""
 
 _CONDITIONAL = frozenset({torch.where, torch.Tensor.where})
 
@@ -86,10 +84,18 @@ class created_as(TorchFunctionMode):
     """Context in which tensors that torch would create in its default dtype are created in `dtype`.
 
     Complex ones become complex128 under float64, and stay complex64 under any other. Thread-local, re-entrant, restored
-    on exceptions, and traced by torch.compile.
+    on exceptions, and traced by torch.compile from torch 2.12 on.
+
+    Raises:
+        RuntimeError: in a call that an older torch compiles.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
+        if not _IS_TRACED and _is_inside_compiled_call():
+            raise RuntimeError(
+                f"torch.compile of torch {torch.__version__} leaves tensors that forward creates in the default dtype: "
+                "compile true modes with torch 2.12 or newer, or use a mixed mode"
+            )
         super().__init__()
         self.dtype = dtype
 
@@ -126,6 +132,11 @@ class created_as(TorchFunctionMode):
         if isinstance(tree, (list, tuple)):
             return type(tree)(self._widen(value, func) for value in tree)
         return tree
+
+
+def _is_inside_compiled_call() -> bool:
+    """Whether torch.compile traces this, or would trace what is called from here."""
+    return torch.compiler.is_compiling() or callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
 
 
 _TORCH_CALLS = (type(torch.zeros), type(torch.Tensor.add), type(torch.Tensor.sum), type(torch.split))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from precision_core.casting import cast, map_tensors
 from precision_core.creation import created_as
@@ -98,7 +99,7 @@ def apply_exceptions(root: nn.Module, policies: EffectivePolicies, device_type: 
             continue
         if policy != parent:
             make = _region(policy, parent, device_type)
-        elif not policy.mixed and next(module.parameters(recurse=False), None) is not None:
+        elif not policy.mixed and _is_layer(module):
             make = _layer(policy.compute)
         else:
             continue
@@ -109,6 +110,11 @@ def apply_exceptions(root: nn.Module, policies: EffectivePolicies, device_type: 
 
 def _has_forward(module: nn.Module) -> bool:
     return "forward" in module.__dict__ or type(module).forward is not nn.Module.forward
+
+
+def _is_layer(module: nn.Module) -> bool:
+    # A batch norm without weights meets its inputs with running statistics.
+    return next(module.parameters(recurse=False), None) is not None or isinstance(module, _NormBase)
 
 
 def _region(policy: Policy, parent: Policy, device_type: str | None) -> Callable[..., Callable[..., Any]]:

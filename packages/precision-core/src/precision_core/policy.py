@@ -149,7 +149,7 @@ def _exceptions(
     given: Mapping[str, Policy | str | int] | Iterable[tuple[str, Policy | str | int]],
 ) -> tuple[tuple[str, Policy], ...]:
     pairs = tuple(given.items() if isinstance(given, Mapping) else given)
-    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
         raise ValueError(f'exceptions={given!r}: expected (pattern, mode) pairs, for example {{"*.norm": "32-true"}}')
     exceptions = tuple((check_pattern(pattern), Policy.parse(policy)) for pattern, policy in pairs)
     seen: set[str] = set()

@@ -73,7 +73,8 @@ def restore(tree: dict[str, Any], content: dict[str, Any], *, strict: bool) -> d
 
 
 def _is_stateful(value: Any) -> bool:
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+    methods = (getattr(value, name, None) for name in ("state_dict", "load_state_dict"))
+    return all(map(callable, methods)) and not isinstance(value, type)
 
 
 def _is_plain(tree: dict[str, Any]) -> bool:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from precision_core import Fabric, Precision, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
+
+from precision_core import Fabric, Precision, SingleDeviceStrategy, Strategy
 
 
 class Recording(Precision):

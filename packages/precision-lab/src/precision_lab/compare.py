@@ -8,7 +8,6 @@ from dataclasses import fields
 from typing import Any
 
 from precision_core import Policy
-
 from precision_lab.process import ChildFailed, run_child
 from precision_lab.progress import Progress
 from precision_lab.results import Comparison, Row

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
+
 from precision_core import MODES, Policy
 
 Status = Literal["done", "failed", "not run"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 
 import torch
+
 from precision_core import Policy
 
 

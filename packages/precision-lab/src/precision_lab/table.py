@@ -10,38 +10,31 @@ from rich.table import Table
 from precision_lab.results import BASELINE, REFERENCE, Comparison, Row, last_tenth
 
 _COLUMNS = ("train", "held-out", "drift", "ms/step", "x 32-true", "params", "grads", "optimizer", "peak", "skipped")
-_WIDTH = 1000
-"""Rich cuts what does not fit the terminal. Too long a line is the terminal's to wrap, so that no figure is lost."""
+_MODE_WIDTH = 30
+"""A policy that is spelled out is folded to that."""
 
 
 def print_table(comparison: Comparison, console: Console) -> None:
     """Prints a row for each mode: its figures, or why there are none."""
-    wide = Console(file=console.file, width=_WIDTH, highlight=False)
-    widest = min(30, max(len(row.mode) for row in comparison.rows))
+    width = min(_MODE_WIDTH, max(len(row.mode) for row in comparison.rows))
     finished = [row for row in comparison.rows if row.status == "done"]
     if finished:
-        table = _table(widest)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("mode", width=width, overflow="fold")
         for name in _COLUMNS:
             table.add_column(name, justify="right", no_wrap=True)
         for row in finished:
             table.add_row(escape(row.mode), *_cells(row, comparison))
-        wide.print(table)
-    others = [row for row in comparison.rows if row.status != "done"]
-    if others:
-        table = _table(widest, show_header=not finished)
-        table.add_column("result")
-        for row in others:
-            style = "red" if row.status == "failed" else "dim"
-            table.add_row(escape(row.mode), f"[{style}]{row.status}: {escape(row.reason)}")
-        wide.print(table)
+        # Rich cuts what does not fit the terminal. Too long a line is the terminal's to wrap: no figure is lost.
+        Console(file=console.file, width=1000, highlight=False).print(table)
+    for row in comparison.rows:  # a reason needs the width of all columns, which rich's tables cannot give it
+        if row.status != "done":
+            style = "red" if row.status == "failed" else "yellow"
+            line = f" {escape(row.mode):<{width}}  [{style}]{row.status}: {escape(row.reason)}"
+            console.print(line, soft_wrap=True, highlight=False)
     if finished:
-        console.print(_footnotes(comparison), style="dim", markup=False)
-
-
-def _table(mode_width: int, show_header: bool = True) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_header=show_header, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("mode", width=mode_width, overflow="fold")
-    return table
+        console.print()
+        console.print(_footnotes(comparison), style="dim", markup=False, highlight=False)
 
 
 def _cells(row: Row, comparison: Comparison) -> list[str]:

@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from precision_core import Fabric
 from torch import Tensor, nn
 
+from precision_core import Fabric
 from precision_lab.gpt import GPT, GPTConfig
 from precision_lab.memory import PeakMemory
 from precision_lab.text import split_text
