@@ -136,7 +136,7 @@ def test_an_object_with_state_dict_in_a_list_is_told_where_to_go() -> None:
 
 def test_who_has_the_old_file_open_goes_on_reading_it(path: Path) -> None:
     before = path.read_bytes()
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         start = file.read(100)
         write(path, {"other": 1, **HEADER})
         assert start + file.read() == before

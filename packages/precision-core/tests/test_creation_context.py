@@ -72,6 +72,7 @@ class Creates(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own
+@pytest.mark.usefixtures("true_modes_compile")
 @pytest.mark.parametrize(
     ("backend", "dtype", "inside"),
     [
@@ -102,3 +103,16 @@ def test_compiled_in_one_graph_it_gives_eagers_values(backend: str, dtype: torch
     assert torch.equal(actual, expected) or backend == "inductor"
     gradient = torch.autograd.grad(actual.sum(), model.weight)[0]
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), model.weight)[0])
+
+
+@pytest.mark.skipif(torch.__version__ >= "2.12", reason="is about a torch.compile that is too old")
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_an_older_torch_compile_is_refused(fullgraph: bool) -> None:
+    torch._dynamo.reset()
+
+    def run(x: Tensor) -> Tensor:
+        with created_as(BF16):
+            return x + torch.linspace(0, 1, 3)
+
+    with pytest.raises(RuntimeError, match=r"compile true modes with torch 2\.12 or newer"):
+        torch.compile(run, fullgraph=fullgraph, backend="eager")(torch.zeros(3))

@@ -153,8 +153,9 @@ def setting(mode: str) -> tuple[Fabric, Any, Any, Any, list[dict[str, torch.Tens
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     inputs = torch.randn(5, 4, 3)
-    dataloader = [{"input": x, "target": x.sum(1, keepdim=True)} for x in inputs]
     fabric = Fabric(accelerator="cpu", precision=mode)
+    output_dtype = fabric.precision_plugin.policy.output  # float64 against float32 targets is no loss in torch 2.9
+    dataloader = [{"input": x, "target": x.sum(1, keepdim=True).to(output_dtype)} for x in inputs]
     return fabric, model, optimizer, nn.MSELoss(), list(fabric.setup_dataloaders(dataloader))
 
 

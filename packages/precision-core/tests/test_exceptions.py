@@ -208,6 +208,7 @@ def test_teardown_gives_the_modules_their_own_forward_back(mode: str) -> None:
     assert model.norm(x).dtype is F32 and torch.equal(model.norm(x), F.layer_norm(x, (8,)))
 
 
+@pytest.mark.usefixtures("true_modes_compile")
 @pytest.mark.parametrize("mode", [HALF, MIXED, "bf16-true; lm_head: bf16-mixed; blocks: 32-true; embedding: 64-true"])
 def test_compiled_in_one_graph(mode: str) -> None:
     torch._dynamo.reset()

@@ -122,6 +122,7 @@ def test_undoing_later_keeps_no_model_alive(own_forward: bool) -> None:
 # ---------------------------------------------------------------- what users do with a model
 
 
+@pytest.mark.usefixtures("true_modes_compile")
 @pytest.mark.parametrize("mode", ["bf16-mixed", "bf16-true", "64-true"])
 @pytest.mark.parametrize("how", ["before", "after", "in place"])
 def test_compiled_with_fullgraph_it_computes_what_it_computes_eagerly(mode: str, how: str) -> None:

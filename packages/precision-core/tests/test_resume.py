@@ -79,7 +79,12 @@ class Run:
 
 
 @pytest.mark.parametrize(
-    ("mode", "compiled"), [*((mode, False) for mode in MODES), ("16-mixed", True), ("bf16-true", True)]
+    ("mode", "compiled"),
+    [
+        *((mode, False) for mode in MODES),
+        ("16-mixed", True),
+        pytest.param("bf16-true", True, marks=pytest.mark.usefixtures("true_modes_compile")),
+    ],
 )
 def test_resuming_is_bit_exact(mode: str, compiled: bool, tmp_path: Path) -> None:
     Fabric.seed_everything(1)
