@@ -83,10 +83,12 @@ class Run:
     [
         *((mode, False) for mode in MODES),
         ("16-mixed", True),
-        pytest.param("bf16-true", True, marks=pytest.mark.usefixtures("true_modes_compile")),
+        ("bf16-true", True),
     ],
 )
-def test_resuming_is_bit_exact(mode: str, compiled: bool, tmp_path: Path) -> None:
+def test_resuming_is_bit_exact(mode: str, compiled: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if compiled and mode.endswith("true"):
+        request.getfixturevalue("true_modes_compile")
     Fabric.seed_everything(1)
     whole = Run(mode)
     Fabric.seed_everything(2)
