@@ -15,7 +15,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Times in seconds per step, and the ratio of ours to theirs: its median over rounds and its quartiles."""
+    """Times in seconds per step, and the ratio of ours to theirs: its median over pairs and its quartiles."""
 
     ours: float
     theirs: float
@@ -29,7 +29,7 @@ def interleave(ours: Step, theirs: Step, rounds: int, steps: int) -> Comparison:
 
     The clock is the process's CPU time, so what other processes take is not counted; what they do to caches and clock
     rates is, for both blocks of a pair alike, since those lie milliseconds apart. Hence a ratio per pair, and its
-    median. Garbage collection is off meanwhile.
+    median over the half of the pairs that took least, both blocks together. Garbage collection is off meanwhile.
     """
     pairs = []
     gc.collect()
@@ -41,6 +41,7 @@ def interleave(ours: Step, theirs: Step, rounds: int, steps: int) -> Comparison:
             other, mine = _time(theirs, steps), _time(ours, steps)
         pairs.append((mine, other))
     gc.enable()
+    pairs = sorted(pairs, key=sum)[: (rounds + 1) // 2]
     low, ratio, high = statistics.quantiles([mine / other for mine, other in pairs], n=4)
     return Comparison(
         ours=statistics.median(mine for mine, _ in pairs),

@@ -242,6 +242,7 @@ def test_deep_and_endless_trees() -> None:
         cast(endless, BF16)
 
 
+@pytest.mark.usefixtures("true_modes_compile")
 def test_compiles_as_one_graph() -> None:
     def function(x: Tensor, y: Tensor) -> Any:
         args, kwargs = cast(((x, [y], Pair(x, None)), {"x": x, "y": y, "name": "a"}), BF16)

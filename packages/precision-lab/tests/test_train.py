@@ -17,7 +17,7 @@ def test_first_losses_are_those_of_a_plain_loop(monkeypatch):
     events = list(train(Job("32-true", steps=2, seed=5, accelerator="cpu")))
     torch.manual_seed(5)
     model = GPT(GPTConfig())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.1, fused=True)
     generator = torch.Generator().manual_seed(5)
     expected = []
     for _ in range(2):
