@@ -2,9 +2,9 @@
 
 The model is an MLP so small that Python and dispatch take the time, not arithmetic: float16 products are slow on most
 CPUs, and 8 x 32 values keep them out of the picture. Optimizer: AdamW as torch makes it on a CPU. One thread, garbage
-collection off; steps of both loops alternate in one process, and the median of the ratios pair by pair is shown with
-its quartiles, over the half of the pairs that other work on the machine disturbed least. Both loops start from the same weights and see the same batch, so they do the same arithmetic; that is
-checked before the clock starts.
+collection off; steps of both loops alternate in one process. Shown is the median of the ratios pair by pair, with its
+quartiles, over the half of the pairs that other work on the machine disturbed least. Both loops start from the same
+weights and see the same batch, so they do the same arithmetic; that is checked before the clock starts.
 
 Target: at most 1.03 times the hand-written loop; clipping under 16-mixed, which takes one pass over the gradients
 instead of two, below 1.0. The true modes are for information.

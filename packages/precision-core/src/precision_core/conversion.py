@@ -42,20 +42,24 @@ def cast_buffers(module: nn.Module, dtype_of: BufferDtype) -> tuple[list[Item], 
     Returns the items for the report, and the names of buffers whose values changed by the cast.
     """
     items, changed = [], []
-    done: dict[Tensor, Tensor] = {}  # a buffer that two modules share stays shared
+    slots: dict[int, list[tuple[nn.Module, str, str]]] = {}  # a buffer that two modules share stays shared
     for prefix, child in module.named_modules():
         for key, buffer in child._buffers.items():
-            if buffer is None:
-                continue
-            name = f"{prefix}.{key}" if prefix else key
-            if buffer not in done:
-                dtype = dtype_of(name, buffer)
-                done[buffer] = buffer if dtype is None else cast_tensor(buffer, dtype)
-                if done[buffer] is not buffer:
-                    items.append(Item(name, _change(buffer, done[buffer].dtype)))
-                    if _loses(buffer, done[buffer]):
-                        changed.append(name)
-            child._buffers[key] = done[buffer]
+            if buffer is not None:
+                slots.setdefault(id(buffer), []).append((child, key, f"{prefix}.{key}" if prefix else key))
+    for holders in slots.values():
+        child, key, name = holders[0]
+        before = child._buffers[key]
+        assert before is not None
+        dtype = dtype_of(name, before)
+        after = before if dtype is None else cast_tensor(before, dtype)
+        if after is before:
+            continue
+        items.append(Item(name, _change(before, after.dtype)))
+        if _loses(before, after):
+            changed.append(name)
+        for child, key, _ in holders:
+            child._buffers[key] = after
     return items, changed
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import SGD, Optimizer
 
 from precision_core.clipping import Clip
@@ -40,26 +39,24 @@ def all_finite(gradients: Sequence[Tensor]) -> bool:
 
 
 def is_plain(gradients: Sequence[Tensor]) -> bool:
-    """Whether there are any, and all are ordinary dense float32 tensors on one device."""
-    kinds = {(type(each), each.layout, each.dtype, each.device) for each in gradients}
+    """Whether there are any, and all are ordinary dense float32 tensors on one device without a graph of their own."""
+    kinds = {(type(each), each.layout, each.dtype, each.device, each.requires_grad) for each in gradients}
     if len(kinds) != 1:
         return False
-    ((kind, layout, dtype, _),) = kinds
-    return kind is Tensor and layout is torch.strided and dtype is torch.float32
+    ((kind, layout, dtype, _, has_graph),) = kinds
+    return kind is Tensor and layout is torch.strided and dtype is torch.float32 and not has_graph
 
 
-@torch.no_grad()
-def unscale_plain(gradients: list[Tensor], scale: float) -> Tensor:
-    """Divides plain gradients on the CPU by the scale; returns 1.0 or 0.0 for whether inf or NaN was found.
+def unscale_plain(gradients: list[Tensor], inverse: Tensor) -> Tensor:
+    """Multiplies plain gradients on the CPU by 1 / scale; returns 1.0 or 0.0 for whether inf or NaN was found.
 
     The kernel and the rounding of torch's `GradScaler.unscale_`, without its grouping by device and dtype.
     """
     flag = torch.zeros(())
-    torch._amp_foreach_non_finite_check_and_unscale_(gradients, flag, torch.tensor(1.0 / scale))
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, flag, inverse)
     return flag
 
 
-@torch.no_grad()
 def clip_scaled(gradients: list[Tensor], scale: float | Tensor, clip: Clip) -> tuple[Tensor, Tensor] | None:
     """Unscales and clips plain gradients in place: the norm of the scaled ones, then one multiplication.
 
@@ -69,15 +66,16 @@ def clip_scaled(gradients: list[Tensor], scale: float | Tensor, clip: Clip) -> t
     each element has to be checked.
     """
     assert clip.max_norm is not None
-    total = get_total_norm(gradients, clip.norm_type)
+    # torch's get_total_norm, without its grouping by device and dtype
+    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, clip.norm_type)), clip.norm_type)
     if isinstance(scale, Tensor):
         norm = total / scale
-        multiply(gradients, (clip.max_norm / (norm + 1e-6)).clamp(max=1.0) / scale)
+        torch._foreach_mul_(gradients, (clip.max_norm / (norm + 1e-6)).clamp(max=1.0) / scale)
         return norm, torch.logical_not(torch.isfinite(total)).float()
     value = total.item() / scale
     if not math.isfinite(value):
         return None
-    multiply(gradients, min(clip.max_norm / (value + 1e-6), 1.0) / scale)
+    torch._foreach_mul_(gradients, min(clip.max_norm / (value + 1e-6), 1.0) / scale)
     return total / scale, torch.zeros((), device=total.device)
 
 

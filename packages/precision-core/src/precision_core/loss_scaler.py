@@ -90,8 +90,9 @@ class LossScaler(Scaler):
         self._records: dict[int, _Record] = {}  # by id of the optimizer
         self._issued: float | Tensor | None = None  # the scale of the last scaling
         self._read: tuple[Tensor, int, float] | None = None  # the scale, its version, and its value when last read
+        self._inverse: tuple[float, Tensor] | None = None  # a scale, and a tensor of 1 / scale
         self._due = False  # a step's found_inf waits for the update of the scale
-        self._last_loss: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._last_loss: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None  # scaled, and as it was
 
     # ---------------------------------------------------------------- optimizers
 
@@ -161,15 +162,15 @@ class LossScaler(Scaler):
                 _rescale(optimizer, 1.0, self._issued)
                 record.gradients = _Gradients.SCALED
             record.stepped = False
-        self._last_loss = (weakref.ref(scaled), loss)
+        self._last_loss = (weakref.ref(scaled), weakref.ref(loss))
         return scaled
 
     def unscaled(self, scaled: Tensor) -> Tensor:
         """Returns the loss that `scale` was given."""
         if self._last_loss is not None and self._last_loss[0]() is scaled:
-            loss = self._last_loss[1]
-            self._last_loss = None  # it holds the graph
-            return loss
+            loss = self._last_loss[1]()
+            if loss is not None:
+                return loss
         return scaled.detach() / self.torch_scaler.get_scale()
 
     def _withdraw(self, optimizer: Optimizer, record: _Record) -> None:
@@ -231,7 +232,9 @@ class LossScaler(Scaler):
         if self._unscales_plainly and is_plain(gradients) and gradients[0].is_cpu:
             scale = self._value()
             assert isinstance(scale, float)
-            self._now_true(optimizer, record, unscale_plain(gradients, scale))
+            if self._inverse is None or self._inverse[0] != scale:
+                self._inverse = (scale, torch.tensor(1.0 / scale))
+            self._now_true(optimizer, record, unscale_plain(gradients, self._inverse[1]))
         else:
             self.torch_scaler.unscale_(optimizer)
             self._now_true(optimizer, record)
@@ -241,7 +244,7 @@ class LossScaler(Scaler):
         if flag is not None:
             state = self.torch_scaler._per_optimizer_states[id(optimizer)]
             state["stage"], state["found_inf_per_device"] = OptState.UNSCALED, {flag.device: flag}
-        flags = list(self.torch_scaler._found_inf_per_device(optimizer).values())
+        flags = [flag] if flag is not None else list(self.torch_scaler._found_inf_per_device(optimizer).values())
         if self._lazy and flags:
             record.found_inf = torch.stack([each.to(flags[0].device) for each in flags]).sum()
         else:

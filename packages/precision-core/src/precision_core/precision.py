@@ -135,7 +135,8 @@ class Precision:
         policy = self.policy
         mine = (policy.params, policy.compute)
         if isinstance(data, Tensor):  # a model that returns one tensor should not pay for the rest
-            return data.to(policy.output) if data.dtype in mine else data  # type: ignore[return-value]
+            is_right = data.dtype is policy.output or data.dtype not in mine
+            return data if is_right else data.to(policy.output)  # type: ignore[return-value]
         return map_tensors(data, lambda tensor: tensor.to(policy.output) if tensor.dtype in mine else tensor)
 
     # ---------------------------------------------------------------- backward
