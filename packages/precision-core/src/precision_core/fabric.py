@@ -177,15 +177,7 @@ class Fabric:
         self._override_method(target, name)
 
     def _override_method(self, module: nn.Module, name: str) -> None:
-        strategy = self._strategy
-
-        def make(function: Callable[..., Any]) -> Callable[..., Any]:
-            def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                return strategy.forward(self, function, *args, **kwargs)
-
-            return method
-
-        self._restores.append(override(module, name, make))
+        self._restores.append(override(module, name, self._strategy.make_forward))
 
     def setup_dataloaders(self, *loaders: Iterable[Any], move_to_device: bool = True) -> Any:
         """Returns the loaders with their batches moved to the device, dtypes untouched; one, or a tuple of them."""

@@ -85,8 +85,8 @@ class LossScaler(Scaler):
         self._min_scale = min_scale
         self._max_skips = max_skips
         self._lazy = lazy
-        # A subclass of torch's scaler may reduce flags over ranks in unscale_.
-        self._unscales_plainly = not lazy and type(torch_scaler).unscale_ is GradScaler.unscale_
+        # On the CPU the parts of torch's scaler are called directly; a subclass may reduce over ranks in its methods.
+        self._is_plain = not lazy and type(torch_scaler) is GradScaler
         self._records: dict[int, _Record] = {}  # by id of the optimizer
         self._issued: float | Tensor | None = None  # the scale of the last scaling
         self._read: tuple[Tensor, int, float] | None = None  # the scale, its version, and its value when last read
@@ -155,7 +155,11 @@ class LossScaler(Scaler):
             if record.gradients is _Gradients.TRUE:
                 self._withdraw(optimizer, record)
         self._update_if_due()
-        scaled: Tensor = self.torch_scaler.scale(loss)
+        factor = self.torch_scaler._scale
+        if self._is_plain and factor is not None and loss.is_cpu:
+            scaled = loss * factor
+        else:
+            scaled = self.torch_scaler.scale(loss)
         self._issued = self._value()
         for optimizer, record in live:
             if record.gradients is not _Gradients.SCALED:
@@ -229,7 +233,7 @@ class LossScaler(Scaler):
             self._unscale(optimizer, record, gradients)
 
     def _unscale(self, optimizer: Optimizer, record: _Record, gradients: list[Tensor]) -> None:
-        if self._unscales_plainly and is_plain(gradients) and gradients[0].is_cpu:
+        if self._is_plain and is_plain(gradients) and gradients[0].is_cpu:
             scale = self._value()
             assert isinstance(scale, float)
             if self._inverse is None or self._inverse[0] != scale:
@@ -248,7 +252,7 @@ class LossScaler(Scaler):
         if self._lazy and flags:
             record.found_inf = torch.stack([each.to(flags[0].device) for each in flags]).sum()
         else:
-            record.found_inf = any(each.item() for each in flags)
+            record.found_inf = sum([each.item() for each in flags]) != 0
         record.gradients, record.counted = _Gradients.TRUE, not flags
 
     def _check_scaled(self, optimizer: Optimizer, record: _Record, gradients: list[Tensor]) -> None:
@@ -337,7 +341,7 @@ class LossScaler(Scaler):
         else:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
         record.gradients, record.stepped = _Gradients.NONE, True
-        if self._due and self._all_stepped():
+        if self._due and (len(self._records) == 1 or self._all_stepped()):
             self._update_if_due()
         if self.counter.skipped_in_a_row:
             self.check_skips(name_of)

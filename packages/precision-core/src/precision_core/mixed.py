@@ -150,15 +150,15 @@ class MixedPrecision(Precision):
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """A new autocast context for the plugin's device and compute dtype."""
-        self._check_device()
+        if not self._device_is_here:
+            raise self._missing_device()
         return torch.autocast(self.device_type, dtype=self.policy.compute)
 
-    def _check_device(self) -> None:
-        if not self._device_is_here:
-            raise ValueError(
-                f"MixedPrecision(device={self.device_type!r}): there is no such device here, and autocast would do "
-                'nothing; pass device="cpu" or another that torch finds'
-            )
+    def _missing_device(self) -> ValueError:
+        return ValueError(
+            f"MixedPrecision(device={self.device_type!r}): there is no such device here, and autocast would do "
+            'nothing; pass device="cpu" or another that torch finds'
+        )
 
     # ---------------------------------------------------------------- scaling
 
@@ -176,7 +176,8 @@ class MixedPrecision(Precision):
             return GradScaler(self.device_type, enabled=False)
         if isinstance(self._given_scaler, GradScaler):
             return self._given_scaler
-        self._check_device()
+        if not self._device_is_here:
+            raise self._missing_device()
         return GradScaler(self.device_type, **self._given_scaler)  # type: ignore[arg-type]
 
     @cached_property

@@ -63,13 +63,17 @@ class Strategy:
                         state[key] = value.to(param.device)  # else the host counts; float32, as bfloat16 counts to 256
         return optimizer
 
-    def forward(self, module: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs one of the module's methods, `function(module, ...)`, under the precision's forward hooks."""
+    def make_forward(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a module's method, `function(module, ...)`, as it runs under the precision's forward hooks."""
         precision = self.precision
-        args, kwargs = precision.convert_input((args, kwargs))
-        with precision.forward_context():
-            output = function(module, *args, **kwargs)
-        return precision.convert_output(output)
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            args, kwargs = precision.convert_input((args, kwargs))
+            with precision.forward_context():
+                output = function(module, *args, **kwargs)
+            return precision.convert_output(output)
+
+        return forward
 
     # ---------------------------------------------------------------- step
 
