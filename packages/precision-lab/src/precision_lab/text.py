@@ -1,9 +1,9 @@
 """The text: 450,000 characters of real English that every Python ships.
 
 `pydoc_data.topics` is the language reference as plain text, what `help("assignment")` prints. It needs no download,
-and is prose rather than toy data: a model that learns nothing but byte pairs stays at 2.32 nats per byte.
-The wording differs a little between Python versions, and so do losses; the length does not (Python 3.10 to 3.13 ship
-459,000 to 511,000 characters of it).
+and is prose rather than toy data: who knows the frequencies of its byte pairs and nothing else stays at 2.46 nats per
+byte (Python 3.11). The wording differs a little between Python versions, and so do losses; the length does not (Python
+3.10 to 3.13 ship 459,000 to 511,000 characters of it).
 """
 
 from __future__ import annotations
