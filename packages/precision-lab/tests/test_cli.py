@@ -83,7 +83,7 @@ def test_slow_modes_say_so(default_run):
     finished, record, _ = default_run
     if cpu_has_float16():
         pytest.skip("this CPU has float16 units")
-    reason = "float16 has no units on this CPU, 15 to 26 times slower; --all runs it"
+    reason = "float16 has no units on this CPU, 9 to 26 times slower; --all runs it"
     for mode in ("16-mixed", "16-true"):
         assert (rows(record)[mode]["status"], rows(record)[mode]["reason"]) == ("not run", reason)
         assert rows(record)[mode]["held_out_loss"] is None
