@@ -16,23 +16,23 @@ Hooks in the order in which they run. A strategy calls them, or a hand-written l
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim import Optimizer
 
 from precision_core.casting import cast, map_tensors
 from precision_core.clipping import make_clip
 from precision_core.conversion import cast_buffers, cast_parameters
 from precision_core.dtypes import FLOAT_DTYPES
+from precision_core.parameter_init import parameters_in
+from precision_core.plugin_state import STATE_VERSION, check_state
 from precision_core.policy import MODES, Policy
 from precision_core.report import Report, module_bytes
 from precision_core.runnable import check_runnable
@@ -45,7 +45,6 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-STATE_VERSION = 1
 
 _RUNNERS = {
     torch.float64: "DoublePrecision",
@@ -114,7 +113,7 @@ class Precision:
         dtype = self.policy.params
         for _, exception in self.policy.exceptions:
             dtype = torch.promote_types(dtype, exception.params)
-        return nullcontext() if dtype is torch.float32 else _parameters_in(dtype)
+        return nullcontext() if dtype is torch.float32 else parameters_in(dtype)
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """Context in which tensors are created in the dtype that inputs are cast to."""
@@ -293,35 +292,3 @@ class Precision:
                 if candidate is param:
                     return name
         return f"a parameter of shape {tuple(param.shape)}"
-
-
-def check_state(state: Any) -> dict[str, Any]:
-    """Returns `state`; raises `ValueError` unless it is what `Precision.state_dict` returns."""
-    counts = ("steps", "skipped_steps", "skipped_in_a_row", "last_step_skipped")
-    if not isinstance(state, dict) or not {"version", "mode", "scaler", *counts} <= state.keys():
-        raise ValueError(f"this is no precision state: {str(state)[:80]}; pass what precision.state_dict() returned")
-    if state["version"] != STATE_VERSION:
-        raise ValueError(f"precision state of version {state['version']!r}: this release reads version {STATE_VERSION}")
-    if not isinstance(state["mode"], str) or not isinstance(state["scaler"], dict):
-        raise ValueError("this is no precision state: mode is no string, or scaler is no dict")
-    for key in counts:
-        if type(state[key]) is not int or state[key] < 0:
-            raise ValueError(f"this is no precision state: {key} is {state[key]!r}")
-    return state
-
-
-@contextmanager
-def _parameters_in(dtype: torch.dtype) -> Iterator[None]:
-    """Casts each floating parameter that this thread registers on a module."""
-    thread = threading.get_ident()
-
-    def hook(module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
-        if threading.get_ident() == thread and param is not None:
-            param.data = cast(param.data, dtype)
-        return param
-
-    handle = register_module_parameter_registration_hook(hook)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        handle.remove()
