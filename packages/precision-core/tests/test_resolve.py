@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from precision_core import ALIASES, MODES, DoublePrecision, HalfPrecision, MixedPrecision, Policy, Precision
+from precision_core import (
+    ALIASES,
+    MODES,
+    DoublePrecision,
+    HalfPrecision,
+    MixedPrecision,
+    Policy,
+    Precision,
+    SingleDeviceStrategy,
+)
 from precision_core.resolve import resolve_precision
 
 CLASSES = {
@@ -26,7 +35,7 @@ CLASSES = {
 @pytest.mark.parametrize("mode", [*CLASSES, *ALIASES])
 def test_every_mode_has_its_plugin(mode: str | int) -> None:
     for spelling in (mode, Policy.parse(mode)):
-        plugin = resolve_precision(spelling, "cpu")
+        plugin = resolve_precision(spelling, SingleDeviceStrategy())
         assert type(plugin) is CLASSES[ALIASES.get(mode, mode)]  # type: ignore[index,arg-type]
         assert plugin.policy == Policy.parse(mode)
 
@@ -37,8 +46,8 @@ def test_no_mode_is_missing_above() -> None:
 
 def test_a_plugin_is_used_as_it_is_and_mixed_takes_the_device() -> None:
     plugin = HalfPrecision("bf16-true", buffers="float32")
-    assert resolve_precision(plugin, "cpu") is plugin
-    mixed = resolve_precision("bf16-mixed", "cpu")
+    assert resolve_precision(plugin, SingleDeviceStrategy()) is plugin
+    mixed = resolve_precision("bf16-mixed", SingleDeviceStrategy())
     assert isinstance(mixed, MixedPrecision) and mixed.device_type == "cpu"
 
 
@@ -53,5 +62,5 @@ def test_a_plugin_is_used_as_it_is_and_mixed_takes_the_device() -> None:
 )
 def test_what_no_plugin_runs_is_refused(mode: object, message: str) -> None:
     with pytest.raises(ValueError) as error:
-        resolve_precision(mode, "cpu")  # type: ignore[arg-type]
+        resolve_precision(mode, SingleDeviceStrategy())  # type: ignore[arg-type]
     assert message in str(error.value)

@@ -12,3 +12,6 @@ from precision_core.precision import Precision as Precision
 from precision_core.report import Report as Report
 from precision_core.strategies import SingleDeviceStrategy as SingleDeviceStrategy
 from precision_core.strategies import Strategy as Strategy
+from precision_core.support import Support as Support
+from precision_core.support import SupportRow as SupportRow
+from precision_core.support import supports as supports

@@ -24,14 +24,15 @@ from torch.optim import Optimizer
 
 from precision_core import checkpoint, rng
 from precision_core.checkpoint import CheckpointError
-from precision_core.devices import ACCELERATORS, choose_device
+from precision_core.composition import check_composition
+from precision_core.devices import choose_device
 from precision_core.loader import DeviceLoader
 from precision_core.override import is_overridden, override
 from precision_core.policy import Policy
 from precision_core.precision import Precision
-from precision_core.resolve import resolve_precision
+from precision_core.resolve import resolve_precision, resolve_strategy
 from precision_core.state import check_fits, collect, restore
-from precision_core.strategies import SingleDeviceStrategy, Strategy
+from precision_core.strategies import Strategy
 
 
 class Fabric:
@@ -39,9 +40,10 @@ class Fabric:
 
     Args:
         accelerator: "auto", "cpu", "gpu", "cuda", "mps", "xpu" or "tpu".
-        strategy: "auto", which is one device in this process, or a `Strategy`.
+        strategy: "auto", which is one device in this process, the name of a strategy, or a `Strategy`.
         devices: "auto", 1, or a list with one device index.
-        precision: a mode ("bf16-mixed"), an alias (16), a policy or its spelling, or a plugin.
+        precision: a mode ("bf16-mixed", or one that an installed package brings), an alias (16), a policy or its
+            spelling, or a plugin.
 
     Raises:
         ValueError: an argument that is unknown, a device that is missing, or a plugin and strategy that do not fit.
@@ -55,8 +57,9 @@ class Fabric:
         precision: str | int | Policy | Precision = "32-true",
     ) -> None:
         device = choose_device(accelerator, devices)
-        self._strategy = _resolve_strategy(strategy, accelerator, device)
-        self._precision = resolve_precision(precision, self._strategy.device.type)
+        self._strategy = resolve_strategy(strategy, accelerator, device)
+        self._precision = resolve_precision(precision, self._strategy)
+        check_composition(self._precision, self._strategy)
         self._strategy.connect(self._precision)
         self._restores: list[Callable[[], None]] = []
 
@@ -301,18 +304,3 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     """Returns the module inside `torch.compile(module)`, where an override is traced; any other as it is."""
     inner = model._modules.get("_orig_mod")  # no getattr: a module takes long to say that it has no such attribute
     return model if inner is None else inner
-
-
-def _resolve_strategy(strategy: str | Strategy, accelerator: str, device: torch.device) -> Strategy:
-    if isinstance(strategy, Strategy):
-        if accelerator != "auto" and strategy.device.type not in ACCELERATORS[accelerator]:
-            raise ValueError(
-                f"Fabric(accelerator={accelerator!r}) got a {type(strategy).__name__} on {str(strategy.device)!r}: "
-                "leave accelerator out, or make the strategy for that device"
-            )
-        return strategy
-    if strategy == "auto":
-        return SingleDeviceStrategy(device)
-    raise ValueError(
-        f'Fabric(strategy={strategy!r}): expected "auto" (one device in this process) or a Strategy object'
-    )

@@ -97,7 +97,7 @@ class HalfPrecision(Precision):
         self._warn_of_buffers([name for name in names if name in {*changed, *statistics}])
         dtype = self.policy.params
         self.report = Report(
-            str(self.policy),
+            self.mode,
             converted=tuple(items + buffers),
             skipped=tuple(
                 Item(name, f"kept in {dtype_name(wide)}: torch's batch norm wants weight and statistics alike")

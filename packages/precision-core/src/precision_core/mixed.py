@@ -88,13 +88,15 @@ class MixedPrecision(Precision):
 
     # ---------------------------------------------------------------- set-up
 
-    def connect(self, strategy: Strategy) -> None:
-        """Checks that the strategy's device is the plugin's."""
-        if strategy.device.type != self.device_type:
-            raise ValueError(
-                f"MixedPrecision(device={self.device_type!r}) cannot run on {strategy.device.type!r}: "
-                f'pass MixedPrecision({str(self.policy)!r}, device="{strategy.device.type}"), or the mode as a string'
+    def refuses(self, strategy: Strategy) -> str | None:
+        """Returns why not, when the strategy's device is not the plugin's, or lacks the dtype."""
+        device_type = strategy.device.type
+        if device_type != self.device_type:
+            return (
+                f"it was made for {self.device_type!r}: pass "
+                f'MixedPrecision({str(self.policy)!r}, device="{device_type}"), or the mode as a string'
             )
+        return super().refuses(strategy)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Checks that trainable parameters are float32, applies the exceptions, and returns `module`.
@@ -121,7 +123,7 @@ class MixedPrecision(Precision):
         )[0]
         self._restores += apply_exceptions(module, policies, self.device_type)
         self.report = Report(
-            str(self.policy),
+            self.mode,
             converted=tuple(items),
             skipped=tuple(
                 Item(name, f"frozen, stays {dtype_name(param.dtype)}") for name, param in wrong if name in frozen

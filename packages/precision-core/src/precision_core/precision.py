@@ -31,6 +31,7 @@ from precision_core.casting import cast, map_tensors
 from precision_core.clipping import make_clip
 from precision_core.conversion import cast_buffers, cast_parameters
 from precision_core.dtypes import FLOAT_DTYPES
+from precision_core.formats import FORMATS, by_dtypes
 from precision_core.parameter_init import parameters_in
 from precision_core.plugin_state import STATE_VERSION, check_state
 from precision_core.policy import MODES, Policy
@@ -86,8 +87,19 @@ class Precision:
 
     # ---------------------------------------------------------------- set-up
 
+    @property
+    def mode(self) -> str:
+        """What users ask for this plugin by: the policy's spelling, or the mode that a package registered."""
+        return str(self.policy)
+
+    def refuses(self, strategy: Strategy) -> str | None:
+        """Returns why this plugin cannot run under `strategy`, and what to pass instead; None: it can."""
+        device_type = strategy.device.type
+        level, reason = by_dtypes(self.policy, device_type) if device_type in FORMATS else ("native", "")
+        return reason if level == "no" else None
+
     def connect(self, strategy: Strategy) -> None:
-        """Takes what the plugin needs from the strategy; raises `ValueError` when the two do not fit."""
+        """Takes what the plugin needs from the strategy, once `refuses` of both have said nothing."""
 
     def storage(self, param: nn.Parameter) -> torch.dtype | None:
         """Returns the dtype that `param` is to be stored in; None: as it is (integers, float8, packed weights)."""
@@ -98,9 +110,7 @@ class Precision:
         before = module_bytes(module)
         items = cast_parameters(module, lambda _, param: self.storage(param))
         items += cast_buffers(module, lambda *_: self.policy.buffers)[0]
-        self.report = Report(
-            str(self.policy), converted=tuple(items), bytes_before=before, bytes_after=module_bytes(module)
-        )
+        self.report = Report(self.mode, converted=tuple(items), bytes_before=before, bytes_after=module_bytes(module))
         self._remember(module)
         return module
 
@@ -247,7 +257,7 @@ class Precision:
     def state_dict(self) -> dict[str, Any]:
         """Returns version, mode, step counts, and the loss scaler's state, as plain values."""
         counts = self.scaler.counter.state_dict()
-        return {"version": STATE_VERSION, "mode": str(self.policy), "scaler": self.scaler.state_dict(), **counts}
+        return {"version": STATE_VERSION, "mode": self.mode, "scaler": self.scaler.state_dict(), **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned.
@@ -262,8 +272,8 @@ class Precision:
         if state["scaler"] and self.policy.scale:
             self.scaler.load_state_dict(state["scaler"])
         self.scaler.counter.load_state_dict(state)
-        if state["mode"] != str(self.policy):
-            self._note(f"loaded the state of {state['mode']!r} into {str(self.policy)!r}: {self._what_of(state)}")
+        if state["mode"] != self.mode:
+            self._note(f"loaded the state of {state['mode']!r} into {self.mode!r}: {self._what_of(state)}")
 
     def _what_of(self, state: dict[str, Any]) -> str:
         if self.policy.scale:

@@ -1,29 +1,97 @@
-"""From what the user passed as `precision` to the plugin that runs it."""
+"""From what the user passed as `precision` and `strategy` to the objects that run."""
 
 from __future__ import annotations
 
 import torch
 
-from precision_core.double import DoublePrecision
-from precision_core.half import HalfPrecision
-from precision_core.mixed import MixedPrecision
-from precision_core.policy import Policy
+from precision_core import discovery
+from precision_core.devices import ACCELERATORS
+from precision_core.dtypes import nearest
+from precision_core.policy import ALIASES, MODES, Policy
 from precision_core.precision import Precision
+from precision_core.strategies import STRATEGIES, Strategy
 
 
-def resolve_precision(precision: str | int | Policy | Precision, device_type: str) -> Precision:
+def resolve_precision(precision: str | int | Policy | Precision, strategy: Strategy) -> Precision:
     """Returns the plugin for a mode, an alias, a policy or its spelling; a plugin object is returned as it is.
 
+    Core's modes go to the strategy, which may have a plugin of its own for them; others to the package that has them.
+
     Raises:
-        ValueError: no mode, or a policy that no plugin of core runs; says who does, if anyone.
+        ValueError: no mode, with what to install if it is known; a policy that nothing runs; a mode that two
+            distributions claim.
+        ImportError: the package that brings the mode cannot be imported.
     """
     if isinstance(precision, Precision):
         return precision
-    policy = Policy.parse(precision)
-    if policy.mixed:
-        return MixedPrecision(policy, device=device_type)
-    if policy.params is torch.float64:
-        return DoublePrecision(policy=policy)
-    if policy.params is torch.float32:
-        return Precision(policy=policy)
-    return HalfPrecision(policy)
+    if isinstance(precision, str) and not is_core_mode(precision):
+        return load_plugin(precision)
+    if isinstance(precision, str):
+        discovery.find(discovery.PLUGINS, _base(precision), taken=True)
+    return strategy.make_precision(Policy.parse(precision))
+
+
+def resolve_strategy(strategy: str | Strategy, accelerator: str, device: torch.device) -> Strategy:
+    """Returns the strategy of that name on `device`; "auto" is one device; an object is returned as it is.
+
+    Raises:
+        ValueError: an unknown name, with what to install if it is known; an object for another kind of device.
+    """
+    if isinstance(strategy, Strategy):
+        if accelerator != "auto" and strategy.device.type not in ACCELERATORS[accelerator]:
+            raise ValueError(
+                f"Fabric(accelerator={accelerator!r}) got a {type(strategy).__name__} on {str(strategy.device)!r}: "
+                "leave accelerator out, or make the strategy for that device"
+            )
+        return strategy
+    if not isinstance(strategy, str):
+        raise ValueError(
+            f'Fabric(strategy={strategy!r}): expected "auto", the name of a strategy, or a Strategy object'
+        )
+    name = "single_device" if strategy == "auto" else strategy
+    entry = discovery.find(discovery.STRATEGIES, name, taken=name in STRATEGIES)
+    if name not in STRATEGIES and entry is None:
+        raise ValueError(discovery.missing(discovery.STRATEGIES, name, ("auto", *STRATEGIES)))
+    made = (STRATEGIES.get(name) or discovery.load(discovery.STRATEGIES, name))()
+    if not isinstance(made, Strategy):
+        raise ValueError(f'strategy="{name}": its factory returned a {type(made).__name__}, not a Strategy')
+    made.device = device
+    return made
+
+
+def is_core_mode(precision: object) -> bool:
+    """Whether `precision` is core's to parse: no string, or one that starts with a mode, an alias, or a `key=value`."""
+    if not isinstance(precision, str):
+        return True
+    base = _base(precision)
+    return "=" in base or base in MODES or base in ALIASES
+
+
+def load_plugin(mode: str) -> Precision:
+    """Returns the plugin of the installed package that brings `mode`; raises as `resolve_precision` does."""
+    base = _base(mode)
+    if discovery.find(discovery.PLUGINS, base) is None:
+        raise ValueError(_unknown(mode, base))
+    if base != mode:
+        raise ValueError(f'precision="{mode}": only core\'s modes take exceptions; "{base}" comes from a package')
+    plugin = discovery.load(discovery.PLUGINS, mode)(mode)
+    if not isinstance(plugin, Precision):
+        raise ValueError(f'precision="{mode}": its factory returned a {type(plugin).__name__}, not a Precision')
+    return plugin
+
+
+def _base(precision: str) -> str:
+    return precision.partition(";")[0].strip()
+
+
+def _unknown(mode: str, base: str) -> str:
+    if discovery.extra_of(discovery.PLUGINS, base) is not None:
+        return discovery.missing(discovery.PLUGINS, base)
+    try:
+        Policy.parse(mode)
+    except ValueError as error:
+        here = discovery.names(discovery.PLUGINS)
+        brought = f"; installed packages bring {', '.join(here)}" if here else ""
+        hint = "" if "did you mean" in str(error) else nearest(base, discovery.known(discovery.PLUGINS))
+        return f"{error}{brought}{hint}"
+    raise AssertionError(f"{mode!r} is no mode of core")

@@ -2,3 +2,6 @@
 
 from precision_core.strategies.base import Strategy as Strategy
 from precision_core.strategies.single_device import SingleDeviceStrategy as SingleDeviceStrategy
+
+STRATEGIES: dict[str, type[Strategy]] = {"single_device": SingleDeviceStrategy}
+"""Name -> class. Packages add theirs through the entry-point group `precision.strategies`."""

@@ -16,12 +16,16 @@ from torch.optim import Optimizer
 
 from precision_core.casting import map_tensors
 from precision_core.dtypes import FLOAT_DTYPES
+from precision_core.plugins import make_plugin
+from precision_core.policy import Policy
 from precision_core.precision import Precision
 
 
 class Strategy:
     """One process on one device; subclasses say which, and override what their engine does itself."""
 
+    name: str = ""
+    """What users ask for it by, and what rows of the support table call it."""
     device: torch.device = torch.device("cpu")
     precision: Precision
 
@@ -40,8 +44,16 @@ class Strategy:
         """Whether this is the process that prints and writes."""
         return self.global_rank == 0
 
+    def make_precision(self, policy: Policy) -> Precision:
+        """Returns the plugin for a mode that was given as a string: core's, or one that is native to the engine."""
+        return make_plugin(policy, self.device.type)
+
+    def refuses(self, precision: Precision) -> str | None:
+        """Returns why `precision` cannot run under this strategy, and what to pass instead; None: it can."""
+        return None
+
     def connect(self, precision: Precision) -> None:
-        """Ties the plugin to this strategy; either raises `ValueError` when the two do not fit."""
+        """Ties the plugin to this strategy, once `refuses` of both have said nothing."""
         precision.connect(self)
         self.precision = precision
 
