@@ -1,0 +1,10 @@
+"""What tests of backends and of third parties share: contracts, and the yardstick for training curves. Needs pytest."""
+
+import pytest
+
+# The checks assert; pytest explains a failed assert only in modules that it is told of before they are imported.
+pytest.register_assert_rewrite(*(f"{__name__}.checks_{part}" for part in ("hooks", "loop", "setup", "state")))
+
+from precision_core.testing.contract import PrecisionContract as PrecisionContract  # noqa: E402
+from precision_core.testing.contract import StrategyContract as StrategyContract  # noqa: E402
+from precision_core.testing.hardware import needs as needs  # noqa: E402

@@ -1,0 +1,39 @@
+"""Every installed mode under every installed strategy: it trains, or is refused at construction with the reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from precision_core import MODES, Fabric
+from precision_core.composition import refusal
+from precision_core.discovery import PLUGINS, names
+from precision_core.discovery import STRATEGIES as GROUP
+from precision_core.resolve import resolve_precision, resolve_strategy
+from precision_core.strategies import STRATEGIES
+from precision_core.testing.checks_loop import train
+from precision_core.testing.net import Net
+
+ALL_MODES = [*MODES, *names(PLUGINS)]
+ALL_STRATEGIES = [*STRATEGIES, *names(GROUP)]
+
+
+@pytest.mark.parametrize("strategy", ALL_STRATEGIES)
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_a_pair_trains_or_is_refused_with_its_reason(
+    mode: str, strategy: str, composition: dict[tuple[str, str], str]
+) -> None:
+    try:
+        fabric = Fabric(accelerator="cpu", precision=mode, strategy=strategy)
+    except ValueError as error:
+        under = resolve_strategy(strategy, "cpu", Fabric(accelerator="cpu").device)
+        reason = refusal(resolve_precision(mode, under), under)
+        assert reason and reason in str(error) and mode in str(error) and type(under).__name__ in str(error)
+        composition[mode, strategy] = f"refused: {reason}"
+        return
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    fabric.setup(model, optimizer)
+    losses = train(fabric, model, optimizer, range(60))
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    composition[mode, strategy] = f"trains, {losses[0]:.4f} to {losses[-1]:.4f} in 60 steps"
