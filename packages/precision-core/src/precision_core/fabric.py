@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from precision_core import checkpoint, rng
 from precision_core.checkpoint import CheckpointError
@@ -30,6 +31,7 @@ from precision_core.loader import DeviceLoader
 from precision_core.override import is_overridden, override
 from precision_core.policy import Policy
 from precision_core.precision import Precision
+from precision_core.repoint import ParamMap, named_params, replaced_params, repoint
 from precision_core.resolve import resolve_precision, resolve_strategy
 from precision_core.state import check_fits, collect, restore
 from precision_core.strategies import Strategy
@@ -62,6 +64,7 @@ class Fabric:
         check_composition(self._precision, self._strategy)
         self._strategy.connect(self._precision)
         self._restores: list[Callable[[], None]] = []
+        self._replaced: ParamMap = WeakIdKeyDictionary()  # what setup replaced, for optimizers that are set up later
 
     # ---------------------------------------------------------------- what there is
 
@@ -109,14 +112,16 @@ class Fabric:
     def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any:
         """Converts the model, moves it to the device, and lets forward, backward and step run in the precision.
 
-        Returns the very objects that it was given: `model` alone, or `(model, *optimizers)`.
+        Returns the very objects that it was given: `model` alone, or `(model, *optimizers)`. Where the precision
+        replaced parameters, the optimizers hold the new ones; a model that is itself one layer that was replaced comes
+        back as the new layer.
 
         Raises:
             ValueError: something that was set up before, or that the precision refuses; nothing was set up.
         """
         self._check_optimizers(optimizers)
         self._precision.register_optimizers(*optimizers)  # before the model is converted: it may refuse one
-        self.setup_module(model)
+        model = self.setup_module(model)
         self.setup_optimizers(*optimizers)
         return (model, *optimizers) if optimizers else model
 
@@ -127,15 +132,23 @@ class Fabric:
         target = _uncompiled(model)
         if is_overridden(target, "forward"):
             raise ValueError(f"this {type(target).__name__} is set up already; a copy of it needs no setup either")
-        self._strategy.setup_module(self._precision.convert_module(target))
-        self._override_method(target, "forward")
-        return model
+        before = named_params(target)
+        converted = self._strategy.setup_module(self._precision.convert_module(target))
+        if converted is not target is not model:  # torch.compile holds on to the one that it was given
+            raise ValueError(
+                f"{self._precision.mode} replaced the whole compiled {type(target).__name__}: set it up first, then "
+                "compile what fabric.setup returns"
+            )
+        self._replaced.update(replaced_params(before, converted))
+        self._override_method(converted, "forward")
+        return model if converted is target else converted
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Sets up optimizers apart from their model; returns the one, or a tuple of them."""
         self._check_optimizers(optimizers)
         self._precision.register_optimizers(*optimizers)
         for optimizer in optimizers:
+            repoint(optimizer, self._replaced)
             self._strategy.setup_optimizer(optimizer)
             self._restores.append(override(optimizer, "step", self._make_step))
         return optimizers[0] if len(optimizers) == 1 else optimizers
