@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def names_that_the_text_takes_as_known() -> dict[str, Any]:
-    model = nn.Linear(4, 2)
+    model = nn.Sequential(OrderedDict(body=nn.Linear(4, 4), lm_head=nn.Linear(4, 2)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     fabric = Fabric(accelerator="cpu")
     return {
@@ -25,6 +26,7 @@ def names_that_the_text_takes_as_known() -> dict[str, Any]:
         "fabric": fabric,
         "plugin": fabric.precision_plugin,
         "model": model,
+        "quantise": lambda layer: layer,
         "optimizer": optimizer,
         "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1),
         "criterion": nn.MSELoss(),
@@ -42,4 +44,4 @@ def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_there_are_blocks() -> None:
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 8
