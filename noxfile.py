@@ -50,9 +50,10 @@ def _third_party() -> list[str]:
     """What the packages require, less torch (BASE pins it), the vendors (Any to mypy) and each other."""
     root = nox.project.load_toml(ROOT / "pyproject.toml")
     vendors = root["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-api"]
-    members = [nox.project.load_toml(path) for path in sorted(ROOT.glob("packages/*/pyproject.toml"))]
-    left_out = {"torch", *vendors, *(member["project"]["name"].replace("-", "_") for member in members)}
-    required = [requirement for member in members for requirement in member["project"].get("dependencies", [])]
+    members = [nox.project.load_toml(path)["project"] for path in sorted(ROOT.glob("packages/*/pyproject.toml"))]
+    left_out = {"torch", *vendors, *(member["name"].replace("-", "_") for member in members)}
+    lists = [[member.get("dependencies", []), *member.get("optional-dependencies", {}).values()] for member in members]
+    required = [requirement for each in lists for requirements in each for requirement in requirements]
     return [each for each in required if re.split(r"[^\w.-]", each)[0].replace("-", "_") not in left_out]
 
 
@@ -74,16 +75,29 @@ def _param(name: str, row: dict[str, Any]) -> Any:
 nox.options.sessions = ["lint", *(f"tests({name})" for name, row in ROWS.items() if row["default"])]
 
 
+def _folder(row: dict[str, Any]) -> str:
+    name: str = row["package"]
+    return name if name == "tests-integration" or name.startswith("examples/") else f"packages/{name}"
+
+
+def _editable(folder: str) -> list[str]:
+    """What installs a folder's package, with its test group if it has one."""
+    groups = nox.project.load_toml(ROOT / folder / "pyproject.toml").get("dependency-groups", {})
+    return ["-e", folder, *(["--group", f"{folder}/pyproject.toml:test"] if "test" in groups else [])]
+
+
 @nox.session
 @nox.parametrize("python,row", [_param(name, row) for name, row in ROWS.items()])
 def tests(session: nox.Session, row: dict[str, Any]) -> None:
     """One row of the matrix: its pins, the bounds between the packages, the package's tests."""
-    package = f"packages/{row['package']}"
-    pytest = ["pytest", f"{package}/tests"]
+    folder = _folder(row)
+    pytest = ["pytest", folder if folder == "tests-integration" else f"{folder}/tests"]
     session.log(f"this row without nox: {shlex.join(pytest)}")
     if reason := MISSING.get(row["hardware"]):
         session.skip(f"needs {row['hardware']}: {reason}")
-    session.install("-e", package, "--group", f"{package}/pyproject.toml:test", row["torch"], *row["pins"])
+    # one command: outside of the workspace only that lets a package find core in the checkout
+    installs = [option for each in row.get("installs", [folder]) for option in _editable(each)]
+    session.install(*installs, row["torch"], *row["pins"])
     if session.venv_backend != "none":  # a ready-made image has no uv, and packages whose bounds are not ours to check
         session.run("uv", "pip", "check", external=True)  # uv ignores version bounds between workspace packages
     session.run(*pytest, *session.posargs)
@@ -106,6 +120,24 @@ def bench(session: nox.Session) -> None:
     _install_core_and_lab(session)
     for script in sorted(ROOT.glob("benchmarks/bench_*.py")):
         session.run("python", str(script.relative_to(ROOT)), *session.posargs)
+
+
+def _ci(session: nox.Session, script: str) -> None:
+    """Runs a script of ci/ with this command's arguments. They need uv, which may not be on the PATH."""
+    session.install("uv")
+    session.run("python", f"ci/{script}.py", *session.posargs)
+
+
+@nox.session(python=BASE["python"])
+def dist(session: nox.Session) -> None:
+    """What users get: each package's wheel, alone, and its tests against that. `-- PACKAGE ...`: these only."""
+    _ci(session, "dist")
+
+
+@nox.session(python=BASE["python"])
+def release(session: nox.Session) -> None:
+    """Checks that HEAD is a release of one package, and builds it into dist/: `nox -s release -- PACKAGE`."""
+    _ci(session, "release")
 
 
 def _print_table(report: Path) -> None:
