@@ -6,9 +6,10 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from precision_core import MODES, Policy
+from precision_core import MODES, Policy, supports
+from precision_core.discovery import KNOWN, PLUGINS
+from precision_core.formats import cpu_has_float16
 from precision_lab.cli import main
-from precision_lab.slow import cpu_has_float16
 
 MODELS_BYTES = 1_272_640
 OPTIONS = ("--steps", "--modes", "--seed", "--out", "--all", "--accelerator")
@@ -83,7 +84,7 @@ def test_slow_modes_say_so(default_run):
     finished, record, _ = default_run
     if cpu_has_float16():
         pytest.skip("this CPU has float16 units")
-    reason = "float16 has no units on this CPU, 9 to 26 times slower; --all runs it"
+    reason = "float16 has no units on this CPU, 9 to 26 times slower than float32; --all runs it"
     for mode in ("16-mixed", "16-true"):
         assert (rows(record)[mode]["status"], rows(record)[mode]["reason"]) == ("not run", reason)
         assert rows(record)[mode]["held_out_loss"] is None
@@ -119,7 +120,7 @@ def test_a_failing_mode_is_a_row_and_the_others_go_on(failing_run):
     failed, done = record["modes"]
     assert finished.returncode == 1
     assert failed["status"] == "failed"
-    assert failed["reason"].startswith("ValueError: ")
+    assert failed["reason"] == supports(REFUSED, "cpu").reason
     assert "master" in failed["reason"]
     assert f"failed: {failed['reason']}" in finished.stdout
     assert done["status"] == "done"
@@ -133,11 +134,61 @@ def test_same_seed_same_losses_bit_for_bit(default_run, failing_run):
     assert first["held_out_loss"] == second["held_out_loss"]
 
 
+HALF = """
+from precision_core import HalfPrecision, SupportRow
+
+class MyHalf(HalfPrecision):
+    def __init__(self, mode):
+        super().__init__("params=bfloat16,buffers=float32")
+        self.asked_for = mode
+
+    @property
+    def mode(self):
+        return self.asked_for
+
+class Late(MyHalf):
+    def forward_context(self):
+        raise RuntimeError("only in training")
+
+def rows():
+    yield SupportRow("my-half", "cpu", "slow", "by hand")
+"""
+ENTRIES = """
+[precision.plugins]
+my-half = my_half:MyHalf
+my-late = my_half:Late
+my-gone = gone_module:Half
+[precision.support]
+mine = my_half:rows
+"""
+
+
+def test_modes_of_packages_train_as_cores_do(install, tmp_path):
+    install("mine", ENTRIES, "my_half", HALF)
+    modes = "bf16-true,my-half,my-late,my-gone"
+    finished = run_compare("--steps", "2", "--modes", modes, "--out", str(tmp_path / "out"))
+    record = json.loads((tmp_path / "out" / "compare.json").read_text())
+    of = rows(record)
+    assert list(of) == modes.split(",") and finished.returncode == 1
+    mine, same = of["my-half"], of["bf16-true"]
+    assert mine["status"] == "done" and len(mine["losses"]) == 2  # it was named, so slow or not it runs
+    for figure in ("losses", "held_out_loss", "parameter_bytes", "gradient_bytes", "optimizer_bytes"):
+        assert mine[figure] == same[figure] is not None
+    assert mine["policy"] == same["policy"] | {"buffers": "float32"}
+    assert (of["my-late"]["status"], of["my-late"]["reason"]) == ("failed", "RuntimeError: only in training")
+    assert of["my-gone"]["status"] == "failed" and of["my-gone"]["policy"] is None
+    assert 'precision "my-gone" is gone_module:Half of mine, which cannot be imported' in of["my-gone"]["reason"]
+    table = finished.stdout.partition("held-out")[2]
+    assert sum(line.split()[:1] == ["my-half"] for line in table.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--modes", "32-true,bf16-mixd"], "bf16-mixd"),
         (["--modes", "bf16,bf16-mixed"], "given twice"),
+        (["--modes", "32-true,my-unknown"], "installed packages bring"),
+        (["--modes", "my-half; head: 32-true"], "only core's modes take exceptions"),
         (["--modes", ""], "no mode"),
         (["--steps", "0"], "--steps"),
         (["--seed", "-1"], "--seed"),
@@ -146,7 +197,8 @@ def test_same_seed_same_losses_bit_for_bit(default_run, failing_run):
         (["--out", "file/inside"], "cannot write in 'file/inside'"),
     ],
 )
-def test_bad_options_are_clear_and_early(options, message, tmp_path, monkeypatch):
+def test_bad_options_are_clear_and_early(options, message, tmp_path, monkeypatch, install):
+    install("mine", ENTRIES)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("mine")
     result = CliRunner().invoke(main, ["compare", *options])
@@ -154,6 +206,15 @@ def test_bad_options_are_clear_and_early(options, message, tmp_path, monkeypatch
     assert message in result.output
     assert "Traceback" not in result.output
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_mode_that_is_not_installed_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(KNOWN[PLUGINS], "half", ("my-half",))
+    result = CliRunner().invoke(main, ["compare", "--modes", "32-true,my-half", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    message = 'precision "my-half" needs precision-half: pip install "precision-core[half]"'
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_lists_the_options():

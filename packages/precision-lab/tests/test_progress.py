@@ -2,14 +2,13 @@ import io
 
 from rich.console import Console
 
-from precision_core import MODES
 from precision_lab.progress import Bars, Lines, make_progress
 from precision_lab.results import Row
 
 
 def run(console, steps):
-    row, broken = Row(MODES["32-true"]), Row(MODES["16-true"])
-    rows = [row, broken, Row(MODES["16-mixed"], reason="slow")]
+    row, broken = Row("32-true"), Row("16-true")
+    rows = [row, broken, Row("16-mixed", reason="slow")]
     with make_progress(console, rows, steps) as progress:
         progress.start(row)
         progress.update(row)

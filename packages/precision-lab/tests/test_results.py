@@ -2,12 +2,12 @@ import json
 
 import pytest
 
-from precision_core import MODES, Policy
-from precision_lab.results import Comparison, Row
+from precision_core import Policy
+from precision_lab.results import Comparison, Row, spell
 
 
 def done(mode, losses, seconds):
-    return Row(Policy.parse(mode), "done", losses=losses, step_seconds=seconds, held_out_loss=2.0)
+    return Row(mode, "done", losses=losses, step_seconds=seconds, held_out_loss=2.0, policy=spell(Policy.parse(mode)))
 
 
 @pytest.fixture
@@ -15,8 +15,8 @@ def comparison():
     rows = [
         done("64-true", [4.0, 2.0], [0.3, 0.5]),
         done("32-true", [4.0, 2.1], [0.1, 0.3]),
-        Row(MODES["16-mixed"], "failed", "broke", losses=[4.0], step_seconds=[0.1]),
-        Row(MODES["16-true"], reason="slow"),
+        Row("16-mixed", "failed", "broke", losses=[4.0], step_seconds=[0.1]),
+        Row("16-true", reason="slow"),
     ]
     return Comparison(2, 0, rows, {"device": "cpu"})
 
@@ -45,6 +45,7 @@ def test_train_loss_is_the_mean_of_the_last_tenth():
 
 
 def test_as_dict_is_json(comparison):
+    comparison.rows.append(Row("of-a-package", reason="slow"))
     comparison.rows.append(done("bf16-mixed; *.norm: 32-true", [4.0, 2.2], [0.1, 0.1]))
     record = comparison.as_dict({"batch": 4})
     assert json.loads(json.dumps(record, allow_nan=False)) == record
@@ -52,4 +53,5 @@ def test_as_dict_is_json(comparison):
     assert policy["compute"] == "bfloat16"
     assert policy["master"] is None
     assert policy["exceptions"]["*.norm"]["compute"] == "float32"
+    assert record["modes"][-2]["policy"] is None  # only its plugin knows
     assert record["modes"][2] | {"status": "failed", "reason": "broke", "drift": None} == record["modes"][2]

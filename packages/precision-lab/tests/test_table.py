@@ -3,7 +3,6 @@ import io
 import pytest
 from rich.console import Console
 
-from precision_core import MODES
 from precision_lab.results import Comparison, Row
 from precision_lab.table import human_bytes, print_table
 
@@ -13,7 +12,7 @@ LONG = "ValueError: " + "why " * 60 + "[red]really[/red]"
 def figures(mode, losses):
     size = 1_272_640 * 4
     return Row(
-        MODES[mode], "done", "", losses, [0.05] * len(losses), 2.34567, size, size, 2 * size, 100 * 2**20, 3
+        mode, "done", "", losses, [0.05] * len(losses), 2.34567, size, size, 2 * size, 100 * 2**20, 3
     )  # fmt: skip
 
 
@@ -30,7 +29,7 @@ def test_a_finished_mode_has_its_figures_uncut_on_a_narrow_terminal():
 
 
 def test_other_modes_say_why_in_one_line():
-    rows = [figures("32-true", [4.0]), Row(MODES["16-true"], "failed", LONG), Row(MODES["16-mixed"], reason="slow")]
+    rows = [figures("32-true", [4.0]), Row("16-true", "failed", LONG), Row("16-mixed", reason="slow")]
     lines = [" ".join(line.split()) for line in printed(rows).splitlines()]
     assert f"16-true failed: {LONG}" in lines
     assert "16-mixed not run: slow" in lines
@@ -43,7 +42,7 @@ def test_footnotes_explain_missing_figures():
 
 
 def test_a_table_without_a_finished_mode():
-    assert "failed: broke" in printed([Row(MODES["32-true"], "failed", "broke")])
+    assert "failed: broke" in printed([Row("32-true", "failed", "broke")])
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,13 @@
-"""precision-lab: the `precision` command, which trains one small model in every number format and compares.
+"""precision-lab: the `precision` command: which number formats run here, and what they do to training.
 
-    cli.py        the command and its options
-    modes.py      --modes: which precisions to run
-    slow.py       which of them this device can only run slowly
+    cli.py        the commands and their options
+
+    doctor.py     precision doctor: everything that there is to say of this machine
+    machine.py    its CPU and devices
+    installed.py  packages, and what is wrong with them
+    findings.py   all of it, printed
+
+    modes.py      precision compare --modes: which precisions to run
     compare.py    runs them one after another and collects a row for each
     process.py    one child process, and the lines it sends
     progress.py   what is shown meanwhile, on a terminal and in a log

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
-
-if TYPE_CHECKING:
-    from precision_core import Policy
 
 # Each command imports what it needs when it runs: torch takes seconds, --help should not.
 
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="precision-lab")
 def main() -> None:
-    """Find out what a number format does to training, by measuring it."""
+    """Find out which number formats run here, and what they do to training, by measuring it."""
 
 
 @main.command()
@@ -28,7 +26,7 @@ def main() -> None:
 @click.option(
     "--modes",
     metavar="MODE,...",
-    help="Precisions to compare: modes, or policies such as params=float32,compute=bfloat16. "
+    help="Precisions to compare: core's modes, policies such as params=float32,compute=bfloat16, modes of packages. "
     "Those that are named run even where they are slow. [default: all of core's, slow ones left out]",
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of weights and batches.")
@@ -50,7 +48,7 @@ def compare(
     Prints a table, and writes its figures with every step's loss (compare.json) and the curves (compare.png). The exit
     code is 1 when a mode failed.
     """
-    policies = _policies(modes)
+    listed = _modes(modes)
     device_type = _device_type(accelerator)
     _check_folder(out)
 
@@ -64,8 +62,9 @@ def compare(
     from precision_lab.train import settings
 
     console = Console(highlight=False)
-    comparison = Comparison(steps, seed, make_rows(policies, device_type, run_slow=run_all or modes is not None))
-    with make_progress(console, comparison.rows, steps) as progress:
+    rows = make_rows(listed, device_type, named=modes is not None, run_slow=run_all)
+    comparison = Comparison(steps, seed, rows)
+    with make_progress(console, rows, steps) as progress:
         run(comparison, accelerator, progress)
 
     record = comparison.as_dict(settings())
@@ -76,7 +75,31 @@ def compare(
     context.exit(1 if comparison.failed else 0)
 
 
-def _policies(modes: str | None) -> list[Policy]:
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout, and nothing else.")
+@click.pass_context
+def doctor(context: click.Context, as_json: bool) -> None:
+    """Show this machine, what is installed, and which precision runs here how well.
+
+    Trains nothing, and imports no vendor library but torch. The exit code is 1 when there are problems: two packages
+    claim one name, a package's rows of the support table cannot be loaded, a requirement is not met, a device's driver
+    raises.
+    """
+    from rich.console import Console
+
+    from precision_lab.doctor import examine
+    from precision_lab.findings import print_findings
+
+    with redirect_stdout(sys.stderr):  # whatever a package prints while it is imported
+        findings = examine()
+    if as_json:
+        click.echo(json.dumps(findings.as_dict(), indent=1))
+    else:
+        print_findings(findings, Console(highlight=False))
+    context.exit(1 if findings.problems else 0)
+
+
+def _modes(modes: str | None) -> list[str]:
     from precision_lab.modes import default_modes, parse_modes
 
     try:

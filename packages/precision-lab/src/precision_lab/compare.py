@@ -7,23 +7,39 @@ from contextlib import closing
 from dataclasses import fields
 from typing import Any
 
-from precision_core import Policy
+from precision_core import Policy, Support, supports
+from precision_core.formats import by_dtypes
+from precision_core.resolve import is_core_mode
 from precision_lab.process import ChildFailed, run_child
 from precision_lab.progress import Progress
-from precision_lab.results import Comparison, Row
-from precision_lab.slow import slow_reason
+from precision_lab.results import Comparison, Row, Status, spell
 from precision_lab.train import Job
 
 _FIGURES = {f.name for f in fields(Row)}
 
 
-def make_rows(policies: Sequence[Policy], device_type: str, run_slow: bool) -> list[Row]:
-    """Returns a row for each policy; those that the device is slow at say so, unless `run_slow`."""
-    reasons = [None if run_slow else slow_reason(policy, device_type) for policy in policies]
-    return [
-        Row(policy, reason=f"{reason}; --all runs it" if reason else "")
-        for policy, reason in zip(policies, reasons, strict=True)
-    ]
+def make_rows(modes: Sequence[str], device_type: str, *, named: bool, run_slow: bool) -> list[Row]:
+    """Returns a row for each mode, as `parse_modes` returns them. Those with a reason are not to be run.
+
+    Modes that the device is slow at are left out unless they were `named` or are to be run all the same. One that it
+    cannot run at all has failed when it was asked for by name.
+    """
+    rows = []
+    for mode in modes:
+        policy = spell(Policy.parse(mode)) if is_core_mode(mode) else None
+        answer = _supports(mode, device_type)
+        status: Status = "failed" if named and not answer else "not run"
+        reasons = {"slow": "" if named or run_slow else f"{answer.reason}; --all runs it", "no": answer.reason}
+        rows.append(Row(mode, status, reasons.get(answer.level, ""), policy=policy))
+    return rows
+
+
+def _supports(mode: str, device_type: str) -> Support:
+    try:
+        return supports(mode, device_type)
+    except Exception as error:  # some package's rows cannot be loaded: core's modes do without, others will say so
+        core = is_core_mode(mode)
+        return Support(*by_dtypes(Policy.parse(mode), device_type)) if core else Support("native", str(error))
 
 
 def run(comparison: Comparison, accelerator: str, progress: Progress) -> None:

@@ -13,26 +13,36 @@ from __future__ import annotations
 import re
 
 from precision_core import MODES, Policy
+from precision_core.discovery import PLUGINS, find
+from precision_core.resolve import is_core_mode, load_plugin
 
 
-def default_modes() -> list[Policy]:
+def default_modes() -> list[str]:
     """Returns core's six modes."""
-    return list(MODES.values())
+    return list(MODES)
 
 
-def parse_modes(text: str) -> list[Policy]:
-    """Returns the policies that `text` lists.
+def parse_modes(text: str) -> list[str]:
+    """Returns the modes that `text` lists: core's as the policy spells them, those of packages as they are registered.
 
     Raises:
-        ValueError: a mode that `Policy.parse` does not know, with its text; the same one twice.
+        ValueError: a mode that nobody knows or that is not installed, with core's text; the same one twice.
     """
-    policies: list[Policy] = []
-    for mode in split_modes(text):
-        policy = Policy.parse(mode)
-        if policy in policies:
-            raise ValueError(f"{mode!r} is given twice: it means {policy}")
-        policies.append(policy)
-    return policies
+    modes: list[str] = []
+    for given in split_modes(text):
+        mode = _checked(given)
+        if mode in modes:
+            raise ValueError(f"{given!r} is given twice" + (f": it means {mode}" if mode != given else ""))
+        modes.append(mode)
+    return modes
+
+
+def _checked(mode: str) -> str:
+    if is_core_mode(mode):
+        return str(Policy.parse(mode))
+    if find(PLUGINS, mode) is None:
+        load_plugin(mode)  # raises before it loads anything
+    return mode
 
 
 def split_modes(text: str) -> list[str]:

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import torch
 
-from precision_core import MODES, Policy
+from precision_core import Policy
 
 Status = Literal["done", "failed", "not run"]
 
-REFERENCE = MODES["64-true"]
+REFERENCE = "64-true"
 """Drift is measured from this mode: its rounding errors are a billionth of float32's."""
-BASELINE = MODES["32-true"]
+BASELINE = "32-true"
 """Step times are ratios to this mode's."""
 
 
@@ -22,7 +22,8 @@ BASELINE = MODES["32-true"]
 class Row:
     """What one mode did. Figures are None as long as they are not known."""
 
-    policy: Policy
+    mode: str
+    """As `parse_modes` spells it: the same policy is the same string."""
     status: Status = "not run"
     reason: str = ""
     """Why it was not run, or failed."""
@@ -35,11 +36,8 @@ class Row:
     optimizer_bytes: int | None = None
     peak_memory_bytes: int | None = None
     skipped_steps: int | None = None
-
-    @property
-    def mode(self) -> str:
-        """The policy's name, or its spelling when it has none."""
-        return str(self.policy)
+    policy: dict[str, Any] | None = None
+    """Its fields as plain values; for a mode of a package as its plugin says, once it ran."""
 
     @property
     def train_loss(self) -> float | None:
@@ -76,9 +74,9 @@ class Comparison:
             return None
         return row.median_step_seconds / baseline.median_step_seconds
 
-    def find(self, policy: Policy) -> Row | None:
-        """Returns the finished row of `policy`."""
-        return next((row for row in self.rows if row.policy == policy and row.status == "done"), None)
+    def find(self, mode: str) -> Row | None:
+        """Returns the finished row of `mode`."""
+        return next((row for row in self.rows if row.mode == mode and row.status == "done"), None)
 
     @property
     def failed(self) -> bool:
@@ -103,8 +101,8 @@ class Comparison:
             "step_ms": None if row.median_step_seconds is None else 1000 * row.median_step_seconds,
             "time_ratio": self.time_ratio(row),
         }
-        measured = {f.name: getattr(row, f.name) for f in fields(row) if f.name != "policy"}
-        return {"mode": row.mode, "policy": spell(row.policy)} | derived | measured
+        measured = {f.name: getattr(row, f.name) for f in fields(row)}
+        return {"mode": row.mode, "policy": row.policy} | derived | measured
 
 
 def last_tenth(steps: int) -> int:

@@ -2,9 +2,9 @@
 
     python -m precision_lab.train bf16-mixed --steps 300 --seed 0
 
-trains the GPT through `Fabric` and prints one JSON object a line: what runs where, then each step's loss and seconds,
-then the rest of the figures. `precision compare` reads these lines; by hand they, and the whole traceback of a mode
-that fails, are one command away.
+trains the GPT through `Fabric` and prints one JSON object a line: what runs where, the policy, then each step's loss
+and seconds, then the rest of the figures. `precision compare` reads these lines; by hand they, and the whole traceback
+of a mode that fails, are one command away.
 
 The same seed means the same start for every mode: weights are drawn in float32 and cast afterwards, batches come from
 a generator of their own, and deterministic algorithms make a second run the same bit for bit. What then differs
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from precision_core import Fabric
 from precision_lab.gpt import GPT, GPTConfig
 from precision_lab.memory import PeakMemory
+from precision_lab.results import spell
 from precision_lab.text import split_text
 
 BATCH = 4
@@ -75,6 +76,7 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
     )
     model, optimizer = fabric.setup(model, optimizer)
     yield describe(fabric.device, model)
+    yield {"policy": spell(fabric.precision_plugin.policy)}
 
     batches = torch.Generator().manual_seed(job.seed)
     for step in range(job.steps):

@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from precision_core import MODES
+from precision_core.formats import FORMATS
+from precision_lab.compare import make_rows
+from precision_lab.modes import default_modes, parse_modes
+
+SLOW = "said so; --all runs it"
+
+
+@pytest.fixture
+def float16(monkeypatch):
+    """Says how well this CPU computes in float16."""
+    return lambda level: monkeypatch.setitem(FORMATS["cpu"], torch.float16, lambda: (level, "said so"))
+
+
+def found(rows):
+    return {row.mode: (row.status, row.reason) for row in rows}
+
+
+@pytest.mark.parametrize("level", ["native", "emulated", "slow", "no"])
+def test_of_all_modes_slow_ones_and_impossible_ones_are_left_out(level, float16):
+    float16(level)
+    reason = {"slow": SLOW, "no": "said so"}.get(level, "")
+    rows = make_rows(default_modes(), "cpu", named=False, run_slow=False)
+    assert found(rows) == {mode: ("not run", reason if mode.startswith("16") else "") for mode in MODES}
+    assert all(row.policy["params"] == str(MODES[row.mode].params)[6:] for row in rows)
+
+
+@pytest.mark.parametrize("mode", ["16-mixed", "16-true", "bf16-mixed; *.mlp: 16-true"])
+def test_slow_modes_run_when_they_are_named_and_with_all(mode, float16):
+    float16("slow")
+    assert found(make_rows([mode], "cpu", named=False, run_slow=False)) == {mode: ("not run", SLOW)}
+    assert found(make_rows([mode], "cpu", named=True, run_slow=False)) == {mode: ("not run", "")}
+    assert found(make_rows([mode], "cpu", named=False, run_slow=True)) == {mode: ("not run", "")}
+
+
+def test_a_mode_that_cannot_run_has_failed_when_it_was_named(float16):
+    float16("no")
+    assert found(make_rows(["16-true"], "cpu", named=False, run_slow=True)) == {"16-true": ("not run", "said so")}
+    assert found(make_rows(["16-true"], "cpu", named=True, run_slow=True)) == {"16-true": ("failed", "said so")}
+    (row,) = make_rows(parse_modes("params=float64,compute=float32"), "cpu", named=True, run_slow=False)
+    assert row.status == "failed" and "float64" in row.reason
+
+
+ROWS = """
+from precision_core import SupportRow
+
+def rows():
+    yield SupportRow("mine", "cpu", "no", "not on Mondays")
+    yield SupportRow("mine", "cuda", "slow", "by hand")
+"""
+ENTRIES = "[precision.plugins]\nmine = a:b\n[precision.support]\nmine = rows_module:rows\n"
+
+
+def test_a_package_answers_for_its_modes(install):
+    install("mine", ENTRIES, "rows_module", ROWS)
+    (row,) = make_rows(["mine"], "cpu", named=True, run_slow=False)
+    assert (row.mode, row.status, row.reason, row.policy) == ("mine", "failed", "not on Mondays", None)
+
+
+def test_a_package_that_is_broken_is_no_reason_not_to_train(install, float16):
+    float16("slow")
+    install("broken", "[precision.plugins]\nmine = a:b\n[precision.support]\nbroken = gone_module:rows\n")
+    rows = make_rows(["mine", "32-true", "16-mixed"], "cpu", named=False, run_slow=False)
+    assert found(rows) == {"mine": ("not run", ""), "32-true": ("not run", ""), "16-mixed": ("not run", SLOW)}
