@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from precision_core import MODES, Fabric, Policy, SingleDeviceStrategy, Support, SupportRow, formats, support, supports
+from precision_core import MODES, Fabric, Policy, SingleDeviceStrategy, Support, SupportRow, formats, supports
 from precision_core.devices import ACCELERATORS, is_available
 from precision_core.formats import FORMATS
+from precision_core.support_table import read_table
 
 Install = Callable[..., None]
-HERE = [row for row in support.table() if is_available(row.device)]
+HERE = [row for row in read_table().rows if is_available(row.device)]
 FORMAT = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -149,7 +151,7 @@ def test_packages_add_rows_and_a_strategys_own_row_goes_first(install: Install) 
     assert supports("16-true", "cpu", "ring") == Support("no", "the ring has no float16")
     assert supports("16-true", "cpu").level in ("native", "slow")
     assert supports("32-true", "cpu", "ring").level == "native"
-    assert {row.mode for row in support.table()} == {*MODES, "mine"}
+    assert {row.mode for row in read_table().rows} == {*MODES, "mine"}
 
 
 def test_a_mode_without_rows_is_judged_by_its_dtypes(install: Install) -> None:
@@ -160,3 +162,48 @@ def test_a_mode_without_rows_is_judged_by_its_dtypes(install: Install) -> None:
 def test_a_row_with_another_level_is_refused() -> None:
     with pytest.raises(ValueError, match="level is one of native, emulated, slow, no"):
         SupportRow("mine", "cpu", "fast", "")  # type: ignore[arg-type]
+
+
+def test_one_device_is_no_strategy_of_its_own() -> None:
+    with pytest.raises(ValueError, match="one device is strategy=None"):
+        SupportRow("mine", "cpu", "native", "", strategy="single_device")
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("raise OSError('no .so')", "OSError: no .so"),
+        ("def rows(): return ['a row']", "expected rows of the support table, got 'a row'"),
+        ("def rows(): raise KeyError('driver')", "KeyError: 'driver'"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_named_and_stop_only_what_may_be_theirs(
+    source: str, problem: str, install: Install
+) -> None:
+    install("broken", "[precision.support]\nbroken = broken_rows:rows\n", "broken_rows", source)
+    install("mine", ENTRIES.partition("[precision.support]")[0], "rows_module", ROWS)
+    try:
+        assert supports("32-true", "cpu").level == "native"
+        table = read_table()
+        assert len(table.problems) == 1 and problem in table.problems[0] and 'support "broken"' in table.problems[0]
+        for arguments in (("mine", "cpu"), ("32-true", "cpu", "ring")):
+            with pytest.raises(ImportError, match='support "broken"'):
+                supports(*arguments)
+    finally:
+        sys.modules.pop("broken_rows", None)
+        sys.modules.pop("rows_module", None)
+
+
+def test_a_mode_of_core_that_a_package_claims_is_an_error(install: Install) -> None:
+    install("thief", "[precision.plugins]\nbf16-mixed = a:b\n")
+    with pytest.raises(ValueError, match="is claimed by precision-core and by thief"):
+        supports("bf16-mixed", "cpu")
+
+
+def test_a_probe_that_raises_leaves_the_other_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("precision_core.formats.is_available", lambda device_type: True)
+    for dtype in FORMATS["cuda"]:
+        monkeypatch.setitem(FORMATS["cuda"], dtype, lambda: 1 // 0)
+    table = read_table(["cpu", "cuda"])
+    assert table.problems == ["cuda: ZeroDivisionError: integer division or modulo by zero"]
+    assert {row.mode for row in table.rows if row.device == "cpu"} == set(MODES)

@@ -13,5 +13,5 @@ from precision_core.report import Report as Report
 from precision_core.strategies import SingleDeviceStrategy as SingleDeviceStrategy
 from precision_core.strategies import Strategy as Strategy
 from precision_core.support import Support as Support
-from precision_core.support import SupportRow as SupportRow
 from precision_core.support import supports as supports
+from precision_core.support_table import SupportRow as SupportRow

@@ -1,7 +1,6 @@
 """The support query: can this machine run that mode, how well, and why (not).
 
-The answer comes from a table of rows. Core's speak of its own modes; packages add theirs through the entry-point group
-`precision.support`, whose functions take nothing and return an iterable of `SupportRow`.
+The answer comes from the support table (`support_table`), else from the dtypes of the mode's policy.
 """
 
 from __future__ import annotations
@@ -12,11 +11,12 @@ import torch
 
 from precision_core import discovery
 from precision_core.devices import ACCELERATORS, is_available
-from precision_core.formats import FORMATS, LEVELS, Level, by_dtypes
+from precision_core.formats import FORMATS, Level, by_dtypes
 from precision_core.policy import MODES, Policy
 from precision_core.resolve import is_core_mode, load_plugin
 from precision_core.runnable import check_runnable
 from precision_core.strategies import STRATEGIES, Strategy
+from precision_core.support_table import read_table
 
 _CORE = {discovery.PLUGINS: MODES, discovery.STRATEGIES: ("auto", *STRATEGIES)}
 
@@ -35,24 +35,6 @@ class Support:
         return f"{self.level}: {self.reason}"
 
 
-@dataclass(frozen=True)
-class SupportRow:
-    """What this machine makes of one mode on one kind of device.
-
-    `strategy` is a strategy's name; None: one device, and every strategy that has no row of its own.
-    """
-
-    mode: str
-    device: str
-    level: Level
-    reason: str
-    strategy: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.level not in LEVELS:
-            raise ValueError(f"{self}: level is one of {', '.join(LEVELS)}")
-
-
 def supports(mode: str | int | Policy, device: str | torch.device, strategy: str | Strategy | None = None) -> Support:
     """Returns whether this machine runs `mode` on that kind of device under that strategy, how well, and why.
 
@@ -63,7 +45,10 @@ def supports(mode: str | int | Policy, device: str | torch.device, strategy: str
 
     Raises:
         ValueError: a mode, device or strategy that nobody knows. One that is known but not installed is a "no".
+        ImportError: rows that may be the answer cannot be loaded; names the package.
     """
+    if isinstance(mode, str) and is_core_mode(mode):
+        discovery.find(discovery.PLUGINS, mode, taken=True)  # raises when a package claims it, as Fabric does
     device_type = _device_type(device)
     name = _strategy_name(strategy)
     if name is not None and name not in STRATEGIES and discovery.find(discovery.STRATEGIES, name) is None:
@@ -73,27 +58,14 @@ def supports(mode: str | int | Policy, device: str | torch.device, strategy: str
     if not is_core_mode(mode) and discovery.find(discovery.PLUGINS, str(mode)) is None:
         return Support("no", _known_or_raise(discovery.PLUGINS, str(mode)))
     policy = Policy.parse(mode) if is_core_mode(mode) else None  # None: a package's
-    row = _row(str(policy or mode), device_type, name)
+    table = read_table()
+    found = {row.strategy: row for row in table.rows if (row.mode, row.device) == (str(policy or mode), device_type)}
+    if table.problems and name not in found and (policy is None or name is not None):  # it may be theirs to answer
+        raise ImportError("; ".join(table.problems))
+    row = found.get(name) or found.get(None)
     if row is not None:
         return Support(row.level, row.reason)
     return _of_policy(policy or load_plugin(str(mode)).policy, device_type, by_core=policy is not None)
-
-
-def table() -> list[SupportRow]:
-    """Returns all rows: core's, then those of each installed package."""
-    rows = core_rows()
-    for package in discovery.names(discovery.SUPPORT):
-        rows += discovery.load(discovery.SUPPORT, package)()
-    return rows
-
-
-def core_rows() -> list[SupportRow]:
-    """Returns the rows of core's modes, one for each kind of device that torch itself drives."""
-    return [
-        SupportRow(mode, device_type, *by_dtypes(policy, device_type))
-        for device_type in FORMATS
-        for mode, policy in MODES.items()
-    ]
 
 
 def _device_type(device: str | torch.device) -> str:
@@ -128,9 +100,3 @@ def _of_policy(policy: Policy, device_type: str, by_core: bool) -> Support:
     except ValueError as error:
         return Support("no", str(error))
     return Support(*by_dtypes(policy, device_type))
-
-
-def _row(mode: str, device_type: str, strategy: str | None) -> SupportRow | None:
-    """Returns the strategy's own row, else the one for one device; None: there is neither."""
-    found = {row.strategy: row for row in table() if (row.mode, row.device) == (mode, device_type)}
-    return found.get(strategy) or found.get(None)

@@ -8,7 +8,6 @@ from dataclasses import fields
 from typing import Any
 
 from precision_core import Policy, Support, supports
-from precision_core.formats import by_dtypes
 from precision_core.resolve import is_core_mode
 from precision_lab.process import ChildFailed, run_child
 from precision_lab.progress import Progress
@@ -37,9 +36,8 @@ def make_rows(modes: Sequence[str], device_type: str, *, named: bool, run_slow: 
 def _supports(mode: str, device_type: str) -> Support:
     try:
         return supports(mode, device_type)
-    except Exception as error:  # some package's rows cannot be loaded: core's modes do without, others will say so
-        core = is_core_mode(mode)
-        return Support(*by_dtypes(Policy.parse(mode), device_type)) if core else Support("native", str(error))
+    except ImportError as error:  # some package's rows cannot be read: if it matters, the run itself will say so
+        return Support("native", str(error))
 
 
 def run(comparison: Comparison, accelerator: str, progress: Progress) -> None:

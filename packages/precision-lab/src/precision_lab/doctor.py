@@ -6,14 +6,13 @@ rows of the support table are loaded. Whatever raises is a problem in the findin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from precision_core import MODES, SupportRow
-from precision_core.discovery import PLUGINS, STRATEGIES, SUPPORT, load, names
-from precision_core.formats import by_dtypes
+from precision_core import SupportRow
+from precision_core.discovery import PLUGINS, STRATEGIES, names
 from precision_core.resolve import is_core_mode
+from precision_core.support_table import read_table
 from precision_lab.installed import (
     Missing,
     Package,
@@ -55,52 +54,18 @@ def examine() -> Findings:
     problems = [f"{device.type}: {device.error}" for device in devices if device.error]
     problems += [*claimed_twice(), *unmet_requirements(packages, installed)]
     here = [device.type for device in devices if device.here or device.type == "xla"]
-    rows = [*_core_rows(here, problems), *_package_rows(problems)]
+    table = read_table(here)
+    problems += table.problems
     return Findings(
         machine=describe_machine(),
         devices=devices,
         packages=packages,
         vendors=find_vendors(installed),
         missing=find_missing(),
-        support=_rows_that_count(rows, here),
-        unrated=_unrated(rows, here),
+        support=_rows_that_count(table.rows, here),
+        unrated=_unrated(table.rows, here),
         problems=list(dict.fromkeys(problems)),  # a name that is claimed twice cannot be loaded either
     )
-
-
-def _core_rows(devices: list[str], problems: list[str]) -> list[SupportRow]:
-    rows: list[SupportRow] = []
-    for device in devices:
-        try:
-            rows += [SupportRow(mode, device, *by_dtypes(policy, device)) for mode, policy in MODES.items()]
-        except Exception as error:  # a driver raises anything
-            problems.append(f"{device}: {type(error).__name__}: {error}")
-    return rows
-
-
-def _package_rows(problems: list[str]) -> list[SupportRow]:
-    rows: list[SupportRow] = []
-    for package in names(SUPPORT):
-        try:
-            rows += _checked(load(SUPPORT, package)())
-        except (ImportError, ValueError) as error:  # these say it all
-            problems.append(_naming(package, str(error)))
-        except Exception as error:
-            problems.append(_naming(package, f"{type(error).__name__}: {error}"))
-    return rows
-
-
-def _checked(rows: Iterable[object]) -> list[SupportRow]:
-    listed = list(rows)
-    odd = [row for row in listed if not isinstance(row, SupportRow)]
-    if odd:
-        raise TypeError(f"expected rows of the support table, got {odd[0]!r}")
-    return [row for row in listed if isinstance(row, SupportRow)]
-
-
-def _naming(package: str, text: str) -> str:
-    start = f'support "{package}"'
-    return text if text.startswith(start) else f"{start}: {text}"
 
 
 def _rows_that_count(rows: list[SupportRow], devices: list[str]) -> list[SupportRow]:
