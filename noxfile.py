@@ -115,6 +115,13 @@ def compare(session: nox.Session) -> None:
 
 
 @nox.session(python=BASE["python"])
+def doctor(session: nox.Session) -> None:
+    """What this machine can run, and what is installed. `nox -s doctor -- --json`."""
+    _install_core_and_lab(session)
+    session.run("precision", "doctor", *session.posargs)
+
+
+@nox.session(python=BASE["python"])
 def bench(session: nox.Session) -> None:
     """Every benchmarks/bench_*.py, one after another, with this command's arguments."""
     _install_core_and_lab(session)
