@@ -3,8 +3,13 @@
 import pytest
 
 # The checks assert; pytest explains a failed assert only in modules that it is told of before they are imported.
-pytest.register_assert_rewrite(*(f"{__name__}.checks_{part}" for part in ("hooks", "loop", "setup", "state")))
+pytest.register_assert_rewrite(*(f"{__name__}.checks_{part}" for part in ("curve", "hooks", "loop", "setup", "state")))
 
 from precision_core.testing.contract import PrecisionContract as PrecisionContract  # noqa: E402
 from precision_core.testing.contract import StrategyContract as StrategyContract  # noqa: E402
+from precision_core.testing.controls import controls as controls  # noqa: E402
 from precision_core.testing.hardware import needs as needs  # noqa: E402
+from precision_core.testing.loss_bound import curve_distance as curve_distance  # noqa: E402
+from precision_core.testing.loss_bound import loss_bound as loss_bound  # noqa: E402
+from precision_core.testing.problem import Problem as Problem  # noqa: E402
+from precision_core.testing.problem import train as train  # noqa: E402

@@ -42,21 +42,22 @@ def copies_of_a_model_are_whole(kit: Contract) -> None:
 
 def conversion_keeps_flags_ties_and_hooks(kit: Contract) -> None:
     fabric, model = kit.make_fabric(), kit.make_model()
+    blocks: Any = model.blocks
     model.blocks[1].eval()
-    model.blocks[0].norm.bias.requires_grad_(False)
+    blocks[0].norm.bias.requires_grad_(False)
     calls = []
-    handle = model.blocks[0].up.register_forward_hook(lambda layer, args, output: calls.append(layer))
+    handle = blocks[0].up.register_forward_hook(lambda layer, args, output: calls.append(layer))
     fabric.setup(model, kit.make_optimizer(model))
     batch, _ = make_batch(0, device=fabric.device)
     model(batch)
-    assert calls == [model.blocks[0].up]
+    assert calls == [blocks[0].up]
     handle.remove()
     model(batch)
     assert len(calls) == 1
     assert model.training and model.blocks[0].training
     assert not any(module.training for module in model.blocks[1].modules())
-    assert not model.blocks[0].norm.bias.requires_grad and not model.frozen.requires_grad
-    assert model.blocks[0].norm.weight.requires_grad
+    assert not blocks[0].norm.bias.requires_grad and not model.frozen.requires_grad
+    assert blocks[0].norm.weight.requires_grad
     assert model.head.weight is model.embedding.weight
 
 
@@ -87,7 +88,8 @@ def every_stage_has_its_dtype(kit: Contract) -> None:
     plugin = fabric.precision_plugin
     policy = plugin.policy
     seen: list[torch.dtype] = []
-    for layer in (model.blocks[0].up, model.blocks[1].down, model.head):
+    blocks: Any = model.blocks
+    for layer in (blocks[0].up, blocks[1].down, model.head):
         layer.register_forward_hook(lambda layer, args, output: seen.append(output.dtype))
     batch, target = make_batch(0, device=fabric.device)
     output = model(batch)

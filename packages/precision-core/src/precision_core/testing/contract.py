@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from precision_core import MODES, Fabric, Precision, Strategy
-from precision_core.testing import checks_hooks, checks_loop, checks_setup, checks_state
+from precision_core.testing import checks_curve, checks_hooks, checks_loop, checks_setup, checks_state
 from precision_core.testing.net import Net
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
@@ -177,6 +177,13 @@ class StrategyContract(Contract):
 
     def make_fabric(self) -> Fabric:
         return Fabric(accelerator=self.accelerator, strategy=self.make_strategy(), precision=self.mode)
+
+    def global_curve(self, fabric: Fabric, losses: list[float]) -> list[float]:
+        """Returns the curve of the global batch, from those of every rank's share."""
+        return losses
+
+    def test_the_curve_is_that_of_one_device(self) -> None:
+        self.run(checks_curve.the_curve_is_that_of_one_device)
 
     @pytest.fixture(autouse=True)
     def _choose_mode(self, request: pytest.FixtureRequest) -> None:
