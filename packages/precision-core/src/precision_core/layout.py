@@ -19,6 +19,8 @@ class Layout:
     indices: Sequence[int]
     num_nodes: int
     ranks: Ranks | None
+    asked: bool = True
+    """Whether the user asked for so many devices, not torchrun alone."""
 
     @property
     def world_size(self) -> int:
@@ -51,4 +53,4 @@ def make_layout(accelerator: str, devices: int | str | Sequence[int], num_nodes:
             f"{ranks.local_world_size} processes on each of {nodes} machines. Leave devices and num_nodes out, or "
             f"launch with torchrun --nproc-per-node={len(indices)} --nnodes={num_nodes}"
         )
-    return Layout(device_type, indices, nodes, ranks)
+    return Layout(device_type, indices, nodes, ranks, asked=devices != "auto")

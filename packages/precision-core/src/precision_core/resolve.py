@@ -45,7 +45,7 @@ def resolve_strategy(strategy: str | Strategy, accelerator: str, layout: Layout)
             f"Fabric(accelerator={accelerator!r}) got a {type(made).__name__} on {str(made.device)!r}: "
             "leave accelerator out, or make the strategy for that device"
         )
-    if layout.world_size > 1 and not made.multiprocess:
+    if layout.world_size > 1 and layout.asked and not made.multiprocess:
         raise ValueError(
             f"{type(made).__name__} runs in one process, and this run has {layout.world_size}: pass devices=1, or "
             'strategy="ddp"'
