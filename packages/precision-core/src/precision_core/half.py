@@ -95,7 +95,6 @@ class HalfPrecision(Precision):
         ]
         self._restores += apply_exceptions(module, policies, self._device_type)
         self._warn_of_buffers([name for name in names if name in {*changed, *statistics}])
-        dtype = self.policy.params
         self.report = Report(
             self.mode,
             converted=tuple(items + buffers),
@@ -103,22 +102,26 @@ class HalfPrecision(Precision):
                 Item(name, f"kept in {dtype_name(wide)}: torch's batch norm wants weight and statistics alike")
                 for name, wide in wide_norms.items()
             ),
-            notes=(
-                f"pure {dtype_name(dtype)} loses updates smaller than its spacing ({_SPACING[dtype]} of the "
-                "parameter): small learning rates stop moving large parameters; a mixed mode keeps float32 parameters",
-            ),
+            notes=self._what_is_lost(),
             bytes_before=before,
             bytes_after=module_bytes(module),
         )
         self._remember(module)
         return module
 
+    def _what_is_lost(self) -> tuple[str, ...]:
+        dtype = self.policy.params
+        return (
+            f"pure {dtype_name(dtype)} loses updates smaller than its spacing ({_SPACING[dtype]} of the "
+            "parameter): small learning rates stop moving large parameters; a mixed mode keeps float32 parameters",
+        )
+
     def _warn_of_buffers(self, names: list[str]) -> None:
         if names:
             dtype = dtype_name(self.policy.buffers)
             warnings.warn(
                 f"{self.policy.flat} casts buffers to {dtype}, which changes their values or holds running statistics: "
-                f'{", ".join(names)}. To keep them: HalfPrecision("{self.policy}", buffers="float32"), or '
+                f'{", ".join(names)}. To keep them: {type(self).__name__}("{self.mode}", buffers="float32"), or '
                 "buffers={name patterns} for some of them",
                 stacklevel=3,
             )

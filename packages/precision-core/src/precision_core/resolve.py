@@ -72,11 +72,11 @@ def load_plugin(mode: str) -> Precision:
     base = _base(mode)
     if discovery.find(discovery.PLUGINS, base) is None:
         raise ValueError(_unknown(mode, base))
-    if base != mode:
-        raise ValueError(f'precision="{mode}": only core\'s modes take exceptions; "{base}" comes from a package')
-    plugin = discovery.load(discovery.PLUGINS, mode)(mode)
+    plugin = discovery.load(discovery.PLUGINS, base)(mode)
     if not isinstance(plugin, Precision):
         raise ValueError(f'precision="{mode}": its factory returned a {type(plugin).__name__}, not a Precision')
+    if base != mode and not plugin.policy.exceptions:
+        raise ValueError(f'precision="{mode}": {type(plugin).__name__} applies no exceptions; pass "{base}"')
     return plugin
 
 
