@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 
 from precision_core.conversion import cast_buffers, cast_parameters
 from precision_core.creation import created_as
 from precision_core.dtypes import FLOATS, dtype_name, parse_dtype
 from precision_core.exceptions import EffectivePolicies, Restore, apply_exceptions
+from precision_core.fused import check_fused
 from precision_core.patterns import check_all_used, check_pattern, covers
 from precision_core.policy import Policy
 from precision_core.precision import Precision
@@ -125,6 +127,11 @@ class HalfPrecision(Precision):
                 "buffers={name patterns} for some of them",
                 stacklevel=3,
             )
+
+    def register_optimizers(self, *optimizers: Optimizer) -> None:
+        """Takes note of the optimizers; raises `ValueError` for a fused one that does not step the dtype here."""
+        check_fused(optimizers, self.policy.params, self._device_type or "cpu")
+        super().register_optimizers(*optimizers)
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Context in which created tensors get the dtype."""
