@@ -27,7 +27,7 @@ def resolve_precision(precision: str | int | Policy | Precision, strategy: Strat
     if isinstance(precision, str) and not is_core_mode(precision):
         return load_plugin(precision)
     if isinstance(precision, str):
-        discovery.find(discovery.PLUGINS, _base(precision), taken=True)
+        discovery.find(discovery.PLUGINS, base_of(precision), taken=True)
     return strategy.make_precision(Policy.parse(precision))
 
 
@@ -63,13 +63,13 @@ def is_core_mode(precision: object) -> bool:
     """Whether `precision` is core's to parse: no string, or one that starts with a mode, an alias, or a `key=value`."""
     if not isinstance(precision, str):
         return True
-    base = _base(precision)
+    base = base_of(precision)
     return "=" in base or base in MODES or base in ALIASES
 
 
 def load_plugin(mode: str) -> Precision:
     """Returns the plugin of the installed package that brings `mode`; raises as `resolve_precision` does."""
-    base = _base(mode)
+    base = base_of(mode)
     if discovery.find(discovery.PLUGINS, base) is None:
         raise ValueError(_unknown(mode, base))
     plugin = discovery.load(discovery.PLUGINS, base)(mode)
@@ -80,7 +80,8 @@ def load_plugin(mode: str) -> Precision:
     return plugin
 
 
-def _base(precision: str) -> str:
+def base_of(precision: str) -> str:
+    """Returns the mode without its exceptions."""
     return precision.partition(";")[0].strip()
 
 
