@@ -33,7 +33,7 @@ def test_a_row_holds(row: SupportRow) -> None:
             make()
         return
     fabric, model = make(), Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     fabric.setup(model, optimizer)
     losses = train(fabric, model, optimizer, range(20))
     assert sum(losses[-5:]) < sum(losses[:5]) and fabric.precision_plugin.steps > 0

@@ -118,12 +118,15 @@ def test_an_unknown_name_lists_what_is_installed_and_the_nearest(install: Instal
 
 
 PLUGIN = """
-from precision_core import MODES, Precision, Strategy
+from precision_core import HalfPrecision, Precision, Strategy
 
 class Mine(Precision):
     def __init__(self, mode):
         super().__init__()
         self.given = mode
+
+def half(mode):
+    return HalfPrecision(mode.replace("half-mine", "bf16-true"))
 
 class Ring(Strategy):
     name = "ring"
@@ -135,15 +138,17 @@ def nothing(mode=None):
 
 def test_a_mode_and_a_strategy_of_a_package_run_by_name(install: Install) -> None:
     entries = (
-        "[precision.plugins]\nmine = mine_module:Mine\nnothing = mine_module:nothing\n"
+        "[precision.plugins]\nmine = mine_module:Mine\nhalf-mine = mine_module:half\nnothing = mine_module:nothing\n"
         "[precision.strategies]\nring = mine_module:Ring\nnothing = mine_module:nothing\n"
     )
     install("mine", entries, "mine_module", PLUGIN)
     fabric = Fabric(accelerator="cpu", precision="mine", strategy="ring")
     assert isinstance(fabric.precision_plugin, Precision) and fabric.precision_plugin.given == "mine"  # type: ignore[attr-defined]
     assert isinstance(fabric.strategy, Strategy) and fabric.strategy.name == "ring"
-    with pytest.raises(ValueError, match='precision="mine; head: 32-true": only core\'s modes take exceptions'):
+    with pytest.raises(ValueError, match='precision="mine; head: 32-true": Mine applies no exceptions; pass "mine"'):
         Fabric(accelerator="cpu", precision="mine; head: 32-true")
+    takes = Fabric(accelerator="cpu", precision="half-mine; head: 32-true").precision_plugin
+    assert str(takes.policy) == "bf16-true; head: 32-true"
     with pytest.raises(ValueError, match='precision="nothing": its factory returned a NoneType, not a Precision'):
         Fabric(accelerator="cpu", precision="nothing")
     with pytest.raises(ValueError, match='strategy="nothing": its factory returned a NoneType, not a Strategy'):

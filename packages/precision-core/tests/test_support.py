@@ -154,6 +154,11 @@ def test_packages_add_rows_and_a_strategys_own_row_goes_first(install: Install) 
     assert {row.mode for row in read_table().rows} == {*MODES, "mine"}
 
 
+def test_exceptions_are_looked_through(install: Install) -> None:
+    install("mine", ENTRIES, "rows_module", ROWS)
+    assert supports("mine; head: 32-true", "cpu") == Support("emulated", "by hand")
+
+
 def test_a_mode_without_rows_is_judged_by_its_dtypes(install: Install) -> None:
     install("mine", ENTRIES, "rows_module", ROWS)
     assert supports("silent", "cpu") == supports("32-true", "cpu")

@@ -188,7 +188,6 @@ def test_modes_of_packages_train_as_cores_do(install, tmp_path):
         (["--modes", "32-true,bf16-mixd"], "bf16-mixd"),
         (["--modes", "bf16,bf16-mixed"], "given twice"),
         (["--modes", "32-true,my-unknown"], "installed packages bring"),
-        (["--modes", "my-half; head: 32-true"], "only core's modes take exceptions"),
         (["--modes", ""], "no mode"),
         (["--steps", "0"], "--steps"),
         (["--seed", "-1"], "--seed"),

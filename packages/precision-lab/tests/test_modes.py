@@ -42,7 +42,7 @@ def test_what_is_no_mode_or_comes_twice(text):
         parse_modes(text)
 
 
-@pytest.mark.parametrize("mode", ["bf16-mixd", "compute=bfloat17", "nf5", "nf4", "my-half; head: 32-true"])
+@pytest.mark.parametrize("mode", ["bf16-mixd", "compute=bfloat17", "nf5", "nf4", "my-hal; head: 32-true"])
 def test_the_error_is_cores(mode, install):
     install("mine", "[precision.plugins]\nmy-half = no_such_module:make\n")
     if find(PLUGINS, mode):
@@ -57,6 +57,7 @@ def test_the_error_is_cores(mode, install):
 def test_a_mode_of_a_package_is_known_without_importing_it(install):
     install("mine", "[precision.plugins]\nmy-half = no_such_module:make\n")
     assert parse_modes(f"my-half,{MIXED},32") == ["my-half", "bf16-mixed", "32-true"]
+    assert parse_modes("my-half; head: 32-true") == ["my-half; head: 32-true"]
     with pytest.raises(ValueError, match=r"'my-half' is given twice$"):
         parse_modes("my-half,my-half")
     install("thief", "[precision.plugins]\nmy-half = a:b\n")

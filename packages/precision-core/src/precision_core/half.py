@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 
 from precision_core.conversion import cast_buffers, cast_parameters
 from precision_core.creation import created_as
 from precision_core.dtypes import FLOATS, dtype_name, parse_dtype
 from precision_core.exceptions import EffectivePolicies, Restore, apply_exceptions
+from precision_core.fused import check_fused
 from precision_core.patterns import check_all_used, check_pattern, covers
 from precision_core.policy import Policy
 from precision_core.precision import Precision
@@ -95,7 +97,6 @@ class HalfPrecision(Precision):
         ]
         self._restores += apply_exceptions(module, policies, self._device_type)
         self._warn_of_buffers([name for name in names if name in {*changed, *statistics}])
-        dtype = self.policy.params
         self.report = Report(
             self.mode,
             converted=tuple(items + buffers),
@@ -103,25 +104,34 @@ class HalfPrecision(Precision):
                 Item(name, f"kept in {dtype_name(wide)}: torch's batch norm wants weight and statistics alike")
                 for name, wide in wide_norms.items()
             ),
-            notes=(
-                f"pure {dtype_name(dtype)} loses updates smaller than its spacing ({_SPACING[dtype]} of the "
-                "parameter): small learning rates stop moving large parameters; a mixed mode keeps float32 parameters",
-            ),
+            notes=self._what_is_lost(),
             bytes_before=before,
             bytes_after=module_bytes(module),
         )
         self._remember(module)
         return module
 
+    def _what_is_lost(self) -> tuple[str, ...]:
+        dtype = self.policy.params
+        return (
+            f"pure {dtype_name(dtype)} loses updates smaller than its spacing ({_SPACING[dtype]} of the "
+            "parameter): small learning rates stop moving large parameters; a mixed mode keeps float32 parameters",
+        )
+
     def _warn_of_buffers(self, names: list[str]) -> None:
         if names:
             dtype = dtype_name(self.policy.buffers)
             warnings.warn(
                 f"{self.policy.flat} casts buffers to {dtype}, which changes their values or holds running statistics: "
-                f'{", ".join(names)}. To keep them: HalfPrecision("{self.policy}", buffers="float32"), or '
+                f'{", ".join(names)}. To keep them: {type(self).__name__}("{self.mode}", buffers="float32"), or '
                 "buffers={name patterns} for some of them",
                 stacklevel=3,
             )
+
+    def register_optimizers(self, *optimizers: Optimizer) -> None:
+        """Takes note of the optimizers; raises `ValueError` for a fused one that does not step the dtype here."""
+        check_fused(optimizers, self.policy.params, self._device_type or "cpu")
+        super().register_optimizers(*optimizers)
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Context in which created tensors get the dtype."""

@@ -26,7 +26,7 @@ def resolve_precision(precision: str | int | Policy | Precision, strategy: Strat
     if isinstance(precision, str) and not is_core_mode(precision):
         return load_plugin(precision)
     if isinstance(precision, str):
-        discovery.find(discovery.PLUGINS, _base(precision), taken=True)
+        discovery.find(discovery.PLUGINS, base_of(precision), taken=True)
     return strategy.make_precision(Policy.parse(precision))
 
 
@@ -79,24 +79,25 @@ def is_core_mode(precision: object) -> bool:
     """Whether `precision` is core's to parse: no string, or one that starts with a mode, an alias, or a `key=value`."""
     if not isinstance(precision, str):
         return True
-    base = _base(precision)
+    base = base_of(precision)
     return "=" in base or base in MODES or base in ALIASES
 
 
 def load_plugin(mode: str) -> Precision:
     """Returns the plugin of the installed package that brings `mode`; raises as `resolve_precision` does."""
-    base = _base(mode)
+    base = base_of(mode)
     if discovery.find(discovery.PLUGINS, base) is None:
         raise ValueError(_unknown(mode, base))
-    if base != mode:
-        raise ValueError(f'precision="{mode}": only core\'s modes take exceptions; "{base}" comes from a package')
-    plugin = discovery.load(discovery.PLUGINS, mode)(mode)
+    plugin = discovery.load(discovery.PLUGINS, base)(mode)
     if not isinstance(plugin, Precision):
         raise ValueError(f'precision="{mode}": its factory returned a {type(plugin).__name__}, not a Precision')
+    if base != mode and not plugin.policy.exceptions:
+        raise ValueError(f'precision="{mode}": {type(plugin).__name__} applies no exceptions; pass "{base}"')
     return plugin
 
 
-def _base(precision: str) -> str:
+def base_of(precision: str) -> str:
+    """Returns the mode without its exceptions."""
     return precision.partition(";")[0].strip()
 
 

@@ -13,7 +13,7 @@ from precision_core import discovery
 from precision_core.devices import ACCELERATORS, is_available
 from precision_core.formats import FORMATS, Level, by_dtypes
 from precision_core.policy import MODES, Policy
-from precision_core.resolve import is_core_mode, load_plugin
+from precision_core.resolve import base_of, is_core_mode, load_plugin
 from precision_core.runnable import check_runnable
 from precision_core.strategies import STRATEGIES, Strategy
 from precision_core.support_table import read_table
@@ -48,18 +48,22 @@ def supports(mode: str | int | Policy, device: str | torch.device, strategy: str
         ImportError: rows that may be the answer cannot be loaded; names the package.
     """
     if isinstance(mode, str) and is_core_mode(mode):
-        discovery.find(discovery.PLUGINS, mode, taken=True)  # raises when a package claims it, as Fabric does
+        discovery.find(discovery.PLUGINS, base_of(mode), taken=True)  # raises when a package claims it, as Fabric does
     device_type = _device_type(device)
     name = _strategy_name(strategy)
     if name is not None and name not in STRATEGIES and discovery.find(discovery.STRATEGIES, name) is None:
         return Support("no", _known_or_raise(discovery.STRATEGIES, name))
     if device_type in FORMATS and not is_available(device_type):
         return Support("no", f"torch finds no {device_type} device here")
-    if not is_core_mode(mode) and discovery.find(discovery.PLUGINS, str(mode)) is None:
-        return Support("no", _known_or_raise(discovery.PLUGINS, str(mode)))
+    if not is_core_mode(mode) and discovery.find(discovery.PLUGINS, base_of(str(mode))) is None:
+        return Support("no", _known_or_raise(discovery.PLUGINS, base_of(str(mode))))
     policy = Policy.parse(mode) if is_core_mode(mode) else None  # None: a package's
     table = read_table()
-    found = {row.strategy: row for row in table.rows if (row.mode, row.device) == (str(policy or mode), device_type)}
+    found = {
+        row.strategy: row
+        for row in table.rows
+        if (row.mode, row.device) == (str(policy or base_of(str(mode))), device_type)
+    }
     if table.problems and name not in found and (policy is None or name is not None):  # it may be theirs to answer
         raise ImportError("; ".join(table.problems))
     row = found.get(name) or found.get(None)

@@ -14,7 +14,7 @@ import re
 
 from precision_core import MODES, Policy
 from precision_core.discovery import PLUGINS, find
-from precision_core.resolve import is_core_mode, load_plugin
+from precision_core.resolve import base_of, is_core_mode, load_plugin
 
 
 def default_modes() -> list[str]:
@@ -40,7 +40,7 @@ def parse_modes(text: str) -> list[str]:
 def _checked(mode: str) -> str:
     if is_core_mode(mode):
         return str(Policy.parse(mode))
-    if find(PLUGINS, mode) is None:
+    if find(PLUGINS, base_of(mode)) is None:
         load_plugin(mode)  # raises before it loads anything
     return mode
 

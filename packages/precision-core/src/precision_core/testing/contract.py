@@ -33,7 +33,7 @@ class Contract:
     """What both contracts demand of a `Fabric`. Override `make_...`, and `run` for a strategy of several processes."""
 
     accelerator = "cpu"
-    learning_rate = 0.1
+    learning_rate = 0.05
 
     def make_fabric(self) -> Fabric:
         """Returns a new fabric with a new plugin and a new strategy."""
