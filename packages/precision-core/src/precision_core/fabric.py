@@ -26,7 +26,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from precision_core import checkpoint, rng
 from precision_core.checkpoint import CheckpointError
 from precision_core.composition import check_composition
-from precision_core.launch import restart_script, run_function
 from precision_core.layout import make_layout
 from precision_core.loader import DeviceLoader
 from precision_core.override import is_overridden, override
@@ -35,7 +34,6 @@ from precision_core.precision import Precision
 from precision_core.processes import Ranks
 from precision_core.repoint import ParamMap, named_params, replaced_params, repoint
 from precision_core.resolve import resolve_precision, resolve_strategy
-from precision_core.shared_loader import share_out
 from precision_core.state import check_fits, collect, restore
 from precision_core.strategies import Strategy
 
@@ -141,6 +139,8 @@ class Fabric:
                 "fabric.launch() starts the processes of one machine; on several, start the script on each with "
                 f"torchrun --nnodes={self._layout.num_nodes} --nproc-per-node={len(self._layout.indices)} ..."
             )
+        from precision_core.launch import restart_script, run_function  # torch's launcher takes long to import
+
         if function is None:
             restart_script(self._layout.world_size)
         return run_function(_run_launched, (self._arguments, function, args, kwargs), self._layout.world_size)
@@ -256,6 +256,8 @@ class Fabric:
         """
         self._check_launched()
         if use_distributed_sampler and self.world_size > 1:
+            from precision_core.shared_loader import share_out  # so does torch.utils.data
+
             loaders = tuple(share_out(loader, self.global_rank, self.world_size) for loader in loaders)
         moved = tuple(DeviceLoader(loader, self.device) if move_to_device else loader for loader in loaders)
         return moved[0] if len(moved) == 1 else moved

@@ -73,4 +73,7 @@ def _reason(code: int, errors: str) -> str:
     ranks = [line.partition(":")[0] for line in lines if re.match(r"\[rank\d+\]:", line)]
     if ranks:  # the one that failed first, of which torchrun's own lines at the end say less
         lines = [line.removeprefix(f"{ranks[0]}:") for line in lines if line.startswith(f"{ranks[0]}:")]
+    elif "ChildFailedError" in errors:  # before the ranks had met: they do not say who they are
+        start = next(index for index, line in enumerate(lines) if line.startswith("Traceback"))
+        lines = [line for line in lines[start + 1 :] if not line.startswith(" ")][:1]
     return lines[-1].strip() if lines else f"exit code {code}"
