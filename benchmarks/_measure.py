@@ -24,21 +24,23 @@ class Comparison:
     high: float
 
 
-def interleave(ours: Step, theirs: Step, rounds: int, steps: int) -> Comparison:
+def interleave(
+    ours: Step, theirs: Step, rounds: int, steps: int, clock: Callable[[], float] = time.process_time
+) -> Comparison:
     """Times `rounds` pairs of blocks of `steps` steps, the order swapped from round to round.
 
-    The clock is the process's CPU time, so what other processes take is not counted; what they do to caches and clock
-    rates is, for both blocks of a pair alike, since those lie milliseconds apart. Hence a ratio per pair, and its
-    median over the half of the pairs that took least, both blocks together. Garbage collection is off meanwhile.
+    The clock is by default the process's CPU time, so what other processes take is not counted; what they do to caches
+    and clock rates is, for both blocks of a pair alike, since those lie milliseconds apart. Hence a ratio per pair, and
+    its median over the half of the pairs that took least, both blocks together. Garbage collection is off meanwhile.
     """
     pairs = []
     gc.collect()
     gc.disable()
     for number in range(rounds):
         if number % 2:
-            mine, other = _time(ours, steps), _time(theirs, steps)
+            mine, other = _time(ours, steps, clock), _time(theirs, steps, clock)
         else:
-            other, mine = _time(theirs, steps), _time(ours, steps)
+            other, mine = _time(theirs, steps, clock), _time(ours, steps, clock)
         pairs.append((mine, other))
     gc.enable()
     pairs = sorted(pairs, key=sum)[: (rounds + 1) // 2]
@@ -52,11 +54,11 @@ def interleave(ours: Step, theirs: Step, rounds: int, steps: int) -> Comparison:
     )
 
 
-def _time(step: Step, steps: int) -> float:
-    start = time.process_time()
+def _time(step: Step, steps: int, clock: Callable[[], float]) -> float:
+    start = clock()
     for _ in range(steps):
         step()
-    return (time.process_time() - start) / steps
+    return (clock() - start) / steps
 
 
 def verdict(value: float, target: float | None, strict: bool = False) -> str:

@@ -9,6 +9,7 @@ from precision_core import MODES, Fabric
 from precision_core.composition import refusal
 from precision_core.discovery import PLUGINS, names
 from precision_core.discovery import STRATEGIES as GROUP
+from precision_core.layout import make_layout
 from precision_core.resolve import resolve_precision, resolve_strategy
 from precision_core.strategies import STRATEGIES
 from precision_core.testing.checks_loop import train
@@ -26,7 +27,7 @@ def test_a_pair_trains_or_is_refused_with_its_reason(
     try:
         fabric = Fabric(accelerator="cpu", precision=mode, strategy=strategy)
     except ValueError as error:
-        under = resolve_strategy(strategy, "cpu", Fabric(accelerator="cpu").device)
+        under = resolve_strategy(strategy, "cpu", make_layout("cpu", "auto", 1))
         reason = refusal(resolve_precision(mode, under), under)
         assert reason and reason in str(error) and mode in str(error) and type(under).__name__ in str(error)
         composition[mode, strategy] = f"refused: {reason}"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from precision_core import Fabric
+from precision_core.testing import run_in_ranks
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -37,6 +38,13 @@ def names_that_the_text_takes_as_known() -> dict[str, Any]:
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[-1][:40])
 def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    if "fabric.launch()" in block:
+        run_in_ranks(2, run, block)
+    else:
+        run(block)
+
+
+def run(block: str) -> None:
     names = names_that_the_text_takes_as_known()
     exec(compile(block, str(README), "exec"), names)
     for param in names["model"].parameters():
@@ -44,4 +52,4 @@ def test_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_there_are_blocks() -> None:
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 9

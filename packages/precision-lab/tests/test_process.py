@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from precision_core.testing import curve_distance, loss_bound
 from precision_lab.process import ChildFailed, run_child
 from precision_lab.train import Job
 
@@ -15,6 +16,24 @@ def test_the_reason_is_the_last_line_of_the_traceback():
     with pytest.raises(ChildFailed, match=r"^ValueError: .*nonsense") as failure:
         list(events)
     assert "\n" not in str(failure.value)
+
+
+def losses(mode, devices, steps):
+    events = run_child(Job(mode, steps, 0, "cpu", devices))
+    return [event["loss"] for event in events if "loss" in event]
+
+
+def test_two_processes_train_as_one_does_with_the_same_batches():
+    for mode in ("32-true", "bf16-mixed"):
+        one, two = losses(mode, 1, 8), losses(mode, 2, 8)
+        assert len(one) == 8
+        assert curve_distance(two, one) <= loss_bound(mode, 8)
+
+
+def test_the_reason_is_that_of_the_rank_which_failed_first():
+    events = run_child(Job("32-true", 1, 0, accelerator="nonsense", devices=2))
+    with pytest.raises(ChildFailed, match=r"^ValueError: .*nonsense"):
+        list(events)
 
 
 COMPARE = [sys.executable, "-m", "precision_lab.cli", "compare", "--steps", "100000", "--modes", "32-true"]

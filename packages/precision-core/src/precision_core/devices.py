@@ -37,20 +37,8 @@ def device_count(device_type: str) -> int:
     return int(torch.get_device_module(device_type).device_count()) if is_available(device_type) else 0
 
 
-def choose_device(accelerator: str, devices: int | str | Sequence[int]) -> torch.device:
-    """Returns the one device that `Fabric(accelerator=..., devices=...)` means.
-
-    `devices` is "auto", 1, or a list with one index.
-
-    Raises:
-        ValueError: an unknown or missing accelerator; devices that do not exist, or more than one.
-    """
-    device_type = _choose_type(accelerator)
-    index = _choose_index(devices, device_type)
-    return torch.device(device_type) if device_type in ("cpu", "mps") else torch.device(device_type, index)
-
-
-def _choose_type(accelerator: str) -> str:
+def choose_type(accelerator: str) -> str:
+    """Returns the device type that `Fabric(accelerator=...)` means; raises `ValueError` for one unknown or missing."""
     if not isinstance(accelerator, str) or accelerator not in ACCELERATORS:
         hint = nearest(str(accelerator), ACCELERATORS)
         raise ValueError(f"Fabric(accelerator={accelerator!r}): allowed are {', '.join(ACCELERATORS)}{hint}")
@@ -64,26 +52,35 @@ def _choose_type(accelerator: str) -> str:
     raise ValueError(f"Fabric(accelerator={accelerator!r}): torch finds no {wanted} device here. Here are: {here}")
 
 
-def _choose_index(devices: int | str | Sequence[int], device_type: str) -> int:
-    count = device_count(device_type)
+def choose_indices(devices: int | str | Sequence[int], device_type: str) -> Sequence[int]:
+    """Returns the indices of this node's devices that `Fabric(devices=...)` means, one for each process.
+
+    `devices` is "auto" (all devices of the type, or one CPU), a number, or a list of indices. On a CPU any number of
+    processes share it.
+
+    Raises:
+        ValueError: devices that do not exist, or none.
+    """
     call = f"Fabric(devices={devices!r})"
+    count = device_count(device_type)
     if devices == "auto":
-        return 0
+        return range(count)
+    if type(devices) is int:
+        if devices < 1:
+            raise ValueError(f"{call}: expected at least 1")
+        if device_type != "cpu" and devices > count:
+            raise ValueError(f"{call}: this machine has {count} {device_type} device{'s' if count != 1 else ''}")
+        return range(devices)
     if isinstance(devices, (list, tuple)) and devices and all(type(index) is int for index in devices):
         missing = [index for index in devices if not 0 <= index < count]
         if missing:
             raise ValueError(f"{call}: there is no {device_type} device {missing[0]}, they are 0 to {count - 1}")
-        if len(devices) == 1:
-            return int(devices[0])
-        number = len(devices)
-    elif type(devices) is int:
-        number = devices
-    else:
-        raise ValueError(f'{call}: expected "auto", a number of devices, or a list with a device index')
-    if number == 1:
-        return 0
-    if number < 1:
-        raise ValueError(f"{call}: expected at least 1")
-    if number > count:
-        raise ValueError(f"{call}: this machine has {count} {device_type} device{'s' if count != 1 else ''}")
-    raise ValueError(f"{call}: one process drives one device here; start with devices=1")
+        if len(set(devices)) < len(devices):
+            raise ValueError(f"{call}: one process drives one device, so each may be named once")
+        return list(devices)
+    raise ValueError(f'{call}: expected "auto", a number of devices, or a list of device indices')
+
+
+def device_of(device_type: str, index: int) -> torch.device:
+    """Returns the device with that index; a CPU has none."""
+    return torch.device(device_type) if device_type in ("cpu", "mps") else torch.device(device_type, index)

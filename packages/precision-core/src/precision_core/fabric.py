@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 from precision_core import checkpoint, rng
 from precision_core.checkpoint import CheckpointError
 from precision_core.composition import check_composition
-from precision_core.devices import choose_device
+from precision_core.layout import make_layout
 from precision_core.loader import DeviceLoader
 from precision_core.override import is_overridden, override
 from precision_core.policy import Policy
 from precision_core.precision import Precision
+from precision_core.processes import Ranks
 from precision_core.repoint import ParamMap, named_params, replaced_params, repoint
 from precision_core.resolve import resolve_precision, resolve_strategy
 from precision_core.state import check_fits, collect, restore
 from precision_core.strategies import Strategy
+
+T = TypeVar("T")
 
 
 class Fabric:
@@ -42,8 +45,11 @@ class Fabric:
 
     Args:
         accelerator: "auto", "cpu", "gpu", "cuda", "mps", "xpu" or "tpu".
-        strategy: "auto", which is one device in this process, the name of a strategy, or a `Strategy`.
-        devices: "auto", 1, or a list with one device index.
+        strategy: the name of a strategy ("ddp"), a `Strategy`, or "auto": one device in this process, "ddp" where there
+            are several processes, "xla" where accelerator is "tpu".
+        devices: how many processes on this machine, one a device: a number, a list of device indices, or "auto",
+            which is all GPUs, or one process on a CPU, or what torchrun started.
+        num_nodes: how many machines; start them with torchrun.
         precision: a mode ("bf16-mixed", or one that an installed package brings), an alias (16), a policy or its
             spelling, or a plugin.
 
@@ -57,12 +63,18 @@ class Fabric:
         strategy: str | Strategy = "auto",
         devices: int | str | Sequence[int] = "auto",
         precision: str | int | Policy | Precision = "32-true",
+        *,
+        num_nodes: int = 1,
     ) -> None:
-        device = choose_device(accelerator, devices)
-        self._strategy = resolve_strategy(strategy, accelerator, device)
+        self._layout = make_layout(accelerator, devices, num_nodes)
+        self._strategy = resolve_strategy(strategy, accelerator, self._layout)
         self._precision = resolve_precision(precision, self._strategy)
         check_composition(self._precision, self._strategy)
-        self._strategy.connect(self._precision)
+        self._arguments = (accelerator, strategy, devices, precision, num_nodes)
+        self._joined = self._layout.ranks is not None or not self._strategy.multiprocess
+        if self._joined:
+            self._strategy.join(self._layout.ranks or Ranks())
+            self._strategy.connect(self._precision)
         self._restores: list[Callable[[], None]] = []
         self._replaced: ParamMap = WeakIdKeyDictionary()  # what setup replaced, for optimizers that are set up later
 
@@ -86,17 +98,22 @@ class Fabric:
     @property
     def global_rank(self) -> int:
         """This process's number among all processes of the run."""
-        return self._strategy.global_rank
+        return self._strategy.global_rank if self._joined else 0
+
+    @property
+    def local_rank(self) -> int:
+        """This process's number on its machine."""
+        return self._strategy.local_rank if self._joined else 0
 
     @property
     def world_size(self) -> int:
-        """How many processes run."""
-        return self._strategy.world_size
+        """How many processes the run has."""
+        return self._strategy.world_size if self._joined else self._layout.world_size
 
     @property
     def is_global_zero(self) -> bool:
         """Whether this is the process that prints and writes."""
-        return self._strategy.is_global_zero
+        return self.global_rank == 0
 
     @property
     def last_step_skipped(self) -> bool:
@@ -106,8 +123,34 @@ class Fabric:
     # ---------------------------------------------------------------- set-up
 
     def launch(self, function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Starts the processes of the run, on one device only this; returns `function(fabric, *args, **kwargs)`."""
-        return None if function is None else function(self, *args, **kwargs)
+        """Starts the processes of the run, where they are not started yet; call it right after `Fabric(...)`.
+
+        Without a function the script is started again from its top, once in each process, and what follows runs in all
+        of them. With one, `function(fabric, *args, **kwargs)` runs in new processes, and what it returns on rank zero
+        is returned. On one device, and under torchrun, it only calls the function.
+
+        Raises:
+            RuntimeError: there is no script to start again; a process failed, with the traceback of the first one.
+        """
+        if self._joined:
+            return None if function is None else function(self, *args, **kwargs)
+        if self._layout.num_nodes > 1:
+            raise RuntimeError(
+                "fabric.launch() starts the processes of one machine; on several, start the script on each with "
+                f"torchrun --nnodes={self._layout.num_nodes} --nproc-per-node={len(self._layout.indices)} ..."
+            )
+        from precision_core.launch import restart_script, run_function  # torch's launcher takes long to import
+
+        if function is None:
+            restart_script(self._layout.world_size)
+        return run_function(_run_launched, (self._arguments, function, args, kwargs), self._layout.world_size)
+
+    def _check_launched(self) -> None:
+        if not self._joined:
+            raise RuntimeError(
+                f"this run has {self._layout.world_size} processes, and they are not started yet: call fabric.launch() "
+                "right after Fabric(...)"
+            )
 
     def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any:
         """Converts the model, moves it to the device, and lets forward, backward and step run in the precision.
@@ -129,6 +172,7 @@ class Fabric:
         """Sets up a model without optimizers, for evaluation for example; see `setup`."""
         if not isinstance(model, nn.Module):
             raise ValueError(f"fabric.setup expected a torch.nn.Module first, got a {type(model).__name__}")
+        self._check_launched()
         target = _uncompiled(model)
         if is_overridden(target, "forward"):
             raise ValueError(f"this {type(target).__name__} is set up already; a copy of it needs no setup either")
@@ -140,8 +184,9 @@ class Fabric:
                 "compile what fabric.setup returns"
             )
         self._replaced.update(replaced_params(before, converted))
-        self._override_method(converted, "forward")
-        return model if converted is target else converted
+        outer = model if converted is target else converted
+        self._override_method(converted, outer, "forward")
+        return outer
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Sets up optimizers apart from their model; returns the one, or a tuple of them."""
@@ -190,13 +235,30 @@ class Fabric:
             raise ValueError(f"fabric.mark_forward_method: {type(target).__name__} has no method {name!r}")
         if is_overridden(target, name):
             raise ValueError(f"fabric.mark_forward_method: {name!r} is marked already")
-        self._override_method(target, name)
+        self._override_method(target, model, name)
 
-    def _override_method(self, module: nn.Module, name: str) -> None:
+    def _override_method(self, module: nn.Module, outer: nn.Module, name: str) -> None:
         self._restores.append(override(module, name, self._strategy.make_forward))
+        make = self._strategy.make_outer_forward(module)
+        if make is not None:  # outside of torch.compile: an engine is not to be traced
+            self._restores.append(override(outer, name, make))
 
-    def setup_dataloaders(self, *loaders: Iterable[Any], move_to_device: bool = True) -> Any:
-        """Returns the loaders with their batches moved to the device, dtypes untouched; one, or a tuple of them."""
+    def setup_dataloaders(
+        self, *loaders: Iterable[Any], move_to_device: bool = True, use_distributed_sampler: bool = True
+    ) -> Any:
+        """Returns the loaders with their batches moved to the device, dtypes untouched; one, or a tuple of them.
+
+        With several processes each gets its share of the data by a `DistributedSampler`, reshuffled every epoch where
+        the loader shuffles: `batch_size` is that of one process. `use_distributed_sampler=False` leaves that to you.
+
+        Raises:
+            ValueError: a loader whose data cannot be shared out like this (its own sampler, a subclass); says how.
+        """
+        self._check_launched()
+        if use_distributed_sampler and self.world_size > 1:
+            from precision_core.shared_loader import share_out  # so does torch.utils.data
+
+            loaders = tuple(share_out(loader, self.global_rank, self.world_size) for loader in loaders)
         moved = tuple(DeviceLoader(loader, self.device) if move_to_device else loader for loader in loaders)
         return moved[0] if len(moved) == 1 else moved
 
@@ -245,6 +307,26 @@ class Fabric:
     def no_backward_sync(self, model: nn.Module, enabled: bool = True) -> AbstractContextManager[Any]:
         """Context for all but the last backward of an accumulation: gradients are not reduced over ranks in it."""
         return self._strategy.no_backward_sync(_uncompiled(model), enabled)
+
+    def all_gather(self, data: T) -> T:
+        """Returns `data`, any nesting, with each tensor as (world_size, *shape): those of all ranks, of one shape."""
+        self._check_launched()
+        return self._strategy.all_gather(data)
+
+    def all_reduce(self, data: T, op: str = "mean") -> T:
+        """Returns `data`, any nesting, with each tensor's "mean", "sum", "min" or "max" over all ranks."""
+        self._check_launched()
+        return self._strategy.all_reduce(data, op)
+
+    def broadcast(self, data: T, src: int = 0) -> T:
+        """Returns rank `src`'s `data` on every rank: any object that pickles, its tensors on the rank's device."""
+        self._check_launched()
+        return self._strategy.broadcast(data, src)
+
+    def barrier(self) -> None:
+        """Waits until every process is here."""
+        self._check_launched()
+        self._strategy.barrier()
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Prints on the first rank only."""
@@ -311,6 +393,17 @@ class Fabric:
             self._restores.pop()()
         self._precision.teardown()
         self._strategy.teardown()
+
+
+def _run_launched(
+    arguments: tuple[Any, ...], function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What `launch` runs in each new process, where torchrun's variables are set now."""
+    fabric = Fabric(*arguments[:-1], num_nodes=arguments[-1])
+    try:
+        return function(fabric, *args, **kwargs)
+    finally:
+        fabric.teardown()
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from precision_core import discovery
 from precision_core.devices import ACCELERATORS
 from precision_core.dtypes import nearest
+from precision_core.layout import Layout
 from precision_core.policy import ALIASES, MODES, Policy
 from precision_core.precision import Precision
 from precision_core.strategies import STRATEGIES, Strategy
@@ -31,32 +30,49 @@ def resolve_precision(precision: str | int | Policy | Precision, strategy: Strat
     return strategy.make_precision(Policy.parse(precision))
 
 
-def resolve_strategy(strategy: str | Strategy, accelerator: str, device: torch.device) -> Strategy:
-    """Returns the strategy of that name on `device`; "auto" is one device; an object is returned as it is.
+def resolve_strategy(strategy: str | Strategy, accelerator: str, layout: Layout) -> Strategy:
+    """Returns the strategy of that name on this process's device; an object keeps the device that it was made for.
 
     Raises:
-        ValueError: an unknown name, with what to install if it is known; an object for another kind of device.
+        ValueError: an unknown name, with what to install if it is known; an object for another kind of device; several
+            processes under a strategy that runs in one.
     """
-    if isinstance(strategy, Strategy):
-        if accelerator != "auto" and strategy.device.type not in ACCELERATORS[accelerator]:
-            raise ValueError(
-                f"Fabric(accelerator={accelerator!r}) got a {type(strategy).__name__} on {str(strategy.device)!r}: "
-                "leave accelerator out, or make the strategy for that device"
-            )
-        return strategy
+    made = strategy if isinstance(strategy, Strategy) else _by_name(strategy, accelerator, layout)
+    if "device" not in vars(made):
+        made.device = layout.device
+    if accelerator != "auto" and made.device.type not in ACCELERATORS[accelerator]:
+        raise ValueError(
+            f"Fabric(accelerator={accelerator!r}) got a {type(made).__name__} on {str(made.device)!r}: "
+            "leave accelerator out, or make the strategy for that device"
+        )
+    if layout.world_size > 1 and layout.asked and not made.multiprocess:
+        raise ValueError(
+            f"{type(made).__name__} runs in one process, and this run has {layout.world_size}: pass devices=1, or "
+            'strategy="ddp"'
+        )
+    return made
+
+
+def _by_name(strategy: str, accelerator: str, layout: Layout) -> Strategy:
     if not isinstance(strategy, str):
         raise ValueError(
             f'Fabric(strategy={strategy!r}): expected "auto", the name of a strategy, or a Strategy object'
         )
-    name = "single_device" if strategy == "auto" else strategy
+    name = _auto(accelerator, layout) if strategy == "auto" else strategy
     entry = discovery.find(discovery.STRATEGIES, name, taken=name in STRATEGIES)
     if name not in STRATEGIES and entry is None:
         raise ValueError(discovery.missing(discovery.STRATEGIES, name, ("auto", *STRATEGIES)))
     made = (STRATEGIES.get(name) or discovery.load(discovery.STRATEGIES, name))()
     if not isinstance(made, Strategy):
         raise ValueError(f'strategy="{name}": its factory returned a {type(made).__name__}, not a Strategy')
-    made.device = device
+    made.device = layout.device
     return made
+
+
+def _auto(accelerator: str, layout: Layout) -> str:
+    if accelerator == "tpu":
+        return "xla"
+    return "ddp" if layout.world_size > 1 else "single_device"
 
 
 def is_core_mode(precision: object) -> bool:

@@ -38,10 +38,24 @@ def main() -> None:
     help="Folder for compare.json and compare.png; older ones are replaced.",
 )
 @click.option("--all", "run_all", is_flag=True, help="Run the modes that are slow on this device, too.")
+@click.option(
+    "--devices",
+    type=click.Choice(["1", "2", "4"]),
+    default="1",
+    show_default=True,
+    help="Processes, one a device, that share each batch (DDP).",
+)
 @click.option("--accelerator", default="auto", show_default=True, help="Where to train: cpu, cuda, mps, ...")
 @click.pass_context
 def compare(
-    context: click.Context, steps: int, modes: str | None, seed: int, out: Path, run_all: bool, accelerator: str
+    context: click.Context,
+    steps: int,
+    modes: str | None,
+    seed: int,
+    out: Path,
+    run_all: bool,
+    devices: str,
+    accelerator: str,
 ) -> None:
     """Train a small GPT on real text in each precision, from the same seed, and compare.
 
@@ -65,7 +79,7 @@ def compare(
     rows = make_rows(listed, device_type, named=modes is not None, run_slow=run_all)
     comparison = Comparison(steps, seed, rows)
     with make_progress(console, rows, steps) as progress:
-        run(comparison, accelerator, progress)
+        run(comparison, accelerator, progress, int(devices))
 
     record = comparison.as_dict(settings())
     (out / "compare.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -40,14 +40,14 @@ def _supports(mode: str, device_type: str) -> Support:
         return Support("native", str(error))
 
 
-def run(comparison: Comparison, accelerator: str, progress: Progress) -> None:
+def run(comparison: Comparison, accelerator: str, progress: Progress, devices: int = 1) -> None:
     """Runs every row that has no reason not to be run, and fills it in. One that fails leaves the others alone."""
     for row in comparison.rows:
         if row.reason:
             continue
         progress.start(row)
         try:
-            with closing(run_child(Job(row.mode, comparison.steps, comparison.seed, accelerator))) as events:
+            with closing(run_child(Job(row.mode, comparison.steps, comparison.seed, accelerator, devices))) as events:
                 for event in events:
                     _take(event, row, comparison)
                     progress.update(row)

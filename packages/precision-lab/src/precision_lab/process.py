@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ class ChildFailed(Exception):
 
 
 def run_child(job: Job) -> Generator[dict[str, Any], None, None]:
-    """Runs `python -m precision_lab.train` and yields its lines as they come.
+    """Runs `python -m precision_lab.train`, by torchrun for several processes, and yields its lines as they come.
 
     The child never outlives the generator (close it: `contextlib.closing`), nor this process: when that is killed, its
     end of the child's stdin closes.
@@ -40,7 +41,10 @@ def run_child(job: Job) -> Generator[dict[str, Any], None, None]:
     Raises:
         ChildFailed: with the last line of the child's traceback, or the signal that ended it.
     """
-    command = [sys.executable, "-m", "precision_lab.train", job.mode, "--until-stdin-closes"]
+    command = [sys.executable, "-m"]
+    if job.devices > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={job.devices}", "-m"]
+    command += ["precision_lab.train", job.mode, "--until-stdin-closes", "--devices", str(job.devices)]
     command += ["--steps", str(job.steps), "--seed", str(job.seed), "--accelerator", job.accelerator]
     environment = _VENDORS | os.environ
     with (
@@ -66,4 +70,10 @@ def _reason(code: int, errors: str) -> str:
         name = signal.Signals(-code).name
         return f"ended by {name}" + (", is the memory full?" if name == "SIGKILL" else "")
     lines = [line for line in errors.splitlines() if line.strip()]
+    ranks = [line.partition(":")[0] for line in lines if re.match(r"\[rank\d+\]:", line)]
+    if ranks:  # the one that failed first, of which torchrun's own lines at the end say less
+        lines = [line.removeprefix(f"{ranks[0]}:") for line in lines if line.startswith(f"{ranks[0]}:")]
+    elif "ChildFailedError" in errors:  # before the ranks had met: they do not say who they are
+        start = next(index for index, line in enumerate(lines) if line.startswith("Traceback"))
+        lines = [line for line in lines[start + 1 :] if not line.startswith(" ")][:1]
     return lines[-1].strip() if lines else f"exit code {code}"

@@ -57,6 +57,8 @@ class Job:
     steps: int
     seed: int
     accelerator: str = "auto"
+    devices: int = 1
+    """Processes, one a device, that share each batch."""
 
 
 def train(job: Job) -> Iterator[dict[str, Any]]:
@@ -65,7 +67,7 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    fabric = Fabric(accelerator=job.accelerator, precision=job.mode)
+    fabric = Fabric(accelerator=job.accelerator, devices=job.devices, precision=job.mode)
     training, held_out = (part.to(fabric.device) for part in split_text())
     memory = PeakMemory(fabric.device)
 
@@ -75,13 +77,14 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True
     )
     model, optimizer = fabric.setup(model, optimizer)
-    yield describe(fabric.device, model)
+    yield describe(fabric.device, model) | {"devices": fabric.world_size}
     yield {"policy": spell(fabric.precision_plugin.policy)}
 
     batches = torch.Generator().manual_seed(job.seed)
     for step in range(job.steps):
         start = time.perf_counter()
-        inputs, targets = draw_batch(training, model.config.context, batches)
+        batch = draw_batch(training, model.config.context, batches)  # the same on every rank, which takes its share
+        inputs, targets = (part.chunk(fabric.world_size)[fabric.global_rank] for part in batch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, job.steps)
         optimizer.zero_grad()
@@ -89,11 +92,13 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
         fabric.backward(loss)
         fabric.clip_gradients(model, optimizer, max_norm=MAX_NORM)
         optimizer.step()
-        value = loss.item()  # waits for the device, so that the time is the step's
+        value = fabric.all_reduce(loss).item()  # waits for the device, so that the time is the step's
         if not math.isfinite(value):
             raise FloatingPointError(f"the training loss is {value} at step {step + 1}")
         yield {"step": step + 1, "loss": value, "seconds": time.perf_counter() - start}
 
+    if not fabric.is_global_zero:
+        return
     # Memory is read before evaluation, which is not part of training.
     figures = {
         "parameter_bytes": sum(param.nbytes for param in model.parameters()),
@@ -181,6 +186,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--devices", type=int, default=1, help="under torchrun: how many processes it started")
     parser.add_argument("--until-stdin-closes", action="store_true", help="end with the process at the other end of it")
     arguments = vars(parser.parse_args())
     if arguments.pop("until_stdin_closes"):
@@ -193,7 +199,8 @@ def main() -> None:
 
     torch.use_deterministic_algorithms(True)  # for the whole process, which is ours
     for event in train(Job(**arguments)):
-        print(json.dumps(event, allow_nan=False), file=lines, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(event, allow_nan=False), file=lines, flush=True)
 
 
 def _exit_with_parent() -> None:

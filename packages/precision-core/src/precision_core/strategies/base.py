@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from precision_core.dtypes import FLOAT_DTYPES
 from precision_core.plugins import make_plugin
 from precision_core.policy import Policy
 from precision_core.precision import Precision
+from precision_core.processes import Ranks
+from precision_core.strategies.collectives import reduce_op
+
+T = TypeVar("T")
 
 
 class Strategy:
@@ -26,12 +30,21 @@ class Strategy:
 
     name: str = ""
     """What users ask for it by, and what rows of the support table call it."""
+    multiprocess: bool = False
+    """Whether it runs one process a device; Fabric then calls `join` before anything else."""
     device: torch.device = torch.device("cpu")
     precision: Precision
+
+    # ---------------------------------------------------------------- processes
 
     @property
     def global_rank(self) -> int:
         """This process's number among all processes of the run."""
+        return 0
+
+    @property
+    def local_rank(self) -> int:
+        """This process's number on its node."""
         return 0
 
     @property
@@ -43,6 +56,27 @@ class Strategy:
     def is_global_zero(self) -> bool:
         """Whether this is the process that prints and writes."""
         return self.global_rank == 0
+
+    def join(self, ranks: Ranks) -> None:
+        """Joins the other processes of the run, where `multiprocess`; `device` is set before."""
+
+    def barrier(self) -> None:
+        """Waits until every process is here."""
+
+    def all_gather(self, data: T) -> T:
+        """Returns `data` with each tensor as (world_size, *shape): those of all ranks, which must be of one shape."""
+        return map_tensors(data, lambda tensor: tensor.detach().unsqueeze(0))
+
+    def all_reduce(self, data: T, op: str = "mean") -> T:
+        """Returns `data` with each tensor replaced by its mean, sum, min or max over all ranks, in its own dtype."""
+        reduce_op(op)
+        return map_tensors(data, lambda tensor: tensor.detach() / 1 if op == "mean" else tensor.detach().clone())
+
+    def broadcast(self, data: T, src: int = 0) -> T:
+        """Returns rank `src`'s `data`, any object that pickles; its tensors arrive on this rank's device."""
+        return data
+
+    # ---------------------------------------------------------------- precision
 
     def make_precision(self, policy: Policy) -> Precision:
         """Returns the plugin for a mode that was given as a string: core's, or one that is native to the engine."""
@@ -86,6 +120,10 @@ class Strategy:
             return precision.convert_output(output)
 
         return forward
+
+    def make_outer_forward(self, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+        """Returns what wraps a method of the module once more, outside of `torch.compile`, as engines need; or None."""
+        return None
 
     # ---------------------------------------------------------------- step
 

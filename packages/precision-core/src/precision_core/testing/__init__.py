@@ -13,3 +13,5 @@ from precision_core.testing.loss_bound import curve_distance as curve_distance  
 from precision_core.testing.loss_bound import loss_bound as loss_bound  # noqa: E402
 from precision_core.testing.problem import Problem as Problem  # noqa: E402
 from precision_core.testing.problem import train as train  # noqa: E402
+from precision_core.testing.ranks import RankError as RankError  # noqa: E402
+from precision_core.testing.ranks import run_in_ranks as run_in_ranks  # noqa: E402

@@ -1,0 +1,74 @@
+"""The processes of a run: what torchrun's variables say of this one, and how a process joins the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number in the run and on its node, and how many processes there are of both."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+
+def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks | None:
+    """Returns what torchrun, or a launcher that sets its variables, says of this process; None: nobody launched it.
+
+    Raises:
+        ValueError: some of RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT without the others, or numbers that cannot be.
+    """
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        return None
+    missing = [name for name in needed if not environment.get(name)]
+    if missing:
+        raise ValueError(
+            f"the environment has torchrun's variables, but not {', '.join(missing)}: start with torchrun, or unset "
+            f"{', '.join(name for name in needed if name in environment)}"
+        )
+    rank, world_size = (_number(environment, name) for name in needed[:2])
+    local_world_size = _number(environment, "LOCAL_WORLD_SIZE", world_size)
+    local_rank = _number(environment, "LOCAL_RANK", rank % max(local_world_size, 1))
+    ranks = Ranks(rank, local_rank, world_size, local_world_size)
+    if not (rank < world_size and local_rank < local_world_size <= world_size):
+        raise ValueError(f"torchrun's variables contradict each other: {ranks}")
+    return ranks
+
+
+def join(ranks: Ranks, device: torch.device, backend: str | None, timeout: timedelta | None) -> bool:
+    """Joins the other processes; returns whether a process group was made for it, False where there was one.
+
+    `backend` None is torch's own choice for the devices that it finds.
+
+    Raises:
+        RuntimeError: there is a process group of another size, or torch cannot make one.
+    """
+    if device.type not in ("cpu", "mps"):
+        torch.get_device_module(device).set_device(device)
+    if dist.is_initialized():
+        if dist.get_world_size() != ranks.world_size:
+            raise RuntimeError(
+                f"there is a process group of {dist.get_world_size()} already, and Fabric was asked for "
+                f"{ranks.world_size} processes"
+            )
+        return False
+    store = dist.HashStore() if ranks.world_size == 1 and "MASTER_ADDR" not in os.environ else None
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
+    return True
+
+
+def _number(environment: Mapping[str, str], name: str, default: int = 0) -> int:
+    text = environment.get(name, str(default))
+    if not text.isdigit():
+        raise ValueError(f"the environment has {name}={text!r}: expected a number")
+    return int(text)

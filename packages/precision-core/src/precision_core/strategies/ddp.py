@@ -1,0 +1,114 @@
+"""DDP: a copy of the model in every process, gradients averaged over them (torch's DistributedDataParallel)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from precision_core.processes import Ranks, join
+from precision_core.strategies.base import Strategy
+from precision_core.strategies.collectives import Collectives
+
+
+class DDPStrategy(Collectives, Strategy):
+    """One process a device, each with the whole model; gradients are averaged in `policy.reduce`.
+
+    The model keeps its class, attributes and keys: the engine is looked up for the very instance that was set up, so
+    copies and pickles of it are plain models. Outside of training (`torch.no_grad()`) no process waits for the others.
+
+    Args:
+        backend: of torch.distributed ("gloo", "nccl", ...); None is torch's own choice for the devices it finds.
+        timeout: how long a process waits for the others in a collective; None is torch's default.
+        **engine: options of torch.nn.parallel.DistributedDataParallel: find_unused_parameters, static_graph,
+            broadcast_buffers, bucket_cap_mb, gradient_as_bucket_view, ...
+    """
+
+    name = "ddp"
+    multiprocess = True
+
+    def __init__(self, *, backend: str | None = None, timeout: timedelta | None = None, **engine: Any) -> None:
+        self.backend = backend
+        self.timeout = timeout
+        self._options = engine
+
+    def join(self, ranks: Ranks) -> None:
+        """Joins the other processes of the run."""
+        self.ranks = ranks
+        self._engines: WeakKeyDictionary[nn.Module, DistributedDataParallel] = WeakKeyDictionary()
+        self._made_group = join(ranks, self.device, self.backend, self.timeout)
+
+    # ---------------------------------------------------------------- set-up
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Moves the module to the device and makes its engine; all ranks get rank 0's parameters and buffers."""
+        module = super().setup_module(module)
+        if any(param.requires_grad for param in module.parameters()):
+            engine = DistributedDataParallel(_Caller(module), **self._options)
+            _set_reduction(engine, self.precision.policy.params, self.precision.policy.reduce)
+            self._engines[module] = engine
+        return module
+
+    def make_outer_forward(self, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+        """Returns what lets a method of `module` run in its engine."""
+        engines = self._engines
+
+        def make(function: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                engine = engines.get(self._modules.get("_orig_mod") or self)
+                if engine is None or not torch.is_grad_enabled():
+                    return function(self, *args, **kwargs)
+                return engine(function, self, *args, **kwargs)
+
+            return forward
+
+        return make
+
+    # ---------------------------------------------------------------- step
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
+        """Context in which backward reduces no gradients; forward belongs into it, too."""
+        engine = self._engines.get(module)
+        return engine.no_sync() if enabled and engine is not None else nullcontext()
+
+    def teardown(self) -> None:
+        """Lets the engines go, and ends the process group if it was made here."""
+        self._engines.clear()
+        if self._made_group and dist.is_initialized():
+            dist.destroy_process_group()
+        self._made_group = False
+
+
+class _Caller(nn.Module):
+    """What DDP wraps: it holds the user's module and calls the method that is asked for, so that hooks run once."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+
+def _set_reduction(engine: DistributedDataParallel, params: torch.dtype, reduce: torch.dtype) -> None:
+    """Has gradients of dtype `params` averaged in `reduce`; those of other dtypes (exceptions) in their own."""
+    if reduce is params:
+        return
+    world_size = dist.get_world_size()
+
+    def average(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        gradients = bucket.buffer()
+        sent = gradients.to(reduce if gradients.dtype is params else gradients.dtype)
+        sent = sent.div_(world_size) if sent is gradients else sent / world_size
+        future = dist.all_reduce(sent, async_op=True).get_future()
+        return future.then(lambda done: gradients.copy_(done.value()[0]))
+
+    average.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}  # DDP compares these
+    engine.register_comm_hook(None, average)

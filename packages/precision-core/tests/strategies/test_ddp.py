@@ -1,0 +1,254 @@
+"""DDP on two ranks: the contract, gradients and losses by value, the reduce dtype, overflow, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from precision_core import MODES, Fabric, Strategy
+from precision_core.strategies import DDPStrategy
+from precision_core.testing import StrategyContract, run_in_ranks
+
+
+class TestDDPStrategy(StrategyContract):
+    def make_strategy(self) -> Strategy:
+        return DDPStrategy()
+
+    def run(self, check: Callable[..., None], *args: Any) -> None:
+        run_in_ranks(2, check, self, *args)
+
+
+def make(mode: str, model: nn.Module, **options: Any) -> tuple[Fabric, torch.optim.Optimizer]:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=DDPStrategy(**options), precision=mode)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    fabric.setup(model, optimizer)
+    return fabric, optimizer
+
+
+def layer() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(4, 2, bias=False)
+
+
+def data(rank: int) -> torch.Tensor:
+    return torch.randn(3, 4, generator=torch.Generator().manual_seed(rank + 1))
+
+
+# -------------------------------------------------------------------- gradients
+
+
+def gradient(mode: str, synced: bool = True) -> tuple[torch.Tensor, torch.dtype]:
+    model = layer()
+    fabric, _ = make(mode, model)
+    with fabric.no_backward_sync(model, enabled=not synced):
+        fabric.backward(model(data(fabric.global_rank)).pow(2).mean())
+    assert model.weight.grad is not None
+    return model.weight.grad.double(), model.weight.grad.dtype
+
+
+def test_gradients_are_averaged_over_ranks() -> None:
+    alone = [run_in_ranks(1, lambda rank=rank: _alone(rank))[0] for rank in range(2)]
+    for gradients, dtype in run_in_ranks(2, gradient, "64-true"):
+        assert dtype is torch.float64
+        torch.testing.assert_close(gradients, (alone[0] + alone[1]) / 2, rtol=1e-12, atol=0)
+    for (gradients, _), expected in zip(run_in_ranks(2, gradient, "64-true", False), alone, strict=True):
+        torch.testing.assert_close(gradients, expected, rtol=1e-12, atol=0)
+
+
+def _alone(rank: int) -> torch.Tensor:
+    model = layer().double()
+    model(data(rank).double()).pow(2).mean().backward()
+    assert model.weight.grad is not None
+    return model.weight.grad
+
+
+@pytest.mark.parametrize(
+    ("policy", "reduce"),
+    [
+        ("32-true", torch.float32),
+        ("params=float32,reduce=bfloat16", torch.bfloat16),
+        ("params=float32,reduce=float16", torch.float16),
+        ("bf16-mixed", torch.float32),
+        ("params=float32,compute=bfloat16,reduce=bfloat16", torch.bfloat16),
+        ("bf16-true", torch.bfloat16),
+        ("params=bfloat16,reduce=float32", torch.float32),
+        ("64-true", torch.float64),
+    ],
+)
+def test_gradients_are_reduced_in_the_policys_dtype(policy: str, reduce: torch.dtype) -> None:
+    # 1 + 2**-10 needs 11 bits: bfloat16 has 8 and float16 has 11, so only the latter and wider ones keep the halves.
+    values = [1.0, 1.0 + 2.0**-9, 3.0 + 2.0**-8]
+
+    def run() -> list[float]:
+        model = nn.Linear(3, 1, bias=False)
+        fabric, _ = make(policy, model)
+        parts = [torch.tensor(values), torch.tensor([1.0, 1.0, 1.0])]
+        params = fabric.precision_plugin.policy.params
+        loss = (model.weight * parts[fabric.global_rank].to(params)).sum()
+        # The engine's forward has to have run, or its hooks do not fire.
+        fabric.backward(loss + 0 * model(torch.zeros(1, 3)).sum())
+        return model.weight.grad.double().flatten().tolist()  # type: ignore[union-attr]
+
+    params = torch.float64 if policy == "64-true" else torch.bfloat16 if "params=bf" in policy else None
+    params = params or (torch.bfloat16 if policy == "bf16-true" else torch.float32)
+    halves = [(torch.tensor(part).to(params).to(reduce) / 2) for part in (values, [1.0, 1.0, 1.0])]
+    expected = (halves[0] + halves[1]).to(params).double().tolist()
+    for gradients in run_in_ranks(2, run):
+        assert gradients == expected
+
+
+def overflow_on(which: int) -> tuple[bool, int, int, float, list[float]]:
+    model = layer()
+    fabric, optimizer = make("16-mixed", model)
+    plugin = fabric.precision_plugin
+    for step in range(12):
+        optimizer.zero_grad()
+        loss = model(data(fabric.global_rank)).pow(2).mean()
+        fabric.backward(loss * float("inf") if step == 8 and fabric.global_rank == which else loss)
+        fabric.clip_gradients(model, optimizer, max_norm=0.1)
+        optimizer.step()
+        if step == 8:
+            assert fabric.last_step_skipped
+    return fabric.last_step_skipped, plugin.steps, plugin.skipped_steps, plugin.scale, model.weight.flatten().tolist()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_rank_that_overflows_is_a_skipped_step_on_all(which: int) -> None:
+    first, second = run_in_ranks(2, overflow_on, which)
+    assert first == second
+    assert not first[0] and first[1] + first[2] == 12 and first[2] >= 1
+
+
+# -------------------------------------------------------------------- the law of setup
+
+
+def test_ranks_start_from_rank_zeros_parameters_and_hooks_run_once() -> None:
+    def run() -> tuple[list[float], int, list[str], str]:
+        torch.manual_seed(int(dist.is_initialized()) + torch.randint(100, ()).item())
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        calls: list[int] = []
+        model.register_forward_hook(lambda *_: calls.append(1))
+        fabric, _ = make("32-true", model)
+        model(data(fabric.global_rank))
+        return model[0].weight.flatten().tolist(), len(calls), list(model.state_dict()), type(model).__name__
+
+    first, second = run_in_ranks(2, run)
+    assert first == second
+    assert first[1] == 1 and first[3] == "Sequential"
+    assert first[2] == list(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).state_dict())
+
+
+def test_evaluating_on_one_rank_waits_for_nobody() -> None:
+    def run() -> None:
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        fabric, _ = make("bf16-mixed", model)
+        if fabric.is_global_zero:
+            with torch.no_grad():
+                model(data(0))
+        fabric.barrier()
+
+    run_in_ranks(2, run, timeout=30)
+
+
+@pytest.mark.parametrize("mode", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("how", ["before", "block"])
+def test_compiled_models_average_their_gradients_too(mode: str, how: str) -> None:
+    def run() -> list[float]:
+        model: Any = nn.Sequential(layer(), nn.Tanh())
+        if how == "before":
+            model = torch.compile(model, backend="eager")
+        else:
+            model[0].compile(backend="eager")
+        fabric, optimizer = make(mode, model)
+        for _ in range(2):
+            optimizer.zero_grad()
+            fabric.backward(model(data(fabric.global_rank)).pow(2).mean())
+            optimizer.step()
+        return [value for param in model.parameters() for value in param.flatten().tolist()]
+
+    def plain() -> list[float]:
+        model = nn.Sequential(layer(), nn.Tanh())
+        fabric, optimizer = make(mode, model)
+        for _ in range(2):
+            optimizer.zero_grad()
+            fabric.backward(model(data(fabric.global_rank)).pow(2).mean())
+            optimizer.step()
+        return [value for param in model.parameters() for value in param.flatten().tolist()]
+
+    expected = run_in_ranks(2, plain)
+    assert expected[0] == expected[1] == run_in_ranks(2, run)[0]
+
+
+def test_two_models_and_a_marked_method_run_in_their_engines() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = layer()
+
+        def score(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x).pow(2).mean()
+
+    def run() -> list[float]:
+        generator, critic = Two(), layer()
+        fabric, _ = make("32-true", generator)
+        fabric.setup(critic, torch.optim.SGD(critic.parameters(), lr=1.0))
+        fabric.mark_forward_method(generator, "score")
+        fabric.backward(generator.score(data(fabric.global_rank)) + critic(data(fabric.global_rank)).pow(2).mean())
+        return [*generator.inner.weight.grad.flatten().tolist(), *critic.weight.grad.flatten().tolist()]  # type: ignore[union-attr]
+
+    first, second = run_in_ranks(2, run)
+    assert first == second and first[:8] == first[8:]
+
+
+def test_a_model_without_parameters_that_train_needs_no_engine() -> None:
+    def run() -> float:
+        fabric = Fabric(accelerator="cpu", devices=2)
+        model = fabric.setup(layer().requires_grad_(False))
+        return float(model(torch.ones(1, 4)).sum())
+
+    assert len(set(run_in_ranks(2, run))) == 1
+
+
+# -------------------------------------------------------------------- collectives
+
+
+def test_collectives_by_value() -> None:
+    def run() -> Any:
+        fabric = Fabric(accelerator="cpu", devices=2)
+        rank = fabric.global_rank
+        tree = {"a": torch.tensor([rank, 10]), "b": [torch.tensor(float(rank), requires_grad=True)]}
+        reduced = {op: fabric.all_reduce(tree, op) for op in ("mean", "sum", "min", "max")}
+        with pytest.raises(ValueError, match=r"all_reduce\(op='avg'\): allowed are mean, sum, min, max"):
+            fabric.all_reduce(tree, "avg")
+        gathered = fabric.all_gather(tree)
+        sent = fabric.broadcast({"from": rank, "t": torch.full((2,), rank)}, src=1)
+        assert (fabric.world_size, fabric.is_global_zero, fabric.local_rank) == (2, rank == 0, rank)
+        fabric.barrier()
+        return (
+            {op: (tree["a"].tolist(), tree["b"][0].item()) for op, tree in reduced.items()},
+            (gathered["a"].tolist(), gathered["b"][0].tolist()),
+            (sent["from"], sent["t"].tolist()),
+        )
+
+    for reduced, gathered, sent in run_in_ranks(2, run):
+        assert reduced["mean"] == ([0.5, 10.0], 0.5) and reduced["sum"] == ([1, 20], 1.0)
+        assert reduced["min"] == ([0, 10], 0.0) and reduced["max"] == ([1, 10], 1.0)
+        assert gathered == ([[0, 10], [1, 10]], [0.0, 1.0]) and sent == (1, [1, 1])
+
+
+def test_one_process_does_as_many_would() -> None:
+    fabric = Fabric(accelerator="cpu")
+    assert fabric.all_gather(torch.ones(2)).shape == (1, 2) and fabric.broadcast("x") == "x"
+    assert fabric.all_reduce(torch.tensor(3)) == 3.0 and fabric.all_reduce(torch.tensor(3), "sum").dtype is torch.int64
+    fabric.barrier()
+    with pytest.raises(ValueError, match="allowed are mean, sum, min, max"):
+        fabric.all_reduce(torch.ones(1), "product")
+
+
+def test_modes_of_core_are_all_in_the_contract() -> None:
+    assert TestDDPStrategy.modes == tuple(MODES)
