@@ -45,7 +45,7 @@ def share_out(loader: Iterable[Any], rank: int, world_size: int) -> Iterable[Any
         seed=_seed(loader),
         drop_last=getattr(loader.batch_sampler, "drop_last", False),
     )
-    kept = {name: getattr(loader, name) for name in _KEPT}
+    kept = {name: getattr(loader, name) for name in _KEPT if hasattr(loader, name)}  # torch drops some
     if isinstance(loader.batch_sampler, BatchSampler):  # who passes one has a loader without batch_size and drop_last
         kept |= {name: getattr(loader.batch_sampler, name) for name in ("batch_size", "drop_last")}
     if loader.num_workers == 0:  # torch refuses the others' options then
