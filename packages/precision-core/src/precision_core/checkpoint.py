@@ -77,6 +77,12 @@ def read(path: Path) -> dict[str, Any]:
     content, is_current = _read(path)
     while not is_current:  # a new file was put in place just now
         content, is_current = _read(path)
+    check_header(path, content)
+    return content
+
+
+def check_header(path: Path, content: Any) -> None:
+    """Raises `CheckpointError` unless `content` is what `Fabric.save` wrote, in a format that this version reads."""
     header = content.get(RESERVED) if isinstance(content, dict) else None
     if not isinstance(header, dict) or not isinstance(header.get("version"), int):
         raise CheckpointError(
@@ -89,7 +95,6 @@ def read(path: Path) -> dict[str, Any]:
         )
     if not {"precision", "rng"} <= header.keys():
         raise CheckpointError(f"{path} is incomplete: its {RESERVED!r} record has only {sorted(header)}")
-    return content
 
 
 def _read(path: Path) -> tuple[Any, bool]:

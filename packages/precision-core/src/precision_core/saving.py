@@ -1,7 +1,8 @@
 """What Fabric.save and Fabric.load do: the user's state, the precision's and the random generators', as one file.
 
-With several processes rank 0 writes. Each rank's random generators and loaders' positions are in the file, and no rank
-begins to write values into live objects before all of them have compared theirs.
+A sharded strategy writes a folder instead, all ranks together; otherwise, with several processes, rank 0 writes. Each
+rank's random generators and loaders' positions are in there, and no rank begins to write values into live objects before
+all of them have compared theirs.
 """
 
 from __future__ import annotations
@@ -44,9 +45,15 @@ def save(path: Path, state: dict[str, Any], filter: Filter | None, strategy: Str
         "rng": ranks[0]["rng"],
         "ranks": ranks if len(ranks) > 1 else [],
     }
+    content = {**content, RESERVED: header}
+    if strategy.sharded:
+        from precision_core.folder_checkpoint import write_folder  # takes seconds to import
+
+        write_folder(path, content)  # the ranks agree in there
+        return
     with _Agreement(strategy, "save") as agreement:
         if strategy.is_global_zero:
-            checkpoint.write(path, {**content, RESERVED: header})
+            checkpoint.write(path, content)
         agreement.reach()
 
 
@@ -57,11 +64,11 @@ def load(
     if state is not None and not isinstance(state, dict):
         raise ValueError(f"fabric.load(path, state): state is a dict as for save, not a {type(state).__name__}")
     if state is None:
-        content = checkpoint.read(path)
+        content = _read(path, strategy)
         return copy.deepcopy({key: value for key, value in content.items() if key != RESERVED})
     with _Agreement(strategy, "load") as agreement:
         check_filter(state, filter)
-        content = checkpoint.read(path)
+        content = _read(path, strategy)
         header = content.pop(RESERVED)
         ranks = header.get("ranks") or [{"rng": header["rng"], "loaders": {}}]
         mine = ranks[strategy.global_rank] if strategy.global_rank < len(ranks) else {"rng": None, "loaders": {}}
@@ -76,6 +83,17 @@ def load(
         if mine["rng"] is not None:  # a rank that the saving run did not have keeps its own
             host.insert(0, _rng_step(mine["rng"], strategy.device))
         return restore(state, content, strict=strict, dtypes=dtypes, host=host, agree=agreement.reach, origin=origin)
+
+
+def _read(path: Path, strategy: Strategy) -> dict[str, Any]:
+    """Returns the content of a checkpoint file, or of a folder, whatever strategy wrote it; whole on each rank."""
+    if not strategy.sharded and not (path.is_dir() and any(path.iterdir())):
+        return checkpoint.read(path)
+    from precision_core.folder_checkpoint import read_folder
+
+    content = read_folder(path)
+    checkpoint.check_header(path, content)
+    return content
 
 
 def _rng_step(state: dict[str, Any], device: torch.device) -> Step:
