@@ -129,6 +129,13 @@ def bench(session: nox.Session) -> None:
         session.run("python", str(script.relative_to(ROOT)), *session.posargs)
 
 
+@nox.session(python=BASE["python"])
+def soak(session: nox.Session) -> None:
+    """Reliability tests that take longer than a minute. `-- --times 10`: ten times as many tries."""
+    session.install(*_editable("packages/precision-core"), BASE["torch"])
+    session.run("pytest", "soak", "-s", *session.posargs)
+
+
 def _ci(session: nox.Session, script: str) -> None:
     """Runs a script of ci/ with this command's arguments. They need uv, which may not be on the PATH."""
     session.install("uv")

@@ -12,7 +12,9 @@ from torch import nn
 from torch.optim import Adam
 
 from precision_core import CheckpointError
-from precision_core.state import check_fits, collect, restore
+from precision_core.compare import check_fits
+from precision_core.restoring import restore
+from precision_core.state import collect
 
 
 def net(*sizes: int, seed: int = 0) -> nn.Sequential:

@@ -14,7 +14,9 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from precision_core import CheckpointError
-from precision_core.state import check_fits, collect, restore
+from precision_core.compare import check_fits
+from precision_core.restoring import restore
+from precision_core.state import collect
 
 
 def net(*sizes: int, seed: int = 0) -> nn.Sequential:

@@ -7,17 +7,19 @@ weights_only=True)` reads it too.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
-import secrets
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from precision_core.archive import verify, verify_storages
+from precision_core.place import replace_file
 
 RESERVED = "__precision__"
 FORMAT_VERSION = 1
@@ -51,26 +53,18 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
     Raises:
         ValueError: a value that a safe load would refuse; names its key. The old file stays.
+        OSError: the file cannot be written (a full disk, a folder in the way); names the path. The old file stays.
     """
     check_saveable(content)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        with open(temporary, "xb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    replace_file(path, functools.partial(torch.save, content))
 
 
-def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Returns the content of a checkpoint, its tensors on `device`.
+def read(path: Path) -> dict[str, Any]:
+    """Returns the content of a checkpoint, verified before anything is unpickled, and never executed.
 
-    torch.load checks no checksum: of 1,000 single flipped bits 914 loaded silently wrong. So every record is verified
-    before anything is unpickled, and nothing in the file is executed.
+    Its tensors lie in the file, mapped, and cost no memory of the process until they are read. Copy what is to last
+    (`copy.deepcopy`): should somebody truncate the file in place, reading them would end the process (SIGBUS). A save
+    to the same path does not: it puts a new file in place, and the old one lasts as long as it is mapped.
 
     Raises:
         CheckpointError: damaged, truncated, not a checkpoint of Fabric.save, or of a newer format.
@@ -80,17 +74,15 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise CheckpointError(f"{path} is a folder; a checkpoint of one device is a file")
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    with open(path, "rb") as file:  # outside the try: a missing permission is not a damaged file
-        try:
-            _verify(file)
-            content = torch.load(file, map_location=device, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{path} was not written by Fabric.save: it holds objects that a safe load refuses"
-            ) from error
-        except Exception as error:  # damage shows anywhere: zip structure, checksums, tensor sizes
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise CheckpointError(f"{path} is damaged, or no checkpoint: {reason}") from error
+    content, is_current = _read(path)
+    while not is_current:  # a new file was put in place just now
+        content, is_current = _read(path)
+    check_header(path, content)
+    return content
+
+
+def check_header(path: Path, content: Any) -> None:
+    """Raises `CheckpointError` unless `content` is what `Fabric.save` wrote, in a format that this version reads."""
     header = content.get(RESERVED) if isinstance(content, dict) else None
     if not isinstance(header, dict) or not isinstance(header.get("version"), int):
         raise CheckpointError(
@@ -103,18 +95,25 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         )
     if not {"precision", "rng"} <= header.keys():
         raise CheckpointError(f"{path} is incomplete: its {RESERVED!r} record has only {sorted(header)}")
-    return content
 
 
-def _verify(file: IO[bytes]) -> None:
-    """Raises unless every record of the zip file matches its checksum, and leaves the file at its start."""
-    with zipfile.ZipFile(file) as archive:
-        damaged = archive.testzip()
-        # The one field that no checksum covers and torch reads: a record marked as a folder is taken for empty.
-        marked = [record.filename for record in archive.infolist() if record.external_attr]
-    if damaged or marked:
-        raise CheckpointError(f"the record {damaged or marked[0]} does not match its checksum")
-    file.seek(0)
+def _read(path: Path) -> tuple[Any, bool]:
+    """Returns what the file holds, and whether `path` still is the file that was verified."""
+    with open(path, "rb") as file:  # outside the try: a missing permission is not a damaged file
+        try:
+            sizes = verify(file)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            is_current = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            if is_current:
+                verify_storages(content, sizes)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path} was not written by Fabric.save: it holds objects that a safe load refuses"
+            ) from error
+        except Exception as error:  # damage shows anywhere: zip structure, checksums, tensor sizes
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise CheckpointError(f"{path} is damaged, or no checkpoint: {reason}") from error
+        return content, is_current
 
 
 def check_saveable(tree: Any, key: str = "", inside: tuple[int, ...] = ()) -> None:

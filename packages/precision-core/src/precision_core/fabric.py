@@ -16,15 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from precision_core import checkpoint, rng
-from precision_core.checkpoint import CheckpointError
+from precision_core import rng, saving
 from precision_core.composition import check_composition
 from precision_core.layout import make_layout
 from precision_core.loader import DeviceLoader
@@ -34,8 +33,10 @@ from precision_core.precision import Precision
 from precision_core.processes import Ranks
 from precision_core.repoint import ParamMap, named_params, replaced_params, repoint
 from precision_core.resolve import resolve_precision, resolve_strategy
-from precision_core.state import check_fits, collect, restore
 from precision_core.strategies import Strategy
+
+if TYPE_CHECKING:
+    from precision_core.module_layers import Loaded
 
 T = TypeVar("T")
 
@@ -340,52 +341,79 @@ class Fabric:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def save(self, path: str | PathLike[str], state: dict[str, Any]) -> None:
-        """Writes a checkpoint, all or nothing.
+    def save(
+        self,
+        path: str | PathLike[str],
+        state: dict[str, Any],
+        *,
+        filter: dict[str, Any] | None = None,
+    ) -> None:
+        """Writes a checkpoint, all or nothing; with several processes call it on all of them, rank 0 writes.
 
-        `state` holds objects with `state_dict` and plain values, dicts may nest. The precision's state and the random
-        generators' are added.
+        `state` holds objects with `state_dict` (loaders from `setup_dataloaders` too) and plain values, dicts may nest.
+        The precision's state and the random generators' are added. `filter` maps a key of `state` to
+        `callable(name, value) -> bool`, which chooses the entries of that key's state dict to save:
+        `filter={"model": lambda name, value: "lora" in name}`. Where `state` nests, so does `filter`.
 
         Raises:
-            ValueError: a value that `load` would refuse; names its key, and an old file at `path` stays.
+            ValueError: a value that `load` would refuse, a filter without its key; names the key.
+            OSError: the file cannot be written; names the path. In both cases an old file at `path` stays.
         """
-        if not isinstance(state, dict) or checkpoint.RESERVED in state:
-            raise ValueError(f"fabric.save(path, state): state is a dict without the key {checkpoint.RESERVED!r}")
-        header = {
-            "version": checkpoint.FORMAT_VERSION,
-            "policy": str(self._precision.policy),
-            "torch": str(torch.__version__),
-            "precision": self._precision.state_dict(),
-            "rng": rng.rng_state(self.device),
-        }
-        checkpoint.write(Path(path), {**collect(state), checkpoint.RESERVED: header})
+        self._check_launched()
+        saving.save(Path(path), state, filter, self._strategy)
 
     def load(
-        self, path: str | PathLike[str], state: dict[str, Any] | None = None, strict: bool = True
+        self,
+        path: str | PathLike[str],
+        state: dict[str, Any] | None = None,
+        strict: bool = True,
+        *,
+        filter: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Reads a checkpoint, verified and never executed.
+        """Reads a checkpoint, verified and never executed; into `state` all or nothing.
 
         With `state`, its objects, its plain values, the precision and the random generators are brought to what was
-        saved, and what `state` has no key for is returned. Without, all is returned and nothing live is touched.
+        saved, and what `state` has no key for is returned. If anything raises, all of them are as before; an interrupt
+        that comes while the last values are being copied waits until they are. `filter` as for `save`, of modules only:
+        entries that it says no to stay as they are. Without `state`, all is returned and nothing live is touched.
 
         Raises:
-            CheckpointError: damaged, foreign, newer, or does not fit; nothing was changed.
+            CheckpointError: damaged, foreign, newer, or does not fit; an object that did not load, by its name.
             FileNotFoundError: there is no such file.
         """
-        if state is not None and not isinstance(state, dict):
-            raise ValueError(f"fabric.load(path, state): state is a dict as for save, not a {type(state).__name__}")
-        content = checkpoint.read(Path(path))
-        header = content.pop(checkpoint.RESERVED)
-        if state is None:
-            return content
-        check_fits(state, content, strict=strict)
-        try:
-            self._precision.load_state_dict(header["precision"])
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        rest = restore(state, content, strict=strict)
-        rng.set_rng_state(header["rng"], self.device)
-        return rest
+        self._check_launched()
+        return saving.load(Path(path), state, strict, filter, self._strategy)
+
+    def save_module(self, path: str | PathLike[str], module: nn.Module, *, max_shard_size: int | str = "5GB") -> None:
+        """Writes a module's parameters and buffers as safetensors, as Hugging Face libraries read and write them.
+
+        Above `max_shard_size` it is several files and an index beside them. All or nothing; with several processes call
+        it on all of them, rank zero writes. Needs `pip install "precision-core[safetensors]"`.
+
+        Raises:
+            OSError: the file cannot be written; what was there stays.
+        """
+        from precision_core.module_files import save_module
+
+        self._check_launched()
+        if self.is_global_zero:
+            save_module(path, _uncompiled(module), max_shard_size=max_shard_size)
+        self.barrier()
+
+    def load_module(self, path: str | PathLike[str], module: nn.Module, strict: bool = True) -> Loaded:
+        """Reads safetensors, memory-mapped, into a module: a file, an index file, or a folder with either.
+
+        Layers with a way of their own to load, such as quantised ones, get their tensors one layer at a time. Returns
+        the names that were `missing` and `unexpected`; under `strict` there are none.
+
+        Raises:
+            CheckpointError: damaged, or does not fit; nothing was changed.
+            FileNotFoundError: there is no such file.
+        """
+        from precision_core.module_files import load_module
+
+        self._check_launched()
+        return load_module(path, _uncompiled(module), strict)
 
     def teardown(self) -> None:
         """Gives the objects that were set up their own methods back; dtypes stay."""

