@@ -1,7 +1,7 @@
 """What Fabric.save and Fabric.load do: the user's state, the precision's and the random generators', as one file.
 
 A sharded strategy writes a folder instead, all ranks together; otherwise, with several processes, rank 0 writes. Each
-rank's random generators and loaders' positions are in there, and no rank begins to write values into live objects before
+rank's random generators and loaders' positions are in it, and no rank begins to write values into live objects before
 all of them have compared theirs.
 """
 
