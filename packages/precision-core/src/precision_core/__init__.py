@@ -10,6 +10,7 @@ from precision_core.policy import MODES as MODES
 from precision_core.policy import Policy as Policy
 from precision_core.precision import Precision as Precision
 from precision_core.report import Report as Report
+from precision_core.strategies import DDPStrategy as DDPStrategy
 from precision_core.strategies import SingleDeviceStrategy as SingleDeviceStrategy
 from precision_core.strategies import Strategy as Strategy
 from precision_core.support import Support as Support

@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from precision_core import MODES, Fabric, Strategy
-from precision_core.strategies import DDPStrategy
+from precision_core import MODES, DDPStrategy, Fabric, Strategy
 from precision_core.testing import StrategyContract, run_in_ranks
 
 
@@ -155,33 +154,25 @@ def test_evaluating_on_one_rank_waits_for_nobody() -> None:
     run_in_ranks(2, run, timeout=30)
 
 
+def train(mode: str, how: str) -> list[float]:
+    model: Any = nn.Sequential(layer(), nn.Tanh())
+    if how == "compiled before":
+        model = torch.compile(model, backend="eager")
+    elif how == "a block compiled":
+        model[0].compile(backend="eager")
+    fabric, optimizer = make(mode, model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        fabric.backward(model(data(fabric.global_rank)).pow(2).mean())
+        optimizer.step()
+    return [value for param in model.parameters() for value in param.flatten().tolist()]
+
+
 @pytest.mark.parametrize("mode", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("how", ["before", "block"])
+@pytest.mark.parametrize("how", ["compiled before", "a block compiled"])
 def test_compiled_models_average_their_gradients_too(mode: str, how: str) -> None:
-    def run() -> list[float]:
-        model: Any = nn.Sequential(layer(), nn.Tanh())
-        if how == "before":
-            model = torch.compile(model, backend="eager")
-        else:
-            model[0].compile(backend="eager")
-        fabric, optimizer = make(mode, model)
-        for _ in range(2):
-            optimizer.zero_grad()
-            fabric.backward(model(data(fabric.global_rank)).pow(2).mean())
-            optimizer.step()
-        return [value for param in model.parameters() for value in param.flatten().tolist()]
-
-    def plain() -> list[float]:
-        model = nn.Sequential(layer(), nn.Tanh())
-        fabric, optimizer = make(mode, model)
-        for _ in range(2):
-            optimizer.zero_grad()
-            fabric.backward(model(data(fabric.global_rank)).pow(2).mean())
-            optimizer.step()
-        return [value for param in model.parameters() for value in param.flatten().tolist()]
-
-    expected = run_in_ranks(2, plain)
-    assert expected[0] == expected[1] == run_in_ranks(2, run)[0]
+    expected = run_in_ranks(2, train, mode, "plain")
+    assert expected[0] == expected[1] == run_in_ranks(2, train, mode, how)[0]
 
 
 def test_two_models_and_a_marked_method_run_in_their_engines() -> None:
@@ -239,6 +230,16 @@ def test_collectives_by_value() -> None:
         assert reduced["mean"] == ([0.5, 10.0], 0.5) and reduced["sum"] == ([1, 20], 1.0)
         assert reduced["min"] == ([0, 10], 0.0) and reduced["max"] == ([1, 10], 1.0)
         assert gathered == ([[0, 10], [1, 10]], [0.0, 1.0]) and sent == (1, [1, 1])
+
+
+def backends(given: str | None) -> str:
+    Fabric(accelerator="cpu", devices=2, strategy=DDPStrategy(backend=given))
+    return str(dist.get_backend_config())
+
+
+def test_the_backend_is_torchs_own_choice_or_the_users() -> None:
+    assert all("cpu:gloo" in found for found in run_in_ranks(2, backends, None))
+    assert all("cuda:gloo" in found for found in run_in_ranks(2, backends, "gloo"))
 
 
 def test_one_process_does_as_many_would() -> None:
