@@ -112,7 +112,7 @@ def test_packages_libraries_and_what_is_missing(install):
     }
     assert (packages["precision-bnb"]["version"], packages["precision-bnb"]["modes"]) == ("3.1", ["int8", "nf4"])
     assert packages["precision-core"]["modes"] == list(MODES)
-    assert packages["precision-core"]["strategies"] == ["single_device"]
+    assert packages["precision-core"]["strategies"] == ["single_device", "ddp"]
     assert "precision-lab" in packages and "bystander" not in packages
     vendors = found["vendors"]
     assert (vendors["bitsandbytes"], vendors["transformer-engine-torch"]) == ("0.99", "2.13")
