@@ -233,7 +233,7 @@ def test_collectives_by_value() -> None:
 
 
 def backends(given: str | None) -> str:
-    Fabric(accelerator="cpu", devices=2, strategy=DDPStrategy(backend=given))
+    Fabric(accelerator="cpu", devices=2, strategy=DDPStrategy(backend=given)).barrier()
     return str(dist.get_backend_config())
 
 

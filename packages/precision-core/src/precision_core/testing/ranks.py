@@ -93,6 +93,8 @@ def _run(
         outcome = ("raised", traceback.format_exc())
     sender.send_bytes(pickle.dumps(outcome))  # send() would share tensors' memory, which ends with this process
     sender.close()
+    if outcome[0] == "returned":  # others may need it still, for the store of the process group; it is killed with them
+        time.sleep(60)
     os._exit(0)  # what is registered to run at exit belongs to the process that was forked
 
 
