@@ -428,10 +428,9 @@ def _run_launched(
 ) -> Any:
     """What `launch` runs in each new process, where torchrun's variables are set now."""
     fabric = Fabric(*arguments[:-1], num_nodes=arguments[-1])
-    try:
-        return function(fabric, *args, **kwargs)
-    finally:
-        fabric.teardown()
+    result = function(fabric, *args, **kwargs)
+    fabric.teardown()  # not after an error: the other ranks would fail of the closed connection, and perhaps say so first
+    return result
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
