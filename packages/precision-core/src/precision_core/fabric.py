@@ -429,7 +429,7 @@ def _run_launched(
     """What `launch` runs in each new process, where torchrun's variables are set now."""
     fabric = Fabric(*arguments[:-1], num_nodes=arguments[-1])
     result = function(fabric, *args, **kwargs)
-    fabric.teardown()  # not after an error: the other ranks would fail of the closed connection, and perhaps say so first
+    fabric.teardown()  # not after an error: other ranks would fail of the closed connection, and perhaps say so first
     return result
 
 
