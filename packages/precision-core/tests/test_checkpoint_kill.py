@@ -70,13 +70,14 @@ def kill_at_random(folder: Path, forked: int, fresh: int, seed: int = 0) -> tupl
     for _ in range(10):
         FABRIC.save(path, {"number": 0, "large": torch.full((50_000,), 0), "small": torch.tensor(0)})
     typical = (time.perf_counter() - start) / 10
-    for _ in range(forked):
+    for number in range(forked):
         process, reader = fork(path, last + 1)
+        first = os.read(reader, 64) if number % 2 else b""  # half of them have saved once, however busy the machine is
         time.sleep(dice.uniform(0.0, 4 * typical))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         with os.fdopen(reader, "rb") as output:
-            last = max([last, *numbers(output.read())])
+            last = max([last, *numbers(first + output.read())])
         lost += not is_whole(read(path), last)
         last = read(path)["number"]
     for number in range(fresh):
@@ -94,6 +95,6 @@ def kill_at_random(folder: Path, forked: int, fresh: int, seed: int = 0) -> tupl
 def test_the_last_complete_checkpoint_loads_whenever_a_process_is_killed(tmp_path: Path) -> None:
     lost, saved = kill_at_random(tmp_path, FORKED, FRESH)
     print(f"tried {FORKED + FRESH}, lost {lost}")
-    assert lost == 0 and saved > FORKED / 40  # a busy machine comes to save less often before it is killed
+    assert lost == 0 and saved >= FORKED / 2
     FABRIC.save(tmp_path / "last.ckpt", {"number": 0})
     assert [name for name in os.listdir(tmp_path) if name.startswith(".last")] == []

@@ -80,8 +80,8 @@ def _alone(rank: int) -> torch.Tensor:
     ],
 )
 def test_gradients_are_reduced_in_the_policys_dtype(policy: str, reduce: torch.dtype) -> None:
-    # 1 + 2**-10 needs 11 bits: bfloat16 has 8 and float16 has 11, so only the latter and wider ones keep the halves.
-    values = [1.0, 1.0 + 2.0**-9, 3.0 + 2.0**-8]
+    # bfloat16 has 8 bits and keeps the first only, float16 has 11 and keeps two.
+    values = [1.0, 1.0 + 2.0**-9, 1.0 + 2.0**-12]
 
     def run() -> list[float]:
         model = nn.Linear(3, 1, bias=False)
