@@ -165,12 +165,20 @@ class Fabric:
         """
         self._check_optimizers(optimizers)
         self._precision.register_optimizers(*optimizers)  # before the model is converted: it may refuse one
-        model = self.setup_module(model)
-        self.setup_optimizers(*optimizers)
+        with self._undone_on_error():
+            model = self._setup_module(model)
+            self._setup_optimizers(*optimizers)
+            self._strategy.setup_together(_uncompiled(model), optimizers)
         return (model, *optimizers) if optimizers else model
 
     def setup_module(self, model: nn.Module) -> nn.Module:
         """Sets up a model without optimizers, for evaluation for example; see `setup`."""
+        with self._undone_on_error():
+            model = self._setup_module(model)
+            self._strategy.setup_together(_uncompiled(model), ())
+        return model
+
+    def _setup_module(self, model: nn.Module) -> nn.Module:
         if not isinstance(model, nn.Module):
             raise ValueError(f"fabric.setup expected a torch.nn.Module first, got a {type(model).__name__}")
         self._check_launched()
@@ -193,11 +201,27 @@ class Fabric:
         """Sets up optimizers apart from their model; returns the one, or a tuple of them."""
         self._check_optimizers(optimizers)
         self._precision.register_optimizers(*optimizers)
+        with self._undone_on_error():
+            self._setup_optimizers(*optimizers)
+            self._strategy.setup_together(None, optimizers)
+        return optimizers[0] if len(optimizers) == 1 else optimizers
+
+    def _setup_optimizers(self, *optimizers: Optimizer) -> None:
         for optimizer in optimizers:
             repoint(optimizer, self._replaced)
             self._strategy.setup_optimizer(optimizer)
             self._restores.append(override(optimizer, "step", self._make_step))
-        return optimizers[0] if len(optimizers) == 1 else optimizers
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Context that gives objects their own methods back when it raises."""
+        before = len(self._restores)
+        try:
+            yield
+        except BaseException:
+            while len(self._restores) > before:
+                self._restores.pop()()
+            raise
 
     def _check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         for index, optimizer in enumerate(optimizers):
@@ -266,7 +290,7 @@ class Fabric:
     @contextmanager
     def init_module(self) -> Iterator[None]:
         """Context in which modules are built on the device, with parameters in the precision's dtype."""
-        with self.device, self._precision.module_init_context():
+        with self.device, self._precision.module_init_context(), self._strategy.module_init_context():
             yield
 
     @contextmanager
@@ -360,7 +384,8 @@ class Fabric:
             OSError: the file cannot be written; names the path. In both cases an old file at `path` stays.
         """
         self._check_launched()
-        saving.save(Path(path), state, filter, self._strategy)
+        if not self._strategy.save_checkpoint(Path(path), state, filter):
+            saving.save(Path(path), state, filter, self._strategy)
 
     def load(
         self,
@@ -382,7 +407,8 @@ class Fabric:
             FileNotFoundError: there is no such file.
         """
         self._check_launched()
-        return saving.load(Path(path), state, strict, filter, self._strategy)
+        loaded = self._strategy.load_checkpoint(Path(path), state, strict, filter)
+        return saving.load(Path(path), state, strict, filter, self._strategy) if loaded is None else loaded
 
     def save_module(self, path: str | PathLike[str], module: nn.Module, *, max_shard_size: int | str = "5GB") -> None:
         """Writes a module's parameters and buffers as safetensors, as Hugging Face libraries read and write them.
@@ -396,8 +422,9 @@ class Fabric:
         from precision_core.module_files import save_module
 
         self._check_launched()
-        if self.is_global_zero:
-            save_module(path, _uncompiled(module), max_shard_size=max_shard_size)
+        with self._strategy.whole(_uncompiled(module)):
+            if self.is_global_zero:
+                save_module(path, _uncompiled(module), max_shard_size=max_shard_size)
         self.barrier()
 
     def load_module(self, path: str | PathLike[str], module: nn.Module, strict: bool = True) -> Loaded:
@@ -413,7 +440,8 @@ class Fabric:
         from precision_core.module_files import load_module
 
         self._check_launched()
-        return load_module(path, _uncompiled(module), strict)
+        with self._strategy.whole(_uncompiled(module), writes=True):
+            return load_module(path, _uncompiled(module), strict)
 
     def teardown(self) -> None:
         """Gives the objects that were set up their own methods back; dtypes stay."""

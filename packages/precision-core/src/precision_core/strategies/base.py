@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from precision_core.plugins import make_plugin
 from precision_core.policy import Policy
 from precision_core.precision import Precision
 from precision_core.processes import Ranks
+from precision_core.state import Filter
 from precision_core.strategies.collectives import reduce_op
 
 T = TypeVar("T")
@@ -111,6 +113,16 @@ class Strategy:
                         state[key] = value.to(param.device)  # else the host counts; float32, as bfloat16 counts to 256
         return optimizer
 
+    def setup_together(self, module: nn.Module | None, optimizers: tuple[Optimizer, ...]) -> None:
+        """Takes what one call set up, last: for an engine that needs a model and its optimizers at once.
+
+        `module` is None where optimizers were set up apart from their model.
+        """
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """Context in which modules are built as the engine stores them; entered inside of the precision's own."""
+        return nullcontext()
+
     def make_forward(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a module's method, `function(module, ...)`, as it runs under the precision's forward hooks."""
         precision = self.precision
@@ -147,6 +159,22 @@ class Strategy:
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
         """Context in which backward reduces no gradients over ranks."""
         return nullcontext()
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def whole(self, module: nn.Module, *, writes: bool = False) -> AbstractContextManager[Any]:
+        """Context in which each rank has the module's parameters whole; what it `writes` to them in it lasts."""
+        return nullcontext()
+
+    def save_checkpoint(self, path: Path, state: dict[str, Any], filter: Filter | None) -> bool:
+        """Writes what `Fabric.save` is to, for an engine with checkpoints of its own; False: it is core's to do."""
+        return False
+
+    def load_checkpoint(
+        self, path: Path, state: dict[str, Any] | None, strict: bool, filter: Filter | None
+    ) -> dict[str, Any] | None:
+        """Returns what `Fabric.load` is to return, where `save_checkpoint` wrote `path`; None: it is core's to do."""
+        return None
 
     def teardown(self) -> None:
         """Ends what the engine started."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from precision_core import Fabric, SingleDeviceStrategy
 from precision_core.testing.controls import LEFT_SCALED
 from precision_core.testing.loss_bound import curve_distance, loss_bound
 from precision_core.testing.problem import train
@@ -16,8 +15,7 @@ _STEPS = 20
 
 
 def the_curve_is_that_of_one_device(kit: StrategyContract) -> None:
-    alone = Fabric(kit.accelerator, SingleDeviceStrategy(kit.accelerator), precision=kit.mode)
-    reference = train(alone, steps=_STEPS, rank=0, world_size=1)  # the whole batch, on every rank
+    reference = kit.reference_curve(_STEPS)
     bound = loss_bound(kit.mode, _STEPS)
     fabric = kit.make_fabric()
     assert curve_distance(kit.global_curve(fabric, train(fabric, steps=_STEPS)), reference) <= bound

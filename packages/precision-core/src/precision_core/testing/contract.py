@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from precision_core import MODES, Fabric, Precision, Strategy
+from precision_core import MODES, Fabric, Precision, SingleDeviceStrategy, Strategy
 from precision_core.testing import checks_curve, checks_hooks, checks_loop, checks_setup, checks_state
 from precision_core.testing.net import Net
+from precision_core.testing.problem import train
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.15}
 
@@ -182,6 +183,11 @@ class StrategyContract(Contract):
         """Returns the curve of the global batch, from those of every rank's share."""
         mean: list[float] = fabric.all_reduce(torch.tensor(losses, dtype=torch.float64)).tolist()
         return mean
+
+    def reference_curve(self, steps: int) -> list[float]:
+        """Returns one device's curve in the mode, whole batches; override it where the policy has master weights."""
+        alone = Fabric(self.accelerator, SingleDeviceStrategy(self.accelerator), precision=self.mode)
+        return train(alone, steps=steps, rank=0, world_size=1)
 
     def test_the_curve_is_that_of_one_device(self) -> None:
         self.run(checks_curve.the_curve_is_that_of_one_device)

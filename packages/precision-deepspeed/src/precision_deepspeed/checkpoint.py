@@ -1,0 +1,228 @@
+"""fabric.save and fabric.load where the model is an engine's: a folder with DeepSpeed's own files, and core's file.
+
+    manifest.json       every file with its size and checksum, written last: a folder without it is torn
+    state.ckpt          everything else that was saved, the precision and the random generators, as core writes them
+    *_states.pt         what `engine.save_checkpoint` writes: all ranks' parameters and optimizer state
+
+The folder is a tag in its parent folder to DeepSpeed: `engine.load_checkpoint(parent, tag=name)` reads it, and so does
+`zero_to_fp32`. Model and optimizer stand in `state.ckpt` as records that say what the files are, and loading them is
+having the engine load the files.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from precision_core import checkpoint, folder_manifest, saving
+from precision_core.agreement import gather, together
+from precision_core.checkpoint import CheckpointError
+from precision_core.folder_manifest import Manifest
+from precision_core.state import Filter
+from precision_deepspeed.engine import Engine
+from precision_deepspeed.export import read_consolidated
+from precision_deepspeed.pickles import check_pickles
+
+if TYPE_CHECKING:
+    from precision_deepspeed.strategy import DeepSpeedStrategy
+
+STATE = "state.ckpt"
+RECORD = "deepspeed"
+
+
+@dataclass
+class StandIn:
+    """Stands in a state for the model or the optimizer of an engine; of the two the model has the engine load."""
+
+    engine: Engine
+    what: str
+    record: dict[str, Any]
+    folder: Path | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what says which engine wrote the files beside it."""
+        return {RECORD: self.what, **self.record}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Has the engine load the folder, once."""
+        if self.what == "model" and self.folder is not None:
+            self.engine.load(self.folder)
+            self.folder = None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a folder that `save` wrote, or was about to."""
+    return path.is_dir() and (path / STATE).exists()
+
+
+def save(path: Path, state: dict[str, Any], filter: Filter | None, strategy: DeepSpeedStrategy, engine: Engine) -> None:
+    """Writes the folder, all ranks together; an older one stays until it is put in place, when every rank is done.
+
+    Raises:
+        ValueError: the model without its optimizer or the reverse, a filter on them, something else at `path`.
+        CheckpointError: another rank failed.
+    """
+    path = path.absolute()
+    with together(None):
+        stand_ins = _stand_ins(state, engine, strategy)
+        _check_whole(state, stand_ins, filter)
+        if strategy.is_global_zero:
+            folder_manifest.check_replaceable(path)
+    temporary = path.with_name(f".{path.name}.{gather(secrets.token_hex(8), None)[0]}.partial")
+    try:
+        with together(None):
+            if strategy.is_global_zero:
+                temporary.mkdir(parents=True)
+        engine.save(temporary / "engine", "tag")
+        saving.save(temporary / STATE, stand_ins, filter, strategy)
+        with together(None):
+            if strategy.is_global_zero:
+                for file in (temporary / "engine" / "tag").iterdir():
+                    os.rename(file, temporary / file.name)
+                shutil.rmtree(temporary / "engine")
+                names = sorted(file.name for file in temporary.iterdir())
+                files = {name: folder_manifest.digest(temporary / name) for name in names}
+                policy = str(strategy.precision.policy)
+                folder_manifest.write(temporary, Manifest(policy, strategy.world_size, files))
+                folder_manifest.put_in_place(temporary, path)
+    except BaseException:
+        if strategy.is_global_zero:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def load(
+    path: Path,
+    state: dict[str, Any] | None,
+    strict: bool,
+    filter: Filter | None,
+    strategy: DeepSpeedStrategy,
+    engine: Engine | None,
+) -> dict[str, Any]:
+    """Reads the folder, into the live objects by choice; see `Fabric.load`. Nothing is changed if anything raises.
+
+    Raises:
+        CheckpointError: torn, damaged, or written by another number of ranks, stage or mode; pickles with anything but
+            DeepSpeed's own classes in them.
+    """
+    with together(None):
+        folder = folder_manifest.find(path.absolute())
+        manifest = folder_manifest.read(folder)
+        folder_manifest.verify(folder, manifest, sorted(manifest.files))
+        if not strategy.trust_checkpoints:
+            check_pickles(folder / name for name in manifest.files if name.endswith(".pt"))
+    if state is None:
+        content = saving.load(folder / STATE, None, strict, filter, strategy)
+        return {key: _whole(value, folder) for key, value in content.items()}
+    if engine is None:
+        raise CheckpointError(
+            f"{path} holds a model in DeepSpeed's shards, and none was set up with an optimizer: call "
+            "fabric.setup(model, optimizer) first, or read the values with "
+            "precision_deepspeed.consolidated_state_dict(path)"
+        )
+    stand_ins = _stand_ins(state, engine, strategy, folder)
+    with together(None):
+        if engine.has_gradients:
+            raise CheckpointError("fabric.load between fabric.backward and optimizer.step(): step first")
+        _check_fits(path, checkpoint.read(folder / STATE), stand_ins)
+    rest = saving.load(folder / STATE, stand_ins, strict, filter, strategy)
+    _place(state, stand_ins)
+    return rest
+
+
+def _stand_ins(
+    state: dict[str, Any], engine: Engine, strategy: DeepSpeedStrategy, folder: Path | None = None
+) -> dict[str, Any]:
+    """Returns a copy of `state`, dicts too, with stand-ins for what the engine holds."""
+    record = {
+        "world_size": strategy.world_size,
+        "stage": strategy.stage,
+        "mode": strategy.precision.mode,
+        "master": str(strategy.precision.policy.master),
+        "optimizer": type(engine.optimizer).__name__,
+        "groups": engine.names,
+        "shapes": engine.shapes,
+    }
+    made: dict[str, Any] = {}
+    for key, value in state.items():
+        if type(value) is dict:
+            made[key] = _stand_ins(value, engine, strategy, folder)
+        elif value is engine.optimizer:
+            made[key] = StandIn(engine, "optimizer", record)
+        elif engine.is_model(value):
+            made[key] = StandIn(engine, "model", record, folder)
+        else:
+            made[key] = value
+    return made
+
+
+def _each(tree: dict[str, Any]) -> Iterator[tuple[str, StandIn]]:
+    for key, value in tree.items():
+        if type(value) is dict:
+            yield from _each(value)
+        elif isinstance(value, StandIn):
+            yield key, value
+
+
+def _check_whole(state: dict[str, Any], stand_ins: dict[str, Any], filter: Filter | None) -> None:
+    there = {stand_in.what: key for key, stand_in in _each(stand_ins)}
+    if there.keys() != {"model", "optimizer"}:
+        raise ValueError(
+            "fabric.save under DeepSpeed: the engine saves model and optimizer together, and the state has only "
+            f"{sorted(there)}: save both, {{'model': model, 'optimizer': optimizer, ...}}"
+        )
+    for key in there.values():
+        if filter and key in filter:
+            raise ValueError(f"fabric.save(filter={{{key!r}: ...}}): DeepSpeed's engine saves it whole; leave that out")
+
+
+def _check_fits(path: Path, content: dict[str, Any], stand_ins: dict[str, Any]) -> None:
+    saved = list(_records(content))
+    for key, stand_in in _each(stand_ins):
+        found = next((record for record in saved if record[RECORD] == stand_in.what), None)
+        if found is None:
+            raise CheckpointError(f"{path} holds no {stand_in.what} for {key!r}")
+        for name, mine in stand_in.record.items():
+            if found.get(name) != mine:
+                raise CheckpointError(
+                    f"{path} was written with {name}={_short(found.get(name))}, and this run has "
+                    f"{name}={_short(mine)}. DeepSpeed's shards fit only what wrote them; the float32 parameters "
+                    "are read anywhere by precision_deepspeed.consolidated_state_dict(path)"
+                )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _records(content: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(content, dict):
+        if RECORD in content:
+            yield content
+        else:
+            for value in content.values():
+                yield from _records(value)
+
+
+def _whole(value: Any, folder: Path) -> Any:
+    """Returns `value` with the float32 parameters in place of the record of a model; the optimizer's record stays."""
+    if not isinstance(value, dict):
+        return value
+    if value.get(RECORD) == "model":
+        return read_consolidated(folder, value)
+    return {key: _whole(each, folder) for key, each in value.items()}
+
+
+def _place(state: dict[str, Any], stand_ins: dict[str, Any]) -> None:
+    """Takes the plain values that were loaded beside the stand-ins over into the user's own dicts."""
+    for key, value in stand_ins.items():
+        if type(value) is dict and type(state.get(key)) is dict:
+            _place(state[key], value)
+        elif not isinstance(value, StandIn):
+            state[key] = value

@@ -1,0 +1,144 @@
+"""The config that the engine gets, from a policy and what the user asked for: one plain function."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from precision_core import Policy
+
+_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_SPELLINGS = {"float32": "fp32", "float": "fp32", "half": "fp16", "float16": "fp16", "bfloat16": "bf16"}
+_SECTIONS = ("fp16", "bf16", "torch_autocast")
+
+_NOT_HERE = {
+    "optimizer": "pass the optimizer itself: fabric.setup(model, torch.optim.AdamW(...))",
+    "scheduler": "make the scheduler yourself and step it after optimizer.step()",
+    "amp": "DeepSpeed 0.19.8 has no apex any more; 16-mixed is its torch_autocast",
+    "bfloat16": 'DeepSpeed calls it "bf16"',
+    "managed_gradient_accumulation": "an accumulation ends at the step here, however many backwards it had",
+}
+
+
+def deepspeed_config(policy: Policy | str | int, user_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the config to give to `deepspeed.initialize`: `user_config` and what `policy` needs.
+
+    Mixed policies are the section `torch_autocast` (gradients are reduced in float32, so no layer is on its list of
+    those that may reduce in less), true ones `bf16` and `fp16`. Gradients are not clipped unless someone says so
+    (DeepSpeed's default is a norm of 1.0 since 0.19.4), one step is one backward, and any torch optimizer may be used.
+
+    Raises:
+        ValueError: `user_config` contradicts the policy, or the two together do not learn; names both.
+
+    Source: https://www.deepspeed.ai/docs/config-json/
+    """
+    policy = Policy.parse(policy)
+    config: dict[str, Any] = copy.deepcopy(dict(user_config or {}))
+    for key, way_out in _NOT_HERE.items():
+        if key in config:
+            raise ValueError(f"config[{key!r}] cannot be used here: {way_out}")
+    _fix(config, "gradient_accumulation_steps", 1, "call fabric.backward several times before optimizer.step()")
+    _fix(config, "gradient_clipping", 0.0, "call fabric.clip_gradients(model, optimizer, max_norm=...) before the step")
+    if "train_batch_size" not in config:
+        config.setdefault("train_micro_batch_size_per_gpu", 1)  # DeepSpeed wants one of them, and only prints it
+    config.setdefault("zero_allow_untested_optimizer", True)
+    _set_section(config, policy)
+    _set_reduction(config, policy)
+    _check_stage(config, policy)
+    return config
+
+
+def stage_of(config: Mapping[str, Any]) -> int:
+    """Returns the ZeRO stage; raises `ValueError` for what is none."""
+    stage = _table(config, "zero_optimization").get("stage", 0)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise ValueError(f"ZeRO has the stages 0, 1, 2 and 3, not {stage!r}")
+    return stage
+
+
+def has_pure_state(config: Mapping[str, Any] | None) -> bool:
+    """Whether the `bf16` section has been told to keep no float32 master weights."""
+    return bool(_table(config or {}, "bf16").get("bf16_master_weights_and_grads"))
+
+
+def _table(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key, {})
+    if not isinstance(value, Mapping):
+        raise ValueError(f"config[{key!r}] is a dict, not {value!r}")
+    return value
+
+
+def _fix(config: dict[str, Any], key: str, value: float, way_out: str) -> None:
+    if config.get(key, value) != value:
+        raise ValueError(f"config[{key!r}] is {config[key]!r}, which is {value!r} here: {way_out}")
+    config[key] = value
+
+
+def _section(policy: Policy) -> str | None:
+    if policy.mixed:
+        return "torch_autocast"
+    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: None}[policy.params]
+
+
+def _set_section(config: dict[str, Any], policy: Policy) -> None:
+    wanted = _section(policy)
+    for name in _SECTIONS:
+        enabled = _table(config, name).get("enabled", name == wanted)
+        if enabled != (name == wanted):
+            needs = f'config["{wanted}"]' if wanted else "none of fp16, bf16 and torch_autocast"
+            raise ValueError(
+                f'config["{name}"]["enabled"] is {enabled!r} and precision="{policy}" needs {needs} enabled: change one'
+            )
+        if name != wanted:
+            config.pop(name, None)  # disabled as it should be; torch_autocast's mere presence is not
+    if wanted is None:
+        return
+    section = config[wanted] = {"enabled": True, **_table(config, wanted)}
+    if wanted == "torch_autocast":
+        name = str(policy.compute).removeprefix("torch.")
+        if section.setdefault("dtype", name) not in (name, _NAMES[policy.compute]):
+            raise ValueError(
+                f'config["torch_autocast"]["dtype"] is {section["dtype"]!r} and precision="{policy}" computes in {name}'
+            )
+        if section.setdefault("lower_precision_safe_modules", []):
+            raise ValueError(
+                f'config["torch_autocast"]["lower_precision_safe_modules"] is {section["lower_precision_safe_modules"]}'
+                f', whose gradients DeepSpeed reduces in {name}, and precision="{policy}" reduces in '
+                f"{policy.reduce}: leave it out"
+            )
+
+
+def _set_reduction(config: dict[str, Any], policy: Policy) -> None:
+    name = _NAMES[policy.reduce]
+    given = config.setdefault("communication_data_type", name)
+    if _SPELLINGS.get(given, given) != name:
+        raise ValueError(
+            f'config["communication_data_type"] is {given!r} and precision="{policy}" reduces gradients in {name}: say '
+            "it in the policy (reduce=...), or leave it out"
+        )
+
+
+def _check_stage(config: dict[str, Any], policy: Policy) -> None:
+    stage, section = stage_of(config), _section(policy)
+    accumulated = str(_table(config, "data_types").get("grad_accum_dtype"))
+    accumulated = _SPELLINGS.get(accumulated, accumulated)
+    if stage == 0 and section == "fp16":
+        raise ValueError(
+            f'precision="{policy}" with stage=0: DeepSpeed runs its fp16 section without ZeRO, but does not learn in '
+            "it. Pass stage=1, 2 or 3, or 16-mixed"
+        )
+    if stage == 0 and has_pure_state(config):
+        raise ValueError('config["bf16"]["bf16_master_weights_and_grads"] needs stage=1, 2 or 3, and this is stage=0')
+    if stage < 2 and section == "bf16" and accumulated == "fp32":
+        raise ValueError(
+            f'config["data_types"]["grad_accum_dtype"] is "fp32", which needs stage=2 or 3 here, and this is '
+            f"stage={stage}: DeepSpeed has no such engine at stage 0, and one of another kind at stage 1"
+        )
+    if policy.params is torch.float32 and accumulated not in ("None", "fp32"):
+        raise ValueError(
+            f'config["data_types"]["grad_accum_dtype"] is {accumulated!r}, and precision="{policy}" has float32 '
+            "gradients"
+        )

@@ -1,0 +1,193 @@
+"""The plugin that is native to DeepSpeed: a mode as the engine runs it, and what the engine does not do for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from precision_core import MODES, HalfPrecision, Policy, Precision
+from precision_core.plugins import make_plugin
+from precision_deepspeed.config import has_pure_state
+from precision_deepspeed.scaler import DynamicScaler, EngineScaler, SectionScaler
+from precision_deepspeed.support import NO_FLOAT16, NO_FLOAT64
+from precision_deepspeed.vendor import supports_float16
+
+if TYPE_CHECKING:
+    from precision_core import Strategy
+
+T = TypeVar("T")
+
+_HALF = (torch.float16, torch.bfloat16)
+
+_Half = type("DeepSpeedPrecision", (HalfPrecision,), {})  # its warnings name the class that users write
+
+
+class DeepSpeedPrecision(Precision):
+    """A mode under a DeepSpeed engine; `policy` says what the engine makes of it.
+
+    Mixed modes are DeepSpeed's `torch_autocast` over float32 parameters. `bf16-true` and `16-true` are its sections
+    `bf16` and `fp16`, which keep float32 master weights and optimizer state beside the half parameters, and scale
+    float16 losses: `policy.master` is float32 there.
+
+    Args:
+        precision: 32-true, 16-true, bf16-true, 16-mixed, bf16-mixed, an alias, or a policy without exceptions.
+        amp_type: "native". DeepSpeed removed apex in 0.19.8, so "apex" is refused.
+        amp_level: apex's; None.
+        buffers: for true modes, as `HalfPrecision` takes it: which buffers to keep in float32.
+        scaler: for `16-mixed`, `init_scale`, `growth_factor`, `backoff_factor`, `growth_interval`, `min_scale`. That of
+            `16-true` is set in the config's `fp16` section.
+
+    Raises:
+        ValueError: float64, a policy that the engine cannot run, float16 parameters on an accelerator without float16.
+    """
+
+    def __init__(
+        self,
+        precision: str | int | Policy = "16-mixed",
+        amp_type: str = "native",
+        amp_level: str | None = None,
+        *,
+        buffers: str | torch.dtype | Iterable[str] | None = None,
+        scaler: Mapping[str, Any] | None = None,
+    ) -> None:
+        _check_amp(amp_type, amp_level)
+        asked = Policy.parse(precision)
+        super().__init__(policy=asked)
+        self._core_policy = replace(asked, master=None, scale=asked.scale and asked.mixed)
+        self._mode = str(self._core_policy) if asked.master in (None, torch.float32) else str(asked)
+        self._buffers = buffers
+        self._scaler_options = dict(scaler or {})
+        if scaler is not None and not (self.policy.mixed and self.policy.scale):
+            raise ValueError(
+                f"DeepSpeedPrecision({self._mode!r}, scaler=...): only 16-mixed takes it; 16-true's scale is set in "
+                'the config: {"fp16": {"initial_scale_power": 16, "loss_scale_window": 1000, ...}}'
+            )
+        if self.policy.params in _HALF:
+            self.policy = replace(self.policy, buffers=self._make_half().policy.buffers)
+        elif buffers is not None:
+            raise ValueError(f"DeepSpeedPrecision({self._mode!r}, buffers=...): only true half modes cast buffers")
+        self._device_type = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def _make_half(self) -> Precision:
+        return _Half(self._core_policy, buffers=self._buffers)
+
+    def _check_policy(self, policy: Policy) -> Policy:
+        name = f"DeepSpeedPrecision({str(policy)!r})"
+        if policy.exceptions:
+            raise ValueError(f"{name}: the engine knows one dtype for all layers, so there are no exceptions")
+        if torch.float64 in (policy.params, policy.compute, policy.reduce):
+            raise ValueError(f"{name}: {NO_FLOAT64}")
+        if policy.mixed:
+            return _check_mixed(name, policy)
+        if policy.params not in _HALF:
+            if policy.scale or policy.reduce is not policy.params:
+                raise ValueError(f"{name}: with float32 throughout nothing is scaled, and gradients are reduced in it")
+            return policy
+        if policy.master not in (None, torch.float32):
+            raise ValueError(f"{name}: master weights are float32")
+        is_float16 = policy.params is torch.float16
+        if policy.scale and not is_float16:
+            raise ValueError(f"{name}: DeepSpeed scales no bfloat16 loss; say scale=false")
+        if is_float16 and not supports_float16():
+            raise ValueError(f"{name}: {NO_FLOAT16}")
+        return replace(policy, master=torch.float32, scale=is_float16)
+
+    # ---------------------------------------------------------------- set-up
+
+    @property
+    def mode(self) -> str:
+        """What users ask for this plugin by, without what DeepSpeed adds to it."""
+        return self._mode
+
+    def refuses(self, strategy: Strategy) -> str | None:
+        """Returns why not: it needs a DeepSpeed engine."""
+        if strategy.name != "deepspeed":
+            return f'it runs under DeepSpeedStrategy only: pass strategy="deepspeed", or precision="{self._mode}"'
+        return super().refuses(strategy)
+
+    def connect(self, strategy: Strategy) -> None:
+        """Takes the device, and from the strategy's config whether there are master weights."""
+        self._device_type = strategy.device.type
+        self.__dict__.pop("_core", None)
+        if self.policy.params is torch.bfloat16:
+            pure = has_pure_state(getattr(strategy, "config", None))
+            self.policy = replace(self.policy, master=None if pure else torch.float32)
+
+    @cached_property
+    def _core(self) -> Precision:
+        """Core's plugin for the mode: it converts, and runs forward, as it does on one device."""
+        if self.policy.params in _HALF:
+            return self._make_half()
+        return make_plugin(self._core_policy, self._device_type)
+
+    def storage(self, param: nn.Parameter) -> torch.dtype | None:
+        """Returns the dtype that `param` is to be stored in; None: as it is."""
+        return self._core.storage(param)
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Converts as core's plugin for the mode does, and takes its report; raises what that raises."""
+        self._core.convert_module(module)
+        self.report = self._core.report
+        self._remember(module)
+        return module
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """Context in which modules are built with parameters in `policy.params`."""
+        return self._core.module_init_context()
+
+    # ---------------------------------------------------------------- forward
+
+    def convert_input(self, data: T) -> T:
+        """Returns `data` with floating tensors in the parameters' dtype in true modes; as it is in mixed ones."""
+        return self._core.convert_input(data)
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Autocast in mixed modes, as `torch_autocast` enters it; in true ones created tensors get the dtype."""
+        return self._core.forward_context()
+
+    # ---------------------------------------------------------------- scaling
+
+    @cached_property
+    def scaler(self) -> EngineScaler:
+        """What the engine's loss scale is read and set by; it scales nothing itself."""
+        if not self.policy.scale:
+            return EngineScaler()
+        return DynamicScaler(**self._scaler_options) if self.policy.mixed else SectionScaler()
+
+    def teardown(self) -> None:
+        """Gives back what `convert_module` put on the module besides dtypes."""
+        self._core.teardown()
+
+
+def _check_amp(amp_type: str, amp_level: str | None) -> None:
+    if amp_type == "apex":
+        raise ValueError(
+            'amp_type="apex": DeepSpeed 0.19.8 removed its amp section. amp_type="native" with precision="16-mixed" is '
+            'what replaced levels O1 and O2, precision="16-true" what replaced O3'
+        )
+    if amp_type != "native":
+        raise ValueError(f'amp_type={amp_type!r}: allowed is "native"')
+    if amp_level is not None:
+        raise ValueError(f'amp_level={amp_level!r} is apex\'s, and amp_type="native" has no levels: leave it out')
+
+
+def _check_mixed(name: str, policy: Policy) -> Policy:
+    if policy.params is not torch.float32 or policy.compute not in _HALF or policy.master is not None:
+        raise ValueError(
+            f"{name}: mixed precision is autocast over float32 parameters; half parameters with float32 master weights "
+            f"are {' and '.join(mode for mode in MODES if mode in ('16-true', 'bf16-true'))} here"
+        )
+    if policy.reduce is not torch.float32:
+        raise ValueError(
+            f"{name}: under torch_autocast DeepSpeed reduces some layers' gradients in float32 whatever it is told; "
+            "say reduce=float32"
+        )
+    if policy.scale and policy.compute is not torch.float16:
+        raise ValueError(f"{name}: only float16 needs a scaled loss; say scale=false")
+    return policy

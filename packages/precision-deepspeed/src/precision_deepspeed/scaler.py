@@ -1,0 +1,177 @@
+"""The loss scale that a DeepSpeed engine multiplies with: the engine scales, unscales and skips, this says by how much.
+
+EngineScaler    nothing is scaled; steps are counted
+DynamicScaler   torch_autocast in float16: torch's rule, kept here, since the engine's own scale never falls
+SectionScaler   the fp16 section: DeepSpeed's rule (window, hysteresis, minimum), kept by the engine
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from precision_core.clipping import Clip
+from precision_core.scaler import NameOf, Scaler
+
+MAX_SKIPS = 50
+"""So many skipped steps in a row raise."""
+
+_ENGINES = "under DeepSpeed the engine does that: {0}"
+
+
+class EngineScaler(Scaler):
+    """Counts the engine's steps. What an engine does itself is refused here, where it would act on other gradients."""
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Raises `RuntimeError`: gradients are shards that the engine holds."""
+        raise RuntimeError(_ENGINES.format("read true gradients with deepspeed.utils.safe_get_full_grad(param)"))
+
+    def clip(
+        self, optimizer: Optimizer | None, params: list[nn.Parameter], clip: Clip, name_of: NameOf
+    ) -> Tensor | None:
+        """Raises `RuntimeError`: only the engine sees all gradients."""
+        raise RuntimeError(_ENGINES.format("fabric.clip_gradients(model, optimizer, max_norm=...)"))
+
+    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, name_of: NameOf, **kwargs: Any) -> Any:
+        """Raises `RuntimeError`: the optimizer holds what the engine gives it."""
+        raise RuntimeError(_ENGINES.format("fabric.setup(model, optimizer), then optimizer.step(), or engine.step()"))
+
+    def attach(self, vendor: Any) -> None:
+        """Takes the new engine's scale over, or gives it a state that was loaded before."""
+
+    def stepped(self, skipped: bool) -> None:
+        """Counts a step of the engine.
+
+        Raises:
+            FloatingPointError: too many in a row were skipped.
+        """
+        self.counter.add(skipped)
+        if self.counter.skipped_in_a_row >= MAX_SKIPS:
+            raise FloatingPointError(
+                f"{self.counter.skipped_in_a_row} optimizer steps in a row were skipped, the loss scale is "
+                f"{self.factor:g}: inf or NaN in the gradients. Look for NaN in the data or the loss, lower the "
+                'learning rate, or use precision="bf16-mixed", which needs no scaling'
+            )
+
+
+class DynamicScaler(EngineScaler):
+    """The scale halves on a skipped step and doubles after `growth_interval` good ones, as `torch.amp.GradScaler`'s.
+
+    Args:
+        init_scale, growth_factor, backoff_factor, growth_interval: as in torch.
+        min_scale: the scale does not fall below this; default float16's smallest normal number.
+    """
+
+    def __init__(
+        self,
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        min_scale: float = 2.0**-14,
+    ) -> None:
+        super().__init__()
+        self._state: dict[str, Any] = {
+            "scale": float(init_scale),
+            "growth_factor": float(growth_factor),
+            "backoff_factor": float(backoff_factor),
+            "growth_interval": growth_interval,
+            "_growth_tracker": 0,
+        }
+        self._min_scale = min_scale
+        _check(self._state)
+        if not growth_factor > 1 or not 0 < backoff_factor < 1 or growth_interval < 1 or not init_scale > 0:
+            raise ValueError(
+                f"scaler={self._state}: expected init_scale > 0, growth_factor > 1, 0 < backoff_factor < 1, "
+                "growth_interval >= 1"
+            )
+
+    @property
+    def factor(self) -> float:
+        """What the loss is multiplied with."""
+        scale: float = self._state["scale"]
+        return scale
+
+    def stepped(self, skipped: bool) -> None:
+        """Counts a step of the engine and moves the scale; raises as the base class does."""
+        state, scale = self._state, self.factor
+        if skipped:
+            state["scale"] = max(scale * state["backoff_factor"], min(scale, self._min_scale))
+            state["_growth_tracker"] = 0
+        else:
+            state["_growth_tracker"] += 1
+            if state["_growth_tracker"] == state["growth_interval"]:
+                grown = scale * state["growth_factor"]
+                state["scale"] = grown if grown < 2.0**128 else scale  # float32 holds no more
+                state["_growth_tracker"] = 0
+        super().stepped(skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the same keys as torch's scaler, so that core's 16-mixed can go on from it, and the reverse."""
+        return dict(self._state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned; of SectionScaler's state the scale. Raises `ValueError` otherwise."""
+        known = {key: state[key] for key in self._state if key in state}
+        _check(known)
+        self._state.update(known)
+
+
+class SectionScaler(EngineScaler):
+    """The scale of the `fp16` section, which the engine moves; before there is an engine, what it will start from."""
+
+    _FIELDS: Mapping[str, str] = {
+        "scale": "cur_scale",
+        "iteration": "cur_iter",
+        "last_overflow": "last_overflow_iter",
+        "hysteresis": "cur_hysteresis",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loaded: dict[str, Any] = {}
+        self._vendor: Any = None
+
+    def attach(self, vendor: Any) -> None:
+        """Takes the engine's scaler; a state that was loaded before goes into it."""
+        self._vendor = vendor
+        self._write(self._loaded)
+
+    @property
+    def _live(self) -> Any:
+        """DeepSpeed's scaler, which it replaces when it loads a checkpoint; None before there is an engine."""
+        return None if self._vendor is None else self._vendor.optimizer.loss_scaler
+
+    @property
+    def factor(self) -> float:
+        """What the loss is multiplied with; 1.0 before there is an engine."""
+        return float(self.state_dict().get("scale", 1.0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns scale, iteration, last overflow and hysteresis as far as the engine's scaler has them."""
+        if self._live is None:
+            return {"scale": 1.0, **self._loaded}
+        return {key: getattr(self._live, name) for key, name in self._FIELDS.items() if hasattr(self._live, name)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned; of DynamicScaler's state the scale. Raises `ValueError` otherwise."""
+        known = {key: state[key] for key in self._FIELDS if key in state}
+        _check(known)
+        self._loaded = known
+        if self._live is not None:
+            self._write(known)
+
+    def _write(self, state: dict[str, Any]) -> None:
+        for key, value in state.items():
+            if hasattr(self._live, self._FIELDS[key]):
+                setattr(self._live, self._FIELDS[key], value)
+
+
+def _check(state: Mapping[str, Any]) -> None:
+    for key, value in {"scale": None, **state}.items():
+        if type(value) not in (int, float) or not math.isfinite(value) or (key == "scale" and value <= 0):
+            raise ValueError(f"this is no state of a loss scaler: {key} is {value!r}")

@@ -1,0 +1,370 @@
+"""DeepSpeedStrategy: ZeRO at stages 0 to 3, by the vendor's engine around the user's own model and optimizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from precision_core import Policy, Precision, Strategy
+from precision_core.clipping import make_clip
+from precision_core.override import original
+from precision_core.processes import Ranks, join
+from precision_core.state import Filter, stateful_objects
+from precision_core.strategies.collectives import Collectives
+from precision_deepspeed import checkpoint, vendor
+from precision_deepspeed.config import deepspeed_config, stage_of
+from precision_deepspeed.engine import Engine, make_engine
+from precision_deepspeed.plugin import DeepSpeedPrecision
+
+_CPU_OFFLOAD = {"device": "cpu"}
+
+
+class DeepSpeedStrategy(Collectives, Strategy):
+    """One process a device; optimizer state (stage 1), gradients (2) and parameters (3) in shards over them.
+
+    `fabric.setup(model, optimizer)` gives both to one engine and returns the very objects: `model(...)`,
+    `fabric.backward` and `optimizer.step()` are the engine's. It trains one model with one optimizer; models without
+    an optimizer may be set up beside it for evaluation.
+
+    Args:
+        stage: 0 (gradients are averaged, nothing is sharded), 1, 2 or 3.
+        config: DeepSpeed's own config (https://www.deepspeed.ai/docs/config-json/) for what has no argument here.
+        offload_optimizer: keep optimizer state and master weights in the host's memory.
+        offload_parameters: keep parameters there too, at stage 3.
+        backend: of torch.distributed; None is torch's own choice.
+        timeout: how long a process waits for the others in a collective; None is torch's default.
+        trust_checkpoints: let DeepSpeed open files that hold more than tensors and its own classes: they may run code.
+
+    Raises:
+        ValueError: a stage that does not exist, offloading that the stage does not have, a config that contradicts the
+            arguments.
+    """
+
+    name = "deepspeed"
+    multiprocess = True
+
+    def __init__(
+        self,
+        stage: int = 2,
+        config: Mapping[str, Any] | None = None,
+        *,
+        offload_optimizer: bool = False,
+        offload_parameters: bool = False,
+        backend: str | None = None,
+        timeout: timedelta | None = None,
+        trust_checkpoints: bool = False,
+    ) -> None:
+        self.config = _with_stage(stage, config, offload_optimizer, offload_parameters)
+        self.stage = stage_of(self.config)
+        self.backend = backend
+        self.timeout = timeout
+        self.trust_checkpoints = trust_checkpoints
+        self._engine: Engine | None = None
+        self._evaluated: list[Any] = []  # engines without an optimizer
+        self._in_engine = False
+        self._made_group = False
+        self._until_teardown = ExitStack()
+
+    def join(self, ranks: Ranks) -> None:
+        """Joins the other processes of the run, and has DeepSpeed work on the device."""
+        self.ranks = ranks
+        vendor.use_accelerator(self.device.type)
+        self._made_group = join(ranks, self.device, self.backend, self.timeout)
+        if self.stage == 3:  # which reads it in every process's first steps, also where nobody launched this one
+            self._until_teardown.enter_context(vendor.local_rank_variable(ranks.local_rank))
+
+    # ---------------------------------------------------------------- precision
+
+    def make_precision(self, policy: Policy) -> Precision:
+        """Returns the plugin that is native to the engine."""
+        return DeepSpeedPrecision(policy)
+
+    def refuses(self, precision: Precision) -> str | None:
+        """Returns why not: the engine does the casting itself, and a config may contradict the mode."""
+        if not isinstance(precision, DeepSpeedPrecision):
+            return (
+                "DeepSpeed's engine casts by itself: pass the mode as a string, or "
+                f'DeepSpeedPrecision("{precision.mode}")'
+            )
+        try:
+            deepspeed_config(precision.policy, self.config)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    # ---------------------------------------------------------------- set-up
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Returns the module as it is: the engine moves it."""
+        return module
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Returns the optimizer as it is: the engine takes it.
+
+        Raises:
+            ValueError: it has state already, which the engine would drop.
+        """
+        if optimizer.state:
+            raise ValueError(
+                f"this {type(optimizer).__name__} has state, which DeepSpeed drops when it takes the optimizer over: "
+                "set it up first, then load the checkpoint with fabric.load"
+            )
+        return optimizer
+
+    def setup_together(self, module: nn.Module | None, optimizers: tuple[Optimizer, ...]) -> None:
+        """Gives model and optimizer to an engine; a model alone is for evaluation, and sharded at stage 3.
+
+        Raises:
+            ValueError: an optimizer without its model, several of them, a second model to train, LBFGS.
+        """
+        config = deepspeed_config(self.precision.policy, self.config)
+        if module is None or optimizers:
+            optimizer = self._check(module, optimizers)
+            assert module is not None
+            names, shapes = _describe(module, optimizer)
+            with self._inside():
+                engine = vendor.initialize(self.local_rank, model=module, optimizer=optimizer, config=config)
+            precision = self.precision
+            assert isinstance(precision, DeepSpeedPrecision)
+            scaled_here = precision.policy.scale and precision.policy.mixed
+            self._engine = make_engine(engine, module, optimizer, self.stage, scaled_here)
+            self._engine.names, self._engine.shapes = names, shapes
+            _bind_zero_grad(optimizer, self._engine)
+            precision.scaler.attach(engine)
+        elif self.stage == 3:
+            self._evaluated.append(vendor.initialize(self.local_rank, model=module, config=config))
+        else:
+            module.to(self.device)
+
+    def _check(self, module: nn.Module | None, optimizers: tuple[Optimizer, ...]) -> Optimizer:
+        if module is None:
+            raise ValueError("DeepSpeed's engine takes model and optimizer together: fabric.setup(model, optimizer)")
+        if len(optimizers) > 1:
+            raise ValueError(
+                f"DeepSpeed's engine steps one optimizer, and fabric.setup got {len(optimizers)}: give one optimizer "
+                "several parameter groups"
+            )
+        ours = {id(param) for param in module.parameters()}
+        if any(id(param) not in ours for group in optimizers[0].param_groups for param in group["params"]):
+            raise ValueError(
+                f"this {type(optimizers[0]).__name__} holds parameters of another model: an engine has one model, with "
+                "the optimizer of its parameters"
+            )
+        if isinstance(optimizers[0], LBFGS):
+            raise ValueError("LBFGS evaluates the loss several times a step, which DeepSpeed's engine does not do")
+        if self._engine is not None:
+            raise ValueError(
+                "DeepSpeedStrategy trains one model: the backward of a second one would run through the first one's "
+                "engine. Put both into one nn.Module, or make another Fabric"
+            )
+        return optimizers[0]
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """Context in which modules are built in shards, at stage 3 and where their parameters are float32.
+
+        Under `deepspeed.zero.Init` every tensor that is created gets the parameters' dtype, buffers too; in float32
+        that changes nothing. Half parameters are built whole, and sharded by `fabric.setup`.
+        """
+        if self.stage < 3 or self.precision.policy.params is not torch.float32:
+            return nullcontext()
+        return vendor.zero_init(self.local_rank, deepspeed_config(self.precision.policy, self.config))
+
+    def make_outer_forward(self, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Returns what lets a method of `module` run in its engine."""
+        strategy = self
+
+        def make(function: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                engine = strategy._engine
+                if engine is None or not engine.is_model(self):
+                    return function(self, *args, **kwargs)
+                return engine.forward(lambda: function(self, *args, **kwargs))
+
+            return forward
+
+        return make
+
+    # ---------------------------------------------------------------- step
+
+    def _training(self, call: str) -> Engine:
+        if self._engine is None:
+            raise RuntimeError(f"{call}: no model was set up with an optimizer; call fabric.setup(model, optimizer)")
+        return self._engine
+
+    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Runs the engine's backward; gradients accumulate until the step.
+
+        Raises:
+            ValueError: arguments of `Tensor.backward` other than `retain_graph`, which the engine does not take; a loss
+                that is not one number.
+        """
+        retain_graph = kwargs.pop("retain_graph", False)
+        if args or kwargs or tensor.numel() != 1:
+            raise ValueError(
+                "fabric.backward under DeepSpeed takes a loss of one number and retain_graph: its engine passes "
+                "nothing else on"
+            )
+        engine = self._training("fabric.backward")
+        engine.backward(tensor, self.precision.scaler.factor, bool(retain_graph))
+
+    def clip_gradients(self, module: nn.Module | None, optimizer: Optimizer | None, **clip: Any) -> Tensor | None:
+        """Clips all gradients of the coming step; arguments and result as in `Precision.clip_gradients`.
+
+        Raises:
+            ValueError: a norm other than the 2-norm, under ZeRO; `clip_val` with offloaded gradients.
+            RuntimeError: there are no gradients.
+        """
+        how = make_clip(clip["max_norm"], clip["clip_val"], clip["norm_type"], clip["error_if_nonfinite"])
+        engine = self._training("fabric.clip_gradients")
+        if not engine.has_gradients:
+            raise RuntimeError("fabric.clip_gradients: there are no gradients; call fabric.backward(loss) first")
+        return engine.clip(how)
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
+        """Has the engine step, which calls the optimizer's own step in turn; a closure runs once, before it.
+
+        Raises:
+            ValueError: arguments for the optimizer's own step, which the engine does not pass on.
+            RuntimeError: there are no gradients.
+        """
+        if self._in_engine:
+            return original(optimizer, "step")(**kwargs)
+        engine = self._training("optimizer.step")
+        if kwargs:
+            raise ValueError(f"optimizer.step({', '.join(kwargs)}): DeepSpeed's engine passes no arguments on")
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        if not engine.has_gradients:
+            raise RuntimeError("optimizer.step() before any backward: call fabric.backward(loss) first")
+        with self._inside():
+            skipped = engine.step()
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
+        scaler = self.precision.scaler
+        scaler.stepped(skipped)  # type: ignore[attr-defined]
+        return result
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
+        """Context that changes nothing: an accumulation ends at the step or at clipping, not in a backward.
+
+        At stages 0 and 1 gradients are reduced then and only then; at 2 and 3, which keep shards, in every backward.
+        """
+        return nullcontext()
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Context in which `optimizer.step` is the engine's call, not the user's."""
+        self._in_engine = True
+        try:
+            yield
+        finally:
+            self._in_engine = False
+
+    # ---------------------------------------------------------------- checkpoints
+
+    @contextmanager
+    def whole(self, module: nn.Module, *, writes: bool = False) -> Iterator[None]:
+        """Context in which each rank has the parameters whole; what it `writes` reaches the master weights too."""
+        with vendor.gathered(module, writes):
+            yield
+        if writes and self._engine is not None and self._engine.is_model(module):
+            self._engine.parameters_changed()
+
+    def save_checkpoint(self, path: Path, state: dict[str, Any], filter: Filter | None) -> bool:
+        """Writes a folder with the engine's own files, where `state` has the engine's model or optimizer in it.
+
+        Raises:
+            ValueError: as `checkpoint.save` does; a model for evaluation that is in shards.
+        """
+        for path_to, value in stateful_objects(state):
+            if any(value is evaluated.module for evaluated in self._evaluated):
+                raise ValueError(
+                    f"fabric.save: the model at {path_to} was set up for evaluation and is in shards, of which "
+                    "DeepSpeed writes no checkpoint; fabric.save_module(path, model) gathers and writes it"
+                )
+        engine = self._engine
+        if engine is None or not any(map(engine.holds, (value for _, value in stateful_objects(state)))):
+            return False
+        checkpoint.save(path, state, filter, self, engine)
+        return True
+
+    def load_checkpoint(
+        self, path: Path, state: dict[str, Any] | None, strict: bool, filter: Filter | None
+    ) -> dict[str, Any] | None:
+        """Reads a folder that `save_checkpoint` wrote; None for any other path."""
+        if not checkpoint.is_checkpoint(path):
+            return None
+        return checkpoint.load(path, state, strict, filter, self, self._engine)
+
+    def teardown(self) -> None:
+        """Lets the engines go, undoes what they changed in torch, and ends the process group if it was made here."""
+        if self._engine is not None:
+            self._engine.optimizer.__dict__.pop("zero_grad", None)
+            self._engine.destroy()
+        for engine in self._evaluated:
+            engine.destroy()
+        self._engine = None
+        self._evaluated.clear()
+        self._until_teardown.close()
+        if self.stage == 3:
+            vendor.give_linear_back()
+        if self._made_group and torch.distributed.is_initialized():
+            vendor.end_process_group()
+        self._made_group = False
+
+
+def _bind_zero_grad(optimizer: Optimizer, engine: Engine) -> None:
+    """Has `optimizer.zero_grad()` drop the gradients that the engine holds; the optimizer does not reach those."""
+
+    def zero_grad(self: Optimizer, set_to_none: bool = True) -> None:
+        engine.drop()
+        type(self).zero_grad(self, set_to_none)
+
+    optimizer.__dict__["zero_grad"] = MethodType(zero_grad, optimizer)
+
+
+def _describe(module: nn.Module, optimizer: Optimizer) -> tuple[list[list[str]], dict[str, tuple[int, ...]]]:
+    """Returns the names of the parameters in the optimizer's groups, and all parameters' shapes, as ZeRO finds them."""
+    names = {param: name for name, param in module.named_parameters()}
+    groups = [[names[param] for param in group["params"] if param.requires_grad] for group in optimizer.param_groups]
+    return groups, {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in module.named_parameters()}
+
+
+def _with_stage(
+    stage: int, config: Mapping[str, Any] | None, offload_optimizer: bool, offload_parameters: bool
+) -> dict[str, Any]:
+    """Returns `config` with the arguments in it."""
+    if config is not None and not isinstance(config, Mapping):
+        raise ValueError(f"DeepSpeedStrategy(config={config!r}): expected a dict; json.load reads one from a file")
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise ValueError(f"DeepSpeedStrategy(stage={stage!r}): ZeRO has the stages 0, 1, 2 and 3")
+    if offload_parameters and stage != 3:
+        raise ValueError(f"DeepSpeedStrategy(offload_parameters=True) needs stage=3, not {stage}")
+    if offload_optimizer and stage == 0:
+        raise ValueError("DeepSpeedStrategy(offload_optimizer=True) needs stage=1, 2 or 3: stage 0 shards nothing")
+    made = copy.deepcopy(dict(config or {}))
+    zero = made.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ValueError(f'config["zero_optimization"] is a dict, not {zero!r}')
+    if zero.setdefault("stage", stage) != stage:
+        raise ValueError(
+            f'DeepSpeedStrategy(stage={stage}) and config["zero_optimization"]["stage"] = {zero["stage"]!r} contradict '
+            "each other"
+        )
+    if offload_optimizer:
+        zero.setdefault("offload_optimizer", dict(_CPU_OFFLOAD))
+    if offload_parameters:
+        zero.setdefault("offload_param", dict(_CPU_OFFLOAD))
+    if "offload_optimizer" in zero:
+        made.setdefault("zero_force_ds_cpu_optimizer", False)  # the user's torch optimizer steps there as well
+    return made

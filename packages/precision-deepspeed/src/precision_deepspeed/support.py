@@ -1,0 +1,26 @@
+"""Rows of the support table: what DeepSpeed adds to, or takes from, what the device can compute in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from precision_core.formats import cpu_has_float16
+from precision_core.support_table import SupportRow
+
+STRATEGY = "deepspeed"
+NO_FLOAT64 = "DeepSpeed's engine keeps float32 master weights and has no float64: use 32-true, or another strategy"
+NO_FLOAT16 = (
+    "DeepSpeed's accelerator says that it has no float16 here, and its fp16 section is refused: use 16-mixed, which is "
+    "its torch_autocast, or bf16-true"
+)
+
+
+def rows() -> Iterator[SupportRow]:
+    """Yields the modes that do not run under DeepSpeed on this machine, and why; the others are as the device is."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        yield SupportRow("64-true", device, "no", NO_FLOAT64, STRATEGY)
+    if not cpu_has_float16():  # what DeepSpeed asks oneDNN too; asking DeepSpeed costs seconds and writes to the screen
+        yield SupportRow("16-true", "cpu", "no", NO_FLOAT16, STRATEGY)

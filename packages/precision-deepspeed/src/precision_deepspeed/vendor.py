@@ -1,0 +1,125 @@
+"""What DeepSpeed keeps for the whole process: its accelerator, its process groups, and the state of its autocast.
+
+DeepSpeed takes seconds to import and writes to standard output while it does, so nothing here happens at import.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+_SHM = "deepspeed_shm_comm"
+
+
+def supports_float16() -> bool:
+    """Whether DeepSpeed's accelerator runs its `fp16` section; it refuses to on CPUs without float16 instructions."""
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().is_fp16_supported())
+
+
+def use_accelerator(device_type: str) -> None:
+    """Has DeepSpeed work on that kind of device.
+
+    Raises:
+        ValueError: DeepSpeed was told otherwise by DS_ACCELERATOR, or finds no such device.
+    """
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+
+    found = get_accelerator().device_name()
+    if found == device_type:
+        return
+    if "DS_ACCELERATOR" in os.environ:
+        raise ValueError(
+            f"the environment has DS_ACCELERATOR={os.environ['DS_ACCELERATOR']!r}, and Fabric runs on {device_type!r}: "
+            f"unset it, or pass accelerator={found!r}"
+        )
+    if device_type != "cpu":
+        raise ValueError(f"DeepSpeed works on {found!r} here, not on {device_type!r}: pass accelerator={found!r}")
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    set_accelerator(CPU_Accelerator())
+
+
+@contextmanager
+def local_rank_variable(number: int) -> Iterator[None]:
+    """Context with the variable LOCAL_RANK, which DeepSpeed insists on, also in a process that nobody launched."""
+    added = "LOCAL_RANK" not in os.environ
+    if added:
+        os.environ["LOCAL_RANK"] = str(number)
+    try:
+        yield
+    finally:
+        if added:
+            del os.environ["LOCAL_RANK"]
+
+
+@contextmanager
+def _new_engine() -> Iterator[None]:
+    """Context in which an engine is made: the mode that an earlier one left behind is no part of it.
+
+    `torch_autocast` marks the whole process, and every engine made after it would get a scaler of torch's. DeepSpeed's
+    shared-memory collectives for CPUs serve inference on one node only and take minutes to compile: they are left out.
+    """
+    import deepspeed.ops
+    from deepspeed.runtime import torch_autocast
+
+    operations = deepspeed.ops.__compatible_ops__
+    shm = operations.get(_SHM)
+    operations[_SHM] = False
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED, torch_autocast.TORCH_AUTOCAST_DTYPE = False, None
+    try:
+        yield
+    finally:
+        operations[_SHM] = shm
+
+
+def initialize(local_rank: int, **arguments: Any) -> Any:
+    """Returns the engine that `deepspeed.initialize` makes in the process group that is there; it looks for no MPI."""
+    import deepspeed
+
+    with local_rank_variable(local_rank), _new_engine():
+        return deepspeed.initialize(dist_init_required=False, **arguments)[0]
+
+
+def zero_init(local_rank: int, config: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Returns `deepspeed.zero.Init`, which builds modules in shards, for float32 parameters."""
+    import deepspeed
+
+    with local_rank_variable(local_rank), _new_engine():
+        deepspeed.init_distributed(dist_init_required=False)
+        # `dtype` is left out: where there is no float16, DeepSpeed 0.19.8 takes bfloat16 whatever it is told.
+        context: AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=config)
+        return context
+
+
+def gathered(module: nn.Module, writes: bool) -> AbstractContextManager[Any]:
+    """Returns a context in which parameters that are in shards are whole; rank zero's are kept where it `writes`."""
+    sharded = [param for param in module.parameters() if hasattr(param, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(sharded, 0 if writes else None)
+    return context
+
+
+def give_linear_back() -> None:
+    """Puts torch's own `torch.nn.functional.linear` back, which stage 3 replaces: its own keeps no gathered weight."""
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+    torch.nn.functional.linear = getattr(
+        InsertPostInitMethodToModuleSubClasses, "linear_bk", torch.nn.functional.linear
+    )
+
+
+def end_process_group() -> None:
+    """Ends the process group, and has DeepSpeed forget it too, where it has made an engine."""
+    from deepspeed.comm import comm
+
+    (torch.distributed if comm.cdb is None else comm).destroy_process_group()
