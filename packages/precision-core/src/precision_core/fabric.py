@@ -413,7 +413,10 @@ class Fabric:
         from precision_core.module_files import load_module
 
         self._check_launched()
-        return load_module(path, _uncompiled(module), strict)
+        target = _uncompiled(module)
+        if any(param.is_meta for param in target.parameters()):
+            self._precision.before_load(target)
+        return load_module(path, target, strict)
 
     def teardown(self) -> None:
         """Gives the objects that were set up their own methods back; dtypes stay."""
