@@ -6,8 +6,8 @@ The base class calls the precision's hooks; an engine that owns backward, clippi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +33,7 @@ class Strategy:
     multiprocess: bool = False
     """Whether it runs one process a device; Fabric then calls `join` before anything else."""
     sharded: bool = False
-    """Whether ranks hold shards: its checkpoints are folders then, which all ranks write together."""
+    """Whether checkpoints are folders, to which each rank writes its shards; else rank zero writes a whole file."""
     device: torch.device = torch.device("cpu")
     precision: Precision
 
@@ -94,6 +94,15 @@ class Strategy:
         self.precision = precision
 
     # ---------------------------------------------------------------- set-up
+
+    @contextmanager
+    def module_init_context(self, precision: Precision) -> Iterator[None]:
+        """Context in which modules are built for this strategy, with parameters in the precision's dtype."""
+        with self.device, precision.module_init_context():
+            yield
+
+    def check_optimizers(self, *optimizers: Optimizer) -> None:
+        """Raises `ValueError` for an optimizer that cannot run under this strategy, before a model is converted."""
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Moves the converted module to where it runs and returns it."""
