@@ -125,6 +125,7 @@ def doctor(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Every benchmarks/bench_*.py, one after another, with this command's arguments."""
     _install_core_and_lab(session)
+    session.install(*_editable("packages/precision-bnb"), "--group", "packages/precision-bnb/pyproject.toml:bench")
     for script in sorted(ROOT.glob("benchmarks/bench_*.py")):
         session.run("python", str(script.relative_to(ROOT)), *session.posargs)
 

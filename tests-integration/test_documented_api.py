@@ -20,6 +20,7 @@ from precision_core import (
     Precision,
     SingleDeviceStrategy,
 )
+from precision_core.testing import run_in_ranks
 
 REQUIRED = inspect.Parameter.empty
 HOOKS: dict[str, list[str]] = {
@@ -168,6 +169,44 @@ def test_usage_2_verbatim_without_cuda_is_an_error() -> None:
     scaler = torch.cuda.amp.GradScaler(init_scale=2**16, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000)
     with pytest.raises(ValueError, match="is not here, so torch has disabled it and dropped its values"):
         Fabric(precision=MixedPrecision(precision="16-mixed", device="cuda", scaler=scaler), accelerator="gpu")
+
+
+def test_usage_5_fsdp() -> None:
+    named("precision_fsdp.FSDPStrategy")
+    for losses, params in run_in_ranks(2, usage_5):
+        assert losses[-1] < losses[0] / 4
+        assert params == {torch.float32}
+
+
+def usage_5() -> tuple[list[float], set[torch.dtype]]:
+    from torch.distributed.fsdp import MixedPrecision as FSDPMixedPrecision
+
+    from precision_fsdp import FSDPPrecision, FSDPStrategy
+
+    strategy = FSDPStrategy(
+        mixed_precision=FSDPMixedPrecision(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16
+        )
+    )
+    fabric = Fabric(accelerator="cpu", strategy=strategy, precision=FSDPPrecision(precision="bf16-mixed"), devices=2)
+    assert fabric.precision_plugin.policy.reduce is torch.bfloat16
+    return train_a_line(fabric)
+
+
+def train_a_line(fabric: Fabric) -> tuple[list[float], set[torch.dtype]]:
+    """Returns the losses of a few steps, and the dtypes of the parameters."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    losses = []
+    for _ in range(40):
+        inputs = torch.randn(4, 3)
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(inputs), inputs.sum(1, keepdim=True))
+        fabric.backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {param.dtype for param in model.parameters()}
 
 
 def setting(mode: str) -> tuple[Fabric, Any, Any, Any, list[dict[str, torch.Tensor]]]:

@@ -19,6 +19,7 @@ pytest.importorskip("safetensors")
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from precision_core import Fabric, Precision
 from precision_core.checkpoint import CheckpointError
 from precision_core.module_files import load_module, save_module
 from precision_core.safetensors_files import parse_size
@@ -468,6 +469,50 @@ def test_memory_while_loading_is_that_of_the_model(device: str, tmp_path: Path) 
     more = float(result.stdout.split()[1])
     needed = 402 if device == "meta" else 0
     assert more < needed + 0.05 * 402 + layer.nbytes / 1e6, result.stdout
+
+
+class Doubling(Precision):
+    """Puts layers in place of linear ones that store twice what they load."""
+
+    def before_load(self, module: nn.Module) -> None:
+        for key, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, key, Doubled(child.weight))
+
+
+class Doubled(nn.Module):
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict({f"{prefix}weight": 2 * state[f"{prefix}weight"]}, prefix, *args)
+
+
+def test_a_plugin_may_replace_the_layers_of_a_model_without_values(tmp_path: Path) -> None:
+    fabric, weight = Fabric(accelerator="cpu", precision=Doubling()), torch.rand(2, 3)
+    save_file({"0.weight": weight}, tmp_path / "x.safetensors")
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(3, 2, bias=False))
+    real = nn.Sequential(nn.Linear(3, 2, bias=False))
+    for model, factor in ((empty, 2), (real, 1)):
+        fabric.load_module(tmp_path / "x.safetensors", model)
+        assert torch.equal(model[0].weight, factor * weight)
+
+
+def test_layers_with_their_own_way_keep_nothing_of_the_file(tmp_path: Path) -> None:
+    class Own(nn.Linear):
+        def _load_from_state_dict(self, *args: Any) -> None:
+            super()._load_from_state_dict(*args)
+
+    weight = torch.rand(2, 3)
+    save_file({"weight": weight}, tmp_path / "x.safetensors")
+    model = Own(3, 2, bias=False, device="meta")
+    load_module(tmp_path / "x.safetensors", model)
+    size = (tmp_path / "x.safetensors").stat().st_size
+    with open(tmp_path / "x.safetensors", "r+b") as file:
+        file.write(b"\xff" * size)
+    assert torch.equal(model.weight, weight)
 
 
 def test_a_sharded_parameter_is_refused(path: Path, tmp_path: Path) -> None:

@@ -266,6 +266,7 @@ def ticking() -> Iterator[Callable[[float], None]]:
     signal.signal(signal.SIGALRM, old)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it hits zipfile's __del__, too
 def test_an_interrupt_at_any_moment_leaves_all_of_before_or_all_of_the_checkpoint(
     path: Path, ticking: Callable[[float], None]
 ) -> None:

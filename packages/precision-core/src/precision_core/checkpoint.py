@@ -59,8 +59,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
     replace_file(path, functools.partial(torch.save, content))
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Returns the content of a checkpoint, verified before anything is unpickled, and never executed.
+def read(path: Path, *, trust: bool = False) -> dict[str, Any]:
+    """Returns the content of a checkpoint, verified before anything is unpickled; executed only if `trust`.
 
     Its tensors lie in the file, mapped, and cost no memory of the process until they are read. Copy what is to last
     (`copy.deepcopy`): should somebody truncate the file in place, reading them would end the process (SIGBUS). A save
@@ -74,9 +74,9 @@ def read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is a folder; a checkpoint of one device is a file")
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    content, is_current = _read(path)
+    content, is_current = _read(path, trust)
     while not is_current:  # a new file was put in place just now
-        content, is_current = _read(path)
+        content, is_current = _read(path, trust)
     check_header(path, content)
     return content
 
@@ -97,18 +97,19 @@ def check_header(path: Path, content: Any) -> None:
         raise CheckpointError(f"{path} is incomplete: its {RESERVED!r} record has only {sorted(header)}")
 
 
-def _read(path: Path) -> tuple[Any, bool]:
+def _read(path: Path, trust: bool) -> tuple[Any, bool]:
     """Returns what the file holds, and whether `path` still is the file that was verified."""
     with open(path, "rb") as file:  # outside the try: a missing permission is not a damaged file
         try:
             sizes = verify(file)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=not trust, mmap=True)
             is_current = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
             if is_current:
                 verify_storages(content, sizes)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{path} was not written by Fabric.save: it holds objects that a safe load refuses"
+                f"{path} was not written by Fabric.save: it holds objects that a safe load refuses. "
+                "trust=True loads them, and runs whatever code the file names"
             ) from error
         except Exception as error:  # damage shows anywhere: zip structure, checksums, tensor sizes
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]

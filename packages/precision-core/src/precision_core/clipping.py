@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 
 class Clip(NamedTuple):
@@ -40,10 +40,35 @@ def make_clip(max_norm: float | None, clip_val: float | None, norm_type: float, 
 def clip_true_gradients(params: Sequence[nn.Parameter], clip: Clip) -> Tensor | None:
     """Clips unscaled gradients in place with torch's own functions.
 
-    Returns the norm before clipping (a float tensor of no dimensions) for `max_norm`, None for `clip_val`.
+    Returns the norm before clipping (a float tensor of no dimensions) for `max_norm`, None for `clip_val`. Of sharded
+    gradients it is the norm over all ranks; whole ones beside them count once, as on each rank.
     """
+    kinds = _by_mesh(params)
     if clip.clip_val is not None:
-        clip_grad_value_(params, clip.clip_val)
+        for kind in kinds:
+            clip_grad_value_(kind, clip.clip_val)
         return None
     assert clip.max_norm is not None
-    return clip_grad_norm_(params, clip.max_norm, clip.norm_type, clip.error_if_nonfinite)
+    if len(kinds) == 1:
+        return whole(clip_grad_norm_(kinds[0], clip.max_norm, clip.norm_type, clip.error_if_nonfinite))
+    gradients = [[param.grad for param in kind if param.grad is not None] for kind in kinds]
+    norms = [whole(get_total_norm(each, clip.norm_type)) for each in gradients]
+    norm = get_total_norm([each.to(norms[0].device) for each in norms], clip.norm_type, clip.error_if_nonfinite)
+    for kind in kinds:
+        clip_grads_with_norm_(kind, clip.max_norm, norm)
+    return norm
+
+
+def whole(value: Tensor) -> Tensor:
+    """Returns `value` itself, or what all ranks' shards of it make together."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _by_mesh(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Returns the parameters by the ranks over which their gradients are sharded: torch mixes them in no operation."""
+    kinds: dict[object, list[nn.Parameter]] = {}
+    for param in params:
+        if param.grad is not None:
+            mesh = None if type(param.grad) is Tensor else getattr(param.grad, "device_mesh", None)
+            kinds.setdefault(mesh, []).append(param)
+    return list(kinds.values()) or [[]]

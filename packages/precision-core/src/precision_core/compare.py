@@ -16,6 +16,7 @@ from precision_core.state import Path, is_stateful, plain_name, state_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 """What torch's own optimizers keep in the shape of each parameter."""
+_ENGINE = "torch.distributed.fsdp."
 Dtypes = Mapping[Path, list[torch.dtype]]
 
 
@@ -42,8 +43,15 @@ def loads_its_own_way(module: nn.Module) -> bool:
     """Whether this very module may rename, reshape or refuse what it is given; only it knows what fits."""
     methods = (type(module)._load_from_state_dict, type(module).load_state_dict)
     is_torchs = all(method.__module__.startswith("torch.") for method in methods)
-    hooks = len(module._load_state_dict_pre_hooks) - hasattr(module, "_load_hook")  # a lazy layer's: any shape fits
+    hooks = hooks_of_others(module._load_state_dict_pre_hooks)
+    hooks -= hasattr(module, "_load_hook")  # a lazy layer's: any shape fits
     return hooks > 0 or not is_torchs or "load_state_dict" in vars(module)
+
+
+def hooks_of_others(hooks: Mapping[Any, Any]) -> int:
+    """Returns how many hooks are not FSDP2's, which only see to it that the shards are in their place."""
+    functions = [getattr(hook, "hook", hook) for hook in hooks.values()]
+    return sum(not str(getattr(function, "__module__", "")).startswith(_ENGINE) for function in functions)
 
 
 def _differences(tree: Any, content: Any, path: Path, strict: bool, dtypes: Dtypes) -> Iterator[str]:

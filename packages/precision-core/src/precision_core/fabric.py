@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from precision_core import rng, saving
+from precision_core import loading, rng, saving
+from precision_core.background import PendingSave, forget
 from precision_core.composition import check_composition
 from precision_core.layout import make_layout
 from precision_core.loader import DeviceLoader
@@ -164,6 +165,7 @@ class Fabric:
             ValueError: something that was set up before, or that the precision refuses; nothing was set up.
         """
         self._check_optimizers(optimizers)
+        self._strategy.check_optimizers(*optimizers)
         self._precision.register_optimizers(*optimizers)  # before the model is converted: it may refuse one
         with self._undone_on_error():
             model = self._setup_module(model)
@@ -200,6 +202,7 @@ class Fabric:
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Sets up optimizers apart from their model; returns the one, or a tuple of them."""
         self._check_optimizers(optimizers)
+        self._strategy.check_optimizers(*optimizers)
         self._precision.register_optimizers(*optimizers)
         with self._undone_on_error():
             self._setup_optimizers(*optimizers)
@@ -289,8 +292,11 @@ class Fabric:
 
     @contextmanager
     def init_module(self) -> Iterator[None]:
-        """Context in which modules are built on the device, with parameters in the precision's dtype."""
-        with self.device, self._precision.module_init_context(), self._strategy.module_init_context():
+        """Context in which modules are built where the strategy wants them, with parameters in the precision's dtype.
+
+        That is the device; strategies that shard build modules without values, which `setup` gives them.
+        """
+        with self._strategy.module_init_context(self._precision):
             yield
 
     @contextmanager
@@ -371,7 +377,8 @@ class Fabric:
         state: dict[str, Any],
         *,
         filter: dict[str, Any] | None = None,
-    ) -> None:
+        wait: bool = True,
+    ) -> PendingSave:
         """Writes a checkpoint, all or nothing; with several processes call it on all of them, rank 0 writes.
 
         `state` holds objects with `state_dict` (loaders from `setup_dataloaders` too) and plain values, dicts may nest.
@@ -379,13 +386,18 @@ class Fabric:
         `callable(name, value) -> bool`, which chooses the entries of that key's state dict to save:
         `filter={"model": lambda name, value: "lora" in name}`. Where `state` nests, so does `filter`.
 
+        With `wait=False` it copies the state to host memory and returns; a thread writes. What is returned has
+        `wait()`, which raises if that failed; else the next save does.
+
         Raises:
             ValueError: a value that `load` would refuse, a filter without its key; names the key.
             OSError: the file cannot be written; names the path. In both cases an old file at `path` stays.
+            CheckpointError: another rank failed, or is gone.
         """
         self._check_launched()
-        if not self._strategy.save_checkpoint(Path(path), state, filter):
-            saving.save(Path(path), state, filter, self._strategy)
+        if self._strategy.save_checkpoint(Path(path), state, filter):
+            return PendingSave(Path(path))
+        return saving.save(Path(path), state, filter, self._strategy, wait)
 
     def load(
         self,
@@ -394,21 +406,26 @@ class Fabric:
         strict: bool = True,
         *,
         filter: dict[str, Any] | None = None,
+        trust: bool = False,
     ) -> dict[str, Any]:
-        """Reads a checkpoint, verified and never executed; into `state` all or nothing.
+        """Reads a checkpoint, a file or a folder, verified and not executed; into `state` all or nothing.
 
         With `state`, its objects, its plain values, the precision and the random generators are brought to what was
         saved, and what `state` has no key for is returned. If anything raises, all of them are as before; an interrupt
         that comes while the last values are being copied waits until they are. `filter` as for `save`, of modules only:
         entries that it says no to stay as they are. Without `state`, all is returned and nothing live is touched.
+        Under a strategy that shards, tensors that `state` has no key for are not read: they are on the meta device.
+        `trust=True` loads objects that a safe load refuses, and runs whatever code the checkpoint names.
 
         Raises:
             CheckpointError: damaged, foreign, newer, or does not fit; an object that did not load, by its name.
             FileNotFoundError: there is no such file.
         """
         self._check_launched()
-        loaded = self._strategy.load_checkpoint(Path(path), state, strict, filter)
-        return saving.load(Path(path), state, strict, filter, self._strategy) if loaded is None else loaded
+        loaded = self._strategy.load_checkpoint(Path(path), state, strict, filter, trust)
+        if loaded is not None:
+            return loaded
+        return loading.load(Path(path), state, strict, filter, trust, self._strategy)
 
     def save_module(self, path: str | PathLike[str], module: nn.Module, *, max_shard_size: int | str = "5GB") -> None:
         """Writes a module's parameters and buffers as safetensors, as Hugging Face libraries read and write them.
@@ -440,13 +457,17 @@ class Fabric:
         from precision_core.module_files import load_module
 
         self._check_launched()
-        with self._strategy.whole(_uncompiled(module), writes=True):
-            return load_module(path, _uncompiled(module), strict)
+        target = _uncompiled(module)
+        if any(param.is_meta for param in target.parameters()):
+            self._precision.before_load(target)
+        with self._strategy.whole(target, writes=True):
+            return load_module(path, target, strict)
 
     def teardown(self) -> None:
         """Gives the objects that were set up their own methods back; dtypes stay."""
         while self._restores:
             self._restores.pop()()
+        forget(self._strategy)  # waits for a save that is under way
         self._precision.teardown()
         self._strategy.teardown()
 

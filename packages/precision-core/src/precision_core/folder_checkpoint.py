@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,10 @@ from precision_core.agreement import gather, rank_of, size_of, together
 from precision_core.checkpoint import RESERVED, CheckpointError, check_saveable
 from precision_core.fit import misfit, refuse
 from precision_core.folder_manifest import Manifest
+from precision_core.folder_tree import Path as Place
 from precision_core.folder_tree import map_leaves, named, paths, split
+from precision_core.shards import check_alike, describe, host_like
+from precision_core.state import look_up
 
 STRUCTURE = "structure.pt"
 METADATA = ".metadata"
@@ -53,13 +56,7 @@ def write_folder(
         check_saveable(map_leaves(structure, lambda _, leaf: None if _stands_in(leaf) else leaf))
         if rank == 0:
             folder_manifest.check_replaceable(path)
-    described = gather(
-        [(name, type(tensor).__name__, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()], group
-    )
-    for other, theirs in enumerate(described):
-        if theirs != described[0]:
-            differ = sorted(str(item[0]) for item in set(theirs) ^ set(described[0])) or ["their order"]
-            raise CheckpointError(f"cannot save: ranks 0 and {other} have different tensors: {', '.join(differ[:10])}")
+    check_alike(gather(describe(tensors), group))
     temporary = path.with_name(f".{path.name}.{gather(secrets.token_hex(8), group)[0]}.partial")
     try:
         with together(group):
@@ -85,6 +82,55 @@ def write_folder(
         raise
 
 
+class Folder:
+    """A checkpoint folder that is read: what it holds at once, values when they are asked for.
+
+    Each rank reads for itself, and waits for no other. `structure` is the content with a meta tensor in the place of
+    each. `trust` executes whatever the pickles in it say.
+
+    Raises:
+        CheckpointError: torn, damaged, foreign or newer. Nothing was executed.
+        FileNotFoundError: there is no such folder.
+    """
+
+    def __init__(self, path: str | PathLike[str], *, trust: bool = False) -> None:
+        self.path = folder_manifest.find(Path(path).absolute())
+        self._version = folder_manifest.version(self.path)
+        self._manifest = folder_manifest.read(self.path)
+        self.structure, self._metadata = _open(self.path, self._manifest, trust)
+        found = paths(self.structure, _stands_in)
+        self.stand_ins = dict(found)
+        self._names = {id(tensor): name for name, tensor in named(found).items()}
+        sizes = {name: entry.size for name, entry in self._manifest.files.items()}
+        folder_metadata.check(self._metadata, named(found), sizes)
+
+    def verify(self, rank: int = 0, ranks: int = 1) -> None:
+        """Raises `CheckpointError` unless the files are what the manifest says; together, `ranks` verify them all."""
+        folder_manifest.verify(self.path, self._manifest, sorted(self._manifest.files)[rank::ranks])
+
+    def fill(self, tree: Any, host: Callable[[Place, Tensor], Tensor | None]) -> Any:
+        """Returns a copy of `tree`, which holds stand-ins from `structure`, with values in their place.
+
+        `host(place, stand_in)` returns the tensor in host memory that is filled, a DTensor with this rank's shards; or
+        None: the stand-in stays.
+
+        Raises:
+            CheckpointError: damaged, or replaced meanwhile.
+        """
+        hosts: dict[str, Tensor] = {}
+
+        def take(place: Place, leaf: Any) -> None:
+            name = self._names.get(id(leaf))
+            if name is not None and name not in hosts and (tensor := host(place, leaf)) is not None:
+                hosts[name] = tensor
+
+        map_leaves(tree, take)
+        folder_dcp.load(hosts, self.path, self._metadata)
+        if folder_manifest.version(self.path) != self._version:
+            raise CheckpointError(f"{self.path} was replaced while it was read")
+        return map_leaves(tree, lambda _, leaf: hosts.get(self._names.get(id(leaf), ""), leaf))
+
+
 def read_folder(
     path: str | PathLike[str],
     into: dict[str, Any] | None = None,
@@ -106,30 +152,26 @@ def read_folder(
         CheckpointError: damaged, torn, foreign, newer, or does not fit; names what. Nothing was executed or changed.
         FileNotFoundError: there is no such folder.
     """
-    group = process_group
-    with together(group):
-        folder = folder_manifest.find(Path(path).absolute())
-        version = folder_manifest.version(folder)
-        manifest = folder_manifest.read(folder)
-        structure, metadata = _open(folder, manifest)
-        stand_ins = paths(structure, _stands_in)
-        saved, places = named(stand_ins), named([(place, place) for place, _ in stand_ins])
-        folder_metadata.check(metadata, saved, {name: entry.size for name, entry in manifest.files.items()})
+    together_all = together(process_group)
+    with together_all:
+        folder = Folder(path)
         live = dict(paths(into or {}, lambda tensor: True))
-        refuse(folder, _problems({places[name]: tensor for name, tensor in saved.items()}, live, structure, strict))
-        # Each file is looked at by one rank: together they verify all.
-        folder_manifest.verify(folder, manifest, sorted(manifest.files)[rank_of(group) :: size_of(group)])
-        wanted = {name: live[place] for name, place in places.items() if place in live}
-        fresh = {name: torch.empty_like(saved[name], device="cpu") for name in saved if rest and name not in wanted}
-    staged = folder_dcp.load({**wanted, **fresh}, fresh.keys(), folder, metadata, group)
-    with together(group):
-        if folder_manifest.version(folder) != version:
-            raise CheckpointError(f"{folder} was replaced while it was read")
+        refuse(folder.path, _problems(folder.stand_ins, live, folder.structure, strict))
+    with together_all:
+        folder.verify(rank_of(process_group), size_of(process_group))
+
+    def host(place: Place, stand_in: Tensor) -> Tensor | None:
+        if place in live:
+            return host_like(live[place], stand_in.dtype)
+        return torch.empty_like(stand_in, device="cpu") if rest else None
+
+    with together_all:
+        content = folder.fill(folder.structure, host)
+    filled = {place: tensor for place, tensor in live.items() if place in folder.stand_ins}
     with torch.no_grad():
-        for target, values in staged:
-            target.copy_(values)
-    found = {places[name]: tensor for name, tensor in {**wanted, **fresh}.items()}
-    return map_leaves(structure, lambda place, leaf: found.get(place, leaf) if _stands_in(leaf) else leaf)
+        for place, tensor in filled.items():
+            tensor.copy_(look_up(content, place))
+    return map_leaves(content, lambda place, leaf: filled.get(place, leaf))
 
 
 def _stands_in(leaf: Any) -> bool:
@@ -155,12 +197,12 @@ def _written_by(rank: int, folder: Path) -> list[str]:
     return [name for name, match in names if (int(match[1]) if match else 0) == rank]
 
 
-def _open(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], Metadata]:
-    """Returns the structure and metadata, from bytes that were read once; no code in them is executed."""
-    metadata = folder_metadata.parse(folder_manifest.read_file(folder, METADATA, manifest))
+def _open(folder: Path, manifest: Manifest, trust: bool) -> tuple[dict[str, Any], Metadata]:
+    """Returns the structure and metadata, from bytes that were read once; executed only if `trust`."""
+    metadata = folder_metadata.parse(folder_manifest.read_file(folder, METADATA, manifest), trust=trust)
     data = folder_manifest.read_file(folder, STRUCTURE, manifest)
     try:
-        structure = torch.load(io.BytesIO(data), weights_only=True)
+        structure = torch.load(io.BytesIO(data), weights_only=not trust)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"{folder / STRUCTURE} was not written by Fabric.save: {reason}") from error

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint as checkpoint folders use it: flat names, nothing unpickled, nothing live written."""
+"""torch.distributed.checkpoint as checkpoint folders use it: flat names, and nothing unpickled."""
 
 from __future__ import annotations
 
@@ -6,63 +6,59 @@ import io
 import math
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.tensor import DTensor
 
-from precision_core.agreement import is_distributed
+from precision_core.agreement import is_distributed, losses_told
 from precision_core.checkpoint import CheckpointError
 
 _FLAT = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
 
 
 def save(tensors: dict[str, Tensor], folder: Path, group: ProcessGroup | None) -> None:
-    """Writes the tensors, each rank its shards; raises `OSError` on every rank when one fails."""
+    """Writes the tensors, each rank its shards, rank zero what is not sharded.
+
+    Raises:
+        OSError: on every rank when one fails.
+        CheckpointError: a rank is gone.
+    """
+    alone = not is_distributed()
     try:
-        with _quiet():
+        # No `_quiet` among several: this may run in a thread, and what it sets is the whole process's.
+        with losses_told(), _quiet() if alone else nullcontext():
             dcp.save(
                 tensors,
                 storage_writer=dcp.FileSystemWriter(folder),
-                planner=DefaultSavePlanner(**_FLAT),
+                planner=DefaultSavePlanner(**_FLAT, dedup_save_to_lowest_rank=True),
                 process_group=group,
-                no_dist=not is_distributed(),
+                no_dist=alone,
             )
     except CheckpointException as error:  # no Exception; every rank has it
         raise OSError(f"could not write {folder}: {_first(error)}") from error
 
 
-def load(
-    tensors: dict[str, Tensor], fresh: Collection[str], folder: Path, metadata: Metadata, group: ProcessGroup | None
-) -> list[tuple[Tensor, Tensor]]:
-    """Reads into the `fresh` ones of `tensors`, and returns (live, values) for the shards here of all others.
+def load(tensors: dict[str, Tensor], folder: Path, metadata: Metadata) -> None:
+    """Reads into tensors in host memory, into this rank's shards only; no rank waits for another.
 
     Raises:
-        CheckpointError: on every rank, when one fails.
+        CheckpointError: damaged; `tensors` may hold parts of it.
     """
-    planner = _Planner(fresh)
     try:
         with _quiet():
-            dcp.load(
-                tensors,
-                storage_reader=_Reader(folder, metadata),
-                planner=planner,
-                process_group=group,
-                no_dist=not is_distributed(),
-            )
-    except CheckpointException as error:
+            dcp.load(tensors, storage_reader=_Reader(folder, metadata), planner=_Planner(**_FLAT), no_dist=True)
+    except CheckpointException as error:  # no Exception
         raise CheckpointError(f"the checkpoint {folder} cannot be read: {_first(error)}") from error
-    return list(planner.staged.values())
 
 
 class _Reader(dcp.FileSystemReader):
@@ -77,12 +73,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _Planner(DefaultLoadPlanner):
-    """Reads into host memory in place of the live shards."""
-
-    def __init__(self, fresh: Collection[str]) -> None:
-        super().__init__(**_FLAT)
-        self.fresh = fresh
-        self.staged: dict[tuple[str, Any], tuple[Tensor, Tensor]] = {}
+    """Torch's, which would leave what was in the memory where chunks are missing."""
 
     def create_local_plan(self) -> LoadPlan:
         plan = super().create_local_plan()
@@ -91,18 +82,9 @@ class _Planner(DefaultLoadPlanner):
             read[item.dest_index.fqn] += math.prod(item.lengths)
         for name, tensor in self.state_dict.items():
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            if read[name] != local.numel():  # torch would leave what was in the memory
+            if read[name] != local.numel():
                 raise CheckpointError(f"the chunks of {name} have {read[name]} of the {local.numel()} values here")
         return plan
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        live = super().lookup_tensor(index).detach()
-        if index.fqn in self.fresh:
-            return live
-        place = (index.fqn, index.offset)
-        if place not in self.staged:
-            self.staged[place] = (live, torch.empty_like(live, device="cpu"))
-        return self.staged[place][1]
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise CheckpointError(f"{read_item.dest_index.fqn} is bytes, which torch would unpickle")

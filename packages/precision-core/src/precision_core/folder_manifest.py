@@ -171,6 +171,12 @@ def find(path: Path) -> Path:
     return path
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder, with anything in it, to read for the checkpoint `path`."""
+    folder = path if path.exists() else _old(path)
+    return folder.is_dir() and any(folder.iterdir())
+
+
 def check_replaceable(path: Path) -> None:
     """Raises `ValueError` when `path` is something else than a checkpoint folder, which a save would delete."""
     if path.is_dir() and not path.is_symlink() and ((path / MANIFEST).exists() or not any(path.iterdir())):

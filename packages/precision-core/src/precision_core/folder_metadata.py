@@ -84,13 +84,13 @@ ALLOWED: dict[str, Any] = {
 }
 
 
-def parse(data: bytes) -> Metadata:
-    """Returns what the bytes of a `.metadata` file hold.
+def parse(data: bytes, *, trust: bool = False) -> Metadata:
+    """Returns what the bytes of a `.metadata` file hold; `trust` executes whatever they say.
 
     Raises:
         CheckpointError: anything in it that such a file does not need; nothing was executed.
     """
-    metadata = safe_pickle.loads(data, ALLOWED)
+    metadata = safe_pickle.loads(data, ALLOWED, trust=trust)
     if type(metadata) is not Metadata:
         raise CheckpointError(f"a {type(metadata).__name__} is not what .metadata holds")
     return metadata

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from precision_core.fit import is_sharded
 
 Path = tuple[Any, ...]
 """The keys and indices that lead to a leaf."""
@@ -76,7 +77,7 @@ def map_leaves(tree: Any, function: Callable[[Path, Any], Any], path: Path = ())
 
 
 def _is_sharded_or_plain(leaf: Any) -> bool:
-    if isinstance(leaf, DTensor):
+    if isinstance(leaf, Tensor) and is_sharded(leaf):
         return True
     plain = type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided and not vars(leaf)
     return plain and not (leaf.is_quantized or leaf.is_conj() or leaf.is_neg())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from precision_core.clipping import Clip
+from precision_core.clipping import Clip, whole
 
 
 def params_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:
@@ -35,7 +35,7 @@ def multiply(gradients: list[Tensor], factor: float | Tensor) -> None:
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:
     """Whether no element is inf or NaN; waits for the device."""
-    return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+    return all(bool(whole(torch.isfinite(gradient).all())) for gradient in gradients)
 
 
 def is_plain(gradients: Sequence[Tensor]) -> bool:

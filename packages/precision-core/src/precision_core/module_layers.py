@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -149,8 +149,7 @@ def load_own_way(files: Files, layer: Layer, sources: dict[str, str], versions: 
     for name, source in sources.items():
         if name.startswith(prefix):
             short = name.removeprefix(prefix)
-            values = files.get(source)
-            state[live_names.get(short, short)] = values.clone() if on_meta else values
+            state[live_names.get(short, short)] = files.get(source)
     prefixes = {name: prefix + prefix_of(name) for name, _ in module.named_modules()}
     state._metadata = {  # type: ignore[attr-defined]
         name: {"version": versions[full]} for name, full in prefixes.items() if full in versions
@@ -160,6 +159,8 @@ def load_own_way(files: Files, layer: Layer, sources: dict[str, str], versions: 
     except Exception as error:
         name = prefix.removesuffix(".") or "the module"
         raise CheckpointError(f"{name} could not be loaded, other layers are changed: {error}") from error
+    if on_meta:
+        _detach_from_file(module, state.values())
     empty = [prefix + plain_name(name) for name, tensor in _tensors_of(module).items() if tensor.is_meta]
     if empty:
         raise CheckpointError(
@@ -168,6 +169,14 @@ def load_own_way(files: Files, layer: Layer, sources: dict[str, str], versions: 
     loaded = {id(tensors[name]) for name in tensors if name not in missing}
     left = [name for name in missing if name not in tensors or id(tensors[name]) not in loaded]  # less the tied ones
     return Loaded(tuple(prefix + plain_name(name) for name in left), tuple(prefix + plain_name(n) for n in unexpected))
+
+
+def _detach_from_file(module: nn.Module, values: Iterable[Tensor]) -> None:
+    """Gives those tensors memory of their own that are the file's; a layer that quantised them has no such."""
+    mapped = {value.untyped_storage().data_ptr() for value in values}
+    for tensor in _tensors_of(module).values():
+        if not tensor.is_meta and tensor.untyped_storage().data_ptr() in mapped:
+            tensor.data = tensor.data.clone()
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from precision_core.casting import map_tensors
 from precision_core.dtypes import FLOAT_DTYPES
+from precision_core.fit import is_sharded
 
 
 def is_torchs(optimizer: Optimizer) -> bool:
@@ -75,20 +76,27 @@ def _found(settled: dict[Tensor, Tensor], tensor: Tensor) -> Tensor:
 
 
 class _Placed(Tensor):
-    """A tensor that is where it belongs: `to`, by which torch's `load_state_dict` casts, gives it back as it is."""
+    """Stands for a tensor that is where it belongs: `to`, by which torch's `load_state_dict` casts, gives it back."""
 
     placed: Tensor
 
     @classmethod
     def around(cls, tensor: Tensor, may_be_cast: bool) -> Tensor:
-        if may_be_cast or type(tensor) is not Tensor:
+        if may_be_cast or not (type(tensor) is Tensor or is_sharded(tensor)):
             return tensor
-        wrapper = tensor.as_subclass(cls)
+        wrapper = torch.empty(0).as_subclass(cls)  # of its own, as a DTensor is no subclass's
         wrapper.placed = tensor
         return wrapper
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.placed
+
+
+def indexed_params(optimizer: Optimizer, saved: dict[str, Any]) -> Iterator[tuple[Any, Tensor]]:
+    """Yields the optimizer's parameters under the indices that they have in a saved state, by their order."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    indices = [index for group in saved["param_groups"] for index in group["params"]]
+    yield from zip(indices, params, strict=True)
 
 
 _StateTensor = tuple[Any, Tensor, Tensor, Any, "torch.dtype | None"]
@@ -98,9 +106,7 @@ def _state_tensors(
     optimizer: Optimizer, saved: dict[str, Any], dtypes: list[torch.dtype] | None
 ) -> Iterator[_StateTensor]:
     """Yields each tensor of the saved state: its key, itself, its parameter, the live value, the parameter's dtype."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    indices = [index for group in saved["param_groups"] for index in group["params"]]
-    for number, (index, param) in enumerate(zip(indices, params, strict=True)):
+    for number, (index, param) in enumerate(indexed_params(optimizer, saved)):
         live = optimizer.state.get(param, {})
         for key, value in saved["state"].get(index, {}).items():
             found: list[Tensor] = []
@@ -114,8 +120,16 @@ def _place(key: Any, tensor: Tensor, param: Tensor, live: Any, saved_param: torc
     dtype, device = wanted_dtype(tensor, param, saved_param), param.device
     if key == "step":  # torch's own rule: the host counts, and load_state_dict moves it where the device does
         dtype, device = tensor.dtype, tensor.device
+    if is_sharded(tensor):
+        if type(live) is type(tensor) and live.dtype is dtype and _sharding(live) == _sharding(tensor):
+            return live
+        return torch.empty_like(tensor, dtype=dtype, device=device)
     if tensor.layout is not torch.strided or type(tensor) is not Tensor:
         return copy.deepcopy(tensor).to(device, dtype)
     if type(live) is Tensor and (live.shape, live.dtype, live.device) == (tensor.shape, dtype, device):
         return live
     return torch.empty_like(tensor, dtype=dtype, device=device)
+
+
+def _sharding(tensor: Any) -> tuple[Any, ...]:
+    return tensor.shape, tensor.device_mesh, tensor.placements

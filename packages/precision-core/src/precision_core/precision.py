@@ -125,6 +125,12 @@ class Precision:
             dtype = torch.promote_types(dtype, exception.params)
         return nullcontext() if dtype is torch.float32 else parameters_in(dtype)
 
+    def before_load(self, module: nn.Module) -> None:
+        """Prepares a module of which parameters are on the meta device, in place, for the file that is to fill it.
+
+        A plugin that stores weights in another form replaces the layers here, so that the file's are never in memory.
+        """
+
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """Context in which tensors are created in the dtype that inputs are cast to."""
         return self.forward_context() if not self.policy.mixed else nullcontext()

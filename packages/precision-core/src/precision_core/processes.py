@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+_LET_GO = 0.1
+"""Seconds that a process waits at its end. gloo's threads let go of the last collective's tensors some time after it is
+done, and need the interpreter for that: one that is going away aborts the process (exit code -6, one run in a hundred
+on a busy machine). Ending the group does not help: torch's DDP keeps it alive."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ def join(ranks: Ranks, device: torch.device, backend: str | None, timeout: timed
         return False
     store = dist.HashStore() if ranks.world_size == 1 and "MASTER_ADDR" not in os.environ else None
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
+    atexit.register(time.sleep, _LET_GO)
     return True
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from precision_core.compare import Dtypes, loads_its_own_way
+from precision_core.compare import Dtypes, hooks_of_others, loads_its_own_way
 from precision_core.optimizer_state import is_torchs, prepare, runs_others_code
-from precision_core.state import is_plain, is_stateful, look_up, named_as, plain_name, stateful_objects
+from precision_core.state import is_plain, is_stateful, leads_to, look_up, named_as, plain_name, stateful_objects
 from precision_core.transaction import Step, Transaction
 from precision_core.undo import is_copied_into, undo_groups, undo_of
 
@@ -43,7 +43,7 @@ def restore(
     Raises:
         CheckpointError: an object's own loading raised; names the object. Every object is as it was before.
     """
-    saved = {path: look_up(content, path) for path, _ in stateful_objects(tree) if _leads_to_state(path, content)}
+    saved = {path: look_up(content, path) for path, _ in stateful_objects(tree) if leads_to(path, content)}
     parts = {path: live for path, live in stateful_objects(tree) if path in saved}
     strangers = {path: live for path, live in parts.items() if _runs_others_code(live)}
     dtypes = dtypes or {}
@@ -88,7 +88,7 @@ def _runs_others_code(live: Any) -> bool:
 
 def _has_own_code(module: nn.Module) -> bool:
     extra = type(module).set_extra_state is not nn.Module.set_extra_state
-    return loads_its_own_way(module) or extra or bool(module._load_state_dict_post_hooks)
+    return loads_its_own_way(module) or extra or hooks_of_others(module._load_state_dict_post_hooks) > 0
 
 
 def _loader(live: Any, saved: Any, strict: bool, dtypes: list[torch.dtype] | None) -> Callable[[], None]:
@@ -148,11 +148,3 @@ def _place(tree: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
         elif key in tree:
             tree[key] = value
     return rest
-
-
-def _leads_to_state(path: tuple[Any, ...], content: Any) -> bool:
-    for key in path:
-        if not isinstance(content, dict) or key not in content:
-            return False
-        content = content[key]
-    return True

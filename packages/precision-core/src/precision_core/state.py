@@ -60,6 +60,15 @@ def look_up(tree: dict[str, Any], path: Path) -> Any:
     return value
 
 
+def leads_to(path: Path, tree: Any) -> bool:
+    """Whether something stands at `path`."""
+    for key in path:
+        if not isinstance(tree, dict) or key not in tree:
+            return False
+        tree = tree[key]
+    return True
+
+
 def param_dtypes(tree: dict[str, Any]) -> dict[Path, list[torch.dtype]]:
     """Returns the dtypes of each optimizer's parameters by its path, so that loading knows which state follows them."""
     return {

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from precision_core.casting import map_tensors
+from precision_core.fit import is_sharded
 from precision_core.loader import DeviceLoader
 from precision_core.optimizer_state import is_torchs
 from precision_core.precision import Precision
@@ -52,9 +53,10 @@ def _options(group: dict[str, Any]) -> list[Any]:
 
 
 def is_copied_into(value: Any) -> bool:
-    """Whether `value` is a plain tensor that `copy_` writes all elements of, without running anyone's code."""
+    """Whether `value` is a plain or sharded tensor that `copy_` writes all of, without running anyone's code."""
     kinds = (Tensor, nn.Parameter, nn.Buffer, nn.UninitializedParameter, nn.UninitializedBuffer)
-    return type(value) in kinds and (is_lazy(value) or _is_writable(value))
+    known = type(value) in kinds or (isinstance(value, Tensor) and is_sharded(value))
+    return known and (is_lazy(value) or _is_writable(value))
 
 
 def _is_writable(tensor: Tensor) -> bool:

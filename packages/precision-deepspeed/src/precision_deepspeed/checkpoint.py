@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from precision_core import checkpoint, folder_manifest, saving
+from precision_core import checkpoint, folder_manifest, loading, saving
 from precision_core.agreement import gather, together
 from precision_core.checkpoint import CheckpointError
 from precision_core.folder_manifest import Manifest
@@ -101,6 +101,7 @@ def load(
     state: dict[str, Any] | None,
     strict: bool,
     filter: Filter | None,
+    trust: bool,
     strategy: DeepSpeedStrategy,
     engine: Engine | None,
 ) -> dict[str, Any]:
@@ -114,10 +115,10 @@ def load(
         folder = folder_manifest.find(path.absolute())
         manifest = folder_manifest.read(folder)
         folder_manifest.verify(folder, manifest, sorted(manifest.files))
-        if not strategy.trust_checkpoints:
+        if not trust:
             check_pickles(folder / name for name in manifest.files if name.endswith(".pt"))
     if state is None:
-        content = saving.load(folder / STATE, None, strict, filter, strategy)
+        content = loading.load(folder / STATE, None, strict, filter, trust, strategy)
         return {key: _whole(value, folder) for key, value in content.items()}
     if engine is None:
         raise CheckpointError(
@@ -130,7 +131,7 @@ def load(
         if engine.has_gradients:
             raise CheckpointError("fabric.load between fabric.backward and optimizer.step(): step first")
         _check_fits(path, checkpoint.read(folder / STATE), stand_ins)
-    rest = saving.load(folder / STATE, stand_ins, strict, filter, strategy)
+    rest = loading.load(folder / STATE, stand_ins, strict, filter, trust, strategy)
     _place(state, stand_ins)
     return rest
 

@@ -29,5 +29,5 @@ def check_pickles(paths: Iterable[Path]) -> None:
                 reason = (lines or [f"{type(error).__name__}: {str(error)[:200]}"])[0]
                 raise CheckpointError(
                     f"{path} has more in it than a checkpoint of DeepSpeed's, and was not opened: {reason[:300]}. If "
-                    "you know who wrote it: DeepSpeedStrategy(trust_checkpoints=True)"
+                    "you know who wrote it: fabric.load(..., trust=True)"
                 ) from error

@@ -42,7 +42,6 @@ class DeepSpeedStrategy(Collectives, Strategy):
         offload_parameters: keep parameters there too, at stage 3.
         backend: of torch.distributed; None is torch's own choice.
         timeout: how long a process waits for the others in a collective; None is torch's default.
-        trust_checkpoints: let DeepSpeed open files that hold more than tensors and its own classes: they may run code.
 
     Raises:
         ValueError: a stage that does not exist, offloading that the stage does not have, a config that contradicts the
@@ -61,13 +60,11 @@ class DeepSpeedStrategy(Collectives, Strategy):
         offload_parameters: bool = False,
         backend: str | None = None,
         timeout: timedelta | None = None,
-        trust_checkpoints: bool = False,
     ) -> None:
         self.config = _with_stage(stage, config, offload_optimizer, offload_parameters)
         self.stage = stage_of(self.config)
         self.backend = backend
         self.timeout = timeout
-        self.trust_checkpoints = trust_checkpoints
         self._engine: Engine | None = None
         self._evaluated: list[Any] = []  # engines without an optimizer
         self._in_engine = False
@@ -168,15 +165,19 @@ class DeepSpeedStrategy(Collectives, Strategy):
             )
         return optimizers[0]
 
-    def module_init_context(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def module_init_context(self, precision: Precision) -> Iterator[None]:
         """Context in which modules are built in shards, at stage 3 and where their parameters are float32.
 
         Under `deepspeed.zero.Init` every tensor that is created gets the parameters' dtype, buffers too; in float32
         that changes nothing. Half parameters are built whole, and sharded by `fabric.setup`.
         """
-        if self.stage < 3 or self.precision.policy.params is not torch.float32:
-            return nullcontext()
-        return vendor.zero_init(self.local_rank, deepspeed_config(self.precision.policy, self.config))
+        with super().module_init_context(precision):
+            if self.stage < 3 or precision.policy.params is not torch.float32:
+                yield
+                return
+            with vendor.zero_init(self.local_rank, deepspeed_config(precision.policy, self.config)):
+                yield
 
     def make_outer_forward(self, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Returns what lets a method of `module` run in its engine."""
@@ -299,12 +300,12 @@ class DeepSpeedStrategy(Collectives, Strategy):
         return True
 
     def load_checkpoint(
-        self, path: Path, state: dict[str, Any] | None, strict: bool, filter: Filter | None
+        self, path: Path, state: dict[str, Any] | None, strict: bool, filter: Filter | None, trust: bool
     ) -> dict[str, Any] | None:
         """Reads a folder that `save_checkpoint` wrote; None for any other path."""
         if not checkpoint.is_checkpoint(path):
             return None
-        return checkpoint.load(path, state, strict, filter, self, self._engine)
+        return checkpoint.load(path, state, strict, filter, trust, self, self._engine)
 
     def teardown(self) -> None:
         """Lets the engines go, undoes what they changed in torch, and ends the process group if it was made here."""

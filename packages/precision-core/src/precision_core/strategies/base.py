@@ -6,8 +6,8 @@ The base class calls the precision's hooks; an engine that owns backward, clippi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +35,7 @@ class Strategy:
     multiprocess: bool = False
     """Whether it runs one process a device; Fabric then calls `join` before anything else."""
     sharded: bool = False
-    """Whether ranks hold shards: its checkpoints are folders then, which all ranks write together."""
+    """Whether checkpoints are folders, to which each rank writes its shards; else rank zero writes a whole file."""
     device: torch.device = torch.device("cpu")
     precision: Precision
 
@@ -97,6 +97,15 @@ class Strategy:
 
     # ---------------------------------------------------------------- set-up
 
+    @contextmanager
+    def module_init_context(self, precision: Precision) -> Iterator[None]:
+        """Context in which modules are built for this strategy, with parameters in the precision's dtype."""
+        with self.device, precision.module_init_context():
+            yield
+
+    def check_optimizers(self, *optimizers: Optimizer) -> None:
+        """Raises `ValueError` for an optimizer that cannot run under this strategy, before a model is converted."""
+
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Moves the converted module to where it runs and returns it."""
         return module.to(self.device)
@@ -118,10 +127,6 @@ class Strategy:
 
         `module` is None where optimizers were set up apart from their model.
         """
-
-    def module_init_context(self) -> AbstractContextManager[Any]:
-        """Context in which modules are built as the engine stores them; entered inside of the precision's own."""
-        return nullcontext()
 
     def make_forward(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a module's method, `function(module, ...)`, as it runs under the precision's forward hooks."""
@@ -171,7 +176,7 @@ class Strategy:
         return False
 
     def load_checkpoint(
-        self, path: Path, state: dict[str, Any] | None, strict: bool, filter: Filter | None
+        self, path: Path, state: dict[str, Any] | None, strict: bool, filter: Filter | None, trust: bool
     ) -> dict[str, Any] | None:
         """Returns what `Fabric.load` is to return, where `save_checkpoint` wrote `path`; None: it is core's to do."""
         return None

@@ -58,8 +58,9 @@ def the_precisions_state_survives_a_round_trip(kit: Contract, folder: Path) -> N
     train(fabric, model, optimizer, range(30))
     state = fabric.precision_plugin.state_dict()
     assert state["steps"] != start["steps"] and state.keys() == start.keys()
-    torch.save(state, folder / "precision.pt")
-    fresh.load_state_dict(torch.load(folder / "precision.pt", weights_only=True))
+    path = folder / f"precision-{fabric.global_rank}.pt"  # every rank writes its own
+    torch.save(state, path)
+    fresh.load_state_dict(torch.load(path, weights_only=True))
     assert_equal(fresh.state_dict(), state)
     assert (fresh.steps, fresh.skipped_steps, fresh.scale) == (
         fabric.precision_plugin.steps,

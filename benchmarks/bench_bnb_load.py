@@ -1,0 +1,159 @@
+"""Quantising a float32 safetensors file of 400 MB into nf4: peak memory and time, beside transformers.
+
+A Llama of two layers with random weights is written to a folder; each measurement is a fresh process.
+
+    ours          fabric.init_module(), fabric.load_module(folder, model)
+    transformers  from_pretrained(folder, quantization_config=BitsAndBytesConfig(...)), accelerate's device_map="cpu"
+    bitsandbytes  quantize_4bit of each weight, whole, with all weights in memory: the time that the others cannot beat
+
+Memory is RssAnon, read from /proc each millisecond: mapped pages of the file are not in it, they are the file's. Its
+growth over the value before loading has its target: 1.15 times the quantised model and one float layer, the largest.
+The target for time is 1.1 times bitsandbytes' calls: CPU time of the thread that loads, the best of several processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _measure import print_table, verdict
+
+MIB = 2**20
+WIDTH, INNER, LAYERS, VOCABULARY = 2048, 5504, 2, 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Quantising a file, beside transformers.")
+    parser.add_argument("--child", choices=tuple(CHILDREN))
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--times", type=int, default=3)
+    options, _ = parser.parse_known_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    if options.child:
+        print(json.dumps(CHILDREN[options.child](options.folder)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
+        results = {name: best_of(name, folder, options.times) for name in CHILDREN}
+    floor = results["bitsandbytes"]["seconds"]
+    rows = []
+    for name in ("ours", "transformers"):
+        result = results[name]
+        limit = 1.15 * result["quantised"] + result["largest"]
+        cells = [f"{result[key] / MIB:.0f}" for key in ("peak", "quantised", "largest")]
+        cells += [verdict(result["peak"] / MIB, round(limit / MIB)), f"{result['seconds']:.2f}", f"{floor:.2f}"]
+        ratio = result["seconds"] / floor
+        rows.append([name, *cells, f"{ratio:.2f}", verdict(round(ratio, 2), 1.1)])
+    head = ["who", "peak MiB", "quantised", "largest float", "target", "seconds", "bitsandbytes", "ratio", "target"]
+    print_table(f"{results['ours']['file'] / 1e6:.0f} MB of float32 into nf4", head, rows)
+
+
+def best_of(name: str, folder: str, times: int) -> dict[str, Any]:
+    """Returns the result of the fastest process, with the largest peak of all."""
+    command = [sys.executable, __file__, "--child", name, "--folder", folder]
+    runs = [json.loads(subprocess.check_output(command).splitlines()[-1]) for _ in range(times)]
+    return {**min(runs, key=lambda run: run["seconds"]), "peak": max(run["peak"] for run in runs)}
+
+
+def config() -> Any:
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
+    return LlamaConfig(**sizes, num_attention_heads=16, max_position_embeddings=256)
+
+
+def write(folder: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    LlamaForCausalLM(config()).save_pretrained(folder)
+
+
+# ---------------------------------------------------------------- children
+
+
+def ours(folder: Path) -> dict[str, Any]:
+    from transformers import LlamaForCausalLM
+
+    import precision_bnb
+    from precision_core import Fabric
+
+    fabric = Fabric(accelerator="cpu", precision=precision_bnb.BitsandbytesPrecision("nf4", torch.float32))
+    with fabric.init_module():
+        model = LlamaForCausalLM(config())
+    return measured(lambda: (fabric.load_module(folder, model), model)[1], folder)
+
+
+def transformers(folder: Path) -> dict[str, Any]:
+    import bitsandbytes  # noqa: F401 - not to be timed
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+    def load() -> Any:
+        return LlamaForCausalLM.from_pretrained(
+            folder, quantization_config=quantization, device_map="cpu", dtype=torch.float32
+        )
+
+    return measured(load, folder)
+
+
+def bitsandbytes(folder: Path) -> dict[str, Any]:
+    import bitsandbytes.functional as bnb
+    import safetensors.torch
+
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    weights = [value.clone() for key, value in state.items() if "proj" in key]
+    start = time.thread_time()
+    for weight in weights:
+        bnb.quantize_4bit(weight, quant_type="nf4")
+    return {"seconds": time.thread_time() - start, "peak": 0}
+
+
+def measured(load: Callable[[], Any], folder: Path) -> dict[str, Any]:
+    torch.randn(64, 64) @ torch.randn(64, 64)  # what libraries allocate on first use
+    before, peak = anonymous(), 0
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.thread_time()
+    model = load()
+    seconds = time.thread_time() - start
+    done.set()
+    watcher.join()
+    tensors = {value.data_ptr(): value.nbytes for value in model.state_dict().values()}
+    file = (folder / "model.safetensors").stat().st_size
+    sizes = {"file": file, "quantised": sum(tensors.values()), "largest": 4 * WIDTH * INNER}
+    return {"seconds": seconds, "peak": max(peak, anonymous()) - before, **sizes}
+
+
+def anonymous() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+CHILDREN: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "ours": ours,
+    "transformers": transformers,
+    "bitsandbytes": bitsandbytes,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The CPU's fused kernel for 4-bit weights in evaluation (AVX512-BF16), from a repacked copy of them.
+
+bitsandbytes repacks a layer's own weights the first time that it evaluates; training, `state_dict`, dequantisation and
+sharding are silently wrong from then on. Here the copy is beside the weights, and is dropped when the layer trains.
+"""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+from precision_bnb.packed import Layout
+from precision_bnb.quantize import code_of, scales_of
+
+_ROWS, _COLUMNS = 32, 64
+"""The kernel takes multiples of these."""
+
+
+def is_here() -> bool:
+    """Whether this CPU has the kernel."""
+    return bool(bnb.has_avx512bf16())
+
+
+def takes(layout: Layout) -> bool:
+    """Whether the kernel takes weights of that shape."""
+    format = layout.format
+    fits = layout.rows % _ROWS == 0 and layout.columns % _COLUMNS == 0 and layout.columns % format.block_size == 0
+    return fits and format.quant_type != "int8"
+
+
+class Repacked:
+    """A copy of packed weights as the kernel wants it: 4 bits a weight and bfloat16 scales."""
+
+    def __init__(self, packed: Tensor, layout: Layout) -> None:
+        self._of = (packed.data_ptr(), packed._version)
+        parts, format = layout.parts(packed.detach()), layout.format
+        state = bnb.QuantState(
+            absmax=scales_of(layout, *parts[1:]),
+            shape=torch.Size((layout.rows, layout.columns)),
+            blocksize=format.block_size,
+            quant_type=format.quant_type,
+            dtype=torch.bfloat16,
+        )
+        self._codes, state = bnb._convert_weight_packed_for_cpu(parts.codes.clone().view(-1, 1), state)
+        self._scales = state.absmax
+        self._layout = layout
+
+    def is_of(self, packed: Tensor) -> bool:
+        """Whether this is the copy of those very values."""
+        return self._of == (packed.data_ptr(), packed._version)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns x W^T + bias for bfloat16 `x` (n, columns)."""
+        layout = self._layout
+        code = code_of(layout.format.quant_type, x.device)
+        kernel = torch.ops.bitsandbytes.gemv_4bit.default
+        shape = (layout.rows, layout.columns)
+        result: Tensor = kernel(x.contiguous(), self._codes, shape, self._scales, code, layout.format.block_size)
+        return result if bias is None else result.add_(bias)

@@ -1,0 +1,203 @@
+"""The layers that stand in the place of `nn.Linear` and `nn.Embedding`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from precision_bnb import fast
+from precision_bnb.loading import load_packed
+from precision_bnb.packed import Format, Layout
+from precision_bnb.products import product, training_product
+from precision_bnb.quantize import code_of, dequantize, nested_code
+
+
+class Quantized(nn.Module):
+    """What both layers are: a module whose `weight` is packed, `layout` says how.
+
+    Moving to another device moves it, casting to another dtype leaves it. Its state is `weight`, under the same name as
+    the float layer's; loading takes packed weights of the same format, floats, which it quantises, or bitsandbytes'.
+    """
+
+    weight: Tensor
+    layout: Layout
+    compute_dtype: torch.dtype
+    transposed: bool = False
+    """Whether float checkpoints have (columns, rows), as Hugging Face's Conv1D does."""
+
+    @property
+    def format(self) -> Format:
+        """How the weight is quantised."""
+        return self.layout.format
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns the weight as floats, (rows, columns) as `nn.Linear` has them."""
+        return dequantize(self._checked_weight(), self.layout, dtype)
+
+    def _checked_weight(self) -> Tensor:
+        weight = self.weight
+        if weight.dtype is not self.layout.format.storage:
+            raise RuntimeError(
+                f"the packed weight of this {type(self).__name__} was cast from {self.layout.format.storage} to "
+                f"{weight.dtype}, which destroys it: load it again, and cast by module.to(dtype), not by param.data"
+            )
+        return weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves and casts, with the packed weight shown to `fn` as bytes, which no cast touches."""
+        weight = self._parameters["weight"]
+
+        def apply(tensor: Tensor) -> Tensor:
+            if tensor is not weight or type(tensor.data) is not Tensor:
+                return fn(tensor)
+            return fn(tensor.detach().view(torch.uint8)).view(tensor.dtype)
+
+        move: Any = super()._apply
+        return move(apply, recurse)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        errors = args[-1]
+        try:
+            load_packed(self, own, prefix)
+        except ValueError as error:
+            errors.append(f"{prefix}weight: {error}")
+            return
+        super()._load_from_state_dict(own, prefix, *args)
+
+
+class QuantizedLinear(Quantized, nn.Linear):
+    """x (..., in) -> (..., out) with 4- or 8-bit weights, in `compute_dtype`; the result has the dtype of `x`.
+
+    Under autocast the result is in autocast's dtype. `threshold` is LLM.int8()'s, for int8 weights in evaluation.
+    `fast_inference` evaluates by the CPU's fused kernel where its shapes allow it.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: nn.Parameter | None,
+        layout: Layout,
+        compute_dtype: torch.dtype,
+        *,
+        threshold: float = 0.0,
+        fast_inference: bool = False,
+        transposed: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layout.columns, layout.rows
+        self.layout = layout
+        self.compute_dtype = compute_dtype
+        self.threshold = threshold
+        self.fast_inference = fast_inference
+        self.transposed = transposed
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", bias)
+        self._repacked: fast.Repacked | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x W^T + bias."""
+        weight, dtype = self._checked_weight(), self.compute_dtype
+        cast = torch.is_autocast_enabled(x.device.type)
+        output = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        with torch.autocast(x.device.type, enabled=False) if cast else nullcontext():
+            if self.fast_inference and not self.training and not torch.is_grad_enabled():
+                result = self._fast(rows, weight, bias)
+            else:
+                result = product(rows, weight, bias, self.layout, self.threshold, self.training)
+        return result.view(*x.shape[:-1], self.out_features).to(output)
+
+    def _fast(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.device.type != "cpu" or not fast.takes(self.layout):
+            return product(x, weight, bias, self.layout, self.threshold, False)
+        if self._repacked is None or not self._repacked.is_of(weight):
+            self._repacked = fast.Repacked(weight, self.layout)
+        return self._repacked.product(x, bias)
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode; the copy for the fused kernel is dropped by training."""
+        if mode:
+            self._repacked = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: Any = super().__getstate__  # torch has no types for it
+        return {**state(), "_repacked": None}  # what can be made again is neither copied nor saved
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        bias = self.bias is not None
+        return f"{self.in_features}, {self.out_features}, bias={bias}, {self.format}, compute={self.compute_dtype}"
+
+
+class QuantizedEmbedding(Quantized, nn.Embedding):
+    """ids (...) -> (..., width) in `compute_dtype`, of 4 or 8 bits; only the rows asked for are dequantised."""
+
+    def __init__(self, weight: Tensor, layout: Layout, compute_dtype: torch.dtype, padding_idx: int | None) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = layout.rows, layout.columns
+        self.padding_idx = padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.layout = layout
+        self.compute_dtype = compute_dtype
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Returns the rows of `ids`."""
+        layout, dtype = self.layout, self.compute_dtype
+        parts = layout.parts(self._checked_weight())
+        if layout.format.quant_type == "int8":
+            scales = F.embedding(ids, parts.scales.view(-1, 1)).mul_(1.0 / 127.0)
+            return (F.embedding(ids, parts.codes) * scales).to(dtype)
+        positions = ids.unsqueeze(-1) * layout.columns + torch.arange(layout.columns, device=ids.device)
+        pairs = parts.codes[positions // 2]
+        codes = torch.where(positions % 2 == 0, pairs >> 4, pairs & 15)
+        blocks = positions // layout.format.block_size
+        scales = parts.scales[blocks]
+        if parts.nested is not None:
+            assert parts.offset is not None
+            scales = nested_code(ids.device)[scales.int()] * parts.nested[blocks // 256] + parts.offset
+        return (code_of(layout.format.quant_type, ids.device)[codes.int()] * scales).to(dtype)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.format}"
+
+
+class Int8TrainingLinear(nn.Linear):
+    """`nn.Linear` whose float weight is quantised to int8, row by row, in each forward, and trains.
+
+    bitsandbytes' `Linear8bitLt(has_fp16_weights=True)` keeps the codes of an earlier forward while there is a gradient,
+    and in evaluation: after `zero_grad(set_to_none=False)` it never sees another step. Here every forward quantises.
+    """
+
+    compute_dtype: torch.dtype
+    threshold: float
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, compute_dtype: torch.dtype, *, threshold: float = 0.0
+    ) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.compute_dtype = compute_dtype
+        self.threshold = threshold
+        self.weight = weight
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x W^T + bias."""
+        dtype = self.compute_dtype
+        cast = torch.is_autocast_enabled(x.device.type)
+        output = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        with torch.autocast(x.device.type, enabled=False) if cast else nullcontext():
+            result = training_product(rows, self.weight, bias, self.threshold, self.training)
+        return result.view(*x.shape[:-1], self.out_features).to(output)

@@ -1,0 +1,30 @@
+"""Models without values: parameters that are born on the meta device, while buffers are real."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Moves each parameter that this thread registers on a module to the meta device; initialising it is free then.
+
+    Buffers keep what the module computes: position tables are in no checkpoint.
+    """
+    thread = threading.get_ident()
+
+    def hook(module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        if threading.get_ident() != thread or param is None or param.is_meta:
+            return param
+        return nn.Parameter(param.detach().to("meta"), param.requires_grad)
+
+    handle = register_module_parameter_registration_hook(hook)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()

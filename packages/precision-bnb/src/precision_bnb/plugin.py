@@ -1,0 +1,296 @@
+"""The plugin: layers quantised by bitsandbytes, everything else as a base mode of core's has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from precision_bnb import fast
+from precision_bnb.config import COMPUTE_DTYPES, BitsAndBytesConfig
+from precision_bnb.convert import converted, quantize
+from precision_bnb.layers import Quantized, QuantizedEmbedding, QuantizedLinear
+from precision_bnb.meta import parameters_on_meta
+from precision_bnb.support import DEVICES, compute_dtype
+from precision_core import MixedPrecision, Policy, Precision, Report
+from precision_core.plugins import make_plugin
+from precision_core.report import module_bytes
+from precision_core.scaler import Scaler
+from precision_core.surgery import Surgery
+
+if TYPE_CHECKING:
+    from precision_core import Strategy
+
+T = TypeVar("T")
+
+_TRUE = {torch.bfloat16: "bf16-true", torch.float32: "32-true", torch.float16: "16-true"}
+
+
+class BitsandbytesPrecision(Precision):
+    """Linear layers in 4 or 8 bits; they are frozen (int8-training's train), all else is as `base` has it.
+
+    Args:
+        mode: "nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training", or a config: ours, transformers', a dict.
+        dtype: what quantised layers compute in: float32, bfloat16 or float16. None: as the config says, else what the
+            device computes fast.
+        ignore_modules: name patterns of modules that stay as they are ({"lm_head", "*.mlp"}). None: as the config says,
+            else the heads that `precision_bnb.convert.IGNORED` names.
+        base: the mode of norms, heads, embeddings and adapters. None: "bf16-true", "32-true" or "16-true" by the
+            compute dtype; with float16, and parameters that train, it is "16-mixed".
+        embeddings: whether `nn.Embedding` is quantised, too.
+
+    Raises:
+        ValueError: an unknown mode, a contradictory config, a dtype that nothing computes in.
+    """
+
+    def __init__(
+        self,
+        mode: Any,
+        dtype: torch.dtype | None = None,
+        ignore_modules: set[str] | Iterable[str] | None = None,
+        *,
+        base: str | int | Policy | None = None,
+        embeddings: bool = False,
+    ) -> None:
+        config = BitsAndBytesConfig.of(mode)
+        if dtype is not None:
+            if dtype not in COMPUTE_DTYPES:
+                allowed = ", ".join(map(str, COMPUTE_DTYPES))
+                raise ValueError(f"BitsandbytesPrecision(dtype={dtype!r}): what layers compute in is one of {allowed}")
+            config = replace(config, bnb_4bit_compute_dtype=dtype)
+        if config.fast_inference and not fast.is_here():
+            raise ValueError(
+                "BitsandbytesPrecision: fast_inference needs a CPU with AVX512-BF16, and this one has none"
+            )
+        self._config = config
+        self._ignored = _checked(ignore_modules)
+        self._embeddings = embeddings
+        self._given_base = None if base is None else Policy.parse(base)
+        self._packed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that are packed weights
+        self._prepared: WeakKeyDictionary[nn.Module, Report] = WeakKeyDictionary()  # by `before_load`
+        self._strategy: Strategy | None = None
+        self._device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        self._base = self._make_base(self._device_type, trains=True)
+        self.policy = self._base.policy
+        self.report = Report(self.mode)
+
+    # ---------------------------------------------------------------- settings
+
+    @property
+    def mode(self) -> str:
+        """The mode, of a config the one that it is a variant of."""
+        return self._config.mode
+
+    def setup_bnb_config(self) -> BitsAndBytesConfig:
+        """Returns the settings in use, with the compute dtype filled in."""
+        return replace(self._config, bnb_4bit_compute_dtype=self._compute_dtype(self._device_type))
+
+    def _compute_dtype(self, device_type: str) -> torch.dtype:
+        if self._config.fast_inference:
+            return torch.bfloat16
+        return self._config.bnb_4bit_compute_dtype or compute_dtype(device_type)
+
+    def _make_base(self, device_type: str, trains: bool) -> Precision:
+        """Returns the plugin for what is not quantised."""
+        dtype = self._compute_dtype(device_type)
+        policy = self._given_base
+        if policy is None:
+            policy = Policy.parse("16-mixed" if trains and dtype is torch.float16 else _TRUE[dtype])
+            if policy.mixed:  # adapters that were added after the model was cast may be float16
+                return MixedPrecision(policy, device=device_type, upcast=True)
+        return make_plugin(policy, device_type)
+
+    def _use(self, base: Precision) -> None:
+        base.scaler.counter.load_state_dict(self._base.scaler.counter.state_dict())
+        if self._strategy is not None:
+            base.connect(self._strategy)
+        self._base, self.policy = base, base.policy
+
+    # ---------------------------------------------------------------- set-up
+
+    def refuses(self, strategy: Strategy) -> str | None:
+        """Returns why it cannot run under `strategy`: a device without kernels, or base's reason."""
+        device_type = strategy.device.type
+        if device_type not in DEVICES:
+            return f"bitsandbytes has kernels for {', '.join(DEVICES)}, not for {device_type!r}: use bf16-mixed there"
+        if self._config.fast_inference and device_type != "cpu":
+            return "fast_inference is the CPU's kernel: leave it out"
+        return self._make_base(device_type, trains=True).refuses(strategy)
+
+    def connect(self, strategy: Strategy) -> None:
+        """Takes the device, by which the compute dtype and the base mode are chosen where nothing else is said."""
+        self._strategy = strategy
+        if strategy.device.type != self._device_type:
+            self._device_type = strategy.device.type
+            self._use(self._make_base(self._device_type, trains=True))
+        else:
+            self._base.connect(strategy)
+
+    def storage(self, param: nn.Parameter) -> torch.dtype | None:
+        """Returns base's answer; None for packed weights, which no cast may touch whatever they are stored as."""
+        return None if param in self._packed else self._base.storage(param)
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Quantises the layers, one after another and in place, casts the rest as `base` says, and returns the module.
+
+        A model whose layers are quantised already is taken as it is, with what was added since, adapters for example.
+
+        Raises:
+            ValueError: nothing to quantise; what `precision_bnb.quantize` refuses; a model that is quantised in another
+                mode; parameters that train under `base="16-true"`, by name.
+        """
+        before = module_bytes(module)
+        notes: tuple[str, ...] = ()
+        report = Report(self.mode)
+        if any(True for _ in converted(module)):
+            self._check_adopted(module)
+            self._check_trainable(module)
+            prepared = self._prepared.pop(module, None)
+            if prepared is None:
+                notes = ("it was quantised before, and was taken over as it is",)
+            else:
+                report, before = prepared, prepared.bytes_before
+        else:
+            self._check_trainable(module, self._quantize(module, dry_run=True).report)
+            surgery = self._quantize(module)
+            module, report = surgery.module, surgery.report
+        self._choose_base(trains=any(param.requires_grad for param in module.parameters()))
+        self._set_up_layers(module)
+        with _hidden(module):
+            self._base.convert_module(module)
+        rest = self._base.report
+        self.report = Report(
+            self.mode,
+            converted=report.converted + rest.converted,
+            skipped=report.skipped + rest.skipped,
+            notes=notes + report.notes + rest.notes,
+            bytes_before=before,
+            bytes_after=module_bytes(module),
+        )
+        self._remember(module)
+        return module
+
+    def before_load(self, module: nn.Module) -> None:
+        """Quantises a model that was built in `module_init_context` while it has no values: a file is to fill it."""
+        if any(True for _ in converted(module)):
+            return
+        planned = [item.name for item in self._surgery(module, dry_run=True).report.converted]
+        if planned and planned != ["(root)"]:  # which has no parent to be replaced in: `setup` does it
+            self._prepared[module] = self._surgery(module).report
+
+    def _surgery(self, module: nn.Module, dry_run: bool = False) -> Surgery:
+        dtype = self._compute_dtype(self._device_type)
+        return quantize(module, self._config, dtype, self._ignored, embeddings=self._embeddings, dry_run=dry_run)
+
+    def _quantize(self, module: nn.Module, dry_run: bool = False) -> Surgery:
+        surgery = self._surgery(module, dry_run)
+        if not surgery.report.converted:
+            skipped = "; ".join(f"{name}: {reason}" for name, reason in surgery.report.skipped[:10])
+            raise ValueError(
+                f"{self.mode}: this {type(module).__name__} has no layer to quantise. Linear layers are"
+                f"{', and embeddings' if self._embeddings else ''}; left alone: {skipped or 'none'}"
+            )
+        return surgery
+
+    def _check_adopted(self, module: nn.Module) -> None:
+        for name, layer in converted(module):
+            theirs = layer.format.quant_type if isinstance(layer, Quantized) else "int8-training"
+            double = "-dq" if isinstance(layer, Quantized) and layer.format.double_quant else ""
+            if theirs + double != self.mode:
+                raise ValueError(
+                    f'{name or "the model"} is quantised in {theirs}{double}: pass precision="{theirs}{double}", or '
+                    f'dequantise it first, "{self.mode}" would not change it'
+                )
+
+    def _check_trainable(self, module: nn.Module, planned: Report | None = None) -> None:
+        """Raises `ValueError` for parameters that train, once what is planned is done, where base was given as half."""
+        if self._given_base is None or self._given_base.params is not torch.float16:
+            return
+        freezes = planned is not None and self.mode != "int8-training"
+        frozen = {f"{item.name}.weight" for item in planned.converted} if planned is not None and freezes else set()
+        trainable = [name for name, param in module.named_parameters() if param.requires_grad and name not in frozen]
+        if not trainable:
+            return
+        more = f" and {len(trainable) - 10} more" if len(trainable) > 10 else ""
+        raise ValueError(
+            f'BitsandbytesPrecision(base="{self._given_base}") has float16 parameters, whose gradients overflow or '
+            f'vanish, and these train: {", ".join(trainable[:10])}{more}. Pass base="16-mixed", leave base out, or '
+            "freeze them with requires_grad_(False)"
+        )
+
+    def _choose_base(self, trains: bool) -> None:
+        """Float16 parameters are for models in which nothing trains."""
+        wanted = self._make_base(self._device_type, trains)
+        if wanted.policy != self.policy:
+            self._use(wanted)
+
+    def _set_up_layers(self, module: nn.Module) -> None:
+        """Brings layers that were quantised by others, or before, to the settings of now."""
+        for _, layer in converted(module):
+            if isinstance(layer, Quantized):
+                self._packed[layer.weight] = True
+            # What base's own embeddings would return; linear layers return what they are given.
+            is_embedding = isinstance(layer, QuantizedEmbedding)
+            layer.compute_dtype = self.policy.params if is_embedding else self._compute_dtype(self._device_type)
+            if isinstance(layer, QuantizedLinear):
+                layer.fast_inference = self._config.fast_inference
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """Context in which parameters are born on the meta device; `fabric.load_module` fills and quantises them.
+
+        Buffers are real, and keep the dtype in which the module computes them.
+        """
+        return parameters_on_meta()
+
+    # ---------------------------------------------------------------- as base does
+
+    def convert_input(self, data: T) -> T:
+        """Returns what base makes of it."""
+        return self._base.convert_input(data)
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Context in which forward runs: base's."""
+        return self._base.forward_context()
+
+    def convert_output(self, data: T) -> T:
+        """Returns what base makes of it."""
+        return self._base.convert_output(data)
+
+    @property
+    def scaler(self) -> Scaler:
+        """Base's loss scaler."""
+        return self._base.scaler
+
+    def register_optimizers(self, *optimizers: Optimizer) -> None:
+        """Tells base of the optimizers of the run."""
+        self._base.register_optimizers(*optimizers)
+
+    def teardown(self) -> None:
+        """Gives back what base put on the module; layers stay quantised."""
+        self._base.teardown()
+
+
+def _checked(patterns: Iterable[str] | None) -> tuple[str, ...] | None:
+    if patterns is None:
+        return None
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+@contextmanager
+def _hidden(module: nn.Module) -> Iterator[None]:
+    """Context in which packed weights are not among the parameters, so that no cast reaches them; the order stays."""
+    weights = [(layer, layer._parameters["weight"]) for _, layer in converted(module) if isinstance(layer, Quantized)]
+    for layer, _ in weights:
+        layer._parameters["weight"] = None
+    try:
+        yield
+    finally:
+        for layer, weight in weights:
+            layer._parameters["weight"] = weight

@@ -1,0 +1,176 @@
+"""Products with packed weights: bitsandbytes' arithmetic, forward and backward.
+
+The input is (n, columns), the result (n, rows). Weights get no gradient, input and bias do. Only packed weights are
+kept for backward, which dequantises them again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes
+import bitsandbytes.functional as bnb
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from precision_bnb.packed import Layout
+from precision_bnb.quantize import code_of, dequantize, nested_code, quantize_rows
+
+_FLOAT_PRODUCTS = ("cpu", "xpu")
+"""Where bitsandbytes trains 8-bit weights by dequantising them; elsewhere inputs are quantised in training, too."""
+
+
+def product(x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout, threshold: float, training: bool) -> Tensor:
+    """Returns x W^T + bias in the dtype of `x`; `threshold` and `training` are of int8 only."""
+    if layout.format.quant_type != "int8":
+        if x.device.type != "cpu":
+            return _vendor_4bit(x, packed, bias, layout)
+        return _dequantized(x, packed, bias, layout)
+    if training and x.device.type in _FLOAT_PRODUCTS:
+        return _dequantized(x, packed, bias, layout)
+    parts = layout.parts(packed)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _apply(_Int8, x, packed, bias, layout, threshold)
+    return int8_product(x, parts.codes, parts.scales, bias, threshold)
+
+
+def _dequantized(x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _apply(_Dequantized, x, packed, bias, layout)
+    return F.linear(x, dequantize(packed, layout, x.dtype), bias)
+
+
+def _apply(function: Any, *args: Any) -> Tensor:
+    result: Tensor = function.apply(*args)
+    return result
+
+
+class _Dequantized(Function):
+    """The weights are dequantised in the input's dtype, and again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+        ctx.save_for_backward(packed)
+        ctx.layout = layout
+        return F.linear(x, dequantize(packed, layout, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return *_gradients(ctx, grad), None
+
+
+class _Int8(Function):
+    """Input and weights are multiplied as int8; the gradient is that of the dequantised weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout, threshold: float) -> Tensor:
+        ctx.save_for_backward(packed)
+        ctx.layout = layout
+        parts = layout.parts(packed)
+        return int8_product(x, parts.codes, parts.scales, bias, threshold)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return *_gradients(ctx, grad), None, None
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    (packed,) = ctx.saved_tensors
+    of_input = grad @ dequantize(packed, ctx.layout, grad.dtype) if ctx.needs_input_grad[0] else None
+    return of_input, None, grad.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def int8_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    """Returns what bitsandbytes' `matmul` does in evaluation, LLM.int8() (Dettmers et al. 2022), without its log lines.
+
+    Rows of `x` are quantised to int8; columns with a value of `threshold` or more, where that is not 0, are multiplied
+    as floats with the dequantised weights.
+    """
+    if not x.numel():
+        return x.new_zeros(x.shape[0], codes.shape[0])
+    half = x.to(torch.float16, copy=threshold > 0)  # with a threshold it is written to, and restored
+    quantized, row_scales, outliers = bnb.int8_vectorwise_quant(half, threshold=threshold)
+    if threshold > 0:
+        mixed = torch.ops.bitsandbytes.int8_mixed_scaled_mm
+        result: Tensor = mixed(x, quantized, codes, row_scales, scales, outliers, bias)[0]
+    else:
+        scaled = torch.ops.bitsandbytes.int8_scaled_mm.default
+        result = scaled(quantized, codes, row_scales, scales, bias=bias, dtype=x.dtype)
+    return result
+
+
+def _vendor_4bit(x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    """bitsandbytes' own call, with its kernels for GPUs."""
+    parts, format = layout.parts(packed), layout.format
+    nested = offset = None
+    if parts.nested is not None and parts.offset is not None:
+        code = nested_code(x.device)
+        nested = bnb.QuantState(absmax=parts.nested, code=code, blocksize=256, dtype=torch.float32)
+        offset = parts.offset.view(())
+    state = bnb.QuantState(
+        absmax=parts.scales,
+        shape=torch.Size((layout.rows, layout.columns)),
+        code=code_of(format.quant_type, x.device),
+        blocksize=format.block_size,
+        quant_type=format.quant_type,
+        dtype=x.dtype,
+        offset=offset,
+        state2=nested,
+    )
+    result: Tensor = bitsandbytes.matmul_4bit(x, parts.codes.view(-1, 1), quant_state=state, bias=bias)
+    return result
+
+
+# ---------------------------------------------------------------- weights that train
+
+
+def training_product(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float, training: bool) -> Tensor:
+    """Returns x W^T + bias with the float `weight` quantised to int8 now; all three get gradients, in training.
+
+    The gradient takes quantisation for the identity.
+    """
+    if x.device.type not in _FLOAT_PRODUCTS and training:
+        return _vendor_training(x, weight, bias, threshold)
+    codes, scales = quantize_rows(weight.detach())
+    return _apply(_Training, x, weight, bias, codes, scales, None if training else threshold)
+
+
+def _vendor_training(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    """bitsandbytes' own call, with a state that is new each time: it would keep codes. GPUs alone need it."""
+    state = bitsandbytes.MatmulLtState()  # for floats that train; its other settings are no arguments
+    state.threshold = threshold
+    result: Tensor = bitsandbytes.matmul(x, weight, state=state, bias=bias)
+    return result
+
+
+class _Training(Function):
+    """In training the weights are dequantised; in evaluation, where there is a `threshold`, the input is quantised."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, codes: Tensor, scales: Tensor, threshold: float | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, codes, scales)
+        ctx.dtype = weight.dtype
+        if threshold is not None:
+            return int8_product(x, codes, scales, bias, threshold)
+        return F.linear(x, _floats(codes, scales, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, codes, scales = ctx.saved_tensors
+        of_input, of_weight, of_bias = ctx.needs_input_grad[:3]
+        return (
+            grad @ _floats(codes, scales, grad.dtype) if of_input else None,
+            (grad.t() @ x).to(ctx.dtype) if of_weight else None,
+            grad.sum(0) if of_bias else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _floats(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.to(dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))

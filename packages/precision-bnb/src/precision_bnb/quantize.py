@@ -1,0 +1,153 @@
+"""Quantising floats into packed weights, a chunk at a time, and back.
+
+Codes and scales are bit for bit those of bitsandbytes' `quantize_4bit` and `int8_vectorwise_quant` of the whole weight.
+What comes back is right for every shape: on the CPU, bitsandbytes' own `dequantize_4bit` takes a row to begin a block,
+which is wrong where the columns are no multiple of the block size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+from precision_bnb.packed import NESTED_BLOCK, Format, Layout
+
+_CHUNK = 2**18
+"""Weights quantised at a time: temporaries are about 20 bytes a weight. Larger and smaller chunks were slower."""
+_LARGEST_BLOCK = 1024
+"""Of bitsandbytes' AVX512 kernel; for larger ones it calls torch.compile. A block is as well several with one scale."""
+
+_codes: dict[tuple[str, torch.device], Tensor] = {}
+
+
+def quantize(weight: Tensor, format: Format, *, transposed: bool = False) -> Tensor:
+    """Returns packed weights for floats (rows, columns), or (columns, rows) when `transposed`; on the same device.
+
+    Raises:
+        ValueError: weights that are not of a floating dtype, or not of two dimensions; infinite ones or NaN; for int8
+            such as float16 cannot hold.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"expected floating weights of two dimensions, got {weight.dtype} {tuple(weight.shape)}")
+    weight = weight.detach().t() if transposed else weight.detach()
+    layout = Layout(format, *weight.shape)
+    packed = layout.empty(weight.device)
+    if not weight.is_meta and weight.numel():
+        (_quantize_8bit if format.quant_type == "int8" else _quantize_4bit)(weight, packed, layout)
+    return packed
+
+
+def dequantize(packed: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Returns the weights (rows, columns) that packed ones stand for."""
+    if layout.format.quant_type == "int8":
+        parts = layout.parts(packed)
+        return parts.codes.to(dtype).mul_(parts.scales.unsqueeze(1).mul(1.0 / 127.0))
+    return _dequantize_4bit(packed, layout, dtype)
+
+
+# ---------------------------------------------------------------- 4 bits
+
+
+def _quantize_4bit(weight: Tensor, packed: Tensor, layout: Layout) -> None:
+    format = layout.format
+    parts = layout.parts(packed)
+    double = format.double_quant
+    scales = torch.empty(len(parts.scales), dtype=torch.float32, device=weight.device) if double else parts.scales
+    for start, chunk in _chunks(weight, format.block_size):
+        codes, state = bnb.quantize_4bit(chunk, blocksize=format.block_size, quant_type=format.quant_type)
+        parts.codes[start // 2 : start // 2 + codes.numel()] = codes.view(-1)
+        first = start // format.block_size
+        scales[first : first + state.absmax.numel()] = state.absmax
+    if not bool(torch.isfinite(scales).all()):
+        raise ValueError("it has weights that are infinite or NaN")
+    if double:
+        assert parts.nested is not None and parts.offset is not None
+        parts.offset.fill_(scales.mean())
+        codes, state = bnb.quantize_blockwise(scales - parts.offset, blocksize=NESTED_BLOCK)
+        parts.scales.copy_(codes)
+        parts.nested.copy_(state.absmax)
+
+
+def _chunks(weight: Tensor, block_size: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields where each chunk of rows begins, in weights, and the chunk; all but the last are whole blocks."""
+    columns = weight.shape[1]
+    whole = block_size // math.gcd(columns, block_size)
+    rows = max(1, _CHUNK // (columns * whole)) * whole
+    for start in range(0, weight.shape[0], rows):
+        chunk = weight[start : start + rows].contiguous()
+        yield start * columns, chunk.float() if chunk.dtype is torch.float64 else chunk
+
+
+def _dequantize_4bit(packed: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    parts = layout.parts(packed)
+    scales = scales_of(layout, parts.scales, parts.nested, parts.offset)
+    kind, block, weights = layout.format.quant_type, layout.format.block_size, layout.rows * layout.columns
+    kernel = torch.ops.bitsandbytes.dequantize_4bit.default
+    if packed.device.type != "cpu":
+        return kernel(parts.codes.view(-1, 1), scales, block, kind, (layout.rows, layout.columns), dtype)
+    if block > _LARGEST_BLOCK:
+        scales, block = scales.repeat_interleave(block // _LARGEST_BLOCK), _LARGEST_BLOCK
+    if layout.columns % block == 0:
+        return kernel(parts.codes.view(-1, 1), scales, block, kind, (layout.rows, layout.columns), dtype)
+    whole = weights // block * block
+    pieces = []
+    if whole:
+        shape = (whole // block, block)
+        pieces.append(kernel(parts.codes[: whole // 2].view(-1, 1), scales[: shape[0]], block, kind, shape, dtype))
+    if weights > whole:
+        rest = parts.codes[whole // 2 :].view(-1, 1)
+        shape = (1, 2 * rest.numel())  # even: for an odd number, too, the kernel would call torch.compile
+        pieces.append(kernel(rest, scales[whole // block : whole // block + 1], block, kind, shape, dtype))
+    flat = pieces[0].view(-1) if len(pieces) == 1 else torch.cat([piece.view(-1) for piece in pieces])
+    return flat[:weights].view(layout.rows, layout.columns)
+
+
+def scales_of(layout: Layout, scales: Tensor, nested: Tensor | None, offset: Tensor | None) -> Tensor:
+    """Returns the scales of blocks of 4-bit weights in float32."""
+    if nested is None:
+        return scales
+    code = nested_code(scales.device)
+    wide = torch.ops.bitsandbytes.dequantize_blockwise.default(scales, nested, code, NESTED_BLOCK, torch.float32)
+    return wide.add_(offset)
+
+
+def code_of(quant_type: str, device: torch.device) -> Tensor:
+    """Returns the 16 values of a 4-bit type, as bitsandbytes has them."""
+    return _cached(quant_type, device)
+
+
+def nested_code(device: torch.device) -> Tensor:
+    """Returns the 256 values of the type that scales are quantised to."""
+    return _cached("dynamic", device)
+
+
+def _cached(name: str, device: torch.device) -> Tensor:
+    key = (name, device)
+    if key not in _codes:
+        made = bnb.create_dynamic_map() if name == "dynamic" else bnb.get_4bit_type(name, device="cpu")
+        _codes[key] = made.to(device)
+    return _codes[key]
+
+
+# ---------------------------------------------------------------- 8 bits
+
+
+def _quantize_8bit(weight: Tensor, packed: Tensor, layout: Layout) -> None:
+    parts = layout.parts(packed)
+    rows = max(1, _CHUNK // layout.columns)
+    for start in range(0, layout.rows, rows):
+        codes, scales = quantize_rows(weight[start : start + rows])
+        parts.codes[start : start + rows] = codes.masked_fill_((scales == 0).unsqueeze(1), 0)  # theirs are 0 / 0
+        parts.scales[start : start + rows] = scales
+    if not bool(torch.isfinite(parts.scales).all()):
+        raise ValueError("it has weights that are infinite, NaN, or beyond float16's 65504, which int8 goes through")
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns int8 codes and the float32 scale of each row; the codes of a row of zeros may be anything."""
+    codes, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+    return codes, scales

@@ -1,0 +1,42 @@
+"""Rows of the support table: which devices bitsandbytes quantises on, and what it makes of them."""
+
+from __future__ import annotations
+
+import torch
+
+from precision_bnb.config import MODES
+from precision_core import SupportRow
+from precision_core.devices import is_available
+from precision_core.formats import FORMATS, Level
+
+DEVICES = ("cpu", "cuda", "xpu")
+"""What bitsandbytes 0.50 has kernels for and its tests run on."""
+
+
+def rows() -> list[SupportRow]:
+    """Returns a row for each mode and kind of device."""
+    return [SupportRow(mode, device, *_answer(mode, device)) for mode in MODES for device in FORMATS]
+
+
+def _answer(mode: str, device: str) -> tuple[Level, str]:
+    if device not in DEVICES:
+        return "no", f"bitsandbytes is not run on {device} here: use {' or '.join(DEVICES)}"
+    if not is_available(device):
+        return "no", f"torch finds no {device} device here"
+    if device != "cpu":
+        return "native", "bitsandbytes has kernels for it; nobody has run these tests there"
+    if mode in ("int8", "int8-training"):
+        what = "inputs quantised in evaluation, weights dequantised in training" if mode == "int8" else "weights"
+        if torch.backends.cpu.get_cpu_capability() == "AVX512" and mode == "int8":
+            return "native", f"int8 products by this CPU's AVX-512: {what}"
+        return "emulated", f"computed in the compute dtype: {what} are rounded to int8"
+    return "emulated", "weights are stored in 4 bits and dequantised for each product, in the compute dtype"
+
+
+def compute_dtype(device_type: str) -> torch.dtype:
+    """Returns what that kind of device computes fast: bfloat16 or float16 where it has units, else float32."""
+    if device_type in FORMATS and is_available(device_type):
+        for dtype in (torch.bfloat16, torch.float16):
+            if FORMATS[device_type][dtype]()[0] == "native":
+                return dtype
+    return torch.float32

@@ -1,0 +1,210 @@
+"""The plugin: its base mode, what it converts and what not, what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from precision_bnb import MODES, BitsandbytesPrecision, Int8TrainingLinear, QuantizedLinear
+from precision_bnb.support import compute_dtype, rows
+from precision_core import DDPStrategy, Fabric, SingleDeviceStrategy, supports
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64))
+        self.head = nn.Linear(64, 8)
+        self.lm_head = nn.Linear(64, 8)
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    return {name: type(child).__name__ for name, child in model.named_modules() if isinstance(child, nn.Linear)}
+
+
+# ---------------------------------------------------------------- modes
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_are_entry_points(mode: str) -> None:
+    fabric = Fabric(accelerator="cpu", precision=mode)
+    plugin = fabric.precision_plugin
+    assert isinstance(plugin, BitsandbytesPrecision) and plugin.mode == mode
+    model = fabric.setup(Model())
+    assert isinstance(model.head, Int8TrainingLinear if mode == "int8-training" else QuantizedLinear)
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_support_says_what_the_machine_does() -> None:
+    table = rows()
+    assert {row.mode for row in table} == set(MODES) and len(table) == len({(row.mode, row.device) for row in table})
+    for mode in MODES:
+        assert supports(mode, "cpu") and not supports(mode, "mps")
+    assert "dequantised for each product" in supports("nf4", "cpu").reason
+
+
+def test_the_default_compute_dtype_is_what_the_device_computes_fast() -> None:
+    fast = compute_dtype("cpu")
+    assert fast is (torch.bfloat16 if supports("bf16-true", "cpu").level == "native" else fast)
+    plugin: Any = Fabric(accelerator="cpu", precision="nf4").precision_plugin
+    assert plugin.setup_bnb_config().bnb_4bit_compute_dtype is fast
+    assert compute_dtype("meta") is torch.float32
+    assert BitsandbytesPrecision("nf4", torch.float16).setup_bnb_config().bnb_4bit_compute_dtype is torch.float16
+    transformers = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}
+    assert BitsandbytesPrecision(transformers).setup_bnb_config().bnb_4bit_compute_dtype is torch.float32
+
+
+# ---------------------------------------------------------------- base
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mode", "params"),
+    [
+        (torch.bfloat16, "bf16-true", torch.bfloat16),
+        (torch.float32, "32-true", torch.float32),
+        (torch.float16, "16-mixed", torch.float32),
+    ],
+    ids=str,
+)
+def test_base_follows_the_compute_dtype(dtype: torch.dtype, mode: str, params: torch.dtype) -> None:
+    plugin = BitsandbytesPrecision("nf4", dtype)
+    model = plugin.convert_module(Model())
+    assert str(plugin.policy) == mode and model.body[1].weight.dtype is params
+    assert plugin.storage(model.body[1].weight) is params and plugin.storage(model.head.weight) is None
+    assert plugin.forward_context() is not None and (plugin.scale > 1) is (mode == "16-mixed")
+
+
+def test_float16_without_anything_to_train_is_true_until_adapters_come() -> None:
+    fabric = Fabric(accelerator="cpu", precision=BitsandbytesPrecision("nf4", torch.float16))
+    plugin, model = fabric.precision_plugin, Model().requires_grad_(False)
+    plugin.convert_module(model)
+    assert str(plugin.policy) == "16-true" and model.body[1].weight.dtype is torch.float16
+    model.adapter = nn.Linear(64, 64, dtype=torch.float16)  # type: ignore[assignment]
+    packed = model.head.weight.clone()
+    fabric.setup(model, SGD(model.adapter.parameters(), lr=0.1))
+    assert str(plugin.policy) == "16-mixed" and plugin.scale == 2.0**16
+    assert model.adapter.weight.dtype is torch.float32 and type(model.adapter) is nn.Linear
+    assert model.body[1].weight.dtype is torch.float16 and torch.equal(model.head.weight, packed)
+
+
+def test_an_explicit_half_base_refuses_what_trains() -> None:
+    plugin, model = BitsandbytesPrecision("nf4", torch.float16, base="16-true"), Model()
+    with pytest.raises(ValueError, match=r"these train: body.0.bias, body.1.weight.*base=\"16-mixed\""):
+        plugin.convert_module(model)
+    assert type(model.head) is nn.Linear
+    plugin.convert_module(model.requires_grad_(False))
+    assert str(plugin.policy) == "16-true"
+    with pytest.raises(ValueError, match=r"these train: .*head.weight"):
+        BitsandbytesPrecision("int8-training", base="16-true").convert_module(Model())
+
+
+@pytest.mark.parametrize("base", ["bf16-mixed", "32-true", "64-true", "bf16-true; *.1: 32-true"])
+def test_base_by_choice(base: str) -> None:
+    fabric = Fabric(accelerator="cpu", precision=BitsandbytesPrecision("int8", torch.bfloat16, base=base))
+    model = fabric.setup(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 8)))
+    plugin = fabric.precision_plugin
+    assert str(plugin.policy) == base and model[0].bias.dtype is plugin.policy.params
+    x = torch.randn(4, 64, dtype=torch.float64 if base == "64-true" else torch.float32)
+    output = model(x)
+    assert output.dtype is plugin.policy.output
+    output.sum().backward()
+    assert model[0].bias.grad is not None
+
+
+def test_a_base_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="no mode"):
+        BitsandbytesPrecision("nf4", base=8)
+    with pytest.raises(ValueError, match="16"):
+        BitsandbytesPrecision("nf4", base="fp16")
+
+
+# ---------------------------------------------------------------- what is converted
+
+
+def test_ignore_modules() -> None:
+    for given, left in (
+        ({"lm_head", "body"}, {"lm_head", "body.0", "body.2"}),
+        ({"*.0"}, {"body.0"}),
+        (None, {"lm_head"}),
+    ):
+        model, plugin = Model(), BitsandbytesPrecision("nf4", ignore_modules=given)
+        plugin.convert_module(model)
+        assert {name for name, kind in kinds(model).items() if kind == "Linear"} == left
+    config = {"load_in_8bit": True, "llm_int8_skip_modules": ["head"]}
+    model = BitsandbytesPrecision(config).convert_module(Model())
+    assert {name for name, kind in kinds(model).items() if kind == "Linear"} == {"head"}
+    with pytest.raises(ValueError, match=r"'heads' matches no module of this model; did you mean"):
+        BitsandbytesPrecision("nf4", ignore_modules={"heads"}).convert_module(Model())
+
+
+def test_nothing_to_convert_is_an_error() -> None:
+    plugin = BitsandbytesPrecision("nf4")
+    with pytest.raises(ValueError, match=r"nf4: this Sequential has no layer to quantise.*left alone: none"):
+        plugin.convert_module(nn.Sequential(nn.LayerNorm(4)))
+    with pytest.raises(ValueError, match="left alone: 0: excluded by '0'"):
+        BitsandbytesPrecision("nf4", ignore_modules={"0"}).convert_module(nn.Sequential(nn.Linear(4, 4)))
+    assert type(BitsandbytesPrecision("nf4").convert_module(nn.Linear(4, 4))) is QuantizedLinear
+
+
+def test_a_quantised_model_is_adopted_in_its_own_mode_only() -> None:
+    model = BitsandbytesPrecision("nf4-dq", torch.float32).convert_module(Model())
+    packed = model.head.weight
+    plugin = BitsandbytesPrecision("nf4-dq", torch.bfloat16)
+    assert plugin.convert_module(model).head.weight is packed
+    assert model.head.compute_dtype is torch.bfloat16 and "taken over" in str(plugin.report)
+    assert plugin.storage(packed) is None
+    with pytest.raises(ValueError, match=r"body.0 is quantised in nf4-dq: pass precision=\"nf4-dq\""):
+        BitsandbytesPrecision("int8").convert_module(model)
+
+
+def test_tied_heads_stay_with_their_embedding() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.body, self.out = nn.Embedding(10, 64), nn.Linear(64, 64), nn.Linear(64, 10, bias=False)
+            self.out.weight = self.embedding.weight
+
+    for embeddings in (False, True):
+        plugin = BitsandbytesPrecision("nf4", embeddings=embeddings)
+        model = plugin.convert_module(Tied())
+        assert model.out.weight is model.embedding.weight and type(model.out) is nn.Linear
+        assert "tied" in str(plugin.report)
+
+
+def test_the_report_says_what_was_done() -> None:
+    plugin = BitsandbytesPrecision("nf4", torch.float32)
+    model = Model()
+    before = sum(param.nbytes for param in model.parameters())
+    plugin.convert_module(model)
+    assert [item.name for item in plugin.report.converted] == ["body.0", "body.2", "head"]
+    assert plugin.report.bytes_before == before and plugin.report.bytes_after < 0.3 * before
+
+
+def test_weights_that_cannot_be_quantised_are_named() -> None:
+    model = Model()
+    nn.init.constant_(model.head.weight, float("nan"))
+    with pytest.raises(RuntimeError, match=r"head could not be converted .*: it has weights that are infinite or NaN"):
+        BitsandbytesPrecision("nf4").convert_module(model)
+
+
+# ---------------------------------------------------------------- strategies
+
+
+def test_devices_without_kernels_are_refused() -> None:
+    class Elsewhere(SingleDeviceStrategy):
+        pass
+
+    strategy = Elsewhere()
+    strategy.device = torch.device("mps")
+    reason = BitsandbytesPrecision("nf4").refuses(strategy)
+    assert reason is not None and "not for 'mps'" in reason
+    strategy.device = torch.device("cpu")
+    for mode in MODES:
+        assert BitsandbytesPrecision(mode).refuses(strategy) is None
+    ddp = DDPStrategy()
+    ddp.device = torch.device("cpu")
+    assert BitsandbytesPrecision("nf4", torch.float16).refuses(ddp) is None

@@ -1,0 +1,132 @@
+"""FSDPPrecision: every mode of core as FSDP runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.distributed.fsdp import MixedPrecision as FSDP1MixedPrecision
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim import Optimizer
+
+from precision_core import MixedPrecision, Policy, Precision
+from precision_core.exceptions import Restore
+from precision_core.plugins import make_plugin
+from precision_core.scaler import Scaler
+from precision_fsdp.float32 import compute_in_float32
+from precision_fsdp.policies import casts_of
+
+if TYPE_CHECKING:
+    from precision_core import Strategy
+
+T = TypeVar("T")
+
+
+class FSDPPrecision(Precision):
+    """Core's modes, with the parameters of mixed ones gathered in the compute dtype.
+
+    True modes are core's. In mixed modes the shards, gradients and optimizer state are float32; FSDP gathers parameters
+    in bfloat16 or float16, half the bytes, and forward runs under autocast. Norms, and whatever else is no matrix
+    product, compute in float32 with the gathered weights.
+
+    Args:
+        precision: a mode, an alias, or a policy; exceptions are applied in groups of their own.
+        scaler: for a policy that scales the loss, the `torch.amp.GradScaler` to use, or a dict of its options.
+
+    Raises:
+        ValueError: an unknown mode, one that nothing runs, or a scaler that does not fit it.
+    """
+
+    def __init__(
+        self, precision: str | int | Policy = "32-true", scaler: GradScaler | Mapping[str, float] | None = None
+    ) -> None:
+        super().__init__()
+        self.policy = Policy.parse(precision)
+        self._given_scaler = scaler
+        self._restores: list[Restore] = []
+        if scaler is not None and not self.policy.scale:
+            raise ValueError(
+                f"FSDPPrecision({str(self.policy)!r}, scaler=...): this policy does not scale the loss; leave it out"
+            )
+        self._use_device(_device_type(scaler))
+
+    def _use_device(self, device_type: str) -> None:
+        self._device_type = device_type
+        if self._given_scaler is not None:
+            self._plugin: Precision = MixedPrecision(self.policy, device=device_type, scaler=self._given_scaler)
+        else:
+            self._plugin = make_plugin(self.policy, device_type)
+
+    # ---------------------------------------------------------------- for FSDP
+
+    def setup_mixed_precision_config(self) -> FSDP1MixedPrecision | None:
+        """Returns FSDP1's `MixedPrecision`; None where nothing is narrower than the parameters: 32-true, 64-true."""
+        casts = casts_of(self.policy)
+        kept = {casts.param_dtype, casts.reduce_dtype, casts.buffer_dtype, self.policy.params}
+        return None if kept in ({torch.float32}, {torch.float64}) else casts.for_fsdp1()
+
+    def setup_mixed_precision_policy(self, *, root: bool = False) -> MixedPrecisionPolicy:
+        """Returns FSDP2's policy for `fully_shard(block, mp_policy=...)`.
+
+        Without an output dtype, since the blocks of a model must match each other; `root` adds it for the outermost
+        module, where `convert_output` is not called.
+        """
+        return casts_of(self.policy).for_fsdp2(root)
+
+    # ---------------------------------------------------------------- as core's plugin of the mode
+
+    def refuses(self, strategy: Strategy) -> str | None:
+        """Returns why not, when the strategy's device lacks a dtype or is not the scaler's."""
+        if self._given_scaler is not None and strategy.device.type != self._device_type:
+            return f"its scaler is for {self._device_type!r}: pass torch.amp.GradScaler({strategy.device.type!r}, ...)"
+        return super().refuses(strategy)
+
+    def connect(self, strategy: Strategy) -> None:
+        """Takes the device, and the policy as the strategy may have changed it."""
+        if (strategy.device.type, self.policy) != (self._device_type, self._plugin.policy):
+            self._use_device(strategy.device.type)
+        self._plugin.connect(strategy)
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Converts as core's plugin of the mode does; in mixed modes all but matrix products will run in float32."""
+        module = self._plugin.convert_module(module)
+        self.report = self._plugin.report
+        if self.policy.mixed:
+            self._restores += compute_in_float32(module, self.policy)
+        self._remember(module)
+        return module
+
+    def convert_input(self, data: T) -> T:
+        """Returns `data` cast in true modes, as it is in mixed ones."""
+        return self._plugin.convert_input(data)
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Context in which forward runs: autocast in mixed modes, else created tensors get the dtype."""
+        return self._plugin.forward_context()
+
+    @property
+    def scaler(self) -> Scaler:
+        """The loss scaler; one that does nothing where the loss is not scaled."""
+        return self._plugin.scaler
+
+    def register_optimizers(self, *optimizers: Optimizer) -> None:
+        """Takes note of the optimizers of the run; raises `ValueError` for one that cannot run in the mode."""
+        self._plugin.register_optimizers(*optimizers)
+
+    def teardown(self) -> None:
+        """Gives modules their own forward back."""
+        while self._restores:
+            self._restores.pop()()
+        self._plugin.teardown()
+
+
+def _device_type(scaler: GradScaler | Mapping[str, float] | None) -> str:
+    """Returns the scaler's device, else torch's current accelerator, else the CPU."""
+    if isinstance(scaler, GradScaler):
+        return torch.device(scaler._device).type
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if accelerator is None else accelerator.type

@@ -1,0 +1,46 @@
+"""Activation checkpointing: blocks whose forward runs again in backward, in the same precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from precision_core import Precision
+from precision_core.creation import created_as
+from precision_core.exceptions import Restore
+from precision_core.override import override
+
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+def recompute(modules: Iterable[tuple[str, nn.Module]], precision: Precision) -> list[Restore]:
+    """Overrides the forward of `modules` (name, module), keys and classes stay; returns what undoes it."""
+    return [override(module, "forward", _make(_context(precision, name))) for name, module in modules]
+
+
+def _context(precision: Precision, name: str) -> Context:
+    """Returns the context of the module's forward: a function mode is off where backward runs it again."""
+    policy = precision.policy.for_module(name)
+    if policy == precision.policy.flat:
+        return precision.forward_context
+    return nullcontext if policy.mixed else lambda: created_as(policy.params)
+
+
+def _make(context: Context) -> Callable[..., Any]:
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), context()
+
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return function(self, *args, **kwargs)
+            return checkpoint(function, self, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+        return forward
+
+    return make

@@ -1,0 +1,352 @@
+"""FSDPStrategy: parameters, gradients and optimizer state in shards over the processes (torch's FSDP2)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Optimizer
+
+from precision_core import Policy, Precision, Strategy
+from precision_core.dtypes import dtype_name
+from precision_core.exceptions import Restore
+from precision_core.processes import Ranks, join
+from precision_core.strategies.collectives import Collectives
+from precision_fsdp.copies import refuse_copies
+from precision_fsdp.groups import Group, make_groups
+from precision_fsdp.materialise import InitFn, check_can_initialise, is_on_meta, materialise
+from precision_fsdp.policies import check_fsdp_policy, overridden
+from precision_fsdp.precision import FSDPPrecision
+from precision_fsdp.recompute import recompute
+from precision_fsdp.selection import Selection, check_selection, repeated_blocks, select
+
+_STATE_DICTS = ("sharded", "full")
+_NOT_FOR_SHARDS: dict[tuple[type[Optimizer], bool], str] = {
+    (SGD, True): "torch has no fused SGD for shards; pass fused=False",
+    (Adagrad, True): "torch has no fused Adagrad for shards; pass fused=False",
+    (Adafactor, False): "its row and column statistics need whole parameters; use AdamW",
+    (LBFGS, False): "it works on all parameters as one vector, which no process has; use AdamW",
+}
+"""(class, only when fused) -> why torch's optimizer cannot step sharded parameters."""
+_MESH_NAMES = ("replicate", "shard")
+
+
+class FSDPStrategy(Collectives, Strategy):
+    """One process a device; each holds a shard of every parameter, its gradient and its optimizer state.
+
+    The very model is sharded: it keeps its attributes and keys. FSDP2 swaps its class for a subclass, and a model that
+    is set up can be neither copied nor pickled.
+
+    Args:
+        mixed_precision: torch's `MixedPrecision` or `MixedPrecisionPolicy`, whose reduce, buffer and output dtypes win
+            over the precision's; None: as the precision says. Its fields on inputs are not read.
+        wrap: which modules are gathered each by itself, the rest is gathered with the root: classes, names of classes
+            or modules, predicates of (name, module). None: the repeated block, the class of the members of the longest
+            `nn.ModuleList`s; where there is none, the root alone.
+        reshard_after_forward: free gathered parameters after forward, and gather them again for backward; False keeps
+            them; a number of processes gathers among so many for backward.
+        mesh: the processes, as a `DeviceMesh` of one or two dimensions, or its shape: (replicas, shards) keeps so many
+            replicas of the model, each in so many shards (HSDP).
+        activation_checkpointing: blocks that compute their activations again in backward: True for those of `wrap`, or
+            a selection such as `wrap` takes.
+        cpu_offload: keep shards and optimizer state in the host's memory; needs an accelerator.
+        state_dict_type: "sharded" or "full", what checkpoints hold.
+        init_fn: how a module's own parameters and buffers are initialised when the model was built in
+            `fabric.init_module()`; None: by its `reset_parameters()`.
+        backend: of torch.distributed ("gloo", "nccl", ...); None is torch's own choice for the devices it finds.
+        timeout: how long a process waits for the others in a collective; None is torch's default.
+
+    Raises:
+        ValueError: an argument that is none of these.
+    """
+
+    name = "fsdp"
+    multiprocess = True
+    sharded = True
+
+    def __init__(
+        self,
+        mixed_precision: MixedPrecision | MixedPrecisionPolicy | None = None,
+        *,
+        wrap: Selection | None = None,
+        reshard_after_forward: bool | int = True,
+        mesh: DeviceMesh | tuple[int, ...] | None = None,
+        activation_checkpointing: bool | Selection | None = None,
+        cpu_offload: bool = False,
+        state_dict_type: str = "sharded",
+        init_fn: InitFn | None = None,
+        backend: str | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
+        if state_dict_type not in _STATE_DICTS:
+            raise ValueError(
+                f"FSDPStrategy(state_dict_type={state_dict_type!r}): allowed are {', '.join(_STATE_DICTS)}"
+            )
+        self._mixed_precision = check_fsdp_policy(mixed_precision)
+        self._wrap = None if wrap is None else check_selection("wrap", wrap)
+        self._reshard_after_forward = reshard_after_forward
+        self._mesh = _check_mesh(mesh)
+        self._recompute = (
+            activation_checkpointing
+            if activation_checkpointing is None or isinstance(activation_checkpointing, bool)
+            else check_selection("activation_checkpointing", activation_checkpointing)
+        )
+        self._cpu_offload = cpu_offload
+        self.sharded = state_dict_type == "sharded"
+        self._init_fn = init_fn
+        self.backend = backend
+        self.timeout = timeout
+        self._made_group = False
+        self._restores: list[Restore] = []
+        self._device_mesh: DeviceMesh | None = None
+
+    # ---------------------------------------------------------------- processes
+
+    def join(self, ranks: Ranks) -> None:
+        """Joins the other processes of the run."""
+        self.ranks = ranks
+        self._made_group = join(ranks, self.device, self.backend, self.timeout)
+
+    # ---------------------------------------------------------------- precision
+
+    def make_precision(self, policy: Policy) -> Precision:
+        """Returns the plugin for a mode that was given as a string: `FSDPPrecision`."""
+        return FSDPPrecision(policy)
+
+    def refuses(self, precision: Precision) -> str | None:
+        """Returns why not: dtypes that contradict `mixed_precision`, or a device that FSDP does not run on."""
+        if self.device.type == "mps":
+            return "torch.distributed has no collectives on mps: use one device, or accelerator='cpu'"
+        if self._cpu_offload and self.device.type == "cpu":
+            return (
+                "cpu_offload=True needs an accelerator to offload from, and on a CPU all is there already: leave it out"
+            )
+        try:
+            overridden(precision.policy, self._mixed_precision)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def connect(self, precision: Precision) -> None:
+        """Ties the plugin to this strategy; its policy takes what `mixed_precision` says."""
+        precision.policy, self._notes = overridden(precision.policy, self._mixed_precision)
+        super().connect(precision)
+
+    # ---------------------------------------------------------------- set-up
+
+    @contextmanager
+    def module_init_context(self, precision: Precision) -> Iterator[None]:
+        """Context in which modules are built without values, on meta; setup gives each rank its shards of them."""
+        with torch.device("meta"), precision.module_init_context():
+            yield
+
+    def check_optimizers(self, *optimizers: Optimizer) -> None:
+        """Raises `ValueError` for an optimizer that cannot step shards, or that has state for whole parameters."""
+        for optimizer in optimizers:
+            kind, fused = type(optimizer), any(group.get("fused") for group in optimizer.param_groups)
+            for (refused, when_fused), reason in _NOT_FOR_SHARDS.items():
+                if isinstance(optimizer, refused) and fused >= when_fused:
+                    raise ValueError(f"{kind.__name__} cannot run under FSDPStrategy: {reason}")
+            params = [param for group in optimizer.param_groups for param in group["params"]]
+            whole = [param for param in params if not isinstance(param, DTensor) and optimizer.state.get(param)]
+            if whole:
+                shapes = ", ".join(str(tuple(param.shape)) for param in whole[:5]) + (", ..." if len(whole) > 5 else "")
+                raise ValueError(
+                    f"this {kind.__name__} has state for {len(whole)} whole parameters, of shapes {shapes}, and FSDP "
+                    "shards parameters: make the optimizer after fabric.setup(model), or set up a new one and bring "
+                    "its state with fabric.load"
+                )
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Brings the optimizer's state to its parameters, and returns it.
+
+        Raises:
+            ValueError: it holds parameters of a sharded model and others, whose gradients nobody would reduce.
+        """
+        params = [param for group in optimizer.param_groups for param in group["params"] if param.requires_grad]
+        outside = [param for param in params if not isinstance(param, DTensor)]
+        if outside and len(outside) < len(params):
+            names = ", ".join(self.precision._name_of(param) for param in outside[:5])
+            raise ValueError(
+                f"this {type(optimizer).__name__} holds parameters of a sharded model and others beside them, whose "
+                f"gradients would differ from rank to rank: {names}. Put them into the model, or into an optimizer "
+                "of their own"
+            )
+        return super().setup_optimizer(optimizer)
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Shards the converted module over the processes; all start from rank zero's parameters and buffers.
+
+        Raises:
+            ValueError: a selection that matches nothing, parameters tied across groups, parameters that train in
+                several dtypes in one module, or that nothing initialises; nothing was sharded.
+            RuntimeError: there is no process group.
+        """
+        if not dist.is_initialized():
+            raise RuntimeError(
+                "FSDPStrategy has no process group: run it in Fabric(strategy=...), under torchrun or fabric.launch()"
+            )
+        blocks = repeated_blocks(module) if self._wrap is None else select("wrap", self._wrap, module)
+        again = self._to_recompute(module, blocks)
+        groups = make_groups(module, blocks, self.precision)
+        check_can_initialise(module, self._init_fn)
+        if any(isinstance(param, DTensor) for param in module.parameters()):
+            raise ValueError(f"this {type(module).__name__} is sharded already: give fabric.setup the model as it was")
+        mesh = self._get_mesh()
+        self._restores += recompute(again.items(), self.precision)
+        offload = CPUOffloadPolicy() if self._cpu_offload else OffloadPolicy()
+        for group in groups:
+            self._send(group.params)
+            fully_shard(
+                group.modules if group.beside else group.modules[0],
+                mesh=mesh,
+                reshard_after_forward=self._reshard_after_forward,
+                mp_policy=group.casts.policy(),
+                offload_policy=offload,
+            )
+        self._send(module.buffers())
+        if is_on_meta(module):
+            materialise(module, self._init_fn, torch.device("cpu") if self._cpu_offload else self.device)
+        refuse_copies(module)
+        self._report(module, groups, again)
+        return module
+
+    def make_outer_forward(self, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+        """Returns what gathers the root's parameters around a marked method; forward has FSDP's hooks for that."""
+        if not isinstance(module, FSDPModule):
+            return None
+
+        def make(function: Callable[..., Any]) -> Callable[..., Any]:
+            name = function.__name__
+            if name != "forward":
+                function = _gathering(module, name, function)
+
+            def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                return function(self, *args, **kwargs)
+
+            return method
+
+        return make
+
+    # ---------------------------------------------------------------- step
+
+    @contextmanager
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
+        """Context in which backward reduces no gradients: FSDP keeps them whole, in the dtype of reduction."""
+        if not enabled or not isinstance(module, FSDPModule):
+            yield
+            return
+        module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)
+
+    def teardown(self) -> None:
+        """Gives checkpointed blocks their own forward back, and ends the process group if it was made here."""
+        while self._restores:
+            self._restores.pop()()
+        if self._made_group and dist.is_initialized():
+            dist.destroy_process_group()
+        self._made_group = False
+        self._device_mesh = None
+
+    # ---------------------------------------------------------------- helpers
+
+    def _to_recompute(self, module: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        if self._recompute is None or self._recompute is False:
+            return {}
+        if self._recompute is not True:
+            return select("activation_checkpointing", self._recompute, module)
+        if not blocks:
+            raise ValueError(
+                f"FSDPStrategy(activation_checkpointing=True) found no repeated block in this {type(module).__name__}: "
+                "name the blocks in place of True"
+            )
+        return blocks
+
+    def _get_mesh(self) -> DeviceMesh:
+        if self._device_mesh is None:
+            mesh = (self.world_size,) if self._mesh is None else self._mesh
+            if isinstance(mesh, tuple):
+                if math.prod(mesh) != self.world_size:
+                    raise ValueError(
+                        f"FSDPStrategy(mesh={mesh}) is for {math.prod(mesh)} processes, not {self.world_size}"
+                    )
+                mesh = init_device_mesh(self.device.type, mesh, mesh_dim_names=_MESH_NAMES[-len(mesh) :])
+            if mesh.device_type != self.device.type:
+                raise ValueError(
+                    f"FSDPStrategy(mesh=...) is of {mesh.device_type} devices, the run is on {self.device}"
+                )
+            self._device_mesh = mesh
+        return self._device_mesh
+
+    def _send(self, tensors: Iterable[Tensor]) -> None:
+        """Brings tensors to the device, with rank zero's values."""
+        for tensor in tensors:
+            if not tensor.is_meta and tensor.numel():
+                tensor.data = tensor.data.to(self.device)
+                if self.world_size > 1:
+                    sent = tensor.data.contiguous()
+                    dist.broadcast(sent.flatten().view(torch.uint8), src=0)  # as bytes: gloo knows not every dtype
+                    if sent.data_ptr() != tensor.data_ptr():
+                        tensor.data.copy_(sent)
+
+    def _report(self, module: nn.Module, groups: list[Group], again: dict[str, nn.Module]) -> None:
+        kinds = Counter(type(group.modules[0]).__name__ for group in groups if group.name and not group.beside)
+        made = [f"{count} of {kind.removeprefix('FSDP')}" for kind, count in kinds.items()] + ["the rest in the root"]
+        size = sum(param.to_local().nbytes for param in module.parameters() if isinstance(param, DTensor))
+        world = f"{self.world_size} processes" if self.world_size > 1 else "one process, nothing is divided"
+        if self._get_mesh().ndim == 2:
+            world += " in {} replicas of {} shards".format(*self._get_mesh().shape)
+        notes = [f"fsdp: {world}: {len(groups)} groups, {', '.join(made)}; {size:,} bytes of parameters here"]
+        notes += [
+            f"fsdp: {', '.join(group.names)} in a group beside {group.name or 'the root'}'s own, "
+            f"gathered in {dtype_name(group.casts.gathered or group.casts.stored)}"
+            for group in groups
+            if group.beside
+        ]
+        if again:
+            notes.append(f"fsdp: {len(again)} blocks compute their activations again in backward")
+        report = self.precision.report
+        self.precision.report = replace(report, notes=(*report.notes, *self._notes, *notes))
+
+
+def _gathering(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the method with FSDP's hooks of `module` around it."""
+    hidden = f"_fsdp_{name}"
+    setattr(module, hidden, MethodType(function, module))
+    register_fsdp_forward_method(module, hidden)
+    bound = vars(module).pop(hidden)
+    return lambda _, *args, **kwargs: bound(*args, **kwargs)
+
+
+def _check_mesh(mesh: Any) -> DeviceMesh | tuple[int, ...] | None:
+    sizes = mesh.shape if isinstance(mesh, DeviceMesh) else mesh
+    if mesh is None or (
+        isinstance(sizes, tuple) and len(sizes) in (1, 2) and all(type(n) is int and n > 0 for n in sizes)
+    ):
+        return mesh
+    raise ValueError(
+        f"FSDPStrategy(mesh={mesh!r}): expected a DeviceMesh of one or two dimensions, or its shape: (replicas, shards)"
+    )

@@ -1,0 +1,159 @@
+"""Checkpoints of FSDPStrategy: runs go on bit for bit in every mode, and values move between any numbers of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from precision_core import MODES, Fabric
+from precision_core.testing import run_in_ranks
+from precision_fsdp import FSDPStrategy
+
+STEPS = 4  # of 3 in an epoch: it stops in the middle of the second
+Outcome = tuple[list[float], dict[str, Any]]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear, self.dropout = nn.LayerNorm(5), nn.Linear(5, 5), nn.Dropout(0.2)
+        self.register_buffer("scale", torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.linear(self.norm(x))) * self.scale
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(5, 5)
+        self.out = nn.Linear(5, 5)
+        self.out.weight = self.head.weight  # tied
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.head(x))
+
+
+class Run:
+    """Dropout, shuffling, accumulation and clipping, on this rank."""
+
+    def __init__(self, ranks: int, mode: str, seed: int, **options: Any) -> None:
+        Fabric.seed_everything(seed)
+        strategy: Any = FSDPStrategy(**options) if ranks > 1 else "auto"
+        self.fabric = Fabric(accelerator="cpu", devices=ranks, strategy=strategy, precision=mode)
+        model = Net()
+        self.model, self.optimizer = self.fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-4))
+        data = TensorDataset(torch.randn(24, 5, generator=torch.Generator().manual_seed(0)))
+        self.loader = self.fabric.setup_dataloaders(DataLoader(data, batch_size=4, shuffle=True))
+        self.state = {"model": self.model, "optimizer": self.optimizer, "loader": self.loader, "done": 0}
+
+    def train(self, until: int) -> list[float]:
+        losses: list[float] = []
+        while self.state["done"] < until:
+            for (x,) in self.loader:
+                losses.append(self.step(x))
+                self.state["done"] += 1
+                if self.state["done"] == until:
+                    break
+        return losses
+
+    def step(self, x: Tensor) -> float:
+        self.optimizer.zero_grad()
+        total = 0.0
+        for half, last in ((x[:2], False), (x[2:], True)):
+            with self.fabric.no_backward_sync(self.model, enabled=not last):
+                loss = self.model(half).pow(2).mean() / 2
+                self.fabric.backward(loss)
+            total += loss.item()
+        self.fabric.clip_gradients(self.model, self.optimizer, max_norm=1.0)
+        self.optimizer.step()
+        return total
+
+    def values(self) -> dict[str, Any]:
+        """Returns parameters, buffers and the optimizer's state, whole, by name."""
+        found = dict(self.model.state_dict())
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            found.update({f"{index}.{name}": value for name, value in entry.items()})
+        return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in found.items()}
+
+
+def whole(ranks: int, mode: str, options: dict[str, Any]) -> Outcome:
+    run = Run(ranks, mode, 1, **options)
+    return run.train(2 * STEPS), run.values()
+
+
+def first(ranks: int, mode: str, options: dict[str, Any], path: Path, wait: bool = True) -> Outcome:
+    run = Run(ranks, mode, 1, **options)
+    losses, values = run.train(STEPS), {name: value.clone() for name, value in run.values().items()}
+    save = run.fabric.save(path, run.state, wait=wait)
+    if not wait:
+        run.train(STEPS + 1)
+        save.wait()
+    return losses, values
+
+
+def second(
+    ranks: int, mode: str, options: dict[str, Any], path: Path, until: int = 2 * STEPS, loader: bool = True
+) -> Outcome:
+    run = Run(ranks, mode, 99, **options)
+    run.train(1)
+    if not loader:  # the position in an epoch of another length is refused
+        del run.state["loader"]
+    run.fabric.load(path, run.state)
+    assert run.state["done"] == STEPS
+    return run.train(until), run.values()
+
+
+def same(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    return mine.keys() == theirs.keys() and all(
+        mine[name].dtype is value.dtype and torch.equal(mine[name], value) for name, value in theirs.items()
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["sharded", "full", "in the background"])
+def test_resuming_in_new_processes_is_bit_exact(mode: str, kind: str, tmp_path: Path) -> None:
+    options = {"state_dict_type": "full" if kind == "full" else "sharded"}
+    expected = run_in_ranks(2, whole, 2, mode, options)
+    assert expected[0][0] != expected[1][0] and same(expected[0][1], expected[1][1])
+    halves = run_in_ranks(2, first, 2, mode, options, tmp_path / "half", kind != "in the background")
+    assert (tmp_path / "half").is_file() == (kind == "full")
+    rest = run_in_ranks(2, second, 2, mode, options, tmp_path / "half")
+    for rank in range(2):
+        assert halves[rank][0] + rest[rank][0] == expected[rank][0]
+        assert same(rest[rank][1], expected[rank][1])
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 2)])
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_values_move_between_numbers_of_ranks(before: int, after: int, kind: str, tmp_path: Path) -> None:
+    options = {"state_dict_type": kind}
+    expected = in_ranks(before, first, options, tmp_path / "x")[0][1]
+    for losses, values in in_ranks(after, second, options, tmp_path / "x", STEPS, False):
+        assert losses == [] and same(values, expected)
+    outcomes = in_ranks(after, second, options, tmp_path / "x", 2 * STEPS, False)  # it trains on
+    assert all(len(losses) == STEPS and same(values, outcomes[0][1]) for losses, values in outcomes)
+    assert not same(outcomes[0][1], expected)
+
+
+def in_ranks(count: int, function: Any, options: dict[str, Any], *args: Any) -> list[Any]:
+    if count == 1:
+        return [function(1, "bf16-mixed", options, *args)]
+    return run_in_ranks(count, function, count, "bf16-mixed", options, *args)
+
+
+def test_replicas_of_shards(tmp_path: Path) -> None:
+    """HSDP writes each shard once, and reads it into every replica."""
+    expected = run_in_ranks(2, first, 2, "bf16-mixed", {"mesh": (2, 1)}, tmp_path / "x")[0][1]
+    for options in ({"mesh": (2, 1)}, {}):
+        for _, values in run_in_ranks(2, second, 2, "bf16-mixed", options, tmp_path / "x", STEPS):
+            assert same(values, expected)

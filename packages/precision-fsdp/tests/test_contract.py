@@ -1,0 +1,46 @@
+"""The contracts: the plugin alone on one device, the strategy on two ranks in every mode of core."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from precision_core import Strategy
+from precision_core.testing import PrecisionContract, StrategyContract, run_in_ranks
+from precision_core.testing.net import Net, make_batch
+from precision_fsdp import FSDPPrecision, FSDPStrategy
+
+
+@pytest.mark.parametrize("mode", ["64-true", "bf16-true", "bf16-mixed", "16-mixed"], scope="class")
+class TestFSDPPrecision(PrecisionContract):
+    @pytest.fixture(autouse=True)
+    def _set_mode(self, mode: str) -> None:
+        self.mode = mode
+
+    def make_precision(self) -> FSDPPrecision:
+        return FSDPPrecision(self.mode)
+
+
+class TestFSDPStrategy(StrategyContract):
+    def make_strategy(self) -> Strategy:
+        return FSDPStrategy()
+
+    def run(self, check: Callable[..., None], *args: Any) -> None:
+        run_in_ranks(2, check, self, *args)
+
+    def test_copies_of_a_model_are_whole(self) -> None:
+        self.run(copies_are_refused)
+
+
+def copies_are_refused(kit: StrategyContract) -> None:
+    _, model, _ = kit.setup()
+    for copy_of, what in ((copy.deepcopy, "a deepcopy"), (pickle.dumps, "a pickle")):
+        with pytest.raises(RuntimeError, match=f"{what} of this Net would take this process's shards only: "):
+            copy_of(model)
+    batch, _ = make_batch(0)
+    assert torch.equal(model(batch), model(batch)) and isinstance(model, Net)  # as it was

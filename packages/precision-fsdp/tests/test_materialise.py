@@ -1,0 +1,182 @@
+"""Models built on meta: the values that they would have had whole, in shards, or an error that names what has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from precision_core import MODES, Fabric
+from precision_core.testing import run_in_ranks
+from precision_fsdp import FSDPStrategy
+
+
+class Block(nn.Module):
+    table: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.up = nn.Linear(6, 5)  # 5 rows do not divide by two or three ranks
+        self.down = nn.Linear(5, 6)
+        self.scale = nn.Parameter(torch.empty(6))
+        self.register_buffer("table", torch.empty(6), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.scale)
+        self.table = torch.arange(6) / 5 + 0.1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(self.norm(x))) * self.scale + self.table
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.attention = nn.MultiheadAttention(6, 2)
+        self.head = nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+def whole(mode: str) -> dict[str, torch.Tensor]:
+    """The same sequence in one process: every module in the order of definition initialises itself."""
+    torch.manual_seed(3)
+    with Fabric(accelerator="cpu", precision=mode).init_module():
+        model = Net()
+    torch.manual_seed(5)
+    for module in model.modules():
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        if reset is not None:
+            reset()
+    model = Fabric(accelerator="cpu", precision=mode).setup(model)
+    return values(model)
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {
+        name: (each.full_tensor() if isinstance(each, DTensor) else each).detach().clone() for name, each in tensors
+    }
+
+
+def sharded(mode: str) -> tuple[dict[str, torch.Tensor], list[float], bool, bool]:
+    fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(wrap=Block), precision=mode)
+    with fabric.init_module():
+        model = Net()
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    torch.manual_seed(5 + fabric.global_rank)  # rank zero's numbers are everybody's
+    own = torch.get_rng_state()
+    fabric.setup(model, optimizer)
+    is_back = torch.equal(torch.get_rng_state(), own)
+    found, tied = values(model), model.head.weight is model.embedding.weight
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(torch.arange(7)), torch.arange(7).flip(0))
+        fabric.backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+    return found, losses, tied, is_back
+
+
+@pytest.mark.filterwarnings("ignore:.*casts buffers to:UserWarning")
+@pytest.mark.parametrize(("mode", "ranks"), [("32-true", 2), ("32-true", 3), ("bf16-mixed", 2), ("bf16-true", 2)])
+def test_values_equal_those_of_the_same_sequence_in_one_process(mode: str, ranks: int) -> None:
+    expected = whole(mode)
+    for rank, (found, losses, tied, is_back) in enumerate(run_in_ranks(ranks, sharded, mode)):
+        assert found.keys() == expected.keys() and tied
+        for name, value in expected.items():
+            assert found[name].dtype is value.dtype and torch.equal(found[name], value), name
+        assert losses[-1] < losses[0]
+        assert is_back == (rank > 0)  # rank zero's generator has moved on, as it would have in one process
+
+
+def test_a_second_model_gets_other_values_on_all_ranks() -> None:
+    def run() -> list[float]:
+        fabric = Fabric(accelerator="cpu", strategy="fsdp")
+        sums = []
+        for _ in range(2):
+            with fabric.init_module():
+                model = nn.Linear(3, 3)
+            sums.append(fabric.setup(model).weight.full_tensor().sum().item())
+        return sums
+
+    first, second = run_in_ranks(2, run)
+    assert first == second and first[0] != first[1]
+
+
+# -------------------------------------------------------------------- the user's own, and nobody's
+
+
+class Bare(nn.Module):
+    """Sets its values in its constructor, as most code does: on meta they come to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.scale = nn.Parameter(torch.ones(2))
+        self.register_buffer("steps", torch.arange(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * self.scale
+
+
+def bare(init_fn: Any) -> Any:
+    fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(init_fn=init_fn))
+    with fabric.init_module():
+        model = Bare()
+    try:
+        fabric.setup(model)
+    except ValueError as error:
+        return str(error)
+    return values(model)
+
+
+def by_hand(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        module.weight.data.fill_(2.0)  # .data, as in transformers
+        nn.init.zeros_(module.bias)
+    if isinstance(module, Bare):
+        nn.init.ones_(module.scale)
+        module.steps = torch.arange(4)
+
+
+def in_part(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.ones_(module.weight)
+
+
+def test_what_nothing_initialises_is_an_error_that_names_it() -> None:
+    for message in run_in_ranks(2, bare, None):
+        assert message.startswith("nothing initialises scale, steps: give their modules a reset_parameters() that sets")
+    for message in run_in_ranks(2, bare, in_part):
+        assert message.startswith("nothing initialises scale, steps, layer.bias: ")
+
+
+def test_the_users_function_is_called_for_each_module() -> None:
+    for found in run_in_ranks(2, bare, by_hand):
+        expected = {"scale": torch.ones(2), "layer.weight": torch.full((2, 2), 2.0), "layer.bias": torch.zeros(2)}
+        expected["steps"] = torch.arange(4)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_one_process_builds_on_meta_too() -> None:
+    torch.manual_seed(5)
+    expected = whole("64-true")
+    found = run_in_ranks(1, sharded, "64-true")[0][0]
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert MODES["64-true"].params is found["head.weight"].dtype

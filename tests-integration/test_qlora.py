@@ -1,0 +1,122 @@
+"""Adapters around 4- and 8-bit weights, sharded over two processes: the curve is that of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from precision_core import Fabric
+from precision_core.testing import loss_bound, run_in_ranks
+from precision_core.testing.loss_bound import curve_distance
+
+pytest.importorskip("precision_bnb", reason="precision-bnb is not installed here")
+pytest.importorskip("precision_fsdp", reason="precision-fsdp is not installed here")
+
+WIDTH, STEPS = 64, 60
+
+
+class Adapted(nn.Module):
+    """A frozen layer, and a product of rank 4 that trains beside it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.a = nn.Linear(inputs, 4, bias=False)
+        self.b = nn.Linear(4, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.b(self.a(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = Adapted(WIDTH, 2 * WIDTH)
+        self.down = Adapted(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(WIDTH, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def train(strategy: str, options: dict[str, Any]) -> tuple[list[float], dict[str, tuple[torch.dtype, float]]]:
+    """Returns the losses, and each packed weight's dtype and this rank's share of its elements."""
+    from precision_bnb import BitsandbytesPrecision
+
+    plugin = BitsandbytesPrecision(**options, ignore_modules={"*.a", "*.b", "head"})
+    fabric = Fabric(accelerator="cpu", precision=plugin, strategy=strategy)
+    torch.manual_seed(0)
+    model = fabric.setup(Net())
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    optimizer = fabric.setup_optimizers(torch.optim.SGD(trainable, lr=0.05, momentum=0.9))
+    batches, losses = torch.Generator().manual_seed(1), []
+    for step in range(STEPS):
+        halves = torch.randn(8, WIDTH, generator=batches).chunk(2)
+        mine = halves if fabric.world_size == 1 else halves[fabric.global_rank :][:1]
+        optimizer.zero_grad()
+        total = torch.zeros((), dtype=torch.float64)
+        for inputs in mine:  # one process takes them one by one, so that products are rounded alike
+            loss = nn.functional.mse_loss(model(inputs), inputs[:, :8].sin()) / len(mine)
+            fabric.backward(loss)
+            total += loss.detach().double()
+        optimizer.step()
+        losses.append(fabric.all_reduce(total).item())
+        if step == STEPS // 2:  # an evaluation on the way changes nothing
+            with torch.no_grad():
+                model.eval()(inputs)
+            model.train()
+    packed = {name: param for name, param in model.named_parameters() if name.endswith("layer.weight")}
+    return losses, {name: (param.dtype, _share(param)) for name, param in packed.items()}
+
+
+def _share(param: Tensor) -> float:
+    return param.to_local().numel() / param.numel() if isinstance(param, DTensor) else 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "bound", "stored"),
+    [
+        ({"mode": "nf4", "dtype": torch.float32}, "32-true", torch.uint8),
+        ({"mode": "nf4-dq", "dtype": torch.float32}, "32-true", torch.uint8),
+        ({"mode": "int8", "dtype": torch.float32}, "32-true", torch.uint8),
+        ({"mode": "nf4", "dtype": torch.bfloat16, "base": "bf16-mixed"}, "bf16-mixed", torch.uint8),
+        (
+            {
+                "mode": {
+                    "load_in_4bit": True,
+                    "bnb_4bit_quant_type": "nf4",
+                    "bnb_4bit_compute_dtype": torch.bfloat16,
+                    "bnb_4bit_quant_storage": torch.bfloat16,
+                },
+                "base": "bf16-mixed",
+            },
+            "bf16-mixed",
+            torch.bfloat16,
+        ),
+    ],
+    ids=["nf4", "nf4-dq", "int8", "nf4 in bfloat16", "nf4 stored as bfloat16"],
+)
+def test_sharded_adapters_train_as_on_one_device(options: dict[str, Any], bound: str, stored: torch.dtype) -> None:
+    ((reference, _),) = run_in_ranks(1, train, "single_device", options)
+    for losses, packed in run_in_ranks(2, train, "fsdp", options):
+        assert curve_distance(losses, reference) <= loss_bound(bound, STEPS)
+        assert len(packed) == 6
+        assert {dtype for dtype, _ in packed.values()} == {stored}
+        assert all(share <= 0.51 for _, share in packed.values())
+    assert reference[-1] < 0.9 * reference[0]
