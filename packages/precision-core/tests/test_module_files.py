@@ -513,15 +513,3 @@ def test_layers_with_their_own_way_keep_nothing_of_the_file(tmp_path: Path) -> N
     with open(tmp_path / "x.safetensors", "r+b") as file:
         file.write(b"\xff" * size)
     assert torch.equal(model.weight, weight)
-
-
-def test_a_sharded_parameter_is_refused(path: Path, tmp_path: Path) -> None:
-    class Sharded(Tensor):
-        placements = device_mesh = ()
-
-    model = Model(1)
-    model.steps = torch.tensor(1).as_subclass(Sharded)
-    with pytest.raises(CheckpointError, match=r"steps: it is sharded; load before the model is set up"):
-        load_module(path, model)
-    with pytest.raises(ValueError, match=r"cannot save steps: it is sharded; fabric\.save writes shards"):
-        save_module(tmp_path / "y.safetensors", model)

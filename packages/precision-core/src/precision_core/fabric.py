@@ -439,9 +439,9 @@ class Fabric:
         from precision_core.module_files import save_module
 
         self._check_launched()
-        with self._strategy.whole(_uncompiled(module)):
-            if self.is_global_zero:
-                save_module(path, _uncompiled(module), max_shard_size=max_shard_size)
+        target = _uncompiled(module)
+        with self._strategy.whole(target):
+            save_module(path, target, max_shard_size=max_shard_size, keep=self.is_global_zero)
         self.barrier()
 
     def load_module(self, path: str | PathLike[str], module: nn.Module, strict: bool = True) -> Loaded:

@@ -34,11 +34,14 @@ from precision_core.module_layers import (
 # ---------------------------------------------------------------- saving
 
 
-def save_module(path: str | PathLike[str], module: nn.Module, *, max_shard_size: int | str = "5GB") -> None:
+def save_module(
+    path: str | PathLike[str], module: nn.Module, *, max_shard_size: int | str = "5GB", keep: bool = True
+) -> None:
     """Writes a module's parameters and persistent buffers to a safetensors file, or to a folder.
 
     Larger ones become shards with an index, as Hugging Face has it. A tensor under several names is written once, under
-    the first, and the file's metadata maps the others to it.
+    the first, and the file's metadata maps the others to it. What is sharded over ranks is gathered: all of them call
+    this, and one has `keep`, holds the whole in host memory, and writes.
 
     Raises:
         ValueError: a value that safetensors does not have; names it. Nothing was written.
@@ -60,14 +63,17 @@ def save_module(path: str | PathLike[str], module: nn.Module, *, max_shard_size:
     modules: dict[str, Any] = getattr(state, "_metadata", {})
     versions = {prefix_of(name): item["version"] for name, item in modules.items() if "version" in item}
     metadata = {**ties, "format": "pt", VERSIONS: json.dumps(versions)}  # "pt" is what Hugging Face asks for
-    safetensors_files.write(Path(path), tensors, metadata, max_shard_size)
+    if any(map(is_sharded, tensors.values())):
+        from precision_core.shards import made_whole
+
+        tensors = made_whole(tensors, keep)
+    if keep:
+        safetensors_files.write(Path(path), tensors, metadata, max_shard_size)
 
 
 def _unsaveable(value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__} is no tensor; fabric.save takes it"
-    if is_sharded(value):
-        return "it is sharded; fabric.save writes shards, value.full_tensor() gathers them"
     if value.is_meta or is_lazy(value):
         return "it has no values yet"
     if value.layout is not torch.strided or value.is_quantized:
@@ -77,6 +83,8 @@ def _unsaveable(value: Any) -> str:
 
 def _memory(tensor: Tensor) -> Any:
     """Returns what two tensors have in common that are the same values in the same memory; None when it is empty."""
+    if is_sharded(tensor):
+        return "sharded", *(_memory(tensor.to_local()) or (id(tensor),))  # type: ignore[attr-defined]
     if not tensor.numel():
         return None
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj()

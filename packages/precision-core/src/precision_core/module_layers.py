@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from precision_core.checkpoint import CheckpointError
+from precision_core.compare import hooks_of_others
 from precision_core.fit import is_sharded, misfit
 from precision_core.safetensors_files import Files
 
@@ -68,8 +69,8 @@ def versions_of(files: Files, path: object) -> dict[str, int]:
 def _has_own_way(module: nn.Module) -> bool:
     method = type(module)._load_from_state_dict
     return bool(
-        module._load_state_dict_pre_hooks
-        or module._load_state_dict_post_hooks
+        hooks_of_others(module._load_state_dict_pre_hooks)
+        or hooks_of_others(module._load_state_dict_post_hooks)
         or "_load_from_state_dict" in vars(module)
         or not method.__module__.startswith("torch.nn.modules.")
         or type(module).set_extra_state is not nn.Module.set_extra_state
@@ -108,8 +109,6 @@ def misfits(files: Files, layers: list[Layer], sources: dict[str, str], strict: 
         for name, live in layer.slots.items():
             if is_lazy(live):
                 yield f"{name}: it has no shape yet; run a forward first"
-            elif is_sharded(live):
-                yield f"{name}: it is sharded; load before the model is set up"
             elif name in sources:
                 if reason := misfit(files.get(sources[name]), live, strict=strict):
                     yield f"{name}: {reason}"
@@ -128,7 +127,7 @@ def load_plain(files: Files, layer: Layer, sources: dict[str, str], made: dict[i
         if name not in sources:
             continue
         with torch.no_grad():
-            values = files.get(sources[name])
+            values = _sharded_like(live, files.get(sources[name]))
             if not live.is_meta:
                 live.copy_(values)
                 continue
@@ -137,6 +136,15 @@ def load_plain(files: Files, layer: Layer, sources: dict[str, str], made: dict[i
                 made[id(live)] = nn.Parameter(new, live.requires_grad) if isinstance(live, nn.Parameter) else new
                 vars(made[id(live)]).update(vars(live))
             setattr(layer.module, name.removeprefix(layer.prefix), made[id(live)])
+
+
+def _sharded_like(live: Tensor | None, values: Tensor) -> Tensor:
+    """Returns `values`, or this rank's part of them where `live` is sharded."""
+    if live is None or not is_sharded(live) or live.shape != values.shape:
+        return values
+    from precision_core.shards import cut  # imports what a model on one device does not need
+
+    return cut(values, live).to(live.device)
 
 
 def load_own_way(files: Files, layer: Layer, sources: dict[str, str], versions: dict[str, int]) -> Loaded:
@@ -149,7 +157,8 @@ def load_own_way(files: Files, layer: Layer, sources: dict[str, str], versions: 
     for name, source in sources.items():
         if name.startswith(prefix):
             short = name.removeprefix(prefix)
-            state[live_names.get(short, short)] = files.get(source)
+            live_name = live_names.get(short, short)
+            state[live_name] = _sharded_like(tensors.get(live_name), files.get(source))
     prefixes = {name: prefix + prefix_of(name) for name, _ in module.named_modules()}
     state._metadata = {  # type: ignore[attr-defined]
         name: {"version": versions[full]} for name, full in prefixes.items() if full in versions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -83,6 +84,7 @@ def _collect(receivers: list[Connection], deadline: float, timeout: float) -> li
 def _run(
     rank: int, environment: dict[str, str], sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    gc.freeze()  # what the forked process left to the collector is its own: groups whose threads are not here crash
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     try:

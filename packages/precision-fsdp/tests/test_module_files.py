@@ -1,0 +1,69 @@
+"""safetensors of a sharded model: one whole file, written by rank zero, and each rank takes its shards of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from precision_core import CheckpointError, Fabric
+from precision_core.testing import run_in_ranks
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)) for _ in range(2))
+        self.head = nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def model(seed: int) -> Tied:
+    torch.manual_seed(seed)
+    return Tied()
+
+
+def values(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+        for name, value in module.state_dict().items()
+    }
+
+
+def saved_and_loaded(folder: Path, mode: str) -> None:
+    fabric = Fabric(accelerator="cpu", strategy="fsdp", precision=mode)
+    mine = fabric.setup(model(1))
+    wanted, path = values(mine), folder / "model.safetensors"
+    fabric.save_module(path, mine)
+    saved = load_file(path)
+    assert (
+        "head.weight" not in saved and saved.keys() | {"head.weight"} == wanted.keys()
+    )  # what is tied is written once
+    assert all(torch.equal(value, wanted[name]) and value.dtype is wanted[name].dtype for name, value in saved.items())
+    other = fabric.setup(model(2))
+    fabric.load_module(path, other)
+    assert all(torch.equal(value, wanted[name]) for name, value in values(other).items())
+    assert other.head.weight is other.embedding.weight
+
+
+@pytest.mark.parametrize("mode", ["64-true", "32-true", "bf16-mixed"])
+def test_a_sharded_model_is_saved_whole_and_loaded_in_shards(mode: str, tmp_path: Path) -> None:
+    run_in_ranks(2, saved_and_loaded, tmp_path, mode)
+
+
+def refused(folder: Path) -> None:
+    fabric = Fabric(accelerator="cpu", strategy="fsdp")
+    fabric.save_module(folder / "m.safetensors", fabric.setup(nn.Linear(4, 3)))
+    other = fabric.setup(nn.Linear(4, 2))
+    before = values(other)
+    with pytest.raises(CheckpointError, match=r"weight: shape \(3, 4\) in the checkpoint, \(2, 4\) in the model"):
+        fabric.load_module(folder / "m.safetensors", other)
+    assert all(torch.equal(value, before[name]) for name, value in values(other).items())
+
+
+def test_another_shape_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    run_in_ranks(2, refused, tmp_path)
