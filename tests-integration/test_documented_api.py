@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,39 @@ def test_usage_2_verbatim_without_cuda_is_an_error() -> None:
     scaler = torch.cuda.amp.GradScaler(init_scale=2**16, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000)
     with pytest.raises(ValueError, match="is not here, so torch has disabled it and dropped its values"):
         Fabric(precision=MixedPrecision(precision="16-mixed", device="cuda", scaler=scaler), accelerator="gpu")
+
+
+def test_usage_3_bitsandbytes() -> None:
+    plugin_class = named("precision_bnb.BitsandbytesPrecision")
+    plugin = plugin_class(mode="int8")
+    assert plugin.setup_bnb_config().load_in_8bit
+    plugin = plugin_class(mode="nf4", dtype=torch.bfloat16, ignore_modules={"lm_head", "embed_tokens"})
+    fabric = Fabric(precision=plugin, accelerator="cpu")
+    assert fabric.precision_plugin is plugin
+    layers = {"embed_tokens": nn.Linear(64, 64), "up": nn.Linear(64, 64), "lm_head": nn.Linear(64, 3)}
+    model = fabric.setup(nn.Sequential(OrderedDict(layers)))
+    assert {name: layer.weight.dtype for name, layer in model.named_children()} == {
+        "embed_tokens": torch.bfloat16,
+        "up": torch.uint8,
+        "lm_head": torch.bfloat16,
+    }
+    assert model.up.weight.nbytes <= 64 * 64 * 4.5 / 8 + 32
+    assert model(torch.ones(2, 64)).dtype is torch.float32
+
+
+@pytest.mark.filterwarnings("ignore")  # DeepSpeed's own
+def test_usage_4_deepspeed() -> None:
+    named("precision_deepspeed.DeepSpeedStrategy")
+    for losses, params in run_in_ranks(2, usage_4):
+        assert losses[-1] < losses[0] / 4
+        assert params == {torch.float32}
+
+
+def usage_4() -> tuple[list[float], set[torch.dtype]]:
+    from precision_deepspeed import DeepSpeedPrecision, DeepSpeedStrategy
+
+    precision = DeepSpeedPrecision(precision="16-mixed")
+    return train_a_line(Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(stage=2), precision=precision, devices=2))
 
 
 def test_usage_5_fsdp() -> None:

@@ -18,6 +18,7 @@ from precision_core import Policy, Precision, Strategy
 from precision_core.clipping import make_clip
 from precision_core.override import original
 from precision_core.processes import Ranks, join
+from precision_core.resolve import is_core_mode
 from precision_core.state import Filter, stateful_objects
 from precision_core.strategies.collectives import Collectives
 from precision_deepspeed import checkpoint, vendor
@@ -88,6 +89,8 @@ class DeepSpeedStrategy(Collectives, Strategy):
     def refuses(self, precision: Precision) -> str | None:
         """Returns why not: the engine does the casting itself, and a config may contradict the mode."""
         if not isinstance(precision, DeepSpeedPrecision):
+            if not is_core_mode(precision.mode):
+                return 'DeepSpeed\'s engine casts by itself, and runs core\'s modes alone: use strategy="fsdp" or "ddp"'
             return (
                 "DeepSpeed's engine casts by itself: pass the mode as a string, or "
                 f'DeepSpeedPrecision("{precision.mode}")'
