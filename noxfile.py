@@ -125,7 +125,9 @@ def doctor(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Every benchmarks/bench_*.py, one after another, with this command's arguments."""
     _install_core_and_lab(session)
-    session.install(*_editable("packages/precision-bnb"), "--group", "packages/precision-bnb/pyproject.toml:bench")
+    for name in ("precision-bnb", "precision-deepspeed", "precision-fsdp"):
+        session.install(*_editable(f"packages/{name}"))
+    session.install("--group", "packages/precision-bnb/pyproject.toml:bench")
     for script in sorted(ROOT.glob("benchmarks/bench_*.py")):
         session.run("python", str(script.relative_to(ROOT)), *session.posargs)
 
