@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,3 +121,54 @@ def test_sharded_adapters_train_as_on_one_device(options: dict[str, Any], bound:
         assert {dtype for dtype, _ in packed.values()} == {stored}
         assert all(share <= 0.51 for _, share in packed.values())
     assert reference[-1] < 0.9 * reference[0]
+
+
+# -------------------------------------------------------------------- files
+
+
+def values(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: value.full_tensor() if isinstance(value, DTensor) else value.clone()
+        for name, value in module.state_dict().items()
+    }
+
+
+def made(strategy: str, seed: int) -> tuple[Fabric, nn.Module, torch.optim.Optimizer]:
+    fabric = Fabric(accelerator="cpu", precision="nf4", strategy=strategy)
+    torch.manual_seed(seed)
+    model = fabric.setup(Net())
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    return fabric, model, fabric.setup_optimizers(torch.optim.AdamW(trainable))
+
+
+def saved(folder: Path) -> dict[str, Tensor]:
+    fabric, model, optimizer = made("fsdp", seed=0)
+    fabric.backward(model(torch.randn(4, WIDTH)).pow(2).mean())
+    optimizer.step()
+    fabric.save(folder / "checkpoint", {"model": model, "optimizer": optimizer})
+    fabric.save_module(folder / "model.safetensors", model)
+    return values(model)
+
+
+def loaded(folder: Path, strategy: str) -> dict[str, Tensor]:
+    fabric, model, optimizer = made(strategy, seed=1)
+    fabric.load(folder / "checkpoint", {"model": model, "optimizer": optimizer})
+    return values(model)
+
+
+def loaded_into_nothing(folder: Path, strategy: str) -> dict[str, Tensor]:
+    fabric = Fabric(accelerator="cpu", precision="nf4", strategy=strategy)
+    with fabric.init_module():
+        model = Net()
+    fabric.load_module(folder / "model.safetensors", model)
+    return values(fabric.setup(model))
+
+
+def test_packed_shards_are_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
+    wanted = run_in_ranks(2, saved, tmp_path)[0]
+    assert sum(value.dtype is torch.uint8 for value in wanted.values()) == 19
+    for load in (loaded, loaded_into_nothing):
+        for ranks, strategy in ((2, "fsdp"), (3, "fsdp"), (1, "single_device")):
+            for found in run_in_ranks(ranks, load, tmp_path, strategy):
+                assert found.keys() == wanted.keys()
+                assert all(torch.equal(value, wanted[name]) for name, value in found.items())
