@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import logging
 import pickle
@@ -339,9 +340,17 @@ def test_embeddings_that_write_to_themselves_stay() -> None:
 # ---------------------------------------------------------------- compile
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 10), reason="torch 2.9 cannot trace frozen dataclasses with computed fields"
+)
 @pytest.mark.parametrize("mode", ["nf4-dq", "int8", "int8-training"])
-def test_compiled_layers_are_the_same(mode: str) -> None:
-    layer = ours(linear(), mode)
+@pytest.mark.parametrize("comes", ["made", "unpickled"])
+def test_compiled_layers_are_the_same(mode: str, comes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = pickle.dumps(ours(linear(), mode))
+    monkeypatch.setattr(
+        importlib.import_module("precision_bnb.quantize"), "_codes", {}
+    )  # as in a process that has quantised nothing
+    layer = pickle.loads(saved) if comes == "unpickled" else ours(linear(), mode)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     given, expected = inputs(), inputs()
     with warnings.catch_warnings():

@@ -278,6 +278,8 @@ def sharded(config: Any, policy: torch.dtype | None) -> list[float]:
 @pytest.mark.parametrize("policy", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
 def test_packed_weights_shard_under_plain_fsdp2(storage: str, policy: torch.dtype | None) -> None:
+    if storage == "uint8" and torch.__version__ < (2, 10):
+        pytest.skip("torch 2.9 shards no integer parameters")
     config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": storage}
     fabric = Fabric(accelerator="cpu", precision=BitsandbytesPrecision(config, torch.bfloat16, base="32-true"))
     model = Net()

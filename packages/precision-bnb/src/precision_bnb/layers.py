@@ -14,7 +14,7 @@ from precision_bnb import fast
 from precision_bnb.loading import load_packed
 from precision_bnb.packed import Format, Layout
 from precision_bnb.products import product, training_product
-from precision_bnb.quantize import code_of, dequantize, nested_code
+from precision_bnb.quantize import code_of, dequantize, make_codes, nested_code
 
 
 class Quantized(nn.Module):
@@ -60,6 +60,11 @@ class Quantized(nn.Module):
         move: Any = super()._apply
         return move(apply, recurse)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        restore: Any = super().__setstate__  # torch has no types for it
+        restore(state)
+        make_codes(self.layout.format)
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         errors = args[-1]
@@ -90,6 +95,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         transposed: bool = False,
     ) -> None:
         nn.Module.__init__(self)
+        make_codes(layout.format)
         self.in_features, self.out_features = layout.columns, layout.rows
         self.layout = layout
         self.compute_dtype = compute_dtype
@@ -142,6 +148,7 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
 
     def __init__(self, weight: Tensor, layout: Layout, compute_dtype: torch.dtype, padding_idx: int | None) -> None:
         nn.Module.__init__(self)
+        make_codes(layout.format)
         self.num_embeddings, self.embedding_dim = layout.rows, layout.columns
         self.padding_idx = padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False

@@ -21,6 +21,7 @@ _CHUNK = 2**18
 _LARGEST_BLOCK = 1024
 """Of bitsandbytes' AVX512 kernel; for larger ones it calls torch.compile. A block is as well several with one scale."""
 
+_CPU = torch.device("cpu")
 _codes: dict[tuple[str, torch.device], Tensor] = {}
 
 
@@ -125,11 +126,20 @@ def nested_code(device: torch.device) -> Tensor:
     return _cached("dynamic", device)
 
 
+def make_codes(format: Format) -> None:
+    """Makes the values of `format` on the CPU before a layer needs them: torch.compile could not trace that."""
+    if format.quant_type != "int8":
+        code_of(format.quant_type, _CPU)
+        if format.double_quant:
+            nested_code(_CPU)
+
+
 def _cached(name: str, device: torch.device) -> Tensor:
     key = (name, device)
-    if key not in _codes:
-        made = bnb.create_dynamic_map() if name == "dynamic" else bnb.get_4bit_type(name, device="cpu")
-        _codes[key] = made.to(device)
+    if key not in _codes and device.type == "cpu":
+        _codes[key] = bnb.create_dynamic_map() if name == "dynamic" else bnb.get_4bit_type(name, device="cpu")
+    elif key not in _codes:
+        _codes[key] = _cached(name, _CPU).to(device)
     return _codes[key]
 
 
