@@ -237,6 +237,8 @@ def packed(mode: str, dtype: torch.dtype) -> tuple[list[str], bool, bool, list[f
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("mode", ["bf16-mixed", "bf16-true"])
 def test_packed_weights_are_sharded_as_they_are_and_never_cast(mode: str, dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point and torch.__version__ < (2, 10):
+        pytest.skip("torch 2.9 shards no integer parameters")
     for seen, is_same, is_shard, losses in run_in_ranks(2, packed, mode, dtype):
         assert seen == [str(dtype)] and is_same and is_shard
         assert losses[-1] < losses[0]
