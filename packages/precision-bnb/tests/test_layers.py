@@ -340,9 +340,6 @@ def test_embeddings_that_write_to_themselves_stay() -> None:
 # ---------------------------------------------------------------- compile
 
 
-@pytest.mark.skipif(
-    torch.__version__ < (2, 10), reason="torch 2.9 cannot trace frozen dataclasses with computed fields"
-)
 @pytest.mark.parametrize("mode", ["nf4-dq", "int8", "int8-training"])
 @pytest.mark.parametrize("comes", ["made", "unpickled"])
 def test_compiled_layers_are_the_same(mode: str, comes: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from precision_core import MODES, Fabric, MixedPrecision
 from precision_core.testing import curve_distance, loss_bound, run_in_ranks, train
-from precision_core.testing.controls import LOWER
+from precision_core.testing.controls import LEFT_SCALED, LOWER
 from precision_core.testing.problem import adamw, mean_curve
 from precision_fsdp import FSDPStrategy
 
@@ -56,7 +56,7 @@ def test_cores_autocast_over_float32_shards_too() -> None:
     assert curve_distance(curve, alone("bf16-mixed")) <= loss_bound("bf16-mixed", STEPS)
 
 
-# -------------------------------------------------------------------- controls; the contract has those of gradients
+# -------------------------------------------------------------------- controls
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -76,6 +76,18 @@ def round_shards(model: nn.Module) -> None:
     for param in model.parameters():
         shard = param.to_local()  # type: ignore[operator]
         shard.copy_(shard.to(torch.float8_e4m3fn).to(shard.dtype))
+
+
+@pytest.mark.parametrize("factor", [2.0, LEFT_SCALED], ids=["summed", "left scaled"])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_another_size_are_beyond_the_bound(mode: str, factor: float) -> None:
+    curve = mean_curve(run_in_ranks(2, multiplied, mode, factor))
+    assert curve_distance(curve, alone(mode)) > loss_bound(mode, STEPS)
+
+
+def multiplied(mode: str, factor: float) -> list[float]:
+    fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(wrap="Block"), precision=mode)
+    return train(fabric, steps=STEPS, gradient_factor=factor)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -67,3 +67,37 @@ def refused(folder: Path) -> None:
 
 def test_another_shape_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     run_in_ranks(2, refused, tmp_path)
+
+
+def damaged_on_one_rank(folder: Path) -> str:
+    fabric = Fabric(accelerator="cpu", strategy="fsdp")
+    model = fabric.setup(nn.Linear(4, 3))
+    fabric.save_module(folder / "0.safetensors", model)
+    if fabric.global_rank == 1:
+        whole = (folder / "0.safetensors").read_bytes()
+        (folder / "1.safetensors").write_bytes(whole[: len(whole) // 2])
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    with pytest.raises(CheckpointError) as error:
+        fabric.load_module(folder / f"{fabric.global_rank}.safetensors", model)
+    assert all(not value.any() for value in values(model).values())
+    return str(error.value)
+
+
+def test_a_file_that_is_damaged_for_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
+    mine, theirs = run_in_ranks(2, damaged_on_one_rank, tmp_path, timeout=30)
+    assert mine.startswith("rank 1 could not load the checkpoint: CheckpointError: ") and "1.safetensors" in theirs
+
+
+def cannot_write(folder: Path) -> str:
+    fabric = Fabric(accelerator="cpu", strategy="fsdp")
+    model = fabric.setup(nn.Linear(4, 3))
+    (folder / "file").touch()
+    with pytest.raises((OSError, CheckpointError)) as error:
+        fabric.save_module(folder / "file" / "model.safetensors", model)
+    return "CheckpointError" if isinstance(error.value, CheckpointError) else "OSError"
+
+
+def test_what_rank_zero_cannot_write_is_an_error_on_all(tmp_path: Path) -> None:
+    assert run_in_ranks(2, cannot_write, tmp_path, timeout=30) == ["OSError", "CheckpointError"]

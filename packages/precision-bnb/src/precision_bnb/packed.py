@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -65,8 +65,6 @@ class Layout:
     format: Format
     rows: int
     columns: int
-    spans: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
-    """Start and end of codes, scales, scales of scales, mean; made once, for they are needed in each forward."""
 
     def __post_init__(self) -> None:
         weights = self.rows * self.columns
@@ -81,7 +79,13 @@ class Layout:
         for size in sizes:
             spans.append((start, start + size))
             start += math.ceil(size / _ALIGNMENT) * _ALIGNMENT
-        object.__setattr__(self, "spans", tuple(spans))
+        object.__setattr__(self, "_spans", tuple(spans))  # no field: torch 2.9 traces only what __init__ takes
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Start and end of codes, scales, scales of scales, mean; made once, for they are needed in each forward."""
+        spans: tuple[tuple[int, int], ...] = self._spans  # type: ignore[attr-defined]
+        return spans
 
     @property
     def nbytes(self) -> int:

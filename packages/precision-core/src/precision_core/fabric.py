@@ -24,8 +24,10 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from precision_core import loading, rng, saving
+from precision_core.agreement import agreed
 from precision_core.background import PendingSave, forget
 from precision_core.composition import check_composition
+from precision_core.fit import is_sharded
 from precision_core.layout import make_layout
 from precision_core.loader import DeviceLoader
 from precision_core.override import is_overridden, override
@@ -435,23 +437,24 @@ class Fabric:
 
         Raises:
             OSError: the file cannot be written; what was there stays.
+            CheckpointError: rank zero could not write it.
         """
         from precision_core.module_files import save_module
 
         self._check_launched()
         target = _uncompiled(module)
-        with self._strategy.whole(target):
+        with agreed(self._strategy, "save"), self._strategy.whole(target):
             save_module(path, target, max_shard_size=max_shard_size, keep=self.is_global_zero)
-        self.barrier()
 
     def load_module(self, path: str | PathLike[str], module: nn.Module, strict: bool = True) -> Loaded:
         """Reads safetensors, memory-mapped, into a module: a file, an index file, or a folder with either.
 
         Layers with a way of their own to load, such as quantised ones, get their tensors one layer at a time. Returns
-        the names that were `missing` and `unexpected`; under `strict` there are none.
+        the names that were `missing` and `unexpected`; under `strict` there are none. Where the module is sharded call
+        it on all ranks: each takes its shards, once the file fits on all of them.
 
         Raises:
-            CheckpointError: damaged, or does not fit; nothing was changed.
+            CheckpointError: damaged, or does not fit, here or on another rank; nothing was changed.
             FileNotFoundError: there is no such file.
         """
         from precision_core.module_files import load_module
@@ -461,7 +464,10 @@ class Fabric:
         if any(param.is_meta for param in target.parameters()):
             self._precision.before_load(target)
         with self._strategy.whole(target, writes=True):
-            return load_module(path, target, strict)
+            if not any(map(is_sharded, target.parameters())):
+                return load_module(path, target, strict)
+            with agreed(self._strategy, "load") as ranks:
+                return load_module(path, target, strict, agree=ranks.reach)
 
     def teardown(self) -> None:
         """Gives the objects that were set up their own methods back; dtypes stay."""

@@ -35,7 +35,8 @@ def multiply(gradients: list[Tensor], factor: float | Tensor) -> None:
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:
     """Whether no element is inf or NaN; waits for the device."""
-    return all(bool(whole(torch.isfinite(gradient).all())) for gradient in gradients)
+    # Counted, as torch 2.9 adds up the ranks' answers to all() of a sharded tensor: one rank's yes was everybody's.
+    return not any(bool(whole(torch.logical_not(torch.isfinite(gradient)).sum())) for gradient in gradients)
 
 
 def is_plain(gradients: Sequence[Tensor]) -> bool:

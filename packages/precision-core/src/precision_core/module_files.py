@@ -7,7 +7,7 @@ its turn, so that a layer which quantises as it loads is the only one whose floa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -93,13 +93,16 @@ def _memory(tensor: Tensor) -> Any:
 # ---------------------------------------------------------------- loading
 
 
-def load_module(path: str | PathLike[str], module: nn.Module, strict: bool = True) -> Loaded:
+def load_module(
+    path: str | PathLike[str], module: nn.Module, strict: bool = True, *, agree: Callable[[], None] = lambda: None
+) -> Loaded:
     """Loads what `save_module`, safetensors or Hugging Face wrote into a module, in place; returns what was left out.
 
     Values go into the dtypes that the module has. `strict` wants the same names, and no value to be rounded; shapes
     must always be equal. A tied tensor may be under any of its names. Tensors on the meta device are replaced by ones
     on the CPU. All is compared before anything is written, except in layers with a `_load_from_state_dict`, load hooks
-    or extra state of their own: they get their tensors as the file has them, and judge for themselves.
+    or extra state of their own: they get their tensors as the file has them, and judge for themselves. `agree` is
+    called in between, and raises where another rank has found a problem.
 
     Raises:
         CheckpointError: damaged, or it does not fit; names the first ten. Nothing was changed, unless it says so.
@@ -117,6 +120,7 @@ def load_module(path: str | PathLike[str], module: nn.Module, strict: bool = Tru
         unexpected = [name for name in files.names if name not in names and not name.startswith(own)]
         differences = _differences(missing, unexpected) if strict else []
         refuse(path, [*differences, *contradictions, *misfits(files, layers, sources, strict)])
+        agree()
         everything = {**aliases, **{name: name for name in files.names}}
         made: dict[int, Tensor] = {}
         done: set[nn.Module] = set()

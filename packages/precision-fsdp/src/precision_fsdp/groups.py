@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from precision_core import Precision
 from precision_core.dtypes import dtype_name
@@ -76,6 +77,24 @@ def make_groups(root: nn.Module, blocks: Mapping[str, nn.Module], precision: Pre
     _check_tied(list(groups.values()))
     order = sorted(groups.values(), key=lambda group: (-group.name.count(".") - bool(group.name), not group.beside))
     return [group for group in order if group.params or not group.name]
+
+
+def check_shards_integers(root: nn.Module, mesh: DeviceMesh) -> None:
+    """Raises `ValueError` naming integer parameters, such as packed weights, where torch cannot shard them (2.9)."""
+    params = root.named_parameters()
+    names = [name for name, param in params if not (param.is_floating_point() or param.is_complex())]
+    if not names:
+        return
+    probe = nn.Module()
+    probe.register_parameter("weight", nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False))
+    try:
+        fully_shard(probe.to(mesh.device_type), mesh=mesh)
+    except RuntimeError as error:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise ValueError(
+            f"torch {torch.__version__} cannot shard parameters of integers: {', '.join(names[:5])}{more}. Use a newer "
+            'torch, or store packed weights in a float dtype (bitsandbytes: bnb_4bit_quant_storage="bfloat16")'
+        ) from error
 
 
 def _casts(precision: Precision, name: str, params: Mapping[nn.Parameter, str] | None = None, kind: str = "") -> Casts:

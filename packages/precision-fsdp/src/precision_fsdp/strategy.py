@@ -33,7 +33,7 @@ from precision_core.exceptions import Restore
 from precision_core.processes import Ranks, join
 from precision_core.strategies.collectives import Collectives
 from precision_fsdp.copies import refuse_copies
-from precision_fsdp.groups import Group, make_groups
+from precision_fsdp.groups import Group, check_shards_integers, make_groups
 from precision_fsdp.materialise import InitFn, check_can_initialise, is_on_meta, materialise
 from precision_fsdp.policies import check_fsdp_policy, overridden
 from precision_fsdp.precision import FSDPPrecision
@@ -199,7 +199,8 @@ class FSDPStrategy(Collectives, Strategy):
 
         Raises:
             ValueError: a selection that matches nothing, parameters tied across groups, parameters that train in
-                several dtypes in one module, or that nothing initialises; nothing was sharded.
+                several dtypes in one module, that nothing initialises, or that this torch cannot shard; nothing was
+                sharded.
             RuntimeError: there is no process group.
         """
         if not dist.is_initialized():
@@ -213,6 +214,7 @@ class FSDPStrategy(Collectives, Strategy):
         if any(isinstance(param, DTensor) for param in module.parameters()):
             raise ValueError(f"this {type(module).__name__} is sharded already: give fabric.setup the model as it was")
         mesh = self._get_mesh()
+        check_shards_integers(module, mesh)
         self._restores += recompute(again.items(), self.precision)
         offload = CPUOffloadPolicy() if self._cpu_offload else OffloadPolicy()
         for group in groups:
