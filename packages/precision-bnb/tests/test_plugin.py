@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -157,8 +159,20 @@ def test_a_quantised_model_is_adopted_in_its_own_mode_only() -> None:
     assert plugin.convert_module(model).head.weight is packed
     assert model.head.compute_dtype is torch.bfloat16 and "taken over" in str(plugin.report)
     assert plugin.storage(packed) is None
-    with pytest.raises(ValueError, match=r"body.0 is quantised in nf4-dq: pass precision=\"nf4-dq\""):
+    with pytest.raises(ValueError, match=r"body.0 is quantised in nf4-dq in blocks of 64: pass precision=\"nf4-dq\""):
         BitsandbytesPrecision("int8").convert_module(model)
+    for change, how in [
+        ({"block_size": 128}, 'in blocks of 128: pass replace(MODES["nf4"], block_size=128)'),
+        (
+            {"bnb_4bit_quant_storage": torch.bfloat16},
+            'pass replace(MODES["nf4"], bnb_4bit_quant_storage=torch.bfloat16)',
+        ),
+    ]:
+        config = replace(MODES["nf4"], **change)
+        model = BitsandbytesPrecision(config).convert_module(Model())
+        with pytest.raises(ValueError, match=re.escape(how)):
+            BitsandbytesPrecision("nf4").convert_module(model)
+        BitsandbytesPrecision(config).convert_module(model)
 
 
 def test_tied_heads_stay_with_their_embedding() -> None:

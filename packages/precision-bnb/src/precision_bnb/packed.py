@@ -43,9 +43,9 @@ class Format:
     storage: torch.dtype = torch.uint8
 
     def __str__(self) -> str:
-        if self.quant_type == "int8":
-            return "int8"
-        return f"{self.quant_type}{'-dq' * self.double_quant} in blocks of {self.block_size}"
+        name = self.quant_type + "-dq" * self.double_quant
+        blocks = "" if self.quant_type == "int8" else f" in blocks of {self.block_size}"
+        return f"{name}{blocks}" + ("" if self.storage is torch.uint8 else f" stored as {self.storage}")
 
 
 class Parts(NamedTuple):

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from precision_bnb import fast
+from precision_bnb.adopt import how_to_ask_for
 from precision_bnb.config import COMPUTE_DTYPES, BitsAndBytesConfig
-from precision_bnb.convert import converted, quantize
+from precision_bnb.convert import converted, format_of, quantize
 from precision_bnb.layers import Quantized, QuantizedEmbedding, QuantizedLinear
 from precision_bnb.meta import parameters_on_meta
 from precision_bnb.support import DEVICES, compute_dtype
@@ -200,13 +201,15 @@ class BitsandbytesPrecision(Precision):
         return surgery
 
     def _check_adopted(self, module: nn.Module) -> None:
+        wanted = format_of(self._config)
         for name, layer in converted(module):
-            theirs = layer.format.quant_type if isinstance(layer, Quantized) else "int8-training"
-            double = "-dq" if isinstance(layer, Quantized) and layer.format.double_quant else ""
-            if theirs + double != self.mode:
+            format = layer.format if isinstance(layer, Quantized) else None
+            if format != wanted:
+                theirs = "int8-training" if format is None else format
+                how = 'pass precision="int8-training"' if format is None else how_to_ask_for(format)
                 raise ValueError(
-                    f'{name or "the model"} is quantised in {theirs}{double}: pass precision="{theirs}{double}", or '
-                    f'dequantise it first, "{self.mode}" would not change it'
+                    f'{name or "the model"} is quantised in {theirs}: {how}, or dequantise it first, "{self.mode}" '
+                    f"{f'({wanted}) ' if wanted is not None else ''}would not change it"
                 )
 
     def _check_trainable(self, module: nn.Module, planned: Report | None = None) -> None:
