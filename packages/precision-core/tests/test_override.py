@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from precision_core import MODES, Fabric
-from precision_core.override import is_overridden, original, override
+from precision_core.override import is_overridden, original, override, undone_on_error
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
@@ -232,3 +232,23 @@ def test_the_signature_stays_the_users() -> None:
     model = set_up("bf16-mixed")
     assert inspect.signature(model.forward) == inspect.signature(Net().forward)
     assert model.forward.__doc__ == Net.forward.__doc__
+
+
+def test_overrides_of_a_context_that_raises_are_undone() -> None:
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, *args: function(self, *args)
+
+    model, other = Net(), Net()
+    undo = override(other, "forward", wrap)
+    with pytest.raises(KeyError), undone_on_error():
+        late = override(model, "forward", wrap)
+        override(model.body, "forward", wrap)
+        raise KeyError("stop")
+    assert not any("forward" in vars(module) for module in model.modules()) and is_overridden(other, "forward")
+    override(model, "forward", wrap)
+    late()  # what undoes the first one leaves the next one alone
+    assert is_overridden(model, "forward")
+    undo()
+    with undone_on_error():
+        override(other, "forward", wrap)
+    assert is_overridden(other, "forward")

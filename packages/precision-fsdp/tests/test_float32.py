@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
-from precision_core import Policy
+from precision_core import Fabric, Policy
 from precision_core.testing import Problem, run_in_ranks
 from precision_core.testing.problem import Transformer
-from precision_fsdp import FSDPPrecision
+from precision_fsdp import FSDPPrecision, FSDPStrategy
 from precision_fsdp.float32 import compute_in_float32
 
 
@@ -85,6 +87,94 @@ def test_modules_under_an_exception_are_left_to_it() -> None:
     model = nn.ModuleDict({"a": nn.LayerNorm(4), "b": nn.LayerNorm(4)})
     compute_in_float32(model, Policy.parse("bf16-mixed; b: 32-true"))
     assert "forward" in vars(model["a"]) and "forward" not in vars(model["b"])
+
+
+# -------------------------------------------------------------------- gradients summed over many tokens
+
+
+class Tokens(nn.Module):
+    """Tables, a norm, a convolution, products with biases, and parameters of its own."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(16, width, padding_idx=3)
+        self.own = Doubled(16, width)
+        self.frequent = nn.Embedding(16, width, scale_grad_by_freq=True)
+        self.bag = nn.EmbeddingBag(16, width)
+        self.shift = nn.Parameter(torch.randn(width))
+        self.norm = nn.LayerNorm(width)
+        self.conv = nn.Conv1d(width, width, 1)
+        self.up = nn.Linear(width, width)
+        self.head = nn.Linear(width, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids) + self.own(ids) + self.frequent(ids) + self.bag(ids)[:, None] + self.shift
+        x = x + self.conv(self.norm(x).mT).mT
+        return self.head(x + self.up(x).relu())
+
+
+class Doubled(nn.Embedding):
+    """Does more than its class."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+def summed(strategy: str, mode: str) -> dict[str, float]:
+    """Returns each gradient's relative error to float64, of 2 x 4 x 1024 tokens, most of them alike."""
+    model = Tokens()
+    reference = copy.deepcopy(model).double()
+    ids = (torch.rand(8, 1024, generator=torch.Generator().manual_seed(1)).pow(4) * 16).long()
+    target = ids.roll(-1, 1)
+
+    def loss(model: nn.Module, rows: slice) -> Tensor:
+        return nn.functional.cross_entropy(model(ids[rows]).flatten(0, 1), target[rows].flatten())
+
+    (loss(reference, slice(0, 4)) / 2 + loss(reference, slice(4, 8)) / 2).backward()
+    fabric = Fabric(accelerator="cpu", strategy=strategy, precision=mode)
+    fabric.setup(model)
+    rank = fabric.global_rank
+    fabric.backward(loss(model, slice(4 * rank, 4 * rank + 4)))
+    errors = {}
+    for (name, param), (_, exact) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+        assert param.grad is not None and exact.grad is not None
+        grad: Any = param.grad.full_tensor() if isinstance(param.grad, DTensor) else param.grad
+        grad = grad / fabric.precision_plugin.scale
+        errors[name] = ((grad - exact.grad).norm() / exact.grad.norm()).item()
+        if name == "table.weight":
+            assert not grad[3].any() and grad[0].any()  # padding
+    return errors
+
+
+@pytest.mark.parametrize(("mode", "rounding"), [("bf16-mixed", 2.0**-9), ("16-mixed", 2.0**-12)])
+def test_gradients_over_many_tokens_are_as_exact_as_those_of_ddp(mode: str, rounding: float) -> None:
+    expected, found = run_in_ranks(2, summed, "ddp", mode)[0], run_in_ranks(2, summed, "fsdp", mode)[0]
+    for name, error in found.items():
+        assert error <= 1.5 * expected[name] + 2 * rounding, name  # weights and gradients are rounded once more
+
+
+def test_running_statistics_stay_float32_beside_widened_weights() -> None:
+    def run() -> tuple[list[float], str, set[torch.dtype]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
+        model.register_buffer("other", torch.ones(1))
+        half = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
+        fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(half), precision=FSDPPrecision("bf16-mixed"))
+        nn.init.constant_(model[1].running_mean, 1.0 + 2.0**-12)  # not exact in bfloat16
+        fabric.setup(model)
+        assert model.other.dtype is torch.bfloat16
+        model.eval()(torch.ones(1, 2, 2, 2))
+        kept = model[1].running_mean.tolist()
+        model.train()
+        fabric.backward(model(torch.randn(2, 2, 3, 3)).sum())
+        return kept, str(fabric.precision_plugin.report), {each.dtype for each in model[1].buffers()}
+
+    for kept, report, dtypes in run_in_ranks(2, run):
+        assert kept == [1.0 + 2.0**-12] * 3 and dtypes == {torch.float32, torch.int64}
+        assert "1.running_var           kept in float32: torch's batch norm" in re.sub(
+            " +kept", " " * 11 + "kept", report
+        )
 
 
 # -------------------------------------------------------------------- errors to float64

@@ -51,15 +51,10 @@ class Net(nn.Module):
 
 
 def whole(mode: str) -> dict[str, torch.Tensor]:
-    """The same sequence in one process: every module in the order of definition initialises itself."""
-    torch.manual_seed(3)
+    """Ordinary construction in one process."""
+    torch.manual_seed(5)
     with Fabric(accelerator="cpu", precision=mode).init_module():
         model = Net()
-    torch.manual_seed(5)
-    for module in model.modules():
-        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-        if reset is not None:
-            reset()
     model = Fabric(accelerator="cpu", precision=mode).setup(model)
     return values(model)
 
@@ -94,7 +89,7 @@ def sharded(mode: str) -> tuple[dict[str, torch.Tensor], list[float], bool, bool
 
 @pytest.mark.filterwarnings("ignore:.*casts buffers to:UserWarning")
 @pytest.mark.parametrize(("mode", "ranks"), [("32-true", 2), ("32-true", 3), ("bf16-mixed", 2), ("bf16-true", 2)])
-def test_values_equal_those_of_the_same_sequence_in_one_process(mode: str, ranks: int) -> None:
+def test_values_equal_those_of_ordinary_construction_in_one_process(mode: str, ranks: int) -> None:
     expected = whole(mode)
     for rank, (found, losses, tied, is_back) in enumerate(run_in_ranks(ranks, sharded, mode)):
         assert found.keys() == expected.keys() and tied
@@ -116,6 +111,54 @@ def test_a_second_model_gets_other_values_on_all_ranks() -> None:
 
     first, second = run_in_ranks(2, run)
     assert first == second and first[0] != first[1]
+
+
+class Small(nn.Module):
+    """Holds nothing itself, and sets its child's values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.layer.weight, 0.25)
+        nn.init.normal_(self.layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def test_what_a_module_does_to_its_children_holds() -> None:
+    def run() -> dict[str, torch.Tensor]:
+        fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(wrap=Small))
+        with fabric.init_module():
+            model = nn.Sequential(Small(), nn.MultiheadAttention(4, 2), Small())
+        torch.manual_seed(2)
+        return values(fabric.setup(model))
+
+    torch.manual_seed(2)
+    expected = values(nn.Sequential(Small(), nn.MultiheadAttention(4, 2), Small()))
+    assert expected["1.out_proj.bias"].abs().max() == 0.0
+    for found in run_in_ranks(2, run):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_what_has_values_keeps_them() -> None:
+    def run() -> tuple[float, float, bool]:
+        fabric = Fabric(accelerator="cpu", strategy="fsdp")
+        with fabric.init_module():
+            model, part = Small(), Small()
+        model.layer = nn.Linear(3, 3)
+        nn.init.constant_(model.layer.weight, 7.0)
+        model.other = part  # on meta
+        part.layer.weight = nn.Parameter(torch.full((3, 3), 5.0))
+        found = values(fabric.setup(model))
+        bias = found["other.layer.bias"]
+        return found["layer.weight"].min().item(), found["other.layer.weight"].min().item(), bool(bias.isfinite().all())
+
+    assert run_in_ranks(2, run) == [(7.0, 5.0, True)] * 2
 
 
 # -------------------------------------------------------------------- the user's own, and nobody's
@@ -163,7 +206,7 @@ def test_what_nothing_initialises_is_an_error_that_names_it() -> None:
     for message in run_in_ranks(2, bare, None):
         assert message.startswith("nothing initialises scale, steps: give their modules a reset_parameters() that sets")
     for message in run_in_ranks(2, bare, in_part):
-        assert message.startswith("nothing initialises scale, steps, layer.bias: ")
+        assert message.startswith("nothing initialises layer.bias, scale, steps: ")
 
 
 def test_the_users_function_is_called_for_each_module() -> None:

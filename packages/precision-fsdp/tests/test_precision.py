@@ -30,7 +30,8 @@ def test_signature_and_refusals() -> None:
     assert FSDPPrecision("16-mixed", {"init_scale": 8.0}).scale == 8.0
     for arguments, message in (
         (("bf16-mixed", scaler), r"FSDPPrecision\('bf16-mixed', scaler=...\): this policy does not scale the loss"),
-        (("16-mixed", 3), "expected a torch.amp.GradScaler"),
+        (("16-mixed", 3), r"FSDPPrecision\(scaler=3\): expected a torch.amp.GradScaler"),
+        (("16-mixed", {"init_scale": -1.0}), r"FSDPPrecision\(scaler=.*init_scale must be positive"),
         (("16mixed",), 'did you mean "16-mixed"'),
         (("params=float64,compute=bfloat16",), "float64"),
         (("32-true; *.norm: 64-true",), "applies no exceptions"),

@@ -85,3 +85,28 @@ def test_some_blocks_by_name() -> None:
     for report, _, created, runs in run_in_ranks(2, gradients, "32-true", "blocks.0"):
         assert len(created) == 3 and runs == 1
         assert "1 blocks compute their activations again in backward" in report
+
+
+def test_a_blocks_own_keywords_are_its_own() -> None:
+    class Chatty(nn.Linear):
+        def forward(self, x: torch.Tensor, debug: bool = False, determinism_check: str = "") -> torch.Tensor:
+            return super().forward(x) if debug and determinism_check == "mine" else x * 0
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Chatty(4, 4) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x, debug=True, determinism_check="mine")
+            return x
+
+    def run() -> float:
+        model = Model()
+        fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(activation_checkpointing=True))
+        fabric.setup(model)
+        fabric.backward(model(torch.ones(2, 4)).sum())
+        return model.blocks[1].bias.grad.full_tensor().sum().item()  # type: ignore[union-attr, operator, no-any-return]
+
+    assert run_in_ranks(2, run) == [8.0, 8.0]

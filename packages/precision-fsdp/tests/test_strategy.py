@@ -246,6 +246,19 @@ def test_the_documented_usage_really_reduces_in_bfloat16() -> None:
         assert "buffers in bfloat16 as mixed_precision says, not in float32" in report
 
 
+def test_a_plugin_that_is_used_again_has_its_own_policy() -> None:
+    def run() -> list[torch.dtype]:
+        plugin = FSDPPrecision("bf16-mixed")
+        reduces = []
+        for given in (MixedPrecision(reduce_dtype=BF16), None, MixedPrecision(reduce_dtype=F16)):
+            fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(given), precision=plugin)
+            reduces.append(plugin.policy.reduce)
+        fabric.teardown()
+        return [*reduces, plugin.policy.reduce]
+
+    assert run_in_ranks(1, run) == [[BF16, F32, F16, F32]]
+
+
 @pytest.mark.parametrize("output", [BF16, F32])
 def test_the_output_dtype_of_mixed_precision_wins(output: torch.dtype) -> None:
     given = MixedPrecisionPolicy(output_dtype=output, cast_forward_inputs=True)
@@ -606,6 +619,14 @@ def test_arguments_are_checked_at_construction() -> None:
         ({"wrap": 3}, r"wrap=3\): expected classes of modules"),
         ({"wrap": [int]}, r"wrap=<class 'int'>\): expected classes of modules"),
         ({"activation_checkpointing": 3}, r"activation_checkpointing=3\): expected classes"),
+        ({"init_fn": 3}, r"init_fn=3\): expected a function of a module"),
+        ({"backend": 5}, r"backend=5\): expected a name such as"),
+        ({"timeout": 30}, r"timeout=30\): expected datetime\.timedelta\(seconds="),
+        ({"cpu_offload": "false"}, r"cpu_offload='false'\): expected True or False"),
+        *(
+            ({"reshard_after_forward": given}, r"reshard_after_forward=.*\): expected True, False, or a number")
+            for given in ("no", 1.5, 0, -1, None)
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             FSDPStrategy(**options)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ from precision_core.composition import check_composition
 from precision_core.fit import is_sharded
 from precision_core.layout import make_layout
 from precision_core.loader import DeviceLoader
-from precision_core.override import is_overridden, override
+from precision_core.override import is_overridden, override, undone_on_error
 from precision_core.policy import Policy
 from precision_core.precision import Precision
 from precision_core.processes import Ranks
@@ -170,7 +170,7 @@ class Fabric:
         self._strategy.check_optimizers(*optimizers)
         self._precision.register_optimizers(*optimizers)  # before the model is converted: it may refuse one
         with self._undone_on_error():
-            model = self._setup_module(model)
+            model = self._setup_module(model, optimizers)
             self._setup_optimizers(*optimizers)
             self._strategy.setup_together(_uncompiled(model), optimizers)
         return (model, *optimizers) if optimizers else model
@@ -182,13 +182,14 @@ class Fabric:
             self._strategy.setup_together(_uncompiled(model), ())
         return model
 
-    def _setup_module(self, model: nn.Module) -> nn.Module:
+    def _setup_module(self, model: nn.Module, optimizers: tuple[Optimizer, ...] = ()) -> nn.Module:
         if not isinstance(model, nn.Module):
             raise ValueError(f"fabric.setup expected a torch.nn.Module first, got a {type(model).__name__}")
         self._check_launched()
         target = _uncompiled(model)
         if is_overridden(target, "forward"):
             raise ValueError(f"this {type(target).__name__} is set up already; a copy of it needs no setup either")
+        self._strategy.check_together(target, optimizers)
         before = named_params(target)
         converted = self._strategy.setup_module(self._precision.convert_module(target))
         if converted is not target is not model:  # torch.compile holds on to the one that it was given
@@ -219,10 +220,11 @@ class Fabric:
 
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
-        """Context that gives objects their own methods back when it raises."""
+        """Context that gives objects their own methods back when it raises, those of precision and strategy too."""
         before = len(self._restores)
         try:
-            yield
+            with undone_on_error():
+                yield
         except BaseException:
             while len(self._restores) > before:
                 self._restores.pop()()

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import MethodType
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import nn
 
 _ORIGINAL = "_precision_original"
 _PREVIOUS = "_precision_previous"
+_made: ContextVar[list[Callable[[], None]] | None] = ContextVar("overrides made", default=None)
 
 
 def override(obj: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
@@ -49,7 +52,24 @@ def override(obj: Any, name: str, make: Callable[[Callable[..., Any]], Callable[
         else:
             del obj.__dict__[name]
 
+    if (made := _made.get()) is not None:
+        made.append(restore)
     return restore
+
+
+@contextmanager
+def undone_on_error() -> Iterator[None]:
+    """Context whose overrides, whoever makes them, are undone when it raises."""
+    made: list[Callable[[], None]] = []
+    token = _made.set(made)
+    try:
+        yield
+    except BaseException:
+        while made:
+            made.pop()()
+        raise
+    finally:
+        _made.reset(token)
 
 
 def is_overridden(obj: Any, name: str) -> bool:

@@ -8,13 +8,12 @@ keeps wide) form a second group beside it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from precision_core import Precision
 from precision_core.dtypes import dtype_name
@@ -53,7 +52,8 @@ def make_groups(root: nn.Module, blocks: Mapping[str, nn.Module], precision: Pre
     """Returns the groups in the order in which they are to be sharded: what is inside first, the root last.
 
     Raises:
-        ValueError: parameters that are tied across groups, or a module that trains parameters of several dtypes.
+        ValueError: parameters that are tied across groups, a module that trains parameters of several dtypes, or a
+            block that itself holds a parameter of other casts than what is in it.
     """
     groups: dict[tuple[str, Casts | None], Group] = {}
     first_name = {module: name for name, module in (*blocks.items(), ("", root))}
@@ -74,27 +74,27 @@ def make_groups(root: nn.Module, blocks: Mapping[str, nn.Module], precision: Pre
                 group.names.append(name)
         for param, key in own.items():
             group.params[param] = f"{name}.{key}" if name else key
+    _settle_own(groups)
     _check_tied(list(groups.values()))
     order = sorted(groups.values(), key=lambda group: (-group.name.count(".") - bool(group.name), not group.beside))
     return [group for group in order if group.params or not group.name]
 
 
-def check_shards_integers(root: nn.Module, mesh: DeviceMesh) -> None:
-    """Raises `ValueError` naming integer parameters, such as packed weights, where torch cannot shard them (2.9)."""
-    params = root.named_parameters()
-    names = [name for name, param in params if not (param.is_floating_point() or param.is_complex())]
-    if not names:
-        return
-    probe = nn.Module()
-    probe.register_parameter("weight", nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False))
-    try:
-        fully_shard(probe.to(mesh.device_type), mesh=mesh)
-    except RuntimeError as error:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise ValueError(
-            f"torch {torch.__version__} cannot shard parameters of integers: {', '.join(names[:5])}{more}. Use a newer "
-            'torch, or store packed weights in a float dtype (bitsandbytes: bnb_4bit_quant_storage="bfloat16")'
-        ) from error
+def _settle_own(groups: dict[tuple[str, Casts | None], Group]) -> None:
+    """A block that is itself in the group beside its own takes that one's casts, where nothing else is in it."""
+    for key, group in list(groups.items()):
+        block = groups[group.name, None]
+        if not group.beside or block.modules[0] not in group.modules:
+            continue
+        if block.params:
+            own = [name for name in group.params.values() if name.rpartition(".")[0] == group.name]
+            raise ValueError(
+                f"{', '.join(own)}: FSDP gathers what {group.name or 'the model'} holds itself together with the rest "
+                f"of it, and would cast it to {dtype_name(block.casts.gathered or block.casts.stored)} alike: hold it "
+                "in a module of its own, or as a buffer if it does not train"
+            )
+        groups[group.name, None] = replace(group, modules=block.modules, names=block.names, beside=False)
+        del groups[key]
 
 
 def _casts(precision: Precision, name: str, params: Mapping[nn.Parameter, str] | None = None, kind: str = "") -> Casts:

@@ -1,14 +1,16 @@
 """Materialising: a model that was built on meta gets its values shard by shard, and the values it would have had whole.
 
-Module by module, in the order of definition, every rank makes the module's parameters in full, has them initialised
-under the same random numbers, keeps its shard, and frees the rest. So no rank ever holds more than one module in full.
+Module by module, children before the one that holds them, as constructors do it, every rank makes the parameters in
+full, has them initialised under the same random numbers, keeps its shard, and frees the rest. So no rank ever holds
+more than one module in full; except that what is in a module with a `reset_parameters()` of its own stays in full until
+that has been called, since it may set its children's parameters, too (torch's MultiheadAttention does).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from precision_core.casting import cast_tensor
+from precision_fsdp.limits import listed
 
 InitFn = Callable[[nn.Module], Any]
 
@@ -31,17 +34,18 @@ def is_on_meta(module: nn.Module) -> bool:
 
 
 def check_can_initialise(root: nn.Module, init_fn: InitFn | None) -> None:
-    """Raises `ValueError` naming parameters and buffers on meta whose module has no way to set them."""
-    if init_fn is not None:
+    """Raises `ValueError` naming parameters and buffers on meta that no module around them has a way to set."""
+    if init_fn is not None or not is_on_meta(root):
         return
+    resets = {name for name, module in root.named_modules() if _resets(module)}
     names = [
         f"{name}.{key}" if name else key
         for name, module in root.named_modules()
         for key in _on_meta(module)
-        if _reset_of(module) is None
+        if not any(name == other or not other or name.startswith(f"{other}.") for other in resets)
     ]
     if names:
-        raise ValueError(f"nothing initialises {_listed(names)}: {_WAY_OUT}")
+        raise ValueError(f"nothing initialises {listed(names)}: {_WAY_OUT}")
 
 
 @torch.no_grad()
@@ -49,46 +53,96 @@ def materialise(root: nn.Module, init_fn: InitFn | None, device: torch.device) -
     """Gives what is on meta in the sharded `root` its values: `init_fn(module)`, else `module.reset_parameters()`.
 
     The random numbers are those of rank zero's generator on the CPU, where the values are drawn: what the same modules
-    would get one after the other in one process.
+    would get one after the other in one process. A tied parameter has the values of the first module that holds it.
 
     Raises:
         ValueError: parameters or buffers that nothing has set, by name.
     """
-    holders: dict[int, list[tuple[nn.Module, str]]] = {}  # of each parameter on meta: a tied one has several
-    work = []
-    for name, module in root.named_modules():
-        keys = _on_meta(module)
-        for key in keys:
-            if (param := module._parameters.get(key)) is not None:
-                holders.setdefault(id(param), []).append((module, key))
-        if keys:
-            work.append((name, module, keys, {key: id(module._parameters.get(key)) for key in keys}))
-    unset: list[str] = []
-    kept = [*root.parameters()]  # else an id could be given to another tensor
+    walk = _Walk(root, init_fn, device)
     with _random_numbers_of_rank_zero():
-        for name, module, keys, ids in work:
-            sharded = {key: tensor for key in keys if (tensor := module._parameters.get(key)) is not None}
-            _fill(module, keys)
-            versions = {key: (_slot(module, key), _slot(module, key)._version) for key in keys}
-            reset = _reset_of(module)
-            if init_fn is not None:
-                init_fn(module)
-            elif reset is not None:
-                reset()
-            unset += [
-                f"{name}.{key}" if name else key for key in keys if not _is_set(_slot(module, key), versions[key])
-            ]
+        walk.visit("", root, inside=False)
+    if walk.unset:
+        raise ValueError(f"nothing initialises {listed(walk.unset)}: {_WAY_OUT}")
+
+
+class _Slot(NamedTuple):
+    """A parameter or buffer that is there in full."""
+
+    module: nn.Module
+    key: str
+    name: str
+    like: Tensor
+    """What was on meta."""
+    empty: Tensor
+    version: int
+
+
+class _Walk:
+    """One pass over the modules of `root`; what is `pending` is in full and no shard yet."""
+
+    def __init__(self, root: nn.Module, init_fn: InitFn | None, device: torch.device) -> None:
+        self._init_fn, self._device = init_fn, device
+        self._keys = {module: _on_meta(module) for module in root.modules()}
+        self._resets = {module for module in self._keys if init_fn is None and _resets(module)}
+        self._holders: dict[Tensor, list[tuple[nn.Module, str]]] = {}  # of each parameter on meta: a tied one's several
+        for module, keys in self._keys.items():
             for key in keys:
-                value, (empty, _) = _slot(module, key), versions[key]
-                if key not in sharded:
-                    module._buffers[key] = cast_tensor(value.detach(), empty.dtype).to(device)
-                    continue
-                new = _shard(value, sharded[key], device)
-                for holder, holder_key in holders[ids[key]]:
-                    holder._parameters[holder_key] = new
-    del kept
-    if unset:
-        raise ValueError(f"nothing initialises {_listed(unset)}: {_WAY_OUT}")
+                if key in module._parameters:
+                    self._holders.setdefault(_slot(module, key), []).append((module, key))
+        self._pending: list[_Slot] = []
+        self.unset: list[str] = []
+
+    def visit(self, name: str, module: nn.Module, inside: bool) -> None:
+        """Initialises what is in `module`, then itself; `inside` one that resets its children, it all stays in full."""
+        if module not in self._keys:
+            return  # shared, and done
+        keys, resets = self._keys.pop(module), module in self._resets
+        for key, child in module.named_children():
+            self.visit(f"{name}.{key}" if name else key, child, inside or resets)
+        kept = {key: each for key, each in module._parameters.items() if keys and each is not None and not each.is_meta}
+        for key in {**dict.fromkeys(keys), **kept}:
+            self._fill(name, module, key, is_kept=key in kept)
+        if resets:
+            _reset_of(module)()  # type: ignore[misc]
+        elif self._init_fn is not None and keys:
+            self._init_fn(module)
+        module._parameters.update(kept)  # tied, or given; their numbers were drawn nevertheless, as in a constructor
+        if not inside:
+            self._shard_pending()
+
+    def _fill(self, name: str, module: nn.Module, key: str, is_kept: bool) -> None:
+        """Puts a tensor of the whole shape where one on meta is, with values that nobody would choose."""
+        like = _slot(module, key)
+        new = torch.empty(like.shape, dtype=like.dtype)
+        new.fill_(float("nan") if like.is_floating_point() or like.is_complex() else 0)
+        if key not in module._parameters:
+            module._buffers[key] = new
+        else:
+            new = nn.Parameter(new, requires_grad=like.requires_grad)
+            for holder, holder_key in [(module, key)] if is_kept else self._holders[like]:
+                holder._parameters[holder_key] = new
+        if not is_kept:
+            self._pending.append(_Slot(module, key, f"{name}.{key}" if name else key, like, new, new._version))
+
+    def _shard_pending(self) -> None:
+        for slot in self._pending:
+            value = _slot(slot.module, slot.key)
+            if not _is_set(value, (slot.empty, slot.version)):
+                self.unset.append(slot.name)
+            if slot.like not in self._holders:
+                slot.module._buffers[slot.key] = cast_tensor(value.detach(), slot.like.dtype).to(self._device)
+                continue
+            new = _shard(value, slot.like, self._device)
+            for holder, key in self._holders[slot.like]:
+                holder._parameters[key] = new
+        self._pending.clear()
+
+
+def _resets(module: nn.Module) -> bool:
+    """Whether its `reset_parameters()` is to be called: it must not undo values that parameters in it have already."""
+    params = [*module.parameters()]
+    on_meta = bool(_on_meta(module)) or (bool(params) and all(param.is_meta for param in params))
+    return on_meta and _reset_of(module) is not None
 
 
 def _on_meta(module: nn.Module) -> list[str]:
@@ -115,21 +169,6 @@ def _slot(module: nn.Module, key: str) -> Tensor:
     return tensor
 
 
-def _fill(module: nn.Module, keys: list[str]) -> None:
-    """Puts tensors of the whole shape where those on meta are, with values that nobody would choose."""
-    for key in keys:
-        old = _slot(module, key)
-        new = torch.empty(old.shape, dtype=old.dtype)
-        if old.is_floating_point() or old.is_complex():
-            new.fill_(float("nan"))
-        else:
-            new.zero_()
-        if key in module._parameters:
-            module._parameters[key] = nn.Parameter(new, requires_grad=old.requires_grad)
-        else:
-            module._buffers[key] = new
-
-
 def _is_set(value: Tensor, before: tuple[Tensor, int]) -> bool:
     if value.is_meta:
         return False
@@ -138,7 +177,7 @@ def _is_set(value: Tensor, before: tuple[Tensor, int]) -> bool:
     return value is not before[0] or value._version != before[1]
 
 
-def _shard(value: Tensor, like: nn.Parameter, device: torch.device) -> nn.Parameter:
+def _shard(value: Tensor, like: Tensor, device: torch.device) -> nn.Parameter:
     """Returns this rank's shard of `value` as the parameter that takes the place of `like`."""
     if not isinstance(like, DTensor):
         return nn.Parameter(value.detach().to(device), requires_grad=like.requires_grad)
@@ -159,7 +198,3 @@ def _random_numbers_of_rank_zero() -> Iterator[None]:
     finally:
         if not torch.equal(own, common):
             torch.set_rng_state(own)
-
-
-def _listed(names: list[str], count: int = 10) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,8 +17,9 @@ from torch.optim import Optimizer
 from precision_core import MixedPrecision, Policy, Precision
 from precision_core.exceptions import Restore
 from precision_core.plugins import make_plugin
+from precision_core.report import Item, Report
 from precision_core.scaler import Scaler
-from precision_fsdp.float32 import compute_in_float32
+from precision_fsdp.float32 import compute_in_float32, float32_statistics
 from precision_fsdp.policies import casts_of
 
 if TYPE_CHECKING:
@@ -57,9 +59,20 @@ class FSDPPrecision(Precision):
     def _use_device(self, device_type: str) -> None:
         self._device_type = device_type
         if self._given_scaler is not None:
-            self._plugin: Precision = MixedPrecision(self.policy, device=device_type, scaler=self._given_scaler)
+            self._plugin: Precision = self._with_scaler(device_type)
         else:
             self._plugin = make_plugin(self.policy, device_type)
+
+    def _with_scaler(self, device_type: str) -> MixedPrecision:
+        given = self._given_scaler
+        initial = given.get("init_scale", 1.0) if isinstance(given, Mapping) else 1.0
+        if isinstance(initial, (int, float)) and not (0 < initial < float("inf")):
+            raise ValueError(f"FSDPPrecision(scaler={given}): init_scale must be positive and finite")
+        try:
+            return MixedPrecision(self.policy, device=device_type, scaler=given)
+        except ValueError as error:  # which names core's class, not the user's call
+            text = str(error).replace("MixedPrecision(", "FSDPPrecision(").replace('device="cpu", ', "")
+            raise ValueError(text) from error
 
     # ---------------------------------------------------------------- for FSDP
 
@@ -93,10 +106,14 @@ class FSDPPrecision(Precision):
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Converts as core's plugin of the mode does; in mixed modes all but matrix products will run in float32."""
-        module = self._plugin.convert_module(module)
-        self.report = self._plugin.report
         if self.policy.mixed:
+            with float32_statistics(module, self.policy) as kept:
+                module = self._plugin.convert_module(module)
+            self.report = _with_kept(self._plugin.report, kept)
             self._restores += compute_in_float32(module, self.policy)
+        else:
+            module = self._plugin.convert_module(module)
+            self.report = self._plugin.report
         self._remember(module)
         return module
 
@@ -122,6 +139,12 @@ class FSDPPrecision(Precision):
         while self._restores:
             self._restores.pop()()
         self._plugin.teardown()
+
+
+def _with_kept(report: Report, names: list[str]) -> Report:
+    kept = tuple(Item(name, "kept in float32: torch's batch norm wants weight and statistics alike") for name in names)
+    converted = tuple(item for item in report.converted if item.name not in names)
+    return replace(report, converted=converted, skipped=(*report.skipped, *kept))
 
 
 def _device_type(scaler: GradScaler | Mapping[str, float] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -39,7 +40,8 @@ def _make(context: Context) -> Callable[..., Any]:
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return function(self, *args, **kwargs)
-            return checkpoint(function, self, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+            run = functools.partial(function, **kwargs)  # else checkpoint takes what is called as its own options
+            return checkpoint(run, self, *args, use_reentrant=False, context_fn=contexts)
 
         return forward
 

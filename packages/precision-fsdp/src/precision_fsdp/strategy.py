@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -25,30 +25,26 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Optimizer
+from torch.optim import Optimizer
 
 from precision_core import Policy, Precision, Strategy
 from precision_core.dtypes import dtype_name
 from precision_core.exceptions import Restore
 from precision_core.processes import Ranks, join
 from precision_core.strategies.collectives import Collectives
+from precision_fsdp.arguments import check_arguments, check_reshard, make_mesh
 from precision_fsdp.copies import refuse_copies
-from precision_fsdp.groups import Group, check_shards_integers, make_groups
+from precision_fsdp.groups import Group, make_groups
+from precision_fsdp.limits import check_can_shard
 from precision_fsdp.materialise import InitFn, check_can_initialise, is_on_meta, materialise
+from precision_fsdp.optimizers import check_members, check_optimizer
 from precision_fsdp.policies import check_fsdp_policy, overridden
 from precision_fsdp.precision import FSDPPrecision
 from precision_fsdp.recompute import recompute
+from precision_fsdp.recovery import begin_anew, check_not_lost
 from precision_fsdp.selection import Selection, check_selection, repeated_blocks, select
 
-_STATE_DICTS = ("sharded", "full")
-_NOT_FOR_SHARDS: dict[tuple[type[Optimizer], bool], str] = {
-    (SGD, True): "torch has no fused SGD for shards; pass fused=False",
-    (Adagrad, True): "torch has no fused Adagrad for shards; pass fused=False",
-    (Adafactor, False): "its row and column statistics need whole parameters; use AdamW",
-    (LBFGS, False): "it works on all parameters as one vector, which no process has; use AdamW",
-}
-"""(class, only when fused) -> why torch's optimizer cannot step sharded parameters."""
-_MESH_NAMES = ("replicate", "shard")
+_OWN_POLICY = "_policy_before_fsdp"
 
 
 class FSDPStrategy(Collectives, Strategy):
@@ -98,14 +94,21 @@ class FSDPStrategy(Collectives, Strategy):
         backend: str | None = None,
         timeout: timedelta | None = None,
     ) -> None:
-        if state_dict_type not in _STATE_DICTS:
-            raise ValueError(
-                f"FSDPStrategy(state_dict_type={state_dict_type!r}): allowed are {', '.join(_STATE_DICTS)}"
-            )
+        check_arguments(
+            {
+                "reshard_after_forward": reshard_after_forward,
+                "mesh": mesh,
+                "cpu_offload": cpu_offload,
+                "state_dict_type": state_dict_type,
+                "init_fn": init_fn,
+                "backend": backend,
+                "timeout": timeout,
+            }
+        )
         self._mixed_precision = check_fsdp_policy(mixed_precision)
         self._wrap = None if wrap is None else check_selection("wrap", wrap)
         self._reshard_after_forward = reshard_after_forward
-        self._mesh = _check_mesh(mesh)
+        self._mesh = mesh
         self._recompute = (
             activation_checkpointing
             if activation_checkpointing is None or isinstance(activation_checkpointing, bool)
@@ -119,6 +122,7 @@ class FSDPStrategy(Collectives, Strategy):
         self._made_group = False
         self._restores: list[Restore] = []
         self._device_mesh: DeviceMesh | None = None
+        self._sharded_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     # ---------------------------------------------------------------- processes
 
@@ -149,7 +153,8 @@ class FSDPStrategy(Collectives, Strategy):
 
     def connect(self, precision: Precision) -> None:
         """Ties the plugin to this strategy; its policy takes what `mixed_precision` says."""
-        precision.policy, self._notes = overridden(precision.policy, self._mixed_precision)
+        own: Policy = vars(precision).setdefault(_OWN_POLICY, precision.policy)  # of a plugin that is used again
+        precision.policy, self._notes = overridden(own, self._mixed_precision)
         super().connect(precision)
 
     # ---------------------------------------------------------------- set-up
@@ -163,19 +168,12 @@ class FSDPStrategy(Collectives, Strategy):
     def check_optimizers(self, *optimizers: Optimizer) -> None:
         """Raises `ValueError` for an optimizer that cannot step shards, or that has state for whole parameters."""
         for optimizer in optimizers:
-            kind, fused = type(optimizer), any(group.get("fused") for group in optimizer.param_groups)
-            for (refused, when_fused), reason in _NOT_FOR_SHARDS.items():
-                if isinstance(optimizer, refused) and fused >= when_fused:
-                    raise ValueError(f"{kind.__name__} cannot run under FSDPStrategy: {reason}")
-            params = [param for group in optimizer.param_groups for param in group["params"]]
-            whole = [param for param in params if not isinstance(param, DTensor) and optimizer.state.get(param)]
-            if whole:
-                shapes = ", ".join(str(tuple(param.shape)) for param in whole[:5]) + (", ..." if len(whole) > 5 else "")
-                raise ValueError(
-                    f"this {kind.__name__} has state for {len(whole)} whole parameters, of shapes {shapes}, and FSDP "
-                    "shards parameters: make the optimizer after fabric.setup(model), or set up a new one and bring "
-                    "its state with fabric.load"
-                )
+            check_optimizer(optimizer)
+
+    def check_together(self, module: nn.Module, optimizers: tuple[Optimizer, ...]) -> None:
+        """Raises `ValueError` for an optimizer that holds parameters of `module` and others beside them."""
+        for optimizer in optimizers:
+            check_members(optimizer, set(module.parameters()), self.precision._name_of)
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Brings the optimizer's state to its parameters, and returns it.
@@ -183,15 +181,7 @@ class FSDPStrategy(Collectives, Strategy):
         Raises:
             ValueError: it holds parameters of a sharded model and others, whose gradients nobody would reduce.
         """
-        params = [param for group in optimizer.param_groups for param in group["params"] if param.requires_grad]
-        outside = [param for param in params if not isinstance(param, DTensor)]
-        if outside and len(outside) < len(params):
-            names = ", ".join(self.precision._name_of(param) for param in outside[:5])
-            raise ValueError(
-                f"this {type(optimizer).__name__} holds parameters of a sharded model and others beside them, whose "
-                f"gradients would differ from rank to rank: {names}. Put them into the model, or into an optimizer "
-                "of their own"
-            )
+        check_members(optimizer, (), self.precision._name_of)
         return super().setup_optimizer(optimizer)
 
     def setup_module(self, module: nn.Module) -> nn.Module:
@@ -199,7 +189,7 @@ class FSDPStrategy(Collectives, Strategy):
 
         Raises:
             ValueError: a selection that matches nothing, parameters tied across groups, parameters that train in
-                several dtypes in one module, that nothing initialises, or that this torch cannot shard; nothing was
+                several dtypes in one module, that no function initialises, or that FSDP cannot shard; nothing was
                 sharded.
             RuntimeError: there is no process group.
         """
@@ -214,7 +204,8 @@ class FSDPStrategy(Collectives, Strategy):
         if any(isinstance(param, DTensor) for param in module.parameters()):
             raise ValueError(f"this {type(module).__name__} is sharded already: give fabric.setup the model as it was")
         mesh = self._get_mesh()
-        check_shards_integers(module, mesh)
+        check_reshard(self._reshard_after_forward, mesh)
+        check_can_shard(module, mesh)
         self._restores += recompute(again.items(), self.precision)
         offload = CPUOffloadPolicy() if self._cpu_offload else OffloadPolicy()
         for group in groups:
@@ -231,6 +222,7 @@ class FSDPStrategy(Collectives, Strategy):
             materialise(module, self._init_fn, torch.device("cpu") if self._cpu_offload else self.device)
         refuse_copies(module)
         self._report(module, groups, again)
+        self._sharded_modules.add(module)
         return module
 
     def make_outer_forward(self, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
@@ -244,6 +236,7 @@ class FSDPStrategy(Collectives, Strategy):
                 function = _gathering(module, name, function)
 
             def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                check_not_lost(self)
                 return function(self, *args, **kwargs)
 
             return method
@@ -251,6 +244,15 @@ class FSDPStrategy(Collectives, Strategy):
         return make
 
     # ---------------------------------------------------------------- step
+
+    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Runs backward from the loss; after an exception in it, the gradients of this step are lost."""
+        try:
+            super().backward(tensor, module, *args, **kwargs)
+        except BaseException:
+            for sharded in self._sharded_modules:
+                begin_anew(sharded)
+            raise
 
     @contextmanager
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
@@ -272,6 +274,8 @@ class FSDPStrategy(Collectives, Strategy):
             dist.destroy_process_group()
         self._made_group = False
         self._device_mesh = None
+        if hasattr(self, "precision"):
+            self.precision.policy = vars(self.precision).pop(_OWN_POLICY, self.precision.policy)
 
     # ---------------------------------------------------------------- helpers
 
@@ -289,18 +293,7 @@ class FSDPStrategy(Collectives, Strategy):
 
     def _get_mesh(self) -> DeviceMesh:
         if self._device_mesh is None:
-            mesh = (self.world_size,) if self._mesh is None else self._mesh
-            if isinstance(mesh, tuple):
-                if math.prod(mesh) != self.world_size:
-                    raise ValueError(
-                        f"FSDPStrategy(mesh={mesh}) is for {math.prod(mesh)} processes, not {self.world_size}"
-                    )
-                mesh = init_device_mesh(self.device.type, mesh, mesh_dim_names=_MESH_NAMES[-len(mesh) :])
-            if mesh.device_type != self.device.type:
-                raise ValueError(
-                    f"FSDPStrategy(mesh=...) is of {mesh.device_type} devices, the run is on {self.device}"
-                )
-            self._device_mesh = mesh
+            self._device_mesh = make_mesh(self._mesh, self.device, self.world_size)
         return self._device_mesh
 
     def _send(self, tensors: Iterable[Tensor]) -> None:
@@ -309,10 +302,11 @@ class FSDPStrategy(Collectives, Strategy):
             if not tensor.is_meta and tensor.numel():
                 tensor.data = tensor.data.to(self.device)
                 if self.world_size > 1:
-                    sent = tensor.data.contiguous()
+                    values = _unexpanded(tensor.data)
+                    sent = values.contiguous()
                     dist.broadcast(sent.flatten().view(torch.uint8), src=0)  # as bytes: gloo knows not every dtype
-                    if sent.data_ptr() != tensor.data_ptr():
-                        tensor.data.copy_(sent)
+                    if sent.data_ptr() != values.data_ptr():
+                        values.copy_(sent)
 
     def _report(self, module: nn.Module, groups: list[Group], again: dict[str, nn.Module]) -> None:
         kinds = Counter(type(group.modules[0]).__name__ for group in groups if group.name and not group.beside)
@@ -343,12 +337,9 @@ def _gathering(module: nn.Module, name: str, function: Callable[..., Any]) -> Ca
     return lambda _, *args, **kwargs: bound(*args, **kwargs)
 
 
-def _check_mesh(mesh: Any) -> DeviceMesh | tuple[int, ...] | None:
-    sizes = mesh.shape if isinstance(mesh, DeviceMesh) else mesh
-    if mesh is None or (
-        isinstance(sizes, tuple) and len(sizes) in (1, 2) and all(type(n) is int and n > 0 for n in sizes)
-    ):
-        return mesh
-    raise ValueError(
-        f"FSDPStrategy(mesh={mesh!r}): expected a DeviceMesh of one or two dimensions, or its shape: (replicas, shards)"
-    )
+def _unexpanded(tensor: Tensor) -> Tensor:
+    """Returns the part of `tensor` of which the rest is a repetition, as `expand` makes it."""
+    if 0 not in tensor.stride():
+        return tensor
+    shape = [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    return tensor.as_strided(shape, [stride or 1 for stride in tensor.stride()])

@@ -106,6 +106,9 @@ class Strategy:
     def check_optimizers(self, *optimizers: Optimizer) -> None:
         """Raises `ValueError` for an optimizer that cannot run under this strategy, before a model is converted."""
 
+    def check_together(self, module: nn.Module, optimizers: tuple[Optimizer, ...]) -> None:
+        """Raises `ValueError` for a model and optimizers that do not fit each other, before the model is converted."""
+
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Moves the converted module to where it runs and returns it."""
         return module.to(self.device)

@@ -1,0 +1,50 @@
+"""Optimizers: which can step shards, and hold what; asked before a model is converted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Optimizer, Rprop, SparseAdam
+
+_NOT_FOR_SHARDS: dict[tuple[type[Optimizer], bool], str] = {
+    (SGD, True): "torch has no fused SGD for shards; pass fused=False",
+    (Adagrad, True): "torch has no fused Adagrad for shards; pass fused=False",
+    (Adafactor, False): "its row and column statistics need whole parameters; use AdamW",
+    (LBFGS, False): "it works on all parameters as one vector, which no process has; use AdamW",
+    (Rprop, False): "it assigns by index, which torch does not do for shards; use AdamW",
+    (SparseAdam, False): "it steps sparse gradients, which FSDP does not reduce; use AdamW",
+}
+"""(class, only when fused) -> why torch's optimizer cannot step sharded parameters."""
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raises `ValueError` for an optimizer that cannot step shards, or that has state for whole parameters."""
+    kind, fused = type(optimizer), any(group.get("fused") for group in optimizer.param_groups)
+    for (refused, when_fused), reason in _NOT_FOR_SHARDS.items():
+        if isinstance(optimizer, refused) and fused >= when_fused:
+            raise ValueError(f"{kind.__name__} cannot run under FSDPStrategy: {reason}")
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    whole = [param for param in params if not isinstance(param, DTensor) and optimizer.state.get(param)]
+    if whole:
+        shapes = ", ".join(str(tuple(param.shape)) for param in whole[:5]) + (", ..." if len(whole) > 5 else "")
+        why = " (Adagrad makes its state in its constructor)" if isinstance(optimizer, Adagrad) else ""
+        raise ValueError(
+            f"this {kind.__name__} has state for {len(whole)} whole parameters, of shapes {shapes}{why}, and FSDP "
+            "shards parameters: make the optimizer after fabric.setup(model) and give it to fabric.setup_optimizers, "
+            "or set up a new one and bring its state with fabric.load"
+        )
+
+
+def check_members(optimizer: Optimizer, inside: Container[Tensor], name_of: Callable[[Tensor], str]) -> None:
+    """Raises `ValueError` for one that holds parameters `inside` a model or sharded, and others beside them."""
+    params = [param for group in optimizer.param_groups for param in group["params"] if param.requires_grad]
+    outside = [param for param in params if not isinstance(param, DTensor) and param not in inside]
+    if outside and len(outside) < len(params):
+        names = ", ".join(name_of(param) for param in outside[:5])
+        raise ValueError(
+            f"this {type(optimizer).__name__} holds parameters of a sharded model and others beside them, whose "
+            f"gradients would differ from rank to rank: {names}. Put them into the model, or into an optimizer "
+            "of their own"
+        )

@@ -1,0 +1,37 @@
+"""Recovery: after an exception in backward FSDP's own state is that of a step half done.
+
+Its root would then never reduce gradients again, and say nothing. torch 2.13 can be told to begin anew; an older one
+cannot, and the next forward raises.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+_KEY = "_precision_fsdp_lost"
+
+
+def begin_anew(module: nn.Module) -> None:
+    """Has FSDP forget the step that failed, with its gradients; where it cannot, the next forward raises."""
+    assert isinstance(module, FSDPModule)
+    try:
+        module.reset_iter_state()
+        for each in module.modules():
+            if isinstance(each, FSDPModule):
+                for group in each._get_fsdp_state()._fsdp_param_groups:
+                    for param in group.fsdp_params:  # what backward had added up before it failed
+                        param.unsharded_accumulated_grad = None
+                        if hasattr(param, "_unsharded_param"):
+                            param._unsharded_param.grad = None
+    except (AttributeError, RuntimeError):
+        vars(module)[_KEY] = True
+
+
+def check_not_lost(module: nn.Module) -> None:
+    """Raises `RuntimeError` for a module that an exception in backward has left with parameters that cannot train."""
+    if _KEY in vars(module):
+        raise RuntimeError(
+            "backward raised an exception before, and this torch's FSDP cannot go on after one: some parameters would "
+            "silently stop training. Start again from a checkpoint; torch 2.13 can"
+        )
