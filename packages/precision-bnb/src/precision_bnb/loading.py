@@ -29,8 +29,6 @@ def load_packed(layer: Quantized, state: MutableMapping[str, Any], prefix: str) 
     live, layout = layer.weight, layer.layout
     if hasattr(live, "placements") or hasattr(found, "placements"):
         return  # shards: torch compares and copies them, the label may be on another rank
-    if live.dtype is not layout.format.storage:
-        layer._checked_weight()
     theirs = layout_of(found, layout.format.storage)
     if theirs is not None:
         _check(theirs, layout)
