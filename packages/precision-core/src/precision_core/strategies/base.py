@@ -6,7 +6,7 @@ The base class calls the precision's hooks; an engine that owns backward, clippi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from precision_core.casting import map_tensors
+from precision_core.devices import ACCELERATORS
 from precision_core.dtypes import FLOAT_DTYPES
+from precision_core.layout import Layout, make_layout
+from precision_core.loader import DeviceLoader
 from precision_core.plugins import make_plugin
 from precision_core.policy import Policy
 from precision_core.precision import Precision
@@ -40,6 +43,38 @@ class Strategy:
     precision: Precision
 
     # ---------------------------------------------------------------- processes
+
+    def lay_out(self, accelerator: str, devices: int | str | Sequence[int], num_nodes: int) -> Layout:
+        """Returns how many processes the run has, takes this one's device unless it has one, and starts nothing.
+
+        Raises:
+            ValueError: devices that are not here, or of another kind than this object was made for.
+        """
+        layout = make_layout(accelerator, devices, num_nodes)
+        if "device" not in vars(self):
+            self.device = layout.device
+        if accelerator != "auto" and self.device.type not in ACCELERATORS[accelerator]:
+            raise ValueError(
+                f"Fabric(accelerator={accelerator!r}) got a {type(self).__name__} on {str(self.device)!r}: "
+                "leave accelerator out, or make the strategy for that device"
+            )
+        return layout
+
+    def missing_variables(self) -> Mapping[str, str]:
+        """Returns environment variables with which a process of this run has to be started, and this one was not."""
+        return {}
+
+    def start_processes(self, function: Callable[..., Any] | None, args: tuple[Any, ...], layout: Layout) -> Any:
+        """Starts the processes of the run: the script again in each (no return), or `function(*args)`.
+
+        Returns what the function returned on rank zero; raises as `Fabric.launch` does.
+        """
+        from precision_core.launch import restart_script, run_function  # torch's launcher takes long to import
+
+        missing = self.missing_variables()
+        if function is None:
+            restart_script(layout.world_size, missing)
+        return run_function(function, args, layout.world_size, missing)
 
     @property
     def global_rank(self) -> int:
@@ -122,6 +157,10 @@ class Strategy:
                         state[key] = value.to(param.device)  # else the host counts; float32, as bfloat16 counts to 256
         return optimizer
 
+    def make_loader(self, loader: Iterable[Any]) -> DeviceLoader:
+        """Returns what brings the loader's batches to the device."""
+        return DeviceLoader(loader, self.device)
+
     def setup_together(self, module: nn.Module | None, optimizers: tuple[Optimizer, ...]) -> None:
         """Takes what one call set up, last: for an engine that needs a model and its optimizers at once.
 
@@ -170,6 +209,13 @@ class Strategy:
     def whole(self, module: nn.Module, *, writes: bool = False) -> AbstractContextManager[Any]:
         """Context in which each rank has the module's parameters whole; what it `writes` to them in it lasts."""
         return nullcontext()
+
+    def to_host(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Returns a checkpoint's content as it is written; on the CPU where other processes cannot read the device's.
+
+        torch reads a file of CUDA tensors without CUDA, and one of XLA tensors not without torch_xla.
+        """
+        return content
 
     def save_checkpoint(self, path: Path, state: dict[str, Any], filter: Filter | None) -> bool:
         """Writes what `Fabric.save` is to, for an engine with checkpoints of its own; False: it is core's to do."""
