@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _measure import interleave, print_table, verdict
+from _measure import interleave, keep_freed_memory, print_table, verdict
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
 
@@ -29,9 +29,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Quantised layers beside bitsandbytes' own.")
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=60)
     options, _ = parser.parse_known_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     layer, rows = nn.Linear(options.width, options.width), []
     for mode in MODES:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -150,6 +153,22 @@ def test_nothing_to_convert_is_an_error() -> None:
     assert type(BitsandbytesPrecision("nf4").convert_module(nn.Linear(4, 4))) is QuantizedLinear
 
 
+def test_a_frozen_model_takes_the_scaler_from_none_that_trains() -> None:
+    fabric = Fabric(accelerator="cpu", precision=BitsandbytesPrecision("nf4", torch.float16))
+    student, teacher = Model(), Model().requires_grad_(False)
+    fabric.setup(student)
+    fabric.setup(teacher)
+    assert str(fabric.precision_plugin.policy) == "16-mixed" and fabric.precision_plugin.scale == 65536.0
+    assert student.body[1].weight.dtype is torch.float32
+
+
+def test_it_is_sent_to_other_processes() -> None:
+    plugin = pickle.loads(pickle.dumps(BitsandbytesPrecision("nf4", torch.float32, ignore_modules={"head"})))
+    model = plugin.convert_module(Model())
+    assert type(model.head) is nn.Linear and type(model.lm_head) is QuantizedLinear
+    assert plugin.storage(model.lm_head.weight) is None and plugin.policy.compute is torch.float32
+
+
 def test_a_quantised_model_is_adopted_in_its_own_mode_only() -> None:
     model = BitsandbytesPrecision("nf4-dq", torch.float32).convert_module(Model())
     packed = model.head.weight
@@ -157,8 +176,20 @@ def test_a_quantised_model_is_adopted_in_its_own_mode_only() -> None:
     assert plugin.convert_module(model).head.weight is packed
     assert model.head.compute_dtype is torch.bfloat16 and "taken over" in str(plugin.report)
     assert plugin.storage(packed) is None
-    with pytest.raises(ValueError, match=r"body.0 is quantised in nf4-dq: pass precision=\"nf4-dq\""):
+    with pytest.raises(ValueError, match=r"body.0 is quantised in nf4-dq in blocks of 64: pass precision=\"nf4-dq\""):
         BitsandbytesPrecision("int8").convert_module(model)
+    for change, how in [
+        ({"block_size": 128}, 'in blocks of 128: pass replace(MODES["nf4"], block_size=128)'),
+        (
+            {"bnb_4bit_quant_storage": torch.bfloat16},
+            'pass replace(MODES["nf4"], bnb_4bit_quant_storage=torch.bfloat16)',
+        ),
+    ]:
+        config = replace(MODES["nf4"], **change)
+        model = BitsandbytesPrecision(config).convert_module(Model())
+        with pytest.raises(ValueError, match=re.escape(how)):
+            BitsandbytesPrecision("nf4").convert_module(model)
+        BitsandbytesPrecision(config).convert_module(model)
 
 
 def test_tied_heads_stay_with_their_embedding() -> None:

@@ -78,6 +78,28 @@ def test_under_torchrun_it_joins(folder: Path) -> None:
     assert done.stdout == "args ['x'] world 2\n"
 
 
+IN_TURN = """
+import torch
+from precision_core import Fabric
+
+for number in range(20):
+    fabric = Fabric(accelerator="cpu", devices=2)
+    fabric.launch()
+    model = fabric.setup(torch.nn.Linear(2, 1))
+    fabric.backward(model(torch.randn(4, 2)).sum())
+    fabric.print(number, flush=True)
+    fabric.teardown()
+"""
+
+
+def test_one_fabric_follows_another(folder: Path) -> None:
+    """Else the third finds on torchrun's store what is left of the second, and waits for ever."""
+    (folder / "turns.py").write_text(IN_TURN)
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "turns.py", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(number) for number in range(20)]
+
+
 def test_torchrun_with_another_number_is_refused_naming_both(folder: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "train.py")
     done = run(*torchrun, folder=folder)

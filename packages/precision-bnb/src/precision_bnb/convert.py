@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4
 from torch import Tensor, nn
 
+from precision_bnb import adopt
 from precision_bnb.config import BitsAndBytesConfig
 from precision_bnb.layers import Int8TrainingLinear, Quantized, QuantizedEmbedding, QuantizedLinear
-from precision_bnb.loading import packed_4bit, packed_int8
 from precision_bnb.packed import Format, Layout
 from precision_bnb.quantize import quantize as quantize_weight
 from precision_core.patterns import matches
@@ -41,7 +39,7 @@ def quantize(
 
     Raises:
         ValueError: a pattern of `ignore_modules` that matches no module, layers that would lose something; nothing was
-            changed. A bitsandbytes layer that is quantised in another way.
+            changed. Nor was it for a layer of bitsandbytes that is quantised in another way.
         RuntimeError: a layer that could not be quantised, for infinite weights for example; says how many were.
     """
     table = _Maker(config, compute_dtype).table(embeddings)
@@ -68,8 +66,10 @@ class _Maker:
 
     def table(self, embeddings: bool) -> dict[type[nn.Module], Replacement]:
         """Returns how each type of layer is replaced."""
+        adopted = Replacement(self.adopted, self._check_adopted, packs=self.format is not None)
+        theirs: dict[type[nn.Module], Replacement] = dict.fromkeys(adopt.THEIRS, adopted)
         if self.format is None:
-            return {nn.Linear: Replacement(self.training, _no_weights)}
+            return {nn.Linear: Replacement(self.training, _no_weights), **theirs}
         linear = Replacement(self.linear, _no_weights, packs=True)
         table: dict[type[nn.Module], Replacement] = {nn.Linear: linear}
         conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
@@ -77,8 +77,7 @@ class _Maker:
             table[conv1d] = Replacement(self.conv1d, _no_weights, packs=True)
         if embeddings:
             table[nn.Embedding] = Replacement(self.embedding, _no_embedding, packs=True)
-        adopted = Replacement(self.adopted, packs=True)
-        return table | dict.fromkeys((Linear4bit, LinearNF4, LinearFP4, Linear8bitLt), adopted)
+        return table | theirs
 
     def linear(self, layer: nn.Module) -> nn.Module:
         return self._linear(layer, transposed=False)
@@ -114,30 +113,31 @@ class _Maker:
 
     def training(self, layer: nn.Module) -> nn.Module:
         assert isinstance(layer, nn.Linear) and isinstance(layer.weight, nn.Parameter)
+        return self._training(layer.weight, layer.bias)
+
+    def _training(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
         threshold = float(self.config.llm_int8_threshold)
-        return Int8TrainingLinear(layer.weight, layer.bias, self.compute_dtype, threshold=threshold)
+        return Int8TrainingLinear(weight, bias, self.compute_dtype, threshold=threshold)
 
     def adopted(self, layer: nn.Module) -> nn.Module:
         """Takes over a layer of bitsandbytes; one that is not quantised yet is quantised."""
-        assert self.format is not None and isinstance(layer, nn.Linear)
+        assert isinstance(layer, nn.Linear)
+        if self.format is None:
+            weight = adopt.floats_of(layer)
+            adopt.forget_theirs(layer)
+            return self._training(weight, layer.bias)
         layout = Layout(self.format, layer.out_features, layer.in_features)
-        weight: Any = layer.weight
-        state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
-        if isinstance(layer, Linear8bitLt):
-            matrix: Any = layer.state
-            codes = weight.CB if weight.CB is not None else matrix.CB
-            scales = weight.SCB if weight.SCB is not None else matrix.SCB
-            if matrix.has_fp16_weights or scales is None:
-                return self._linear(layer, transposed=False)
-            return self._made(packed_int8(layout, codes, scales), layer, layout)
-        if state is None:
-            return self._linear(layer, transposed=False)
-        if getattr(state, "packing_format_for_cpu", False):
-            raise ValueError(
-                "bitsandbytes has repacked this layer for the CPU in an evaluation, and its scales are rounded: take "
-                "the model over before it evaluates"
-            )
-        return self._made(packed_4bit(layout, weight, state), layer, layout)
+        packed = adopt.packed_theirs(layer, layout)
+        if packed is None:
+            packed = quantize_weight(adopt.floats_of(layer), self.format)
+        adopt.forget_theirs(layer)
+        return self._made(packed, layer, layout)
+
+    def _check_adopted(self, name: str, layer: nn.Module) -> str | None:
+        """Raises `ValueError` for one that is quantised in another way, while nothing is changed yet."""
+        assert isinstance(layer, nn.Linear)
+        adopt.check_theirs(name, layer, self.format, self.config.mode)
+        return _no_weights(name, layer) if adopt.format_of_theirs(layer) is None else None
 
 
 def format_of(config: BitsAndBytesConfig) -> Format | None:

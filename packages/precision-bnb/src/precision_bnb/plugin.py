@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -14,8 +15,9 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from precision_bnb import fast
+from precision_bnb.adopt import how_to_ask_for
 from precision_bnb.config import COMPUTE_DTYPES, BitsAndBytesConfig
-from precision_bnb.convert import converted, quantize
+from precision_bnb.convert import converted, format_of, quantize
 from precision_bnb.layers import Quantized, QuantizedEmbedding, QuantizedLinear
 from precision_bnb.meta import parameters_on_meta
 from precision_bnb.support import DEVICES, compute_dtype
@@ -73,13 +75,21 @@ class BitsandbytesPrecision(Precision):
         self._ignored = _checked(ignore_modules)
         self._embeddings = embeddings
         self._given_base = None if base is None else Policy.parse(base)
-        self._packed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that are packed weights
-        self._prepared: WeakKeyDictionary[nn.Module, Report] = WeakKeyDictionary()  # by `before_load`
         self._strategy: Strategy | None = None
         self._device_type = "cuda" if torch.cuda.is_available() else "cpu"
         self._base = self._make_base(self._device_type, trains=True)
         self.policy = self._base.policy
         self.report = Report(self.mode)
+
+    @cached_property
+    def _packed(self) -> WeakIdKeyDictionary:
+        """Parameters that are packed weights; made late, for a plugin that is sent to other processes pickles."""
+        return WeakIdKeyDictionary()
+
+    @cached_property
+    def _prepared(self) -> WeakKeyDictionary[nn.Module, Report]:
+        """What `before_load` quantised."""
+        return WeakKeyDictionary()
 
     # ---------------------------------------------------------------- settings
 
@@ -161,7 +171,8 @@ class BitsandbytesPrecision(Precision):
             self._check_trainable(module, self._quantize(module, dry_run=True).report)
             surgery = self._quantize(module)
             module, report = surgery.module, surgery.report
-        self._choose_base(trains=any(param.requires_grad for param in module.parameters()))
+        models = (module, *self._modules)  # a frozen one takes the scaler from none that trains
+        self._choose_base(trains=any(param.requires_grad for model in models for param in model.parameters()))
         self._set_up_layers(module)
         with _hidden(module):
             self._base.convert_module(module)
@@ -200,13 +211,15 @@ class BitsandbytesPrecision(Precision):
         return surgery
 
     def _check_adopted(self, module: nn.Module) -> None:
+        wanted = format_of(self._config)
         for name, layer in converted(module):
-            theirs = layer.format.quant_type if isinstance(layer, Quantized) else "int8-training"
-            double = "-dq" if isinstance(layer, Quantized) and layer.format.double_quant else ""
-            if theirs + double != self.mode:
+            format = layer.format if isinstance(layer, Quantized) else None
+            if format != wanted:
+                theirs = "int8-training" if format is None else format
+                how = 'pass precision="int8-training"' if format is None else how_to_ask_for(format)
                 raise ValueError(
-                    f'{name or "the model"} is quantised in {theirs}{double}: pass precision="{theirs}{double}", or '
-                    f'dequantise it first, "{self.mode}" would not change it'
+                    f'{name or "the model"} is quantised in {theirs}: {how}, or dequantise it first, "{self.mode}" '
+                    f"{f'({wanted}) ' if wanted is not None else ''}would not change it"
                 )
 
     def _check_trainable(self, module: nn.Module, planned: Report | None = None) -> None:

@@ -6,6 +6,7 @@ The base class calls the precision's hooks; an engine that owns backward, clippi
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -142,17 +143,35 @@ class Strategy:
         """Raises `ValueError` for an optimizer that cannot run under this strategy, before a model is converted."""
 
     def setup_module(self, module: nn.Module) -> nn.Module:
-        """Moves the converted module to where it runs and returns it."""
+        """Moves the converted module to where it runs and returns it.
+
+        Raises:
+            ValueError: parameters or buffers on the meta device, which have no values to move; names them.
+        """
+        tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+        empty = [name for name, tensor in tensors if tensor.is_meta]
+        if empty and self.device.type != "meta":
+            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+            raise ValueError(
+                f"fabric.setup got a {type(module).__name__} without values, on the meta device: "
+                f"{', '.join(empty[:5])}{more}. Load them first with fabric.load_module(file, model), or give them "
+                "values of your own"
+            )
         return module.to(self.device)
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Brings state that the optimizer already has to its parameters' device and dtype, and returns it."""
+        """Brings state that the optimizer already has to its parameters' device and dtype, and returns it.
+
+        What it lists in `non_castable_tensor_keys`, as bitsandbytes' 8-bit ones do, keeps its dtype.
+        """
+        fixed = getattr(optimizer, "non_castable_tensor_keys", ())
         for group in optimizer.param_groups:
             for param in group["params"]:
                 state = optimizer.state.get(param, {})
                 for key, value in state.items():
                     if key != "step":
-                        state[key] = map_tensors(value, functools.partial(_to_like, param))
+                        to = functools.partial(_to_device if key in fixed else _to_like, param)
+                        state[key] = map_tensors(value, to)
                     elif isinstance(value, Tensor) and (group.get("fused") or group.get("capturable")):
                         state[key] = value.to(param.device)  # else the host counts; float32, as bfloat16 counts to 256
         return optimizer
@@ -229,6 +248,10 @@ class Strategy:
 
     def teardown(self) -> None:
         """Ends what the engine started."""
+
+
+def _to_device(param: Tensor, value: Tensor) -> Tensor:
+    return value.to(param.device)
 
 
 def _to_like(param: Tensor, value: Tensor) -> Tensor:
