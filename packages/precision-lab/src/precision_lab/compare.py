@@ -9,7 +9,6 @@ from typing import Any
 
 from precision_core import Policy, Support, supports
 from precision_core.composition import refusal
-from precision_core.layout import make_layout
 from precision_core.resolve import is_core_mode, resolve_precision, resolve_strategy
 from precision_lab.process import ChildFailed, run_child
 from precision_lab.progress import Progress
@@ -55,7 +54,7 @@ def refusal_of(mode: str, device_type: str, strategy: str, devices: int) -> str 
     """
     if strategy == "auto":  # those of core, which run all of its modes
         return None
-    under = resolve_strategy(strategy, device_type, make_layout(device_type, devices, 1))
+    under, _ = resolve_strategy(strategy, device_type, devices, 1)
     try:
         return refusal(resolve_precision(mode, under), under)
     except ValueError as error:
