@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from dataclasses import replace
 from typing import Any
@@ -190,6 +191,22 @@ def test_nothing_to_convert_is_an_error() -> None:
     with pytest.raises(ValueError, match="left alone: 0: excluded by '0'"):
         BitsandbytesPrecision("nf4", ignore_modules={"0"}).convert_module(nn.Sequential(nn.Linear(4, 4)))
     assert type(BitsandbytesPrecision("nf4").convert_module(nn.Linear(4, 4))) is QuantizedLinear
+
+
+def test_a_frozen_model_takes_the_scaler_from_none_that_trains() -> None:
+    fabric = Fabric(accelerator="cpu", precision=BitsandbytesPrecision("nf4", torch.float16))
+    student, teacher = Model(), Model().requires_grad_(False)
+    fabric.setup(student)
+    fabric.setup(teacher)
+    assert str(fabric.precision_plugin.policy) == "16-mixed" and fabric.precision_plugin.scale == 65536.0
+    assert student.body[1].weight.dtype is torch.float32
+
+
+def test_it_is_sent_to_other_processes() -> None:
+    plugin = pickle.loads(pickle.dumps(BitsandbytesPrecision("nf4", torch.float32, ignore_modules={"head"})))
+    model = plugin.convert_module(Model())
+    assert type(model.head) is nn.Linear and type(model.lm_head) is QuantizedLinear
+    assert plugin.storage(model.lm_head.weight) is None and plugin.policy.compute is torch.float32
 
 
 def test_a_quantised_model_is_adopted_in_its_own_mode_only() -> None:

@@ -220,9 +220,11 @@ def train(fabric: Fabric, model: Net, optimizer: Any, steps: range) -> list[floa
 def test_8_bit_optimizers_resume_bit_for_bit(mode: str, kind: Any, tmp_path: Path) -> None:
     """The state is quantised (`min_8bit_size` is low here), goes through fabric.save, and the run goes on with it."""
 
-    def prepared(seed: int) -> tuple[Fabric, Net, Any]:
+    def prepared(seed: int, state: Any = None) -> tuple[Fabric, Net, Any]:
         fabric, model = Fabric(accelerator="cpu", precision=mode), Net(seed)
         optimizer = kind(model.parameters(), lr=1e-3, min_8bit_size=16)
+        if state is not None:
+            optimizer.load_state_dict(state)
         fabric.setup(model, optimizer)
         return fabric, model, optimizer
 
@@ -236,6 +238,9 @@ def test_8_bit_optimizers_resume_bit_for_bit(mode: str, kind: Any, tmp_path: Pat
         assert states and all(state["state1"].dtype is torch.uint8 for state in states)
         fabric, model, optimizer = prepared(1)
         fabric.load(tmp_path / "half.ckpt", {"model": model, "optimizer": optimizer})
+        assert train(fabric, model, optimizer, range(8, 14)) == expected
+        fabric, model, optimizer = prepared(2, state=fabric.load(tmp_path / "half.ckpt")["optimizer"])  # set up with it
+        fabric.load(tmp_path / "half.ckpt", {"model": model})
         assert train(fabric, model, optimizer, range(8, 14)) == expected
 
 

@@ -29,6 +29,8 @@ class Quantized(nn.Module):
     compute_dtype: torch.dtype
     transposed: bool = False
     """Whether float checkpoints have (columns, rows), as Hugging Face's Conv1D does."""
+    loads_whole = ("weight",)
+    """What `fabric.load_module` hands over whole, to be checked, or quantised, before it is cut into shards."""
     _repacked: fast.Repacked | None = None
 
     @property

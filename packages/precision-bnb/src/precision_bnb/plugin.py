@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -87,13 +88,21 @@ class BitsandbytesPrecision(Precision):
         self._ignored = _checked(ignore_modules)
         self._embeddings = embeddings
         self._given_base = None if base is None else Policy.parse(base)
-        self._packed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that are packed weights
-        self._prepared: WeakKeyDictionary[nn.Module, Report] = WeakKeyDictionary()  # by `before_load`
         self._strategy: Strategy | None = None
         self._device_type = "cuda" if torch.cuda.is_available() else "cpu"
         self._base = self._make_base(self._device_type, trains=True)
         self.policy = self._base.policy
         self.report = Report(self.mode)
+
+    @cached_property
+    def _packed(self) -> WeakIdKeyDictionary:
+        """Parameters that are packed weights; made late, for a plugin that is sent to other processes pickles."""
+        return WeakIdKeyDictionary()
+
+    @cached_property
+    def _prepared(self) -> WeakKeyDictionary[nn.Module, Report]:
+        """What `before_load` quantised."""
+        return WeakKeyDictionary()
 
     # ---------------------------------------------------------------- settings
 
@@ -181,7 +190,8 @@ class BitsandbytesPrecision(Precision):
             self._check_trainable(module, self._quantize(module, dry_run=True).report)
             surgery = self._quantize(module)
             module, report = surgery.module, surgery.report
-        self._choose_base(trains=any(param.requires_grad for param in module.parameters()))
+        models = (module, *self._modules)  # a frozen one takes the scaler from none that trains
+        self._choose_base(trains=any(param.requires_grad for model in models for param in model.parameters()))
         self._set_up_layers(module)
         wide = self._wide_buffers(module)
         with _hidden(module, wide):
