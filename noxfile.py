@@ -69,7 +69,7 @@ def lint(session: nox.Session) -> None:
 def _param(name: str, row: dict[str, Any]) -> Any:
     """The row as a session. Where its hardware is missing it gets no environment: it is only there to say so."""
     python = False if row["hardware"] in MISSING else row["python"]
-    return nox.param(python, row, id=name, tags=[row["package"], row["hardware"]])
+    return nox.param(python, row, id=name, tags=[row["package"], row["hardware"], *row["tags"]])
 
 
 nox.options.sessions = ["lint", *(f"tests({name})" for name, row in ROWS.items() if row["default"])]
@@ -86,18 +86,38 @@ def _editable(folder: str) -> list[str]:
     return ["-e", folder, *(["--group", f"{folder}/pyproject.toml:test"] if "test" in groups else [])]
 
 
+def _built(session: nox.Session, row: dict[str, Any]) -> str:
+    """Returns the wheel that a row builds against its torch, and fits no other: from the user's cache, or new."""
+    code = "import torch; print(torch.__version__)"
+    version = str(session.run("python", "-c", code, silent=True)).strip().splitlines()[-1]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "precision-wheels", f"torch-{version}")
+    name, _, wanted = row["builds"].partition("==")
+    pattern = f"{name.replace('-', '_')}-{wanted}-cp{row['python'].replace('.', '')}-*.whl"
+    if not list(cache.glob(pattern)):
+        session.log(f"building {row['builds']} against torch {version}; the wheel stays in {cache}")
+        with tempfile.TemporaryDirectory() as folder:  # what is broken off leaves nothing in the cache
+            options = ("--no-deps", "--no-build-isolation", "--no-cache-dir", "-w", folder)
+            session.run("python", "-m", "pip", "wheel", *options, row["builds"], env=row["build-env"])
+            cache.mkdir(parents=True, exist_ok=True)
+            for wheel in Path(folder).glob(pattern):
+                shutil.move(wheel, cache / wheel.name)
+    return str(next(cache.glob(pattern)))
+
+
 @nox.session
 @nox.parametrize("python,row", [_param(name, row) for name, row in ROWS.items()])
 def tests(session: nox.Session, row: dict[str, Any]) -> None:
     """One row of the matrix: its pins, the bounds between the packages, the package's tests."""
     folder = _folder(row)
-    pytest = ["pytest", folder if folder == "tests-integration" else f"{folder}/tests"]
+    pytest = ["pytest", *(row["only"] or [folder if folder == "tests-integration" else f"{folder}/tests"])]
     session.log(f"this row without nox: {shlex.join(pytest)}")
     if reason := MISSING.get(row["hardware"]):
         session.skip(f"needs {row['hardware']}: {reason}")
     # one command: outside of the workspace only that lets a package find core in the checkout
     installs = [option for each in row.get("installs", [folder]) for option in _editable(each)]
     session.install(*installs, row["torch"], *row["pins"])
+    if row["builds"]:
+        session.install(_built(session, row))
     if session.venv_backend != "none":  # a ready-made image has no uv, and packages whose bounds are not ours to check
         session.run("uv", "pip", "check", external=True)  # uv ignores version bounds between workspace packages
     session.run(*pytest, *session.posargs)
@@ -125,7 +145,7 @@ def doctor(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Every benchmarks/bench_*.py, one after another, with this command's arguments."""
     _install_core_and_lab(session)
-    for name in ("precision-bnb", "precision-deepspeed", "precision-fsdp"):
+    for name in ("precision-bnb", "precision-deepspeed", "precision-fsdp", "precision-te"):
         session.install(*_editable(f"packages/{name}"))
     session.install("--group", "packages/precision-bnb/pyproject.toml:bench")
     for script in sorted(ROOT.glob("benchmarks/bench_*.py")):
@@ -171,6 +191,9 @@ def _print_table(report: Path) -> None:
         if entry["reason"]:
             result += f": {entry['reason']}"
         table.append((name, f"{seconds:.0f}", f"{minutes} min" if minutes else "-", result))
+    if set(nox.options.sessions or ()) <= {name for name, *_ in table}:  # a bare `nox`
+        left_out = {name: row["left-out"] for name, row in ROWS.items() if row["left-out"]}
+        table += [(f"tests({name})", "-", f"{ROWS[name]['minutes']} min", why) for name, why in left_out.items()]
     report.unlink()
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print()

@@ -9,7 +9,6 @@ from precision_core import MODES, Fabric
 from precision_core.composition import refusal
 from precision_core.discovery import PLUGINS, names
 from precision_core.discovery import STRATEGIES as GROUP
-from precision_core.layout import make_layout
 from precision_core.resolve import resolve_precision, resolve_strategy
 from precision_core.strategies import STRATEGIES
 from precision_core.testing import run_in_ranks
@@ -33,7 +32,7 @@ def try_pair(mode: str, strategy: str) -> str:
     try:
         fabric = Fabric(accelerator="cpu", precision=mode, strategy=strategy)
     except ValueError as error:
-        under = resolve_strategy(strategy, "cpu", make_layout("cpu", "auto", 1))
+        under = resolve_strategy(strategy, "cpu", "auto", 1)[0]
         try:
             plugin = resolve_precision(mode, under)
         except ValueError as alone:  # the engine's plugin has no such mode

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from precision_core import Fabric
+from precision_core import CheckpointError, Fabric
 from precision_core.testing import loss_bound, run_in_ranks
 from precision_core.testing.loss_bound import curve_distance
 
@@ -172,3 +172,53 @@ def test_packed_shards_are_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
             for found in run_in_ranks(ranks, load, tmp_path, strategy):
                 assert found.keys() == wanted.keys()
                 assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+
+
+def refused(folder: Path) -> tuple[list[str], bool]:
+    """Returns what a model in another 4-bit mode says to both files, and whether it kept its values."""
+    fabric = Fabric(accelerator="cpu", precision="fp4", strategy="fsdp")
+    torch.manual_seed(1)
+    model = fabric.setup(Net())
+    before, messages = values(model), []
+    for load in (
+        lambda: fabric.load(folder / "checkpoint", {"model": model}),
+        lambda: fabric.load_module(folder / "model.safetensors", model),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            load()
+        messages.append(str(caught.value))
+    packed = [name for name, value in before.items() if value.dtype is torch.uint8]
+    after = values(model)
+    return messages, all(torch.equal(before[name], after[name]) for name in packed)
+
+
+def test_shards_of_another_mode_of_the_same_size_are_refused_by_name(tmp_path: Path) -> None:
+    run_in_ranks(2, saved, tmp_path)
+    for messages, kept in run_in_ranks(2, refused, tmp_path):
+        assert kept
+        assert all("nf4 in blocks of 64 in the checkpoint, this layer is fp4" in message for message in messages)
+
+
+def floats_saved(folder: Path) -> None:
+    fabric = Fabric(accelerator="cpu", precision="32-true", strategy="fsdp")
+    torch.manual_seed(0)
+    model = fabric.setup(Net())
+    fabric.save(folder / "checkpoint", {"model": model})
+    fabric.save_module(folder / "model.safetensors", model)
+
+
+def floats_loaded(folder: Path, strategy: str, whole: bool) -> dict[str, Tensor]:
+    fabric, model, _ = made(strategy, seed=1)
+    if whole:
+        fabric.load_module(folder / "model.safetensors", model, strict=False)
+    else:
+        fabric.load(folder / "checkpoint", {"model": model}, strict=False)
+    return values(model)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["load_module", "load"])
+def test_floats_are_quantised_as_they_are_loaded_into_shards(whole: bool, tmp_path: Path) -> None:
+    run_in_ranks(2, floats_saved, tmp_path)
+    (expected,) = run_in_ranks(1, floats_loaded, tmp_path, "single_device", whole)
+    for found in run_in_ranks(2, floats_loaded, tmp_path, "fsdp", whole):
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())

@@ -72,3 +72,22 @@ def test_their_codes_and_scales_are_let_go(evaluated: bool) -> None:
     gc.collect()
     assert [reference() for reference in references] == [None] * len(references)
     assert not {"state", "index"} & set(vars(model[1]))
+
+
+def test_a_raw_layer_beside_ours_is_taken_over() -> None:
+    plugin = BitsandbytesPrecision("nf4", torch.float32)
+    model = plugin.convert_module(nn.Sequential(nn.Linear(64, 64)))
+    raw, x = LinearNF4(64, 64, compress_statistics=False).to("cpu"), torch.randn(3, 64)
+    raw.support_avx512bf16_for_cpu = False
+    expected = raw(x)
+    model.append(raw).append(nn.Linear(64, 8)).append(LinearNF4(64, 64))  # the last is not quantised yet
+    kept = model[0].weight
+    plugin.convert_module(model)
+    assert [type(layer) for layer in model] == [QuantizedLinear, QuantizedLinear, nn.Linear, QuantizedLinear]
+    assert model[0].weight is kept and torch.equal(model[1](x), expected)
+    assert [item.name for item in plugin.report.converted] == ["1", "3"]
+    model.append(Linear4bit(64, 64, quant_type="fp4").to("cpu"))
+    with pytest.raises(ValueError, match="4 is quantised by bitsandbytes in fp4-dq"):
+        plugin.convert_module(model)
+    BitsandbytesPrecision("nf4", torch.float32, ignore_modules={"4"}).convert_module(model)
+    assert type(model[4]) is Linear4bit

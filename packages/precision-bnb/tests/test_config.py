@@ -61,6 +61,9 @@ def test_everything_can_be_reached() -> None:
         ({"load_in_4bit": 1}, r"load_in_4bit=1\): expected True or False"),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, '"nf4" or "fp4"'),
         ({"load_in_4bit": True, "block_size": 48}, r"block_size=48\): expected 32, 64"),
+        ({"load_in_4bit": True, "block_size": 64.0}, r"block_size=64.0\): expected 32, 64"),
+        ({"load_in_4bit": True, "llm_int8_skip_modules": ["a b"]}, "bad name pattern 'a b'"),
+        ({"load_in_4bit": True, "llm_int8_skip_modules": [1]}, "bad name pattern 1"),
         ({"load_in_4bit": True, "blocksize": 64}, "unknown blocksize in the config"),
         ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "float64"}, "bnb_4bit_compute_dtype"),
         ({"load_in_4bit": True, "bnb_4bit_compute_dtype": "half16"}, "unknown dtype"),
@@ -86,3 +89,9 @@ def test_what_is_refused(given: Any, message: str) -> None:
 def test_dtypes_that_nothing_computes_in_are_refused(dtype: Any) -> None:
     with pytest.raises(ValueError, match=r"what layers compute in is one of torch.float32"):
         BitsandbytesPrecision("nf4", dtype)
+
+
+def test_transformers_object_and_its_dict_agree() -> None:
+    theirs = pytest.importorskip("transformers").BitsAndBytesConfig(load_in_8bit=True)
+    for given in (theirs, theirs.to_dict(), theirs.to_diff_dict()):
+        assert BitsAndBytesConfig.of(given) == MODES["int8"]

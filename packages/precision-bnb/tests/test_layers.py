@@ -132,6 +132,29 @@ def test_autocast_decides_the_results_dtype() -> None:
         assert torch.equal(wide(inputs()), wide.float()(inputs()).bfloat16())
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", [*MODES, pytest.param("fast", marks=needs_kernel)])
+def test_inputs_that_torchs_layer_refuses_are_refused(mode: str, training: bool) -> None:
+    layer = ours(linear(), _fast("nf4") if mode == "fast" else mode, torch.bfloat16).train(training)
+    with torch.no_grad():
+        for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):
+            with pytest.raises(RuntimeError, match=f"expects floats, and was given {dtype}.*ignore_modules"):
+                layer(torch.ones(2, 128, dtype=dtype))
+        for shape in [(2, 64), (2, 127), (3, 2, 256), ()]:
+            with pytest.raises(RuntimeError, match=r"cannot be multiplied with a weight of \(64, 128\)"):
+                layer(torch.ones(shape))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_int8_of_a_single_column(rows: int, threshold: float) -> None:
+    """torch's _int_mm on a CPU is wrong for one column."""
+    layer = ours(linear(1, rows), {"load_in_8bit": True, "llm_int8_threshold": threshold}).eval()
+    x = torch.tensor([[0.5], [-2.0], [7.0], [0.0]])
+    exact = x.double() @ layer.dequantize().double().t() + layer.bias.double()
+    assert (layer(x) - exact).abs().max() < 0.01 * exact.abs().max()
+
+
 # ---------------------------------------------------------------- traps
 
 
@@ -217,17 +240,50 @@ def test_the_fused_kernel_by_choice(kind: str, double: bool) -> None:
         assert pickle.loads(pickle.dumps(layer))._repacked is None and copy.deepcopy(layer)._repacked is None
 
 
+@needs_kernel
+def test_the_fused_kernel_without_rows_and_in_inference_mode() -> None:
+    with torch.inference_mode():
+        layer, x = ours(linear(), _fast("nf4"), torch.bfloat16).eval(), inputs().detach()
+        assert layer.weight.is_inference()
+        y, empty = layer(x), layer(x[:0])
+        assert layer._repacked is not None and empty.shape == (0, *y.shape[1:])
+        assert (y - ours(linear(), "nf4", torch.bfloat16)(x)).norm() < 0.01 * y.norm()
+
+
+@needs_kernel
+@pytest.mark.parametrize("change", ["load", "assign", "move"])
+def test_the_repacked_copy_goes_with_the_weights(change: str) -> None:
+    layer, other = (ours(linear(seed=seed), _fast("nf4"), torch.bfloat16).eval() for seed in (0, 1))
+    x = inputs().detach()
+    with torch.no_grad():
+        before = layer(x)
+        layer.bias.copy_(other.bias)
+        if change == "load":
+            layer.load_state_dict(other.state_dict())
+        elif change == "assign":
+            layer.weight = nn.Parameter(other.weight.clone(), requires_grad=False)
+        else:
+            layer.weight.data.copy_(other.weight)  # leaves no trace
+            layer.to("cpu")
+        assert torch.equal(layer(x), other(x)) and not torch.equal(layer(x), before)
+
+
 @pytest.mark.skipif(fast.is_here(), reason="this CPU has the kernel")
 def test_the_fused_kernel_is_refused_where_it_is_missing() -> None:
     with pytest.raises(ValueError, match="fast_inference needs a CPU with AVX512-BF16"):
         BitsandbytesPrecision(_fast("nf4"))
 
 
+def as_float64(module: nn.Module) -> nn.Module:
+    """Casts integers, too."""
+    return module.type(torch.float64)
+
+
 def test_casts_do_not_touch_packed_weights() -> None:
     for mode in ("nf4", "nf4-dq", "int8", {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"}):
         layer = ours(linear(), mode)
         floats = layer.dequantize()
-        for cast in (nn.Module.half, nn.Module.bfloat16, nn.Module.double, nn.Module.float):
+        for cast in (nn.Module.half, nn.Module.bfloat16, nn.Module.double, as_float64, nn.Module.float):
             cast(layer)
             assert torch.equal(layer.dequantize(), floats)
         layer.to("meta")
@@ -328,6 +384,21 @@ def test_embeddings(mode: str, width: int) -> None:
     ids = torch.randint(0, 50, (4, 9))
     assert torch.equal(layer(ids), layer.dequantize()[ids])
     assert (layer.dequantize() - table.weight).norm() < 0.13 * table.weight.norm()
+
+
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
+def test_ids_are_torchs(mode: str) -> None:
+    model = nn.Sequential(nn.Embedding(300, 7))
+    BitsandbytesPrecision(mode, torch.float32, embeddings=True).convert_module(model)
+    ids = torch.tensor([[299, 0], [150, 299]], dtype=torch.int32)
+    assert torch.equal(model(ids), model[0].dequantize()[ids.long()])
+    assert model(ids[:0]).shape == (0, 2, 7) and model(ids[0, 0]).shape == (7,)
+    for wrong in (-1, 300):
+        with pytest.raises(IndexError, match="index out of range"):
+            model(torch.tensor([1, wrong]))
+    for dtype in (torch.uint8, torch.int16, torch.float32):
+        with pytest.raises(RuntimeError, match="Long, Int"):
+            model(torch.ones(2, dtype=dtype))
 
 
 def test_embeddings_that_write_to_themselves_stay() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from precision_bnb import MODES, BitsandbytesPrecision, Int8TrainingLinear, QuantizedLinear
+from precision_bnb import MODES, BitsandbytesPrecision, Int8TrainingLinear, QuantizedLinear, quantize
 from precision_bnb.support import compute_dtype, rows
 from precision_core import DDPStrategy, Fabric, SingleDeviceStrategy, supports
 
@@ -93,6 +94,31 @@ def test_float16_without_anything_to_train_is_true_until_adapters_come() -> None
     assert model.body[1].weight.dtype is torch.float16 and torch.equal(model.head.weight, packed)
 
 
+class Rotary(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", 1 / 10000 ** (torch.arange(0, 64, 2) / 64), persistent=False)
+        self.register_buffer("table", torch.linspace(0, 1, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rotary_frequencies_stay_float32_unless_base_is_given(dtype: torch.dtype) -> None:
+    model, plugin = Rotary().requires_grad_(False), BitsandbytesPrecision("nf4", dtype)
+    frequencies = model.inv_freq
+    with pytest.warns(UserWarning, match=r"running statistics: table\. To keep them") as caught:
+        plugin.convert_module(model)
+    assert model.inv_freq is frequencies and model.table.dtype is dtype
+    assert "inv_freq  kept in float32" in str(plugin.report)
+    assert [name for name, _ in model.named_buffers()] == ["inv_freq", "table"]
+    base = re.search(r'BitsandbytesPrecision\(base="(.*)"\)$', str(caught[0].message))
+    assert base is not None
+    wide = BitsandbytesPrecision("nf4", dtype, base=base[1]).convert_module(Rotary().requires_grad_(False))
+    assert wide.inv_freq.dtype is wide.table.dtype is torch.float32 and wide.body[1].weight.dtype is dtype
+    with pytest.warns(UserWarning, match=r"statistics: inv_freq\. To keep"):
+        BitsandbytesPrecision("nf4", dtype, base=str(plugin.policy)).convert_module(model)
+    assert model.inv_freq.dtype is dtype
+
+
 def test_an_explicit_half_base_refuses_what_trains() -> None:
     plugin, model = BitsandbytesPrecision("nf4", torch.float16, base="16-true"), Model()
     with pytest.raises(ValueError, match=r"these train: body.0.bias, body.1.weight.*base=\"16-mixed\""):
@@ -143,6 +169,21 @@ def test_ignore_modules() -> None:
         BitsandbytesPrecision("nf4", ignore_modules={"heads"}).convert_module(Model())
 
 
+def test_what_a_model_keeps_wide_stays() -> None:
+    """Names as transformers' models have them, on any part of the model, whatever `ignore_modules` says."""
+    for parts, left in (
+        (["head", "nowhere"], {"head", "lm_head"}),
+        ({"0.weight"}, {"body.0", "lm_head"}),
+        ("body", {"body.0", "body.2", "lm_head"}),
+        (None, {"lm_head"}),
+    ):
+        model = Model()
+        model.body._keep_in_fp32_modules_strict = parts
+        model._keep_in_fp32_modules = None
+        BitsandbytesPrecision("nf4", ignore_modules={"lm_head"}).convert_module(model)
+        assert {name for name, kind in kinds(model).items() if kind == "Linear"} == left
+
+
 def test_nothing_to_convert_is_an_error() -> None:
     plugin = BitsandbytesPrecision("nf4")
     with pytest.raises(ValueError, match=r"nf4: this Sequential has no layer to quantise.*left alone: none"):
@@ -150,6 +191,22 @@ def test_nothing_to_convert_is_an_error() -> None:
     with pytest.raises(ValueError, match="left alone: 0: excluded by '0'"):
         BitsandbytesPrecision("nf4", ignore_modules={"0"}).convert_module(nn.Sequential(nn.Linear(4, 4)))
     assert type(BitsandbytesPrecision("nf4").convert_module(nn.Linear(4, 4))) is QuantizedLinear
+
+
+def test_a_frozen_model_takes_the_scaler_from_none_that_trains() -> None:
+    fabric = Fabric(accelerator="cpu", precision=BitsandbytesPrecision("nf4", torch.float16))
+    student, teacher = Model(), Model().requires_grad_(False)
+    fabric.setup(student)
+    fabric.setup(teacher)
+    assert str(fabric.precision_plugin.policy) == "16-mixed" and fabric.precision_plugin.scale == 65536.0
+    assert student.body[1].weight.dtype is torch.float32
+
+
+def test_it_is_sent_to_other_processes() -> None:
+    plugin = pickle.loads(pickle.dumps(BitsandbytesPrecision("nf4", torch.float32, ignore_modules={"head"})))
+    model = plugin.convert_module(Model())
+    assert type(model.head) is nn.Linear and type(model.lm_head) is QuantizedLinear
+    assert plugin.storage(model.lm_head.weight) is None and plugin.policy.compute is torch.float32
 
 
 def test_a_quantised_model_is_adopted_in_its_own_mode_only() -> None:
@@ -175,6 +232,17 @@ def test_a_quantised_model_is_adopted_in_its_own_mode_only() -> None:
         BitsandbytesPrecision(config).convert_module(model)
 
 
+def test_an_adopted_model_gets_this_plugins_threshold_and_patterns() -> None:
+    model = BitsandbytesPrecision("int8", torch.float32).convert_module(Model())
+    config = replace(MODES["int8"], llm_int8_threshold=2.0)
+    assert BitsandbytesPrecision(config).convert_module(model).head.threshold == 2.0
+    with pytest.raises(ValueError, match="'heads' matches no module"):
+        BitsandbytesPrecision("int8", ignore_modules={"heads"}).convert_module(model)
+    trains = BitsandbytesPrecision("int8-training", torch.float32).convert_module(Model())
+    config = replace(MODES["int8-training"], llm_int8_threshold=3.0)
+    assert BitsandbytesPrecision(config).convert_module(trains).head.threshold == 3.0
+
+
 def test_tied_heads_stay_with_their_embedding() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -198,11 +266,50 @@ def test_the_report_says_what_was_done() -> None:
     assert plugin.report.bytes_before == before and plugin.report.bytes_after < 0.3 * before
 
 
-def test_weights_that_cannot_be_quantised_are_named() -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e5])
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_that_cannot_be_quantised_are_named_and_nothing_was_changed(mode: str, value: float) -> None:
+    if value == 1e5 and "int8" not in mode:
+        pytest.skip("4 bits hold it")
     model = Model()
-    nn.init.constant_(model.head.weight, float("nan"))
-    with pytest.raises(RuntimeError, match=r"head could not be converted .*: it has weights that are infinite or NaN"):
+    with torch.no_grad():
+        model.head.weight[3, 5] = value
+    plugin = BitsandbytesPrecision(mode)
+    with pytest.raises(ValueError, match=r"head cannot be converted, and nothing was: it has weights that are infin"):
+        plugin.convert_module(model)
+    assert set(kinds(model).values()) == {"Linear"}
+    nn.init.zeros_(model.head.weight)
+    plugin.convert_module(model)
+    assert list(kinds(model).values()).count("Linear") == 1  # lm_head
+
+
+def test_int8_takes_what_float16_rounds_to_its_largest() -> None:
+    model = Model()
+    nn.init.constant_(model.head.weight, 65519.0)
+    BitsandbytesPrecision("int8", torch.float32).convert_module(model)
+    assert torch.equal(model.head.dequantize(), torch.full((8, 64), 65504.0))
+
+
+def test_what_is_no_pattern_no_module_or_quantises_nothing_is_refused_early() -> None:
+    wrong: Any
+    for wrong in (5, {1, "a"}, {None}, "", {"a b"}, b"lm"):
+        with pytest.raises(ValueError, match=r"ignore_modules=5\): expected a set of name patterns|bad name pattern"):
+            BitsandbytesPrecision("nf4", ignore_modules=wrong)
+    wrong = "x"
+    with pytest.raises(TypeError, match=r"convert_module expects an nn.Module, and was given a str"):
+        BitsandbytesPrecision("nf4").convert_module(wrong)
+    with pytest.raises(ValueError, match="embeddings=True: int8-training quantises none"):
+        BitsandbytesPrecision("int8-training", embeddings=True)
+    with pytest.raises(ValueError, match="embeddings=True: int8-training quantises none"):
+        quantize(Model(), MODES["int8-training"], torch.float32, embeddings=True)
+
+
+def test_refusals_name_the_argument() -> None:
+    model = Model()
+    model.head.weight.register_hook(lambda grad: grad)
+    with pytest.raises(ValueError, match=r"leave the layers as they are with ignore_modules=\['head'\]"):
         BitsandbytesPrecision("nf4").convert_module(model)
+    BitsandbytesPrecision("nf4", ignore_modules=["head"]).convert_module(model)
 
 
 # ---------------------------------------------------------------- strategies

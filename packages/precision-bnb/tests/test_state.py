@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from precision_bnb import MODES, BitsandbytesPrecision, QuantizedLinear, dequantize
 from precision_core import CheckpointError, Fabric
@@ -128,8 +129,9 @@ def test_a_float_checkpoint_is_quantised_as_it_loads(mode: str, tmp_path: Path) 
     assert_same(other, expected)
 
 
-@pytest.mark.parametrize("embeddings", [False, True])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "embeddings"), [(mode, on) for mode in MODES for on in (False, True)[: 1 + (mode != "int8-training")]]
+)
 def test_a_model_without_values_is_filled_from_a_file(mode: str, embeddings: bool, tmp_path: Path) -> None:
     fabric = fabric_for(mode, embeddings=embeddings)
     fabric.save_module(tmp_path / "floats", Model(), max_shard_size="10KB")
@@ -300,7 +302,8 @@ def test_a_file_is_let_go(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_dequantize_puts_float_layers_back(mode: str) -> None:
-    model = quantized(mode, embeddings=True)
+    quantises = mode != "int8-training"
+    model = quantized(mode, embeddings=quantises)
     expected = model(IDS)
     floats = {name: layer.dequantize() for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
     fabric = fabric_for(mode)
@@ -309,9 +312,88 @@ def test_dequantize_puts_float_layers_back(mode: str) -> None:
     assert all(torch.equal(model.get_submodule(name).weight, value) for name, value in floats.items())
     tolerance = 0.05 if mode == "int8-training" else 1e-5
     assert (model(IDS) - expected).norm() <= tolerance * expected.norm()
-    assert model.up.weight.requires_grad is (mode == "int8-training")
+    assert model.up.weight.requires_grad is not quantises
     with pytest.raises(ValueError, match="has no quantised layer"):
         dequantize(model)
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     assert fabric.precision_plugin.mode == mode
+
+
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4", "int8"])
+def test_dequantize_to_any_floating_dtype(mode: str) -> None:
+    """Of float64, bitsandbytes' kernels for 4 bits return memory that nobody wrote."""
+    model = quantized(mode, embeddings=True)
+    floats = {name: getattr(model, name).dequantize() for name in ("embedding", "up", "down")}
+    for dtype in (torch.float64, torch.float8_e4m3fn):
+        assert torch.equal(model.up.dequantize(dtype).double(), floats["up"].to(dtype).double())
+    for wrong in (torch.int8, torch.complex64, "float32"):
+        for call in (model.up.dequantize, lambda dtype: dequantize(model, dtype)):
+            with pytest.raises(ValueError, match="dequantize: expected a floating dtype, got"):
+                call(wrong)
+    assert isinstance(model.up, QuantizedLinear)
+    dequantize(model, torch.float64)
+    assert all(torch.equal(getattr(model, name).weight, value.double()) for name, value in floats.items())
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8-training"])
+def test_dequantize_puts_conv1d_back(mode: str) -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model, x = nn.Sequential(conv1d(96, 64), nn.Linear(96, 64)), torch.randn(2, 3, 64)
+    floats = copy.deepcopy(model)
+    fabric_for(mode).setup(model)
+    expected = model(x)
+    dequantize(model)
+    assert type(model[0]) is conv1d and (model[0].nf, model[0].weight.shape) == (96, (64, 96))
+    floats.load_state_dict(model.state_dict())
+    tolerance = 1e-5 if mode == "nf4" else 0.02  # of the latter, the weights are not rounded
+    assert (floats(x) - expected).norm() < tolerance * expected.norm()
+
+
+# ---------------------------------------------------------------- destroyed, and loaded again
+
+
+@pytest.mark.parametrize("values", ["packed", "floats"])
+def test_a_destroyed_weight_is_loaded_again(values: str) -> None:
+    config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "bfloat16"}
+    model = quantized(config)
+    kept, state = copy.deepcopy(model.state_dict()), Model().state_dict()
+    expected = model(IDS)
+    model.up.weight.data = model.up.weight.data.float()
+    model.down.weight.data = model.down.weight.data[:7]
+    with pytest.raises(RuntimeError, match=r"was cast from torch.bfloat16 to torch.float32.*prepare_model_for_kbit"):
+        model(IDS)
+    with pytest.raises(RuntimeError, match=r"has shape \(7, 1\) in place of"):
+        model.down.dequantize()
+    model.load_state_dict(kept if values == "packed" else state)
+    assert_same(model, quantized(config))
+    assert torch.equal(model(IDS), expected)
+
+
+# ---------------------------------------------------------------- without values
+
+
+def test_parameters_of_several_modules_stay_one_on_meta() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            shared = nn.Parameter(torch.randn(64, 64), requires_grad=False)
+            self.one, self.other = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+            self.one.weight = self.other.weight = shared
+            self.lazy = nn.LazyLinear(4)
+
+    with fabric_for("nf4").init_module():
+        model = Tied()
+    assert model.one.weight is model.other.weight and model.one.weight.is_meta
+    assert not model.one.weight.requires_grad
+    assert is_lazy(model.lazy.weight)
+    assert model.lazy(torch.randn(2, 8)).shape == (2, 4)
+
+
+def test_packed_weights_have_no_initial_values() -> None:
+    model = quantized("nf4", embeddings=True)
+    kept = copy.deepcopy(model.state_dict())
+    for layer in (model.up, model.embedding):
+        with pytest.raises(RuntimeError, match=r"load values first, fabric.load_module\(path, model\)"):
+            layer.reset_parameters()
+    assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())

@@ -85,6 +85,58 @@ def test_adapters_are_not_quantised_and_learn(before: bool) -> None:
     assert all(torch.equal(mine, other) for mine, other in zip(packed, after, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # between peft and transformers
+@pytest.mark.parametrize("kind", ["PromptEncoderConfig", "PrefixTuningConfig"])
+def test_prompt_encoders_stay_and_train(kind: str) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 20, "n_positions": 16}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    options = {"encoder_hidden_size": 32} if kind == "PromptEncoderConfig" else {"prefix_projection": True}
+    model = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3, **options))
+    trains = {name for name, param in model.named_parameters() if param.requires_grad}
+    BitsandbytesPrecision("nf4", torch.float32).convert_module(model)
+    assert {name for name, param in model.named_parameters() if param.requires_grad} == trains
+    assert sum(isinstance(layer, QuantizedLinear) for layer in model.modules()) == 4
+    ids = torch.tensor([[1, 2, 3]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(param.grad is not None for param in model.prompt_encoder.parameters() if param.requires_grad)
+
+
+def test_what_trains_in_a_model_that_peft_froze_stays() -> None:
+    model = with_lora(Body())
+    model.base_model.gate = nn.Linear(64, 64)
+    frozen = model.base_model.other = nn.Linear(64, 64).requires_grad_(False)
+    BitsandbytesPrecision("nf4", torch.float32).convert_module(model)
+    assert type(model.base_model.gate) is nn.Linear and model.base_model.gate.weight.requires_grad
+    assert isinstance(model.base_model.other, QuantizedLinear) and model.base_model.other is not frozen
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_dora(mode: str) -> None:
+    """peft asks for the floats of the weight, in the making and in each forward."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["up", "down"], use_dora=True, init_lora_weights=False)
+    plugin = BitsandbytesPrecision(mode, torch.float32)
+    models = []
+    for floats in (False, True):
+        body = plugin.convert_module(Body())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            models.append(peft.get_peft_model(dequantize(body) if floats else body, config))
+    x = torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(2))
+    mine, exact = (gradients(model, x) for model in models)
+    assert mine.keys() == exact.keys() and any("magnitude" in name for name in mine) and len(mine) == 6
+    assert all((mine[name] - exact[name]).norm() < 1e-4 * exact[name].norm() for name in mine)
+
+
+def test_what_peft_casts_is_noticed() -> None:
+    peft = pytest.importorskip("peft")
+    config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "bfloat16"}
+    model = peft.prepare_model_for_kbit_training(BitsandbytesPrecision(config).convert_module(Body()))
+    with pytest.raises(RuntimeError, match="prepare_model_for_kbit_training casts so"):
+        model(torch.randn(2, 48))
+
+
 def test_float16_adapters_get_cores_scaler() -> None:
     fabric = Fabric(accelerator="cpu", precision=BitsandbytesPrecision("nf4", torch.float16))
     model = with_lora(fabric.precision_plugin.convert_module(Body().requires_grad_(False)))
@@ -168,9 +220,11 @@ def train(fabric: Fabric, model: Net, optimizer: Any, steps: range) -> list[floa
 def test_8_bit_optimizers_resume_bit_for_bit(mode: str, kind: Any, tmp_path: Path) -> None:
     """The state is quantised (`min_8bit_size` is low here), goes through fabric.save, and the run goes on with it."""
 
-    def prepared(seed: int) -> tuple[Fabric, Net, Any]:
+    def prepared(seed: int, state: Any = None) -> tuple[Fabric, Net, Any]:
         fabric, model = Fabric(accelerator="cpu", precision=mode), Net(seed)
         optimizer = kind(model.parameters(), lr=1e-3, min_8bit_size=16)
+        if state is not None:
+            optimizer.load_state_dict(state)
         fabric.setup(model, optimizer)
         return fabric, model, optimizer
 
@@ -184,6 +238,9 @@ def test_8_bit_optimizers_resume_bit_for_bit(mode: str, kind: Any, tmp_path: Pat
         assert states and all(state["state1"].dtype is torch.uint8 for state in states)
         fabric, model, optimizer = prepared(1)
         fabric.load(tmp_path / "half.ckpt", {"model": model, "optimizer": optimizer})
+        assert train(fabric, model, optimizer, range(8, 14)) == expected
+        fabric, model, optimizer = prepared(2, state=fabric.load(tmp_path / "half.ckpt")["optimizer"])  # set up with it
+        fabric.load(tmp_path / "half.ckpt", {"model": model})
         assert train(fabric, model, optimizer, range(8, 14)) == expected
 
 
@@ -253,6 +310,13 @@ def sharded(config: Any, policy: torch.dtype | None) -> list[float]:
     fully_shard(model, **options)
     packed = model.blocks[0].up.weight
     assert packed.to_local().numel() * 2 == packed.numel()  # half on each rank
+    kept = packed.to_local().clone()
+    frozen = [each for each in model.modules() if isinstance(each, QuantizedLinear)]
+    for layer in frozen:
+        layer._apply(Tensor.half)  # what model.half() does, of the packed weights alone
+        layer._apply(Tensor.float)
+    packed = model.blocks[0].up.weight
+    assert packed.dtype is kept.dtype and torch.equal(packed.to_local().view(torch.uint8), kept.view(torch.uint8))
     losses, rank = [], dist.get_rank()
     optimizer = SGD([param for param in model.parameters() if param.requires_grad], lr=0.05, momentum=0.9)
     for step in range(STEPS):

@@ -244,6 +244,13 @@ def test_modules_and_tensors_are_made_in_the_dtype(mode: str) -> None:
     assert torch.ones(1).device.type == "cpu" and torch.ones(1).dtype is torch.float32
 
 
+def test_a_model_without_values_is_refused_with_the_way_out() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    with pytest.raises(ValueError, match=r"0\.weight, .* and \d more. Load them first with fabric.load_module\("):
+        fabric("32-true").setup(model)
+
+
 def test_launch_print_and_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     host = fabric()
     assert host.launch(lambda given, a, b: (given is host, a + b), 1, b=2) == (True, 3)

@@ -78,6 +78,28 @@ def test_under_torchrun_it_joins(folder: Path) -> None:
     assert done.stdout == "args ['x'] world 2\n"
 
 
+IN_TURN = """
+import torch
+from precision_core import Fabric
+
+for number in range(20):
+    fabric = Fabric(accelerator="cpu", devices=2)
+    fabric.launch()
+    model = fabric.setup(torch.nn.Linear(2, 1))
+    fabric.backward(model(torch.randn(4, 2)).sum())
+    fabric.print(number, flush=True)
+    fabric.teardown()
+"""
+
+
+def test_one_fabric_follows_another(folder: Path) -> None:
+    """Else the third finds on torchrun's store what is left of the second, and waits for ever."""
+    (folder / "turns.py").write_text(IN_TURN)
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "turns.py", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(number) for number in range(20)]
+
+
 def test_torchrun_with_another_number_is_refused_naming_both(folder: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "train.py")
     done = run(*torchrun, folder=folder)
@@ -215,3 +237,35 @@ def test_what_needs_the_processes_says_that_they_are_not_started(folder: Path) -
     assert done.returncode == 0, done.stderr
     message = "this run has 2 processes, and they are not started yet: call fabric.launch() right after Fabric(...)\n"
     assert done.stdout == message * 3
+
+
+WITH_VARIABLES = """
+import os, sys
+from precision_core import Fabric, SingleDeviceStrategy
+
+class Picky(SingleDeviceStrategy):
+    def missing_variables(self):
+        return {} if os.environ.get("BEADS") == "7" else {"BEADS": "7"}
+
+def train(fabric, add):
+    return int(os.environ["BEADS"]) + add, fabric.world_size
+
+if __name__ == "__main__":
+    fabric = Fabric(strategy=Picky())
+    if sys.argv[1] == "function":
+        print(fabric.launch(train, add=1), "BEADS" in os.environ)
+        fabric.setup_dataloaders([1])
+    fabric.launch()
+    print(train(fabric, 2), sys.argv[1:])
+"""
+
+
+def test_a_process_is_started_with_the_variables_that_a_strategy_needs(folder: Path) -> None:
+    (folder / "picky.py").write_text(WITH_VARIABLES)
+    done = run("picky.py", "script", folder=folder)
+    assert done.returncode == 0 and done.stdout == "(9, 1) ['script']\n", done.stderr
+    done = run("picky.py", "function", folder=folder)
+    assert done.stdout == "(8, 1) False\n", done.stderr
+    assert "this run needs a process that was started with BEADS=7: call fabric.launch() right after" in done.stderr
+    done = run("-c", WITH_VARIABLES, "script", folder=folder)
+    assert "no script to start again" in done.stderr and "start with BEADS=7" in done.stderr

@@ -151,6 +151,19 @@ def test_upcast_casts_them() -> None:
     assert [item.name for item in plugin.report.converted] == ["1.weight", "1.bias"]
 
 
+def test_upcast_leaves_no_norm_with_two_dtypes() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)).half()
+    model.requires_grad_(False)
+    model[1].weight.requires_grad_(True)
+    model[0].bias.requires_grad_(True)  # the frozen matrix beside it stays: autocast casts it
+    plugin = MixedPrecision("16-mixed", device="cpu", upcast=True)
+    plugin.convert_module(model)
+    dtypes = {name: param.dtype for name, param in model.named_parameters()}
+    assert dtypes.pop("0.weight") is torch.float16 and set(dtypes.values()) == {torch.float32}
+    with plugin.forward_context():
+        assert model(torch.ones(1, 2)).isfinite().all()
+
+
 def test_frozen_ones_stay_and_are_reported() -> None:
     model = half_model()
     model[1].requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from precision_core import (
     ALIASES,
@@ -14,7 +15,7 @@ from precision_core import (
     Precision,
     SingleDeviceStrategy,
 )
-from precision_core.resolve import resolve_precision
+from precision_core.resolve import resolve_precision, resolve_strategy
 
 CLASSES = {
     "64-true": DoublePrecision,
@@ -64,3 +65,16 @@ def test_what_no_plugin_runs_is_refused(mode: object, message: str) -> None:
     with pytest.raises(ValueError) as error:
         resolve_precision(mode, SingleDeviceStrategy())  # type: ignore[arg-type]
     assert message in str(error.value)
+
+
+def test_a_strategy_by_name_takes_the_layouts_device_and_an_object_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("precision_core.layout.choose_type", lambda accelerator: "xpu")
+    monkeypatch.setattr("precision_core.layout.choose_indices", lambda devices, device_type: [1])
+    for name in ("auto", "single_device", "ddp"):
+        assert resolve_strategy(name, "xpu", 1, 1)[0].device == torch.device("xpu", 1)
+    given = SingleDeviceStrategy("cpu")
+    assert resolve_strategy(given, "auto", 1, 1)[0] is given and given.device == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"Fabric\(accelerator='xpu'\) got a SingleDeviceStrategy on 'cpu'"):
+        resolve_strategy(given, "xpu", 1, 1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from precision_core import Fabric
+from precision_core.devices import MODULES
 from precision_core.rng import rng_state, seed_everything, set_rng_state
 
 CPU = torch.device("cpu")
@@ -66,3 +67,30 @@ def test_a_state_without_numpy_leaves_numpys_alone() -> None:
     expected = np.random.RandomState(1).rand()
     set_rng_state(state, CPU)
     assert np.random.rand() == expected
+
+
+def test_the_generators_of_a_device_that_a_package_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Abacus:
+        state = 0
+
+        @classmethod
+        def manual_seed_all(cls, seed: int) -> None:
+            cls.state = seed
+
+        @classmethod
+        def get_rng_state(cls, device: torch.device) -> int:
+            return cls.state
+
+        @classmethod
+        def set_rng_state(cls, state: int, device: torch.device) -> None:
+            cls.state = state
+
+    monkeypatch.setitem(MODULES, "xla", Abacus)
+    seed_everything(9)
+    state = rng_state(torch.device("xla", 0))
+    assert Abacus.state == state["xla"] == 9
+    seed_everything(10)
+    set_rng_state(state, CPU)
+    assert Abacus.state == 10
+    set_rng_state(state, torch.device("xla", 0))
+    assert Abacus.state == 9

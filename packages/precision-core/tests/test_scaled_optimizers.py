@@ -104,3 +104,24 @@ def test_the_limit_of_skips_is_checked_when_flags_are_read() -> None:
         plugin.optimizer_step(optimizer, None, None)
     with pytest.raises(FloatingPointError, match="4 optimizer steps in a row"):
         _ = plugin.skipped_steps
+
+
+class TakesFlag(SGD):
+    """Skips by a flag that its step takes, as torch_xla's sync-free optimizers do."""
+
+    def step(self, closure: Any = None, found_inf: torch.Tensor | None = None) -> Any:  # type: ignore[override]
+        if found_inf is None or not found_inf:
+            return super().step(closure)
+        return None
+
+
+def test_an_optimizer_whose_step_takes_the_flag_is_given_it() -> None:
+    for lazy in (False, True):
+        plugin, param = make(lazy), nn.Parameter(torch.ones(1))
+        optimizer = TakesFlag([param], lr=0.5)
+        for factor in (1.0, float("inf"), 1.0):
+            optimizer.zero_grad()
+            plugin.pre_backward((param * factor).sum(), None).backward()
+            plugin.optimizer_step(optimizer, None, None)
+        assert plugin.scaler.counter.steps == (0 if lazy else 2)  # the host has not asked yet
+        assert (param.item(), plugin.steps, plugin.skipped_steps) == (0.0, 2, 1)

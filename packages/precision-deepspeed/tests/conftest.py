@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 VENDORS_WARNINGS = (
     "ignore:.*torch.jit.script.* is deprecated:DeprecationWarning",
     "ignore:`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated:FutureWarning",
+    "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning",  # torch.compile, on that version alone
 )
 
 

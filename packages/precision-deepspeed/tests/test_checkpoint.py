@@ -60,7 +60,8 @@ def written(folder: Path, stage: int, mode: str) -> dict[str, torch.Tensor]:
     if stage > 0:
         return masters(model)
     if mode == "bf16-true":
-        pairs = zip(fabric.strategy._engine.names[0], optimizer.param_groups[0]["params"], strict=True)  # type: ignore[attr-defined]
+        names = [name for name, param in model.named_parameters() if param.requires_grad]
+        pairs = zip(names, optimizer.param_groups[0]["params"], strict=True)
         return {name: master.detach().clone() for name, master in pairs}
     return {name: param.detach().clone() for name, param in model.named_parameters() if param.requires_grad}
 
@@ -94,8 +95,8 @@ def resumed(folder: Path, stage: int) -> None:
     assert fabric.precision_plugin.steps == 6
 
 
-def refused(folder: Path, stage: int, words: str, world: int, **options: Any) -> None:
-    fabric, model, optimizer = make(stage, "16-mixed", seed=1, **options)
+def refused(folder: Path, stage: int, words: str) -> None:
+    fabric, model, optimizer = make(stage, "16-mixed", seed=1)
     state = {"model": model, "optimizer": optimizer, "progress": {"step": 0}}
     before = {name: value.clone() for name, value in masters(model).items()}
     with pytest.raises(CheckpointError, match=words):
@@ -108,18 +109,16 @@ def refused(folder: Path, stage: int, words: str, world: int, **options: Any) ->
 def test_what_does_not_fit_or_is_damaged_changes_nothing(tmp_path: Path) -> None:
     run_in_ranks(2, written, tmp_path, 2, "16-mixed")
     run_in_ranks(2, resumed, tmp_path, 2)
-    run_in_ranks(2, refused, tmp_path, 1, "stage=2.*stage=1", 2)
-    run_in_ranks(1, refused, tmp_path, 2, "world_size=2.*world_size=1", 1)
     folder = tmp_path / "last"
     shard = next(folder.glob("*optim_states.pt"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    run_in_ranks(2, refused, tmp_path, 2, "does not match its checksum", 2)
+    run_in_ranks(2, refused, tmp_path, 2, "does not match its checksum")
     with pytest.raises(CheckpointError, match="checksum"):
         consolidated_state_dict(folder)
     (folder / "manifest.json").unlink()
-    run_in_ranks(2, refused, tmp_path, 2, "its save was not finished", 2)
+    run_in_ranks(2, refused, tmp_path, 2, "its save was not finished")
 
 
 class Evil:
@@ -142,7 +141,8 @@ def test_pickles_are_scanned_before_deepspeed_opens_them(tmp_path: Path, monkeyp
     (folder / "manifest.json").unlink()
     files = {file.name: folder_manifest.digest(file) for file in folder.iterdir()}
     folder_manifest.write(folder, folder_manifest.Manifest("", 1, files))  # who changes a file can change its digest
-    run_in_ranks(1, refused, tmp_path, 2, "was not opened", 1)
+    for stage in (2, 3):  # the second one is a conversion
+        run_in_ranks(1, refused, tmp_path, stage, "was not opened")
     with pytest.raises(CheckpointError, match="was not opened"):
         consolidated_state_dict(folder)
     assert not (tmp_path / "executed").exists()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from precision_core import Fabric, supports
-from precision_core.testing import run_in_ranks
+from precision_core.testing import PrecisionContract, run_in_ranks
 from precision_deepspeed import DeepSpeedPrecision, DeepSpeedStrategy
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
@@ -182,3 +183,37 @@ def through_fabric() -> list[float]:
 
 def test_a_loop_by_hand_equals_fabric() -> None:
     assert run_in_ranks(1, by_hand) == run_in_ranks(1, through_fabric)
+
+
+# -------------------------------------------------------------------- the contract
+
+
+class TestDeepSpeedPrecision(PrecisionContract):
+    """Under an engine at stage 0, whose parameters are torch's: the plugin alone has no loop, the engine steps."""
+
+    def make_precision(self) -> DeepSpeedPrecision:
+        return DeepSpeedPrecision("16-mixed")
+
+    def make_fabric(self) -> Fabric:
+        return Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(0), precision=self.make_precision())
+
+    def run(self, check: Callable[..., None], *args: Any) -> None:
+        run_in_ranks(1, check, self, *args)
+
+    @pytest.mark.xfail(reason="DeepSpeed's engine steps one optimizer; several are refused", strict=True)
+    def test_two_optimizers_step_like_one(self) -> None:
+        super().test_two_optimizers_step_like_one()
+
+    @pytest.mark.xfail(
+        reason="DeepSpeed's engine runs backward, clips and steps: those hooks are not called", strict=True
+    )
+    def test_hooks_run_in_order(self) -> None:
+        super().test_hooks_run_in_order()
+
+    @pytest.mark.xfail(reason="a loop by hand is one around deepspeed.initialize", strict=True)
+    def test_a_loop_by_hand_equals_fabric(self) -> None:
+        super().test_a_loop_by_hand_equals_fabric()
+
+    @pytest.mark.xfail(reason="true gradients are DeepSpeed's safe_get_full_grad; the error says so", strict=True)
+    def test_gradients_are_true_once_they_are_asked_for(self) -> None:
+        super().test_gradients_are_true_once_they_are_asked_for()

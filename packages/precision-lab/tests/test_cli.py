@@ -12,7 +12,7 @@ from precision_core.formats import cpu_has_float16
 from precision_lab.cli import main
 
 MODELS_BYTES = 1_272_640
-OPTIONS = ("--steps", "--modes", "--seed", "--out", "--all", "--accelerator")
+OPTIONS = ("--steps", "--modes", "--seed", "--out", "--all", "--devices", "--strategy", "--accelerator")
 REFUSED = "params=float32,compute=float32,master=float64"
 
 
@@ -192,6 +192,7 @@ def test_modes_of_packages_train_as_cores_do(install, tmp_path):
         (["--steps", "0"], "--steps"),
         (["--seed", "-1"], "--seed"),
         (["--accelerator", "abacus"], "abacus"),
+        (["--strategy", "abacus"], "abacus"),
         (["--out", "file"], "file"),
         (["--out", "file/inside"], "cannot write in 'file/inside'"),
     ],

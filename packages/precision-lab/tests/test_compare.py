@@ -3,7 +3,7 @@ import torch
 
 from precision_core import MODES
 from precision_core.formats import FORMATS
-from precision_lab.compare import make_rows
+from precision_lab.compare import make_rows, refusal_of
 from precision_lab.modes import default_modes, parse_modes
 
 SLOW = "said so; --all runs it"
@@ -65,3 +65,32 @@ def test_a_package_that_is_broken_is_no_reason_not_to_train(install, float16):
     install("broken", "[precision.plugins]\nmine = a:b\n[precision.support]\nbroken = gone_module:rows\n")
     rows = make_rows(["mine", "32-true", "16-mixed"], "cpu", named=False, run_slow=False)
     assert found(rows) == {"mine": ("not run", ""), "32-true": ("not run", ""), "16-mixed": ("not run", SLOW)}
+
+
+STRATEGY = """
+from precision_core import SingleDeviceStrategy
+
+class Picky(SingleDeviceStrategy):
+    name = "picky"
+
+    def refuses(self, precision):
+        return "no halves here" if "bf16" in precision.mode else None
+"""
+
+
+def test_what_a_strategy_refuses_is_a_row_with_its_reason(install):
+    install("mine", "[precision.strategies]\npicky = picky_module:Picky\n", "picky_module", STRATEGY)
+    modes = ["32-true", "bf16-mixed"]
+    rows = make_rows(modes, "cpu", named=False, run_slow=False, strategy="picky")
+    assert found(rows) == {"32-true": ("not run", ""), "bf16-mixed": ("not run", "no halves here")}
+    rows = make_rows(modes, "cpu", named=True, run_slow=False, strategy="picky")
+    assert found(rows)["bf16-mixed"] == ("failed", "no halves here")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices", "words"),
+    [("nonsense", 1, "nonsense"), ("single_device", 2, "runs in one process"), ("xla", 1, "precision-xla")],
+)
+def test_a_strategy_that_cannot_run_here_is_a_wrong_option(strategy, devices, words):
+    with pytest.raises(ValueError, match=words):
+        refusal_of("32-true", "cpu", strategy, devices)

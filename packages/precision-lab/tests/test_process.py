@@ -18,8 +18,8 @@ def test_the_reason_is_the_last_line_of_the_traceback():
     assert "\n" not in str(failure.value)
 
 
-def losses(mode, devices, steps):
-    events = run_child(Job(mode, steps, 0, "cpu", devices))
+def losses(mode, devices, steps, strategy="auto"):
+    events = run_child(Job(mode, steps, 0, "cpu", devices, strategy))
     return [event["loss"] for event in events if "loss" in event]
 
 
@@ -28,6 +28,14 @@ def test_two_processes_train_as_one_does_with_the_same_batches():
         one, two = losses(mode, 1, 8), losses(mode, 2, 8)
         assert len(one) == 8
         assert curve_distance(two, one) <= loss_bound(mode, 8)
+
+
+def test_a_strategy_that_is_named_runs():
+    one, ddp = losses("32-true", 1, 4), losses("32-true", 1, 4, "ddp")
+    assert len(one) == 4
+    assert curve_distance(ddp, one) <= loss_bound("32-true", 4)
+    with pytest.raises(ChildFailed, match=r"^ValueError: .*SingleDeviceStrategy runs in one process"):
+        losses("32-true", 2, 4, "single_device")
 
 
 def test_the_reason_is_that_of_the_rank_which_failed_first():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from precision_core.dtypes import nearest, parse_dtype
+from precision_core.patterns import check_pattern
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Weights that share a scale; what bitsandbytes' 4-bit kernels take."""
@@ -61,13 +62,15 @@ class BitsAndBytesConfig:
             raise _wrong("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype, _names(COMPUTE_DTYPES))
         if self.bnb_4bit_quant_storage not in STORAGE_DTYPES:
             raise _wrong("bnb_4bit_quant_storage", self.bnb_4bit_quant_storage, _names(STORAGE_DTYPES))
-        if self.block_size not in BLOCK_SIZES:
+        if not isinstance(self.block_size, int) or self.block_size not in BLOCK_SIZES:
             raise _wrong("block_size", self.block_size, ", ".join(map(str, BLOCK_SIZES)))
         threshold = self.llm_int8_threshold
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < float("inf"):
             raise _wrong("llm_int8_threshold", threshold, "a number from 0 on")
         if self.llm_int8_skip_modules is not None and not isinstance(self.llm_int8_skip_modules, tuple):
             raise _wrong("llm_int8_skip_modules", self.llm_int8_skip_modules, "a tuple of name patterns, or None")
+        for pattern in self.llm_int8_skip_modules or ():
+            check_pattern(pattern)
         self._check_contradictions()
 
     def _check_contradictions(self) -> None:
@@ -105,9 +108,7 @@ class BitsAndBytesConfig:
             to_dict = getattr(config, "to_dict", None)
             if not callable(to_dict):
                 raise ValueError(f"BitsandbytesPrecision({config!r}): expected one of {', '.join(MODES)}, or a config")
-            config = dict(to_dict())
-            if config.get("load_in_8bit"):
-                config.pop("bnb_4bit_compute_dtype", None)  # transformers writes its default, which 8 bits do not heed
+            config = to_dict()
         return _of_dict(dict(config))
 
     @property
@@ -167,6 +168,8 @@ def _of_dict(given: dict[str, Any]) -> BitsAndBytesConfig:
     for key in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
         if isinstance(values.get(key), str):
             values[key] = _dtype_of(key, values[key])
+    if values.get("load_in_8bit") and "quant_method" in given:
+        values.pop("bnb_4bit_compute_dtype", None)  # transformers writes its default, which its 8 bits do not heed
     if values.get("bnb_4bit_quant_storage", torch.uint8) is None:
         del values["bnb_4bit_quant_storage"]
     skip = values.get("llm_int8_skip_modules")

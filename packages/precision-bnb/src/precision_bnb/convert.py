@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,15 @@ from precision_bnb import adopt
 from precision_bnb.config import BitsAndBytesConfig
 from precision_bnb.layers import Int8TrainingLinear, Quantized, QuantizedEmbedding, QuantizedLinear
 from precision_bnb.packed import Format, Layout
+from precision_bnb.quantize import check_floating, check_values
 from precision_bnb.quantize import quantize as quantize_weight
-from precision_core.patterns import matches
+from precision_core.patterns import covers, matches
 from precision_core.surgery import Replacement, Surgery, replace_layers
 
 IGNORED = ("lm_head", "embed_out", "output_layer", "score", "classifier")
 """Modules that stay as they are where nothing else is said: heads, whose rounding reaches the result unaveraged."""
 
-ADAPTERS = ("lora_A", "lora_B", "modules_to_save")
+ADAPTERS = ("lora_A", "lora_B", "modules_to_save", "prompt_encoder")
 """Modules that always stay as they are: peft's, which train."""
 
 
@@ -38,13 +40,46 @@ def quantize(
     ours, with the same codes and scales.
 
     Raises:
-        ValueError: a pattern of `ignore_modules` that matches no module, layers that would lose something; nothing was
-            changed. Nor was it for a layer of bitsandbytes that is quantised in another way.
-        RuntimeError: a layer that could not be quantised, for infinite weights for example; says how many were.
+        ValueError: a pattern of `ignore_modules` that matches no module, layers that would lose something, weights that
+            are infinite, NaN or too large; nothing was changed. Nor was it for a layer of bitsandbytes that is
+            quantised in another way, or for `embeddings` with int8-training, which quantises none.
+        RuntimeError: a layer that could not be quantised, for want of memory for example; says how many were.
     """
+    check_embeddings(config, embeddings)
     table = _Maker(config, compute_dtype).table(embeddings)
+    return _replaced(module, table, config, ignore_modules, dry_run)
+
+
+def adopt_raw(
+    module: nn.Module,
+    config: BitsAndBytesConfig,
+    compute_dtype: torch.dtype,
+    ignore_modules: Iterable[str] | None = None,
+    *,
+    dry_run: bool = False,
+) -> Surgery:
+    """Takes over bitsandbytes' own layers, as `quantize` does, and leaves all others as they are."""
+    return _replaced(module, _Maker(config, compute_dtype).theirs(), config, ignore_modules, dry_run)
+
+
+def check_embeddings(config: BitsAndBytesConfig, embeddings: bool) -> None:
+    """Raises `ValueError` where embeddings are to be quantised and the mode quantises none."""
+    if embeddings and format_of(config) is None:
+        raise ValueError(f"embeddings=True: {config.mode} quantises none, leave it out")
+
+
+def _replaced(
+    module: nn.Module,
+    table: Mapping[type[nn.Module], Replacement],
+    config: BitsAndBytesConfig,
+    ignore_modules: Iterable[str] | None,
+    dry_run: bool,
+) -> Surgery:
     exclude = _patterns(module, config, ignore_modules)
-    return replace_layers(module, table, exclude=exclude, mode=config.mode, dry_run=dry_run)
+    try:
+        return replace_layers(module, table, exclude=exclude, mode=config.mode, dry_run=dry_run)
+    except ValueError as error:
+        raise ValueError(str(error).replace("with exclude=", "with ignore_modules=")) from None
 
 
 def _patterns(module: nn.Module, config: BitsAndBytesConfig, given: Iterable[str] | None) -> tuple[str, ...]:
@@ -52,9 +87,28 @@ def _patterns(module: nn.Module, config: BitsAndBytesConfig, given: Iterable[str
     given = config.llm_int8_skip_modules if given is None else given
     given = (given,) if isinstance(given, str) else given
     names = [name for name, _ in module.named_modules()]
-    ours = (*(IGNORED if given is None else ()), *ADAPTERS)
-    used = tuple(pattern for pattern in ours if any(matches(pattern, name) for name in names))
-    return (*used, *sorted(given or ()))
+    ours = (*(IGNORED if given is None else ()), *ADAPTERS, *_kept_wide(module))
+    used = tuple(pattern for pattern in dict.fromkeys(ours) if any(matches(pattern, name) for name in names))
+    return (*used, *_peft_trains(module), *sorted(given or ()))
+
+
+def _kept_wide(module: nn.Module) -> Iterator[str]:
+    """Yields what transformers' models say must stay wide; T5 casts the input of such a layer to its weight's dtype."""
+    for child in module.modules():
+        for key in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            parts = getattr(child, key, None)
+            for part in {parts} if isinstance(parts, str) else parts or ():
+                yield part.removesuffix(".weight")
+
+
+def _peft_trains(module: nn.Module) -> Iterator[str]:
+    """Yields the linear layers that train in a model which peft has frozen: they are its own, by whatever name."""
+    if not any(hasattr(child, "peft_config") for child in module.modules()):
+        return
+    linears = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
+    trains = [name for name, layer in linears.items() if layer.weight.requires_grad]
+    if len(trains) < len(linears):
+        yield from (name for name in trains if not any(covers(pattern, name) for pattern in ADAPTERS))
 
 
 class _Maker:
@@ -66,18 +120,20 @@ class _Maker:
 
     def table(self, embeddings: bool) -> dict[type[nn.Module], Replacement]:
         """Returns how each type of layer is replaced."""
-        adopted = Replacement(self.adopted, self._check_adopted, packs=self.format is not None)
-        theirs: dict[type[nn.Module], Replacement] = dict.fromkeys(adopt.THEIRS, adopted)
-        if self.format is None:
-            return {nn.Linear: Replacement(self.training, _no_weights), **theirs}
-        linear = Replacement(self.linear, _no_weights, packs=True)
-        table: dict[type[nn.Module], Replacement] = {nn.Linear: linear}
-        conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+        packs = self.format is not None
+        table: dict[type[nn.Module], Replacement] = {nn.Linear: Replacement(self.linear, self._check, packs=packs)}
+        conv1d = _conv1d()
         if conv1d is not None:
-            table[conv1d] = Replacement(self.conv1d, _no_weights, packs=True)
+            table[conv1d] = Replacement(self.conv1d, self._check, packs=packs)
         if embeddings:
-            table[nn.Embedding] = Replacement(self.embedding, _no_embedding, packs=True)
-        return table | theirs
+            table[nn.Embedding] = Replacement(self.embedding, self._check_embedding, packs=True)
+        return table | self.theirs()
+
+    def theirs(self) -> dict[type[nn.Module], Replacement]:
+        """Returns how bitsandbytes' own layers are replaced."""
+        return dict.fromkeys(
+            adopt.THEIRS, Replacement(self.adopted, self._check_adopted, packs=self.format is not None)
+        )
 
     def linear(self, layer: nn.Module) -> nn.Module:
         return self._linear(layer, transposed=False)
@@ -86,7 +142,9 @@ class _Maker:
         return self._linear(layer, transposed=True)
 
     def _linear(self, layer: nn.Module, transposed: bool) -> nn.Module:
-        assert self.format is not None and isinstance(layer.weight, Tensor)
+        assert isinstance(layer.weight, nn.Parameter)
+        if self.format is None:
+            return self._training(layer.weight, layer.bias, transposed)
         rows, columns = reversed(layer.weight.shape) if transposed else layer.weight.shape
         layout = Layout(self.format, rows, columns)
         packed = quantize_weight(layer.weight, self.format, transposed=transposed)
@@ -111,13 +169,9 @@ class _Maker:
         packed = quantize_weight(layer.weight, self.format)
         return QuantizedEmbedding(packed, layout, self.compute_dtype, layer.padding_idx)
 
-    def training(self, layer: nn.Module) -> nn.Module:
-        assert isinstance(layer, nn.Linear) and isinstance(layer.weight, nn.Parameter)
-        return self._training(layer.weight, layer.bias)
-
-    def _training(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
+    def _training(self, weight: nn.Parameter, bias: Any, transposed: bool = False) -> nn.Module:
         threshold = float(self.config.llm_int8_threshold)
-        return Int8TrainingLinear(weight, bias, self.compute_dtype, threshold=threshold)
+        return Int8TrainingLinear(weight, bias, self.compute_dtype, threshold=threshold, transposed=transposed)
 
     def adopted(self, layer: nn.Module) -> nn.Module:
         """Takes over a layer of bitsandbytes; one that is not quantised yet is quantised."""
@@ -137,7 +191,25 @@ class _Maker:
         """Raises `ValueError` for one that is quantised in another way, while nothing is changed yet."""
         assert isinstance(layer, nn.Linear)
         adopt.check_theirs(name, layer, self.format, self.config.mode)
-        return _no_weights(name, layer) if adopt.format_of_theirs(layer) is None else None
+        return self._check(name, layer) if adopt.format_of_theirs(layer) is None else None
+
+    def _check(self, name: str, layer: nn.Module) -> str | None:
+        """Returns why a layer is left alone; raises `ValueError` for values that cannot be quantised."""
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        if not weight.numel():
+            return "it has no weights"
+        if not weight.is_floating_point():
+            return f"its weight is {weight.dtype}"
+        try:
+            check_values(weight, self.format)
+        except ValueError as error:
+            raise ValueError(f"{name or 'the model'} cannot be converted, and nothing was: {error}") from error
+        return None
+
+    def _check_embedding(self, name: str, layer: nn.Module) -> str | None:
+        assert isinstance(layer, nn.Embedding)
+        return "max_norm writes to its weight" if layer.max_norm is not None else self._check(name, layer)
 
 
 def format_of(config: BitsAndBytesConfig) -> Format | None:
@@ -148,17 +220,9 @@ def format_of(config: BitsAndBytesConfig) -> Format | None:
     return None if config.llm_int8_has_fp16_weight else Format("int8", storage=storage)
 
 
-def _no_weights(name: str, layer: nn.Module) -> str | None:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    if not weight.numel():
-        return "it has no weights"
-    return None if weight.is_floating_point() else f"its weight is {weight.dtype}"
-
-
-def _no_embedding(name: str, layer: nn.Module) -> str | None:
-    assert isinstance(layer, nn.Embedding)
-    return "max_norm writes to its weight" if layer.max_norm is not None else _no_weights(name, layer)
+def _conv1d() -> type[nn.Module] | None:
+    """Returns transformers' Conv1D, a linear layer with a transposed weight, if anybody has imported it."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
 
 
 def converted(module: nn.Module) -> Iterator[tuple[str, Quantized | Int8TrainingLinear]]:
@@ -169,15 +233,28 @@ def converted(module: nn.Module) -> Iterator[tuple[str, Quantized | Int8Training
 
 
 def dequantize(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Puts `nn.Linear` and `nn.Embedding` back, in place, with the values of the quantised weights; returns the module.
+    """Puts `nn.Linear` (or Conv1D) and `nn.Embedding` back, in place, with the quantised values; returns the module.
 
     Weights and biases are frozen, as they were. For merging adapters, for example, or for saving floats.
+
+    Raises:
+        ValueError: nothing is quantised, or `dtype` is not floating; nothing was changed.
     """
+    check_floating(dtype)
+
+    def empty(layer: QuantizedLinear | Int8TrainingLinear) -> Any:
+        if not layer.transposed:
+            return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        kind: Any = _conv1d()
+        if kind is None:
+            raise ImportError("this layer was transformers' Conv1D: import transformers.pytorch_utils first")
+        with torch.device("meta"):
+            return kind(layer.out_features, layer.in_features)
 
     def linear(layer: nn.Module) -> nn.Module:
         assert isinstance(layer, QuantizedLinear)
-        new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        new.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
+        new, weight = empty(layer), layer.dequantize(dtype)
+        new.weight = nn.Parameter(weight.t().contiguous() if layer.transposed else weight, requires_grad=False)
         if layer.bias is not None:
             new.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=layer.bias.requires_grad)
         return new
@@ -189,7 +266,7 @@ def dequantize(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
 
     def training(layer: nn.Module) -> nn.Module:
         assert isinstance(layer, Int8TrainingLinear)
-        new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        new = empty(layer)
         new.weight, new.bias = layer.weight, layer.bias
         return new
 

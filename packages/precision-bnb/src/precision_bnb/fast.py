@@ -6,6 +6,8 @@ sharding are silently wrong from then on. Here the copy is beside the weights, a
 
 from __future__ import annotations
 
+from weakref import ref
+
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ class Repacked:
     """A copy of packed weights as the kernel wants it: 4 bits a weight and bfloat16 scales."""
 
     def __init__(self, packed: Tensor, layout: Layout) -> None:
-        self._of = (packed.data_ptr(), packed._version)
+        self._of, self._state = ref(packed), _state(packed)
         parts, format = layout.parts(packed.detach()), layout.format
         state = bnb.QuantState(
             absmax=scales_of(layout, *parts[1:]),
@@ -47,14 +49,20 @@ class Repacked:
         self._layout = layout
 
     def is_of(self, packed: Tensor) -> bool:
-        """Whether this is the copy of those very values."""
-        return self._of == (packed.data_ptr(), packed._version)
+        """Whether this is the copy of those very values; what was written through `.data` is not seen."""
+        return self._of() is packed and self._state == _state(packed)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Returns x W^T + bias for bfloat16 `x` (n, columns)."""
         layout = self._layout
+        if not len(x):
+            return x.new_zeros(0, layout.rows)  # the kernel divides by the rows
         code = code_of(layout.format.quant_type, x.device)
         kernel = torch.ops.bitsandbytes.gemv_4bit.default
         shape = (layout.rows, layout.columns)
         result: Tensor = kernel(x.contiguous(), self._codes, shape, self._scales, code, layout.format.block_size)
         return result if bias is None else result.add_(bias)
+
+
+def _state(packed: Tensor) -> tuple[int, int]:
+    return packed.data_ptr(), 0 if packed.is_inference() else packed._version  # which inference tensors do not have

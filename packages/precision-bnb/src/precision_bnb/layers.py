@@ -29,6 +29,9 @@ class Quantized(nn.Module):
     compute_dtype: torch.dtype
     transposed: bool = False
     """Whether float checkpoints have (columns, rows), as Hugging Face's Conv1D does."""
+    loads_whole = ("weight",)
+    """What `fabric.load_module` hands over whole, to be checked, or quantised, before it is cut into shards."""
+    _repacked: fast.Repacked | None = None
 
     @property
     def format(self) -> Format:
@@ -36,26 +39,55 @@ class Quantized(nn.Module):
         return self.layout.format
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns the weight as floats, (rows, columns) as `nn.Linear` has them."""
+        """Returns the weight as floats, (rows, columns) as `nn.Linear` has them; `ValueError` for other dtypes."""
         return dequantize(self._checked_weight(), self.layout, dtype)
 
+    def reset_parameters(self) -> None:
+        """Raises `RuntimeError`: there are no initial values for packed weights."""
+        raise RuntimeError(
+            f"this {type(self).__name__} has packed weights, which are loaded and not initialised: load values first, "
+            "fabric.load_module(path, model), or quantise a model that has values"
+        )
+
+    @property
+    def W_q(self) -> Tensor:
+        """The packed weight; by this name (HQQ's) peft finds that `dequantize()` is to be called, for DoRA."""
+        return self.weight
+
     def _checked_weight(self) -> Tensor:
-        weight = self.weight
-        if weight.dtype is not self.layout.format.storage:
+        weight, storage = self.weight, self.layout.format.storage
+        if weight.dtype is not storage:
             raise RuntimeError(
-                f"the packed weight of this {type(self).__name__} was cast from {self.layout.format.storage} to "
-                f"{weight.dtype}, which destroys it: load it again, and cast by module.to(dtype), not by param.data"
+                f"the packed weight of this {type(self).__name__} was cast from {storage} to {weight.dtype}, which "
+                "destroys it: load it again, and cast by module.to(dtype), not by param.data. peft's "
+                'prepare_model_for_kbit_training casts so where bnb_4bit_quant_storage is "bfloat16" or "float16": '
+                "leave it out, or freeze and cast what it would by hand"
+            )
+        if weight.shape != self.layout.shape:
+            raise RuntimeError(
+                f"the packed weight of this {type(self).__name__} has shape {tuple(weight.shape)} in place of "
+                f"{self.layout.shape}: it was overwritten, load it again"
             )
         return weight
 
+    def _is_intact(self) -> bool:
+        return self.weight.dtype is self.layout.format.storage and self.weight.shape == self.layout.shape
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves and casts, with the packed weight shown to `fn` as bytes, which no cast touches."""
+        """Moves and casts, with the packed weight shown to `fn` as bytes; of a cast, only the move is done."""
         weight = self._parameters["weight"]
+        self._repacked = None
 
         def apply(tensor: Tensor) -> Tensor:
-            if tensor is not weight or type(tensor.data) is not Tensor:
+            if tensor is not weight:
                 return fn(tensor)
-            return fn(tensor.detach().view(torch.uint8)).view(tensor.dtype)
+            held = tensor.detach()
+            if type(tensor.data) is Tensor:  # shards cannot be viewed in another dtype
+                held = held.view(torch.uint8)
+            moved = fn(held)
+            if moved.dtype is not held.dtype:  # module.type(dtype) casts integers, too
+                moved = held.to(moved.device)
+            return moved if moved.dtype is tensor.dtype else moved.view(tensor.dtype)
 
         move: Any = super()._apply
         return move(apply, recurse)
@@ -73,7 +105,23 @@ class Quantized(nn.Module):
         except ValueError as error:
             errors.append(f"{prefix}weight: {error}")
             return
+        self._repacked = None
+        if f"{prefix}weight" in own and type(self.weight.data) is Tensor and not self._is_intact():
+            self.weight.data = self.layout.empty(self.weight.device)
         super()._load_from_state_dict(own, prefix, *args)
+
+
+def _rows(x: Tensor, layer: nn.Linear) -> Tensor:
+    """Returns `x` (..., in) as (n, in); raises `RuntimeError` for what `nn.Linear` cannot take either."""
+    columns, rows = layer.in_features, layer.out_features
+    if not x.is_floating_point():
+        raise RuntimeError(
+            f"this {type(layer).__name__} expects floats, and was given {x.dtype}. A model that casts its input to the "
+            "dtype of the layer's weight needs that layer as it is: name it in ignore_modules"
+        )
+    if not x.dim() or x.shape[-1] != columns:
+        raise RuntimeError(f"input of shape {tuple(x.shape)} cannot be multiplied with a weight of ({rows}, {columns})")
+    return x.reshape(-1, columns)
 
 
 class QuantizedLinear(Quantized, nn.Linear):
@@ -104,7 +152,6 @@ class QuantizedLinear(Quantized, nn.Linear):
         self.transposed = transposed
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("bias", bias)
-        self._repacked: fast.Repacked | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x W^T + bias."""
@@ -112,7 +159,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         cast = torch.is_autocast_enabled(x.device.type)
         output = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        rows = _rows(x, self).to(dtype)
         with torch.autocast(x.device.type, enabled=False) if cast else nullcontext():
             if self.fast_inference and not self.training and not torch.is_grad_enabled():
                 result = self._fast(rows, weight, bias)
@@ -160,6 +207,8 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
         """Returns the rows of `ids`."""
         layout, dtype = self.layout, self.compute_dtype
         parts = layout.parts(self._checked_weight())
+        # Raises for what nn.Embedding raises for: ids of another dtype, below 0 or too large.
+        ids = F.embedding(ids, torch.arange(layout.rows, device=ids.device).view(-1, 1)).squeeze(-1)
         if layout.format.quant_type == "int8":
             scales = F.embedding(ids, parts.scales.view(-1, 1)).mul_(1.0 / 127.0)
             return (F.embedding(ids, parts.codes) * scales).to(dtype)
@@ -183,18 +232,27 @@ class Int8TrainingLinear(nn.Linear):
 
     bitsandbytes' `Linear8bitLt(has_fp16_weights=True)` keeps the codes of an earlier forward while there is a gradient,
     and in evaluation: after `zero_grad(set_to_none=False)` it never sees another step. Here every forward quantises.
+    `transposed`: the weight is (in, out), as Hugging Face's Conv1D has it.
     """
 
     compute_dtype: torch.dtype
     threshold: float
+    transposed: bool = False
 
     def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, compute_dtype: torch.dtype, *, threshold: float = 0.0
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        compute_dtype: torch.dtype,
+        *,
+        threshold: float = 0.0,
+        transposed: bool = False,
     ) -> None:
         nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = reversed(weight.shape) if transposed else weight.shape
         self.compute_dtype = compute_dtype
         self.threshold = threshold
+        self.transposed = transposed
         self.weight = weight
         self.register_parameter("bias", bias)
 
@@ -204,7 +262,8 @@ class Int8TrainingLinear(nn.Linear):
         cast = torch.is_autocast_enabled(x.device.type)
         output = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        rows = _rows(x, self).to(dtype)
         with torch.autocast(x.device.type, enabled=False) if cast else nullcontext():
-            result = training_product(rows, self.weight, bias, self.threshold, self.training)
+            weight = self.weight.t().contiguous() if self.transposed else self.weight
+            result = training_product(rows, weight, bias, self.threshold, self.training)
         return result.view(*x.shape[:-1], self.out_features).to(output)

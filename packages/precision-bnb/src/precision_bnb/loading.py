@@ -9,8 +9,10 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from precision_bnb.packed import Layout, layout_of
+from precision_bnb.packed import Layout, check_label, layout_of
 from precision_bnb.quantize import quantize
+from precision_core.fit import is_sharded
+from precision_core.shards import cut
 
 if TYPE_CHECKING:
     from precision_bnb.layers import Quantized
@@ -27,10 +29,16 @@ def load_packed(layer: Quantized, state: MutableMapping[str, Any], prefix: str) 
     if not isinstance(found, Tensor):
         return
     live, layout = layer.weight, layer.layout
-    if hasattr(live, "placements") or hasattr(found, "placements"):
-        return  # shards: torch compares and copies them, the label may be on another rank
-    if live.dtype is not layout.format.storage:
-        layer._checked_weight()
+    if is_sharded(found):
+        check_shard(found, layout)
+        return
+    _load_whole(layer, state, prefix, found)
+    if is_sharded(live):
+        state[key] = cut(state[key], live)
+
+
+def _load_whole(layer: Quantized, state: MutableMapping[str, Any], prefix: str, found: Tensor) -> None:
+    key, layout = f"{prefix}weight", layer.layout
     theirs = layout_of(found, layout.format.storage)
     if theirs is not None:
         _check(theirs, layout)
@@ -46,6 +54,18 @@ def load_packed(layer: Quantized, state: MutableMapping[str, Any], prefix: str) 
             f"packed {layout.format}, or floats of shape {floats}"
         )
     state[key] = quantize(found, layout.format, transposed=layer.transposed)
+
+
+def check_shard(shard: Any, layout: Layout) -> None:
+    """Raises `ValueError` where this rank's part of packed weights, a DTensor, has another label than `layout`."""
+    local = shard.to_local()
+    if not local.numel():
+        return
+    (chunk,) = shard.__create_chunk_list__()
+    flat = local.detach().reshape(-1).view(torch.uint8)
+    mismatch = check_label(flat, chunk.offsets[0] * shard.element_size(), layout)
+    if mismatch is not None:
+        raise ValueError(f"{mismatch} in the checkpoint, this layer is {layout.format}")
 
 
 def _check(theirs: Layout, mine: Layout) -> None:

@@ -130,10 +130,27 @@ def layout_of(packed: Tensor, storage: torch.dtype = torch.uint8) -> Layout | No
     if packed.is_meta or not packed.is_contiguous() or packed.numel() * packed.itemsize < _LABEL_BYTES:
         return None
     flat = packed.detach().reshape(-1).view(torch.uint8)
-    label = bytes(flat[-_LABEL_BYTES:].tolist())
+    layout = _read(bytes(flat[-_LABEL_BYTES:].tolist()), storage)
+    return layout if layout is not None and layout.nbytes == flat.numel() else None
+
+
+def check_label(part: Tensor, start: int, layout: Layout) -> str | None:
+    """Returns what a part of packed weights, bytes from `start` on, is where its share of the label is not `layout`'s.
+
+    None: there is no difference, or no label in that part.
+    """
+    first = layout.nbytes - _LABEL_BYTES
+    found = bytes(part[max(first - start, 0) :].tolist()) if start + len(part) > first else b""
+    offset = max(start - first, 0)
+    if found == layout.label[offset : offset + len(found)]:
+        return None
+    theirs = _read(found, layout.format.storage) if len(found) == _LABEL_BYTES else None
+    return "another format" if theirs is None else str(theirs.format)
+
+
+def _read(label: bytes, storage: torch.dtype) -> Layout | None:
     magic, type_index, double_quant, _, block_size, rows, columns = _LABEL.unpack(label[: _LABEL.size])
     if magic != _MAGIC or type_index >= len(TYPES):
         return None
-    format = Format(TYPES[type_index], block_size or 64, bool(double_quant), storage)
-    layout = Layout(format, rows, columns)
-    return layout if layout.label == label and layout.nbytes == flat.numel() else None
+    layout = Layout(Format(TYPES[type_index], block_size or 64, bool(double_quant), storage), rows, columns)
+    return layout if layout.label == label else None

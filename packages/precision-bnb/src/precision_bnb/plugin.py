@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -16,13 +17,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from precision_bnb import fast
 from precision_bnb.adopt import how_to_ask_for
 from precision_bnb.config import COMPUTE_DTYPES, BitsAndBytesConfig
-from precision_bnb.convert import converted, format_of, quantize
+from precision_bnb.convert import adopt_raw, check_embeddings, converted, format_of, quantize
 from precision_bnb.layers import Quantized, QuantizedEmbedding, QuantizedLinear
 from precision_bnb.meta import parameters_on_meta
 from precision_bnb.support import DEVICES, compute_dtype
-from precision_core import MixedPrecision, Policy, Precision, Report
+from precision_core import HalfPrecision, MixedPrecision, Policy, Precision, Report
+from precision_core.patterns import check_pattern, matches
 from precision_core.plugins import make_plugin
-from precision_core.report import module_bytes
+from precision_core.report import Item, module_bytes
 from precision_core.scaler import Scaler
 from precision_core.surgery import Surgery
 
@@ -31,7 +33,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_WIDE = "*inv_freq"
+"""Buffers that stay float32 where `base` is not given: rotary frequencies, whose rounding turns far positions."""
+
 _TRUE = {torch.bfloat16: "bf16-true", torch.float32: "32-true", torch.float16: "16-true"}
+
+
+class _Half(HalfPrecision):
+    """Core's, which tells of lost buffers what can be passed here."""
+
+    def _how_to_keep_buffers(self) -> str:
+        return f'BitsandbytesPrecision(base="{replace(self.policy, buffers=torch.float32)}")'
 
 
 class BitsandbytesPrecision(Precision):
@@ -48,7 +60,8 @@ class BitsandbytesPrecision(Precision):
         embeddings: whether `nn.Embedding` is quantised, too.
 
     Raises:
-        ValueError: an unknown mode, a contradictory config, a dtype that nothing computes in.
+        ValueError: an unknown mode, a contradictory config, a dtype that nothing computes in, patterns that are none,
+            `embeddings` with int8-training.
     """
 
     def __init__(
@@ -70,17 +83,26 @@ class BitsandbytesPrecision(Precision):
             raise ValueError(
                 "BitsandbytesPrecision: fast_inference needs a CPU with AVX512-BF16, and this one has none"
             )
+        check_embeddings(config, embeddings)
         self._config = config
         self._ignored = _checked(ignore_modules)
         self._embeddings = embeddings
         self._given_base = None if base is None else Policy.parse(base)
-        self._packed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters that are packed weights
-        self._prepared: WeakKeyDictionary[nn.Module, Report] = WeakKeyDictionary()  # by `before_load`
         self._strategy: Strategy | None = None
         self._device_type = "cuda" if torch.cuda.is_available() else "cpu"
         self._base = self._make_base(self._device_type, trains=True)
         self.policy = self._base.policy
         self.report = Report(self.mode)
+
+    @cached_property
+    def _packed(self) -> WeakIdKeyDictionary:
+        """Parameters that are packed weights; made late, for a plugin that is sent to other processes pickles."""
+        return WeakIdKeyDictionary()
+
+    @cached_property
+    def _prepared(self) -> WeakKeyDictionary[nn.Module, Report]:
+        """What `before_load` quantised."""
+        return WeakKeyDictionary()
 
     # ---------------------------------------------------------------- settings
 
@@ -106,7 +128,8 @@ class BitsandbytesPrecision(Precision):
             policy = Policy.parse("16-mixed" if trains and dtype is torch.float16 else _TRUE[dtype])
             if policy.mixed:  # adapters that were added after the model was cast may be float16
                 return MixedPrecision(policy, device=device_type, upcast=True)
-        return make_plugin(policy, device_type)
+        is_half = not policy.mixed and policy.params in (torch.float16, torch.bfloat16)
+        return _Half(policy) if is_half else make_plugin(policy, device_type)
 
     def _use(self, base: Precision) -> None:
         base.scaler.counter.load_state_dict(self._base.scaler.counter.state_dict())
@@ -141,36 +164,43 @@ class BitsandbytesPrecision(Precision):
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Quantises the layers, one after another and in place, casts the rest as `base` says, and returns the module.
 
-        A model whose layers are quantised already is taken as it is, with what was added since, adapters for example.
+        A model whose layers are quantised already is taken as it is, with what was added since, adapters for example;
+        layers of bitsandbytes' own in it are taken over.
 
         Raises:
+            TypeError: no module.
             ValueError: nothing to quantise; what `precision_bnb.quantize` refuses; a model that is quantised in another
                 mode; parameters that train under `base="16-true"`, by name.
         """
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"convert_module expects an nn.Module, and was given a {type(module).__name__}")
         before = module_bytes(module)
         notes: tuple[str, ...] = ()
         report = Report(self.mode)
         if any(True for _ in converted(module)):
             self._check_adopted(module)
-            self._check_trainable(module)
+            self._check_trainable(module, self._adopt_raw(module, dry_run=True).report)
+            raw = self._adopt_raw(module).report
             prepared = self._prepared.pop(module, None)
             if prepared is None:
-                notes = ("it was quantised before, and was taken over as it is",)
+                report, notes = raw, ("it was quantised before, and was taken over as it is",)
             else:
                 report, before = prepared, prepared.bytes_before
         else:
             self._check_trainable(module, self._quantize(module, dry_run=True).report)
             surgery = self._quantize(module)
             module, report = surgery.module, surgery.report
-        self._choose_base(trains=any(param.requires_grad for param in module.parameters()))
+        models = (module, *self._modules)  # a frozen one takes the scaler from none that trains
+        self._choose_base(trains=any(param.requires_grad for model in models for param in model.parameters()))
         self._set_up_layers(module)
-        with _hidden(module):
+        wide = self._wide_buffers(module)
+        with _hidden(module, wide):
             self._base.convert_module(module)
         rest = self._base.report
         self.report = Report(
             self.mode,
             converted=report.converted + rest.converted,
-            skipped=report.skipped + rest.skipped,
+            skipped=report.skipped + rest.skipped + tuple(Item(name, "kept in float32") for name in wide),
             notes=notes + report.notes + rest.notes,
             bytes_before=before,
             bytes_after=module_bytes(module),
@@ -189,6 +219,9 @@ class BitsandbytesPrecision(Precision):
     def _surgery(self, module: nn.Module, dry_run: bool = False) -> Surgery:
         dtype = self._compute_dtype(self._device_type)
         return quantize(module, self._config, dtype, self._ignored, embeddings=self._embeddings, dry_run=dry_run)
+
+    def _adopt_raw(self, module: nn.Module, dry_run: bool = False) -> Surgery:
+        return adopt_raw(module, self._config, self._compute_dtype(self._device_type), self._ignored, dry_run=dry_run)
 
     def _quantize(self, module: nn.Module, dry_run: bool = False) -> Surgery:
         surgery = self._surgery(module, dry_run)
@@ -242,8 +275,17 @@ class BitsandbytesPrecision(Precision):
             # What base's own embeddings would return; linear layers return what they are given.
             is_embedding = isinstance(layer, QuantizedEmbedding)
             layer.compute_dtype = self.policy.params if is_embedding else self._compute_dtype(self._device_type)
+            if not is_embedding:
+                layer.threshold = float(self._config.llm_int8_threshold)
             if isinstance(layer, QuantizedLinear):
                 layer.fast_inference = self._config.fast_inference
+
+    def _wide_buffers(self, module: nn.Module) -> list[str]:
+        """Returns the float32 buffers that base, which nobody chose, is not to cast."""
+        if self._given_base is not None:
+            return []
+        buffers = module.named_buffers(remove_duplicate=False)
+        return [name for name, buffer in buffers if buffer.dtype is torch.float32 and matches(_WIDE, name)]
 
     def module_init_context(self) -> AbstractContextManager[Any]:
         """Context in which parameters are born on the meta device; `fabric.load_module` fills and quantises them.
@@ -283,17 +325,29 @@ class BitsandbytesPrecision(Precision):
 def _checked(patterns: Iterable[str] | None) -> tuple[str, ...] | None:
     if patterns is None:
         return None
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    if not isinstance(patterns, Iterable):
+        raise ValueError(f"BitsandbytesPrecision(ignore_modules={patterns!r}): expected a set of name patterns")
+    given = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    return tuple(check_pattern(pattern) for pattern in given)
 
 
 @contextmanager
-def _hidden(module: nn.Module) -> Iterator[None]:
-    """Context in which packed weights are not among the parameters, so that no cast reaches them; the order stays."""
-    weights = [(layer, layer._parameters["weight"]) for _, layer in converted(module) if isinstance(layer, Quantized)]
-    for layer, _ in weights:
-        layer._parameters["weight"] = None
+def _hidden(module: nn.Module, buffers: Iterable[str]) -> Iterator[None]:
+    """Context in which packed weights and these buffers are none of the module's, so that no cast reaches them.
+
+    The order of parameters and buffers stays.
+    """
+    slots: list[tuple[dict[str, Any], str]] = [
+        (layer._parameters, "weight") for _, layer in converted(module) if isinstance(layer, Quantized)
+    ]
+    for name in buffers:
+        owner, _, key = name.rpartition(".")
+        slots.append((module.get_submodule(owner)._buffers, key))
+    kept = [(table, key, table[key]) for table, key in slots]
+    for table, key, _ in kept:
+        table[key] = None
     try:
         yield
     finally:
-        for layer, weight in weights:
-            layer._parameters["weight"] = weight
+        for table, key, tensor in kept:
+            table[key] = tensor

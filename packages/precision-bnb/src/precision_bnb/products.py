@@ -90,6 +90,8 @@ def int8_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, 
     """
     if not x.numel():
         return x.new_zeros(x.shape[0], codes.shape[0])
+    if codes.shape[1] == 1 and x.device.type == "cpu":  # there torch's _int_mm is wrong for one column
+        x, codes = F.pad(x, (0, 1)), F.pad(codes, (0, 1))
     half = x.to(torch.float16, copy=threshold > 0)  # with a threshold it is written to, and restored
     quantized, row_scales, outliers = bnb.int8_vectorwise_quant(half, threshold=threshold)
     if threshold > 0:

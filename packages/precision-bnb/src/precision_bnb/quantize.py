@@ -14,12 +14,16 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from precision_bnb.config import COMPUTE_DTYPES
 from precision_bnb.packed import NESTED_BLOCK, Format, Layout
 
 _CHUNK = 2**18
 """Weights quantised at a time: temporaries are about 20 bytes a weight. Larger and smaller chunks were slower."""
 _LARGEST_BLOCK = 1024
 """Of bitsandbytes' AVX512 kernel; for larger ones it calls torch.compile. A block is as well several with one scale."""
+
+_NOT_FINITE = "it has weights that are infinite or NaN"
+_NOT_IN_HALF = "it has weights that are infinite, NaN, or beyond float16's 65504, which int8 goes through"
 
 _CPU = torch.device("cpu")
 _codes: dict[tuple[str, torch.device], Tensor] = {}
@@ -42,8 +46,27 @@ def quantize(weight: Tensor, format: Format, *, transposed: bool = False) -> Ten
     return packed
 
 
+def check_values(weight: Tensor, format: Format | None) -> None:
+    """Raises `ValueError` for weights that cannot be quantised, without temporaries; `format` None: int8 later on."""
+    if weight.is_meta or not weight.numel():
+        return
+    low, high = weight.detach().aminmax()
+    through_half = format is None or format.quant_type == "int8"
+    if not bool(torch.maximum(-low, high).to(torch.float16 if through_half else torch.float32).isfinite()):
+        raise ValueError(_NOT_IN_HALF if through_half else _NOT_FINITE)
+
+
+def check_floating(dtype: torch.dtype) -> None:
+    """Raises `ValueError` for what no weights are dequantised to."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dequantize: expected a floating dtype, got {dtype!r}")
+
+
 def dequantize(packed: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """Returns the weights (rows, columns) that packed ones stand for."""
+    """Returns the weights (rows, columns) that packed ones stand for; `ValueError` for a dtype that is not floating."""
+    check_floating(dtype)
+    if dtype not in COMPUTE_DTYPES:  # bitsandbytes' kernels leave those unwritten
+        return dequantize(packed, layout, torch.float32).to(dtype)
     if layout.format.quant_type == "int8":
         parts = layout.parts(packed)
         return parts.codes.to(dtype).mul_(parts.scales.unsqueeze(1).mul(1.0 / 127.0))
@@ -64,7 +87,7 @@ def _quantize_4bit(weight: Tensor, packed: Tensor, layout: Layout) -> None:
         first = start // format.block_size
         scales[first : first + state.absmax.numel()] = state.absmax
     if not bool(torch.isfinite(scales).all()):
-        raise ValueError("it has weights that are infinite or NaN")
+        raise ValueError(_NOT_FINITE)
     if double:
         assert parts.nested is not None and parts.offset is not None
         parts.offset.fill_(scales.mean())
@@ -154,7 +177,7 @@ def _quantize_8bit(weight: Tensor, packed: Tensor, layout: Layout) -> None:
         parts.codes[start : start + rows] = codes.masked_fill_((scales == 0).unsqueeze(1), 0)  # theirs are 0 / 0
         parts.scales[start : start + rows] = scales
     if not bool(torch.isfinite(parts.scales).all()):
-        raise ValueError("it has weights that are infinite, NaN, or beyond float16's 65504, which int8 goes through")
+        raise ValueError(_NOT_IN_HALF)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 
 class Clip(NamedTuple):
@@ -49,8 +49,12 @@ def clip_true_gradients(params: Sequence[nn.Parameter], clip: Clip) -> Tensor | 
             clip_grad_value_(kind, clip.clip_val)
         return None
     assert clip.max_norm is not None
-    if len(kinds) == 1:
-        return whole(clip_grad_norm_(kinds[0], clip.max_norm, clip.norm_type, clip.error_if_nonfinite))
+    if len(kinds) == 1:  # as torch's clip_grad_norm_, which torch_xla replaces by one that reads values from the device
+        norm = get_total_norm(
+            [param.grad for param in kinds[0] if param.grad is not None], clip.norm_type, clip.error_if_nonfinite
+        )
+        clip_grads_with_norm_(kinds[0], clip.max_norm, norm)
+        return whole(norm)
     gradients = [[param.grad for param in kind if param.grad is not None] for kind in kinds]
     norms = [whole(get_total_norm(each, clip.norm_type)) for each in gradients]
     norm = get_total_norm([each.to(norms[0].device) for each in norms], clip.norm_type, clip.error_if_nonfinite)

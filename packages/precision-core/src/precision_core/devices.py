@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -19,13 +20,22 @@ ACCELERATORS: dict[str, tuple[str, ...]] = {
 }
 """`accelerator=` -> the device types it may mean, the first that is here wins."""
 
+MODULES: dict[str, Any] = {}
+"""Device type -> what stands in for `torch.cuda` where torch has no such module: `is_available`, `device_count`,
+`manual_seed_all`, `get_rng_state`, `set_rng_state`. Packages add theirs when one of their objects is made."""
+
+
+def module_of(device_type: str) -> Any:
+    """Returns the module of a kind of device (`torch.cuda`, ...); raises as `torch.get_device_module` does."""
+    return MODULES.get(device_type) or torch.get_device_module(device_type)
+
 
 def is_available(device_type: str) -> bool:
     """Whether torch finds a device of that type (`"cuda"`, `"mps"`, ...) on this machine."""
     if device_type == "cpu":
         return True
     try:
-        return bool(torch.get_device_module(device_type).is_available())
+        return bool(module_of(device_type).is_available())
     except (RuntimeError, AttributeError):  # torch has no such module, or it cannot tell
         return False
 
@@ -34,7 +44,7 @@ def device_count(device_type: str) -> int:
     """Returns how many devices of that type there are; a CPU is one."""
     if device_type == "cpu":
         return 1
-    return int(torch.get_device_module(device_type).device_count()) if is_available(device_type) else 0
+    return int(module_of(device_type).device_count()) if is_available(device_type) else 0
 
 
 def choose_type(accelerator: str) -> str:
@@ -47,7 +57,10 @@ def choose_type(accelerator: str) -> str:
             return device_type
     here = ", ".join(name for name, types in ACCELERATORS.items() if any(map(is_available, types)))
     if accelerator == "tpu":
-        raise ValueError('Fabric(accelerator="tpu") needs precision-xla: pip install precision-xla. Here are: ' + here)
+        raise ValueError(
+            'Fabric(accelerator="tpu") needs precision-xla: pip install precision-xla; it runs under strategy="xla". '
+            f"Here are: {here}"
+        )
     wanted = " or ".join(ACCELERATORS[accelerator])
     raise ValueError(f"Fabric(accelerator={accelerator!r}): torch finds no {wanted} device here. Here are: {here}")
 

@@ -28,8 +28,6 @@ from precision_core.agreement import agreed
 from precision_core.background import PendingSave, forget
 from precision_core.composition import check_composition
 from precision_core.fit import is_sharded
-from precision_core.layout import make_layout
-from precision_core.loader import DeviceLoader
 from precision_core.override import is_overridden, override, undone_on_error
 from precision_core.policy import Policy
 from precision_core.precision import Precision
@@ -70,12 +68,12 @@ class Fabric:
         *,
         num_nodes: int = 1,
     ) -> None:
-        self._layout = make_layout(accelerator, devices, num_nodes)
-        self._strategy = resolve_strategy(strategy, accelerator, self._layout)
+        self._strategy, self._layout = resolve_strategy(strategy, accelerator, devices, num_nodes)
         self._precision = resolve_precision(precision, self._strategy)
         check_composition(self._precision, self._strategy)
         self._arguments = (accelerator, strategy, devices, precision, num_nodes)
-        self._joined = self._layout.ranks is not None or not self._strategy.multiprocess
+        is_started = self._layout.ranks is not None or not self._strategy.multiprocess
+        self._joined = is_started and not self._strategy.missing_variables()
         if self._joined:
             self._strategy.join(self._layout.ranks or Ranks())
             self._strategy.connect(self._precision)
@@ -133,6 +131,9 @@ class Fabric:
         of them. With one, `function(fabric, *args, **kwargs)` runs in new processes, and what it returns on rank zero
         is returned. On one device, and under torchrun, it only calls the function.
 
+        A strategy that needs other environment variables than this process has (XLA's several CPU devices) starts one
+        process with them.
+
         Raises:
             RuntimeError: there is no script to start again; a process failed, with the traceback of the first one.
         """
@@ -143,18 +144,21 @@ class Fabric:
                 "fabric.launch() starts the processes of one machine; on several, start the script on each with "
                 f"torchrun --nnodes={self._layout.num_nodes} --nproc-per-node={len(self._layout.indices)} ..."
             )
-        from precision_core.launch import restart_script, run_function  # torch's launcher takes long to import
-
         if function is None:
-            restart_script(self._layout.world_size)
-        return run_function(_run_launched, (self._arguments, function, args, kwargs), self._layout.world_size)
+            return self._strategy.start_processes(None, (), self._layout)
+        arguments = (self._arguments, function, args, kwargs)
+        return self._strategy.start_processes(_run_launched, arguments, self._layout)
 
     def _check_launched(self) -> None:
-        if not self._joined:
-            raise RuntimeError(
-                f"this run has {self._layout.world_size} processes, and they are not started yet: call fabric.launch() "
-                "right after Fabric(...)"
-            )
+        if self._joined:
+            return
+        missing = " ".join(f"{name}={value}" for name, value in self._strategy.missing_variables().items())
+        needs = (
+            f"this run needs a process that was started with {missing}"
+            if missing
+            else f"this run has {self._layout.world_size} processes, and they are not started yet"
+        )
+        raise RuntimeError(f"{needs}: call fabric.launch() right after Fabric(...)")
 
     def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any:
         """Converts the model, moves it to the device, and lets forward, backward and step run in the precision.
@@ -291,7 +295,7 @@ class Fabric:
             from precision_core.shared_loader import share_out  # so does torch.utils.data
 
             loaders = tuple(share_out(loader, self.global_rank, self.world_size) for loader in loaders)
-        moved = tuple(DeviceLoader(loader, self.device) if move_to_device else loader for loader in loaders)
+        moved = tuple(self._strategy.make_loader(loader) if move_to_device else loader for loader in loaders)
         return moved[0] if len(moved) == 1 else moved
 
     @contextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +81,17 @@ def clip_scaled(gradients: list[Tensor], scale: float | Tensor, clip: Clip) -> t
         return None
     torch._foreach_mul_(gradients, min(clip.max_norm / (value + 1e-6), 1.0) / scale)
     return total / scale, torch.zeros((), device=total.device)
+
+
+def takes_flag(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's `step` takes the flag as `found_inf=` and skips by itself, as torch_xla's do."""
+    kind: Any = type(optimizer)
+    return _has_flag(kind)
+
+
+@functools.cache
+def _has_flag(kind: Any) -> bool:
+    return "found_inf" in inspect.signature(kind.step).parameters
 
 
 def skips_on_device(optimizer: Optimizer) -> bool:

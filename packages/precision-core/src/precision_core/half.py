@@ -123,10 +123,13 @@ class HalfPrecision(Precision):
             dtype = dtype_name(self.policy.buffers)
             warnings.warn(
                 f"{self.policy.flat} casts buffers to {dtype}, which changes their values or holds running statistics: "
-                f'{", ".join(names)}. To keep them: {type(self).__name__}("{self.mode}", buffers="float32"), or '
-                "buffers={name patterns} for some of them",
+                f"{', '.join(names)}. To keep them: {self._how_to_keep_buffers()}",
                 stacklevel=3,
             )
+
+    def _how_to_keep_buffers(self) -> str:
+        name = type(self).__name__
+        return f'{name}("{self.mode}", buffers="float32"), or buffers={{name patterns}} for some of them'
 
     def register_optimizers(self, *optimizers: Optimizer) -> None:
         """Takes note of the optimizers; raises `ValueError` for a fused one that does not step the dtype here."""

@@ -52,12 +52,17 @@ class DeviceLoader:
         return self._hand_out(batches, self._newest)
 
     def _hand_out(self, batches: Iterator[Any], which: object) -> Iterator[Any]:
-        for batch in batches:
+        for batch in self._moved(batches):
             if which is self._newest and self._batches is not None:
                 self._batches += 1
-            yield map_tensors(batch, lambda tensor: tensor.to(self._device, non_blocking=True))
+            yield batch
         if which is self._newest:
             self.end_epoch()
+
+    def _moved(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yields the batches on the device; a strategy's own loader may bring them there in another way."""
+        for batch in batches:
+            yield map_tensors(batch, lambda tensor: tensor.to(self._device, non_blocking=True))
 
     def _go_on(self) -> Iterator[Any]:
         now = capture(self._loader)

@@ -37,6 +37,7 @@ from precision_core.gradients import (
     multiply,
     params_of,
     skips_on_device,
+    takes_flag,
     unscale_plain,
 )
 from precision_core.override import original
@@ -353,6 +354,10 @@ class LossScaler(Scaler):
 
     def _step_or_skip(self, optimizer: Optimizer, record: _Record, kwargs: dict[str, Any]) -> Any:
         step = original(optimizer, "step")
+        if isinstance(record.found_inf, Tensor) and takes_flag(optimizer):
+            returned = step(found_inf=record.found_inf, **kwargs)
+            self.counter.add_later(record.found_inf)
+            return returned
         if isinstance(record.found_inf, Tensor) and skips_on_device(optimizer):
             optimizer.grad_scale, optimizer.found_inf = None, record.found_inf  # type: ignore[attr-defined]
             try:

@@ -39,7 +39,8 @@ class MixedPrecision(Precision):
         device: the device type that autocast and the scaler work on.
         scaler: for float16, the `torch.amp.GradScaler` to use, or a dict of its `init_scale`, `growth_factor`,
             `backoff_factor`, `growth_interval`; None makes torch's default one when it is needed.
-        upcast: cast trainable parameters that are not float32 to float32, instead of refusing them.
+        upcast: cast trainable parameters that are not float32 to float32, instead of refusing them, and frozen vectors
+            beside them, for a norm whose weight trains and whose bias does not.
         min_scale: the loss scale does not fall below this. Default 2**-14, float16's smallest normal number: a loss
             scaled further down has lost what scaling is for.
         max_skips: so many skipped steps in a row raise `FloatingPointError`. Default 50: from 2**16 down to
@@ -113,6 +114,9 @@ class MixedPrecision(Precision):
         ]
         self._check_trainable([(name, param) for name, param in wrong if param.requires_grad])
         frozen = {name for name, param in wrong if not param.requires_grad}
+        if self._upcast:  # a norm takes weight and bias of one dtype; products are cast by autocast
+            trained = {name.rpartition(".")[0] for name, param in module.named_parameters() if param.requires_grad}
+            frozen -= {name for name, param in wrong if param.dim() < 2 and name.rpartition(".")[0] in trained}
         before = module_bytes(module)
         items = cast_parameters(
             module,

@@ -153,12 +153,14 @@ def load_own_way(files: Files, layer: Layer, sources: dict[str, str], versions: 
     tensors = _tensors_of(module)
     on_meta = any(tensor.is_meta for tensor in tensors.values())
     live_names = {plain_name(name): name for name in tensors}
+    whole = _loaded_whole(module)
     state: OrderedDict[str, Tensor] = OrderedDict()
     for name, source in sources.items():
         if name.startswith(prefix):
             short = name.removeprefix(prefix)
             live_name = live_names.get(short, short)
-            state[live_name] = _sharded_like(tensors.get(live_name), files.get(source))
+            live = None if live_name in whole else tensors.get(live_name)
+            state[live_name] = _sharded_like(live, files.get(source))
     prefixes = {name: prefix + prefix_of(name) for name, _ in module.named_modules()}
     state._metadata = {  # type: ignore[attr-defined]
         name: {"version": versions[full]} for name, full in prefixes.items() if full in versions
@@ -178,6 +180,12 @@ def load_own_way(files: Files, layer: Layer, sources: dict[str, str], versions: 
     loaded = {id(tensors[name]) for name in tensors if name not in missing}
     left = [name for name in missing if name not in tensors or id(tensors[name]) not in loaded]  # less the tied ones
     return Loaded(tuple(prefix + plain_name(name) for name in left), tuple(prefix + plain_name(n) for n in unexpected))
+
+
+def _loaded_whole(module: nn.Module) -> set[str]:
+    """Returns the names of tensors that layers name in `loads_whole`: they check them, and cut them into shards."""
+    layers = module.named_modules()
+    return {f"{name}.{key}" if name else key for name, layer in layers for key in getattr(layer, "loads_whole", ())}
 
 
 def _detach_from_file(module: nn.Module, values: Iterable[Tensor]) -> None:

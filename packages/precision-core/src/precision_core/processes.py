@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -69,10 +70,30 @@ def join(ranks: Ranks, device: torch.device, backend: str | None, timeout: timed
                 f"{ranks.world_size} processes"
             )
         return False
-    store = dist.HashStore() if ranks.world_size == 1 and "MASTER_ADDR" not in os.environ else None
+    store = _store_for(ranks, timeout)
     dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
     atexit.register(time.sleep, _LET_GO)
     return True
+
+
+_stores: dict[tuple[object, ...], tuple[dist.Store, Iterator[int]]] = {}
+
+
+def _store_for(ranks: Ranks, timeout: timedelta | None) -> dist.Store:
+    """Returns a store of this group's own, in one that the process makes once.
+
+    A second group on a store of the same names, or at an address that the first is about to leave, finds what is left
+    of the first one on a rank that is later: both wait for ever.
+    """
+    if ranks.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    key = (os.getpid(), ranks, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+    if key not in _stores:
+        options = {} if timeout is None else {"timeout": timeout}
+        store, *_ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, **options))
+        _stores[key] = store, itertools.count()
+    store, numbers = _stores[key]
+    return dist.PrefixStore(f"precision_core/{next(numbers)}", store)
 
 
 def _number(environment: Mapping[str, str], name: str, default: int = 0) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from precision_core import discovery
-from precision_core.devices import ACCELERATORS
+from precision_core.devices import choose_type
 from precision_core.dtypes import nearest
-from precision_core.layout import Layout
+from precision_core.layout import Layout, make_layout
 from precision_core.policy import ALIASES, MODES, Policy
 from precision_core.precision import Precision
 from precision_core.strategies import STRATEGIES, Strategy
@@ -30,49 +32,46 @@ def resolve_precision(precision: str | int | Policy | Precision, strategy: Strat
     return strategy.make_precision(Policy.parse(precision))
 
 
-def resolve_strategy(strategy: str | Strategy, accelerator: str, layout: Layout) -> Strategy:
-    """Returns the strategy of that name on this process's device; an object keeps the device that it was made for.
+def resolve_strategy(
+    strategy: str | Strategy, accelerator: str, devices: int | str | Sequence[int], num_nodes: int
+) -> tuple[Strategy, Layout]:
+    """Returns the strategy of that name, on this process's device, and the run's layout.
 
     Raises:
-        ValueError: an unknown name, with what to install if it is known; an object for another kind of device; several
-            processes under a strategy that runs in one.
+        ValueError: an unknown name, with what to install if it is known; what `make_layout` and the strategy refuse;
+            several processes under a strategy that runs in one.
     """
-    made = strategy if isinstance(strategy, Strategy) else _by_name(strategy, accelerator, layout)
-    if "device" not in vars(made):
-        made.device = layout.device
-    if accelerator != "auto" and made.device.type not in ACCELERATORS[accelerator]:
-        raise ValueError(
-            f"Fabric(accelerator={accelerator!r}) got a {type(made).__name__} on {str(made.device)!r}: "
-            "leave accelerator out, or make the strategy for that device"
-        )
+    if strategy == "auto":
+        strategy = _auto(accelerator, devices, num_nodes)
+    made = strategy if isinstance(strategy, Strategy) else _by_name(strategy)
+    layout = made.lay_out(accelerator, devices, num_nodes)
     if layout.world_size > 1 and layout.asked and not made.multiprocess:
         raise ValueError(
             f"{type(made).__name__} runs in one process, and this run has {layout.world_size}: pass devices=1, or "
             'strategy="ddp"'
         )
-    return made
+    return made, layout
 
 
-def _by_name(strategy: str, accelerator: str, layout: Layout) -> Strategy:
-    if not isinstance(strategy, str):
-        raise ValueError(
-            f'Fabric(strategy={strategy!r}): expected "auto", the name of a strategy, or a Strategy object'
-        )
-    name = _auto(accelerator, layout) if strategy == "auto" else strategy
+def _by_name(name: str) -> Strategy:
+    if not isinstance(name, str):
+        raise ValueError(f'Fabric(strategy={name!r}): expected "auto", the name of a strategy, or a Strategy object')
     entry = discovery.find(discovery.STRATEGIES, name, taken=name in STRATEGIES)
     if name not in STRATEGIES and entry is None:
         raise ValueError(discovery.missing(discovery.STRATEGIES, name, ("auto", *STRATEGIES)))
     made = (STRATEGIES.get(name) or discovery.load(discovery.STRATEGIES, name))()
     if not isinstance(made, Strategy):
         raise ValueError(f'strategy="{name}": its factory returned a {type(made).__name__}, not a Strategy')
-    made.device = layout.device
+    vars(made).pop("device", None)  # only an object that the user made has been made for a device
     return made
 
 
-def _auto(accelerator: str, layout: Layout) -> str:
+def _auto(accelerator: str, devices: int | str | Sequence[int], num_nodes: int) -> str:
+    if accelerator == "tpu" and discovery.find(discovery.STRATEGIES, "xla") is None:
+        choose_type("tpu")  # says what to install
     if accelerator == "tpu":
         return "xla"
-    return "ddp" if layout.world_size > 1 else "single_device"
+    return "ddp" if make_layout(accelerator, devices, num_nodes).world_size > 1 else "single_device"
 
 
 def is_core_mode(precision: object) -> bool:

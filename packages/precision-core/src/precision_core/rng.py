@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from precision_core.devices import MODULES, module_of
+
 
 def seed_everything(seed: int) -> int:
     """Seeds Python's, numpy's (where it is installed) and torch's generators, all devices included; returns `seed`.
@@ -22,6 +24,8 @@ def seed_everything(seed: int) -> int:
     if numpy is not None:
         numpy.random.seed(seed)
     torch.manual_seed(seed)
+    for module in MODULES.values():
+        module.manual_seed_all(seed)
     return seed
 
 
@@ -33,7 +37,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
         name, keys, *rest = numpy.random.get_state()
         state["numpy"] = [name, torch.from_numpy(keys.astype("int64")), *rest]
     if device.type != "cpu":
-        state[device.type] = torch.get_device_module(device).get_rng_state(device)
+        state[device.type] = module_of(device.type).get_rng_state(device)
     return state
 
 
@@ -46,7 +50,7 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
         name, keys, *rest = state["numpy"]
         numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
     if device.type in state:
-        torch.get_device_module(device).set_rng_state(state[device.type], device)
+        module_of(device.type).set_rng_state(state[device.type], device)
 
 
 def _numpy() -> Any:

@@ -11,10 +11,12 @@ having the engine load the files.
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,32 +29,36 @@ from precision_core.state import Filter
 from precision_deepspeed.engine import Engine
 from precision_deepspeed.export import read_consolidated
 from precision_deepspeed.pickles import check_pickles
+from precision_deepspeed.saved import Saved
 
 if TYPE_CHECKING:
     from precision_deepspeed.strategy import DeepSpeedStrategy
 
 STATE = "state.ckpt"
 RECORD = "deepspeed"
+CONVERTED = ("world_size", "stage")
+"""What may differ between the run that saved and the one that loads."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
 class StandIn:
     """Stands in a state for the model or the optimizer of an engine; of the two the model has the engine load."""
 
-    engine: Engine
     what: str
     record: dict[str, Any]
-    folder: Path | None = None
+    load: Callable[[], None] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what says which engine wrote the files beside it."""
         return {RECORD: self.what, **self.record}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Has the engine load the folder, once."""
-        if self.what == "model" and self.folder is not None:
-            self.engine.load(self.folder)
-            self.folder = None
+        """Has the engine load the files, once."""
+        if self.what == "model" and self.load is not None:
+            self.load()
+            self.load = None
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -108,8 +114,8 @@ def load(
     """Reads the folder, into the live objects by choice; see `Fabric.load`. Nothing is changed if anything raises.
 
     Raises:
-        CheckpointError: torn, damaged, or written by another number of ranks, stage or mode; pickles with anything but
-            DeepSpeed's own classes in them.
+        CheckpointError: torn, damaged, or written in another mode, by another model or optimizer; pickles with anything
+            but DeepSpeed's own classes in them.
     """
     with together(None):
         folder = folder_manifest.find(path.absolute())
@@ -119,44 +125,54 @@ def load(
             check_pickles(folder / name for name in manifest.files if name.endswith(".pt"))
     if state is None:
         content = loading.load(folder / STATE, None, strict, filter, trust, strategy)
-        return {key: _whole(value, folder) for key, value in content.items()}
+        return {key: _whole(value, folder, trust) for key, value in content.items()}
     if engine is None:
         raise CheckpointError(
             f"{path} holds a model in DeepSpeed's shards, and none was set up with an optimizer: call "
             "fabric.setup(model, optimizer) first, or read the values with "
             "precision_deepspeed.consolidated_state_dict(path)"
         )
-    stand_ins = _stand_ins(state, engine, strategy, folder)
+    stand_ins = _stand_ins(state, engine, strategy)
     with together(None):
         if engine.has_gradients:
             raise CheckpointError("fabric.load between fabric.backward and optimizer.step(): step first")
-        _check_fits(path, checkpoint.read(folder / STATE), stand_ins)
+        saved = _check_fits(path, checkpoint.read(folder / STATE), stand_ins)
+        mine = _record(engine, strategy)
+        differing = [f"{name} {saved[name]} -> {mine[name]}" for name in CONVERTED if saved[name] != mine[name]]
+        write: Callable[[], None] = functools.partial(engine.load, folder)
+        if differing:
+            write = engine.adopt(Saved(folder, saved, trust=trust))
+    for _, stand_in in _each(stand_ins):
+        stand_in.load = write
     rest = loading.load(folder / STATE, stand_ins, strict, filter, trust, strategy)
     _place(state, stand_ins)
+    strategy.converted = ", ".join(differing)
+    if differing and strategy.is_global_zero:
+        _log.info("%s was converted: %s", path, strategy.converted)
     return rest
 
 
-def _stand_ins(
-    state: dict[str, Any], engine: Engine, strategy: DeepSpeedStrategy, folder: Path | None = None
-) -> dict[str, Any]:
-    """Returns a copy of `state`, dicts too, with stand-ins for what the engine holds."""
-    record = {
+def _record(engine: Engine, strategy: DeepSpeedStrategy) -> dict[str, Any]:
+    """Returns what has to be known of an engine to read its files."""
+    return {
         "world_size": strategy.world_size,
         "stage": strategy.stage,
         "mode": strategy.precision.mode,
         "master": str(strategy.precision.policy.master),
         "optimizer": type(engine.optimizer).__name__,
-        "groups": engine.names,
-        "shapes": engine.shapes,
+        **engine.names,
     }
+
+
+def _stand_ins(state: dict[str, Any], engine: Engine, strategy: DeepSpeedStrategy) -> dict[str, Any]:
+    """Returns a copy of `state`, dicts too, with stand-ins for what the engine holds."""
     made: dict[str, Any] = {}
     for key, value in state.items():
         if type(value) is dict:
-            made[key] = _stand_ins(value, engine, strategy, folder)
-        elif value is engine.optimizer:
-            made[key] = StandIn(engine, "optimizer", record)
-        elif engine.is_model(value):
-            made[key] = StandIn(engine, "model", record, folder)
+            made[key] = _stand_ins(value, engine, strategy)
+        elif engine.holds(value):
+            what = "optimizer" if value is engine.optimizer else "model"
+            made[key] = StandIn(what, _record(engine, strategy))
         else:
             made[key] = value
     return made
@@ -182,19 +198,22 @@ def _check_whole(state: dict[str, Any], stand_ins: dict[str, Any], filter: Filte
             raise ValueError(f"fabric.save(filter={{{key!r}: ...}}): DeepSpeed's engine saves it whole; leave that out")
 
 
-def _check_fits(path: Path, content: dict[str, Any], stand_ins: dict[str, Any]) -> None:
+def _check_fits(path: Path, content: dict[str, Any], stand_ins: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record in `content`, which may differ in what can be converted."""
     saved = list(_records(content))
     for key, stand_in in _each(stand_ins):
         found = next((record for record in saved if record[RECORD] == stand_in.what), None)
         if found is None:
             raise CheckpointError(f"{path} holds no {stand_in.what} for {key!r}")
         for name, mine in stand_in.record.items():
-            if found.get(name) != mine:
+            if name not in CONVERTED and found.get(name) != mine:
                 raise CheckpointError(
                     f"{path} was written with {name}={_short(found.get(name))}, and this run has "
-                    f"{name}={_short(mine)}. DeepSpeed's shards fit only what wrote them; the float32 parameters "
-                    "are read anywhere by precision_deepspeed.consolidated_state_dict(path)"
+                    f"{name}={_short(mine)}. Other numbers of ranks and other stages load it, other modes, models and "
+                    "optimizers do not; the float32 parameters are read anywhere by "
+                    "precision_deepspeed.consolidated_state_dict(path)"
                 )
+    return saved[0]
 
 
 def _short(value: Any) -> str:
@@ -211,13 +230,13 @@ def _records(content: Any) -> Iterator[dict[str, Any]]:
                 yield from _records(value)
 
 
-def _whole(value: Any, folder: Path) -> Any:
+def _whole(value: Any, folder: Path, trust: bool) -> Any:
     """Returns `value` with the float32 parameters in place of the record of a model; the optimizer's record stays."""
     if not isinstance(value, dict):
         return value
     if value.get(RECORD) == "model":
-        return read_consolidated(folder, value)
-    return {key: _whole(each, folder) for key, each in value.items()}
+        return read_consolidated(folder, value, trust=trust)
+    return {key: _whole(each, folder, trust) for key, each in value.items()}
 
 
 def _place(state: dict[str, Any], stand_ins: dict[str, Any]) -> None:

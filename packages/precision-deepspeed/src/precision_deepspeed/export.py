@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from precision_core import checkpoint, folder_manifest
 from precision_core.checkpoint import CheckpointError
-from precision_deepspeed.pickles import check_pickles
+from precision_deepspeed.saved import Saved
 
 _STATE, _RECORD = "state.ckpt", "deepspeed"
 
@@ -38,42 +35,14 @@ def consolidated_state_dict(path: str | PathLike[str], *, trust: bool = False) -
         record = next(_models(checkpoint.read(folder / _STATE)), None)
     if record is None:
         raise CheckpointError(f"{path} holds no model of a DeepSpeed engine")
-    if not trust:
-        check_pickles(folder / name for name in manifest.files if name.endswith(".pt"))
-    return read_consolidated(folder, record)
+    return read_consolidated(folder, record, trust=trust)
 
 
-def read_consolidated(folder: Path, record: dict[str, Any]) -> dict[str, Tensor]:
-    """Returns the state dict from files that were checked; `record` says what wrote them."""
-    values = _masters(folder) if record["stage"] > 0 else {}
-    if record["stage"] < 3:
-        content = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
-        values = {**content["module"], **values}  # DeepSpeed's own function leaves frozen ones out at stage 1
-        values |= _unsharded_masters(content, values, record)
-    return {name: value.detach().float() if name in record["shapes"] else value for name, value in values.items()}
-
-
-def _masters(folder: Path) -> dict[str, Tensor]:
-    """Returns what DeepSpeed's `zero_to_fp32` makes of the shards, and keeps what it prints to itself."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with redirect_stdout(io.StringIO()):
-        found: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    return {name: value.detach().clone() for name, value in found.items()}
-
-
-def _unsharded_masters(content: dict[str, Any], values: dict[str, Tensor], record: dict[str, Any]) -> dict[str, Tensor]:
-    """Returns the master weights that stage 0 keeps for bfloat16 parameters, also by their tied names."""
-    masters: dict[str, Tensor] = {}
-    groups = (content["optimizer"] or {}).get("fp32_groups", ())
-    for names, group in zip(record["groups"], groups, strict=False):
-        for name, master in zip(names, group, strict=True):
-            masters |= {other: master for other, value in values.items() if _same(value, values[name])}
-    return masters
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.numel() > 0
+def read_consolidated(folder: Path, record: dict[str, Any], *, trust: bool = False) -> dict[str, Tensor]:
+    """Returns the state dict from files that were verified; `record` says what wrote them."""
+    parameters = {*record["shapes"], *record["tied"]}
+    values = Saved(folder, record, trust=trust).module()
+    return {name: value.float() if name in parameters else value for name, value in values.items()}
 
 
 def _models(content: Any) -> Iterator[dict[str, Any]]:

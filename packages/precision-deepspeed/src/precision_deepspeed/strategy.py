@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from precision_core import Policy, Precision, Strategy
 from precision_core.clipping import make_clip
@@ -22,11 +21,12 @@ from precision_core.resolve import is_core_mode
 from precision_core.state import Filter, stateful_objects
 from precision_core.strategies.collectives import Collectives
 from precision_deepspeed import checkpoint, vendor
+from precision_deepspeed.arguments import check_optimizer, check_together, config_of
 from precision_deepspeed.config import deepspeed_config, stage_of
-from precision_deepspeed.engine import Engine, make_engine
+from precision_deepspeed.engine import Engine
+from precision_deepspeed.engines import make_engine
+from precision_deepspeed.names import describe
 from precision_deepspeed.plugin import DeepSpeedPrecision
-
-_CPU_OFFLOAD = {"device": "cpu"}
 
 
 class DeepSpeedStrategy(Collectives, Strategy):
@@ -62,10 +62,12 @@ class DeepSpeedStrategy(Collectives, Strategy):
         backend: str | None = None,
         timeout: timedelta | None = None,
     ) -> None:
-        self.config = _with_stage(stage, config, offload_optimizer, offload_parameters)
+        self.config = config_of(stage, config, offload_optimizer, offload_parameters)
         self.stage = stage_of(self.config)
         self.backend = backend
         self.timeout = timeout
+        self.converted = ""
+        """What the last `fabric.load` had to convert: "world_size 2 -> 1, stage 2 -> 3", or nothing."""
         self._engine: Engine | None = None
         self._evaluated: list[Any] = []  # engines without an optimizer
         self._in_engine = False
@@ -111,62 +113,35 @@ class DeepSpeedStrategy(Collectives, Strategy):
         """Returns the optimizer as it is: the engine takes it.
 
         Raises:
-            ValueError: it has state already, which the engine would drop.
+            ValueError: it has state already, which the engine would drop, or DeepSpeed puts another in its place.
         """
-        if optimizer.state:
-            raise ValueError(
-                f"this {type(optimizer).__name__} has state, which DeepSpeed drops when it takes the optimizer over: "
-                "set it up first, then load the checkpoint with fabric.load"
-            )
+        check_optimizer(optimizer, self.stage)
         return optimizer
 
     def setup_together(self, module: nn.Module | None, optimizers: tuple[Optimizer, ...]) -> None:
         """Gives model and optimizer to an engine; a model alone is for evaluation, and sharded at stage 3.
 
         Raises:
-            ValueError: an optimizer without its model, several of them, a second model to train, LBFGS.
+            ValueError: an optimizer without its model, several of them, a second model to train, LBFGS; parameters that
+                the engine cannot hold, by their names.
         """
         config = deepspeed_config(self.precision.policy, self.config)
         if module is None or optimizers:
-            optimizer = self._check(module, optimizers)
-            assert module is not None
-            names, shapes = _describe(module, optimizer)
+            module, optimizer = check_together(module, optimizers, self.stage, self._engine is not None)
+            names = describe(module, optimizer)
             with self._inside():
                 engine = vendor.initialize(self.local_rank, model=module, optimizer=optimizer, config=config)
             precision = self.precision
             assert isinstance(precision, DeepSpeedPrecision)
             scaled_here = precision.policy.scale and precision.policy.mixed
             self._engine = make_engine(engine, module, optimizer, self.stage, scaled_here)
-            self._engine.names, self._engine.shapes = names, shapes
+            self._engine.names = names
             _bind_zero_grad(optimizer, self._engine)
             precision.scaler.attach(engine)
         elif self.stage == 3:
             self._evaluated.append(vendor.initialize(self.local_rank, model=module, config=config))
         else:
             module.to(self.device)
-
-    def _check(self, module: nn.Module | None, optimizers: tuple[Optimizer, ...]) -> Optimizer:
-        if module is None:
-            raise ValueError("DeepSpeed's engine takes model and optimizer together: fabric.setup(model, optimizer)")
-        if len(optimizers) > 1:
-            raise ValueError(
-                f"DeepSpeed's engine steps one optimizer, and fabric.setup got {len(optimizers)}: give one optimizer "
-                "several parameter groups"
-            )
-        ours = {id(param) for param in module.parameters()}
-        if any(id(param) not in ours for group in optimizers[0].param_groups for param in group["params"]):
-            raise ValueError(
-                f"this {type(optimizers[0]).__name__} holds parameters of another model: an engine has one model, with "
-                "the optimizer of its parameters"
-            )
-        if isinstance(optimizers[0], LBFGS):
-            raise ValueError("LBFGS evaluates the loss several times a step, which DeepSpeed's engine does not do")
-        if self._engine is not None:
-            raise ValueError(
-                "DeepSpeedStrategy trains one model: the backward of a second one would run through the first one's "
-                "engine. Put both into one nn.Module, or make another Fabric"
-            )
-        return optimizers[0]
 
     @contextmanager
     def module_init_context(self, precision: Precision) -> Iterator[None]:
@@ -279,7 +254,7 @@ class DeepSpeedStrategy(Collectives, Strategy):
     @contextmanager
     def whole(self, module: nn.Module, *, writes: bool = False) -> Iterator[None]:
         """Context in which each rank has the parameters whole; what it `writes` reaches the master weights too."""
-        with vendor.gathered(module, writes):
+        with vendor.gathered(module.parameters(), writes):
             yield
         if writes and self._engine is not None and self._engine.is_model(module):
             self._engine.parameters_changed()
@@ -332,43 +307,7 @@ def _bind_zero_grad(optimizer: Optimizer, engine: Engine) -> None:
 
     def zero_grad(self: Optimizer, set_to_none: bool = True) -> None:
         engine.drop()
-        type(self).zero_grad(self, set_to_none)
+        if engine.steps_parameters:  # else the optimizer holds tensors of DeepSpeed's, gradients and all
+            type(self).zero_grad(self, set_to_none)
 
     optimizer.__dict__["zero_grad"] = MethodType(zero_grad, optimizer)
-
-
-def _describe(module: nn.Module, optimizer: Optimizer) -> tuple[list[list[str]], dict[str, tuple[int, ...]]]:
-    """Returns the names of the parameters in the optimizer's groups, and all parameters' shapes, as ZeRO finds them."""
-    names = {param: name for name, param in module.named_parameters()}
-    groups = [[names[param] for param in group["params"] if param.requires_grad] for group in optimizer.param_groups]
-    return groups, {name: tuple(getattr(param, "ds_shape", param.shape)) for name, param in module.named_parameters()}
-
-
-def _with_stage(
-    stage: int, config: Mapping[str, Any] | None, offload_optimizer: bool, offload_parameters: bool
-) -> dict[str, Any]:
-    """Returns `config` with the arguments in it."""
-    if config is not None and not isinstance(config, Mapping):
-        raise ValueError(f"DeepSpeedStrategy(config={config!r}): expected a dict; json.load reads one from a file")
-    if type(stage) is not int or stage not in (0, 1, 2, 3):
-        raise ValueError(f"DeepSpeedStrategy(stage={stage!r}): ZeRO has the stages 0, 1, 2 and 3")
-    if offload_parameters and stage != 3:
-        raise ValueError(f"DeepSpeedStrategy(offload_parameters=True) needs stage=3, not {stage}")
-    if offload_optimizer and stage == 0:
-        raise ValueError("DeepSpeedStrategy(offload_optimizer=True) needs stage=1, 2 or 3: stage 0 shards nothing")
-    made = copy.deepcopy(dict(config or {}))
-    zero = made.setdefault("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise ValueError(f'config["zero_optimization"] is a dict, not {zero!r}')
-    if zero.setdefault("stage", stage) != stage:
-        raise ValueError(
-            f'DeepSpeedStrategy(stage={stage}) and config["zero_optimization"]["stage"] = {zero["stage"]!r} contradict '
-            "each other"
-        )
-    if offload_optimizer:
-        zero.setdefault("offload_optimizer", dict(_CPU_OFFLOAD))
-    if offload_parameters:
-        zero.setdefault("offload_param", dict(_CPU_OFFLOAD))
-    if "offload_optimizer" in zero:
-        made.setdefault("zero_force_ds_cpu_optimizer", False)  # the user's torch optimizer steps there as well
-    return made

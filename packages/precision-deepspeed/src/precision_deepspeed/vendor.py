@@ -6,7 +6,7 @@ DeepSpeed takes seconds to import and writes to standard output while it does, s
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -98,9 +98,9 @@ def zero_init(local_rank: int, config: dict[str, Any]) -> AbstractContextManager
         return context
 
 
-def gathered(module: nn.Module, writes: bool) -> AbstractContextManager[Any]:
+def gathered(params: Iterable[nn.Parameter], writes: bool) -> AbstractContextManager[Any]:
     """Returns a context in which parameters that are in shards are whole; rank zero's are kept where it `writes`."""
-    sharded = [param for param in module.parameters() if hasattr(param, "ds_id")]
+    sharded = [param for param in params if hasattr(param, "ds_id")]
     if not sharded:
         return nullcontext()
     import deepspeed

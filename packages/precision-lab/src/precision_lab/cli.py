@@ -43,7 +43,14 @@ def main() -> None:
     type=click.Choice(["1", "2", "4"]),
     default="1",
     show_default=True,
-    help="Processes, one a device, that share each batch (DDP).",
+    help="Processes, one a device, that share each batch.",
+)
+@click.option(
+    "--strategy",
+    metavar="NAME",
+    default="auto",
+    show_default=True,
+    help="How they do it: ddp, or one that an installed package brings (fsdp, deepspeed). auto: ddp for several.",
 )
 @click.option("--accelerator", default="auto", show_default=True, help="Where to train: cpu, cuda, mps, ...")
 @click.pass_context
@@ -55,6 +62,7 @@ def compare(
     out: Path,
     run_all: bool,
     devices: str,
+    strategy: str,
     accelerator: str,
 ) -> None:
     """Train a small GPT on real text in each precision, from the same seed, and compare.
@@ -64,6 +72,7 @@ def compare(
     """
     listed = _modes(modes)
     device_type = _device_type(accelerator)
+    _check_strategy(strategy, device_type, int(devices))
     _check_folder(out)
 
     from rich.console import Console
@@ -76,8 +85,10 @@ def compare(
     from precision_lab.train import settings
 
     console = Console(highlight=False)
-    rows = make_rows(listed, device_type, named=modes is not None, run_slow=run_all)
-    comparison = Comparison(steps, seed, rows)
+    rows = make_rows(
+        listed, device_type, named=modes is not None, run_slow=run_all, strategy=strategy, devices=int(devices)
+    )
+    comparison = Comparison(steps, seed, rows, strategy)
     with make_progress(console, rows, steps) as progress:
         run(comparison, accelerator, progress, int(devices))
 
@@ -129,6 +140,15 @@ def _device_type(accelerator: str) -> str:
         return Fabric(accelerator=accelerator).device.type
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--accelerator") from None
+
+
+def _check_strategy(strategy: str, device_type: str, devices: int) -> None:
+    from precision_lab.compare import refusal_of
+
+    try:
+        refusal_of("32-true", device_type, strategy, devices)
+    except (ValueError, ImportError) as error:
+        raise click.BadParameter(str(error), param_hint="--strategy") from None
 
 
 def _check_folder(out: Path) -> None:

@@ -46,6 +46,7 @@ def run_child(job: Job) -> Generator[dict[str, Any], None, None]:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={job.devices}", "-m"]
     command += ["precision_lab.train", job.mode, "--until-stdin-closes", "--devices", str(job.devices)]
     command += ["--steps", str(job.steps), "--seed", str(job.seed), "--accelerator", job.accelerator]
+    command += ["--strategy", job.strategy]
     environment = _VENDORS | os.environ
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,

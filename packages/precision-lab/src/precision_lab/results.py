@@ -57,6 +57,7 @@ class Comparison:
     steps: int
     seed: int
     rows: list[Row]
+    strategy: str = "auto"
     environment: dict[str, Any] = field(default_factory=dict)
     """What ran where, as the first child that came so far described it."""
 
@@ -89,6 +90,7 @@ class Comparison:
             "version": 1,
             "steps": self.steps,
             "seed": self.seed,
+            "strategy": self.strategy,
             "settings": settings,
             "environment": self.environment,
             "modes": [self._row_as_dict(row) for row in self.rows],

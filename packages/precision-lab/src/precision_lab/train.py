@@ -59,6 +59,7 @@ class Job:
     accelerator: str = "auto"
     devices: int = 1
     """Processes, one a device, that share each batch."""
+    strategy: str = "auto"
 
 
 def train(job: Job) -> Iterator[dict[str, Any]]:
@@ -67,7 +68,7 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    fabric = Fabric(accelerator=job.accelerator, devices=job.devices, precision=job.mode)
+    fabric = Fabric(job.accelerator, job.strategy, job.devices, job.mode)
     training, held_out = (part.to(fabric.device) for part in split_text())
     memory = PeakMemory(fabric.device)
 
@@ -76,8 +77,9 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True
     )
+    description = describe(fabric.device, model)  # of the whole model, which setup may shard
     model, optimizer = fabric.setup(model, optimizer)
-    yield describe(fabric.device, model) | {"devices": fabric.world_size}
+    yield description | {"devices": fabric.world_size}
     yield {"policy": spell(fabric.precision_plugin.policy)}
 
     batches = torch.Generator().manual_seed(job.seed)
@@ -97,17 +99,17 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
             raise FloatingPointError(f"the training loss is {value} at step {step + 1}")
         yield {"step": step + 1, "loss": value, "seconds": time.perf_counter() - start}
 
-    if not fabric.is_global_zero:
-        return
     # Memory is read before evaluation, which is not part of training.
-    figures = {
-        "parameter_bytes": sum(param.nbytes for param in model.parameters()),
-        "gradient_bytes": sum(param.grad.nbytes for param in model.parameters() if param.grad is not None),
+    params = [part for part in map(local, model.parameters()) if part.numel()]
+    gradients = [local(param.grad) for param in model.parameters() if param.grad is not None]
+    figures = {  # of this process; None where an engine does not show what it holds
+        "parameter_bytes": sum(param.nbytes for param in params) or None,
+        "gradient_bytes": sum(gradient.nbytes for gradient in gradients) or None,
         "optimizer_bytes": optimizer_bytes(optimizer),
         "peak_memory_bytes": memory.read(),
         "skipped_steps": fabric.precision_plugin.skipped_steps,
     }
-    held_out_loss = evaluate(model, held_out, model.config.context)
+    held_out_loss = evaluate(model, held_out, model.config.context)  # on every rank: each may hold a shard
     if not math.isfinite(held_out_loss):
         raise FloatingPointError(f"the held-out loss is {held_out_loss} after training")
     yield figures | {"held_out_loss": held_out_loss}
@@ -159,9 +161,15 @@ def evaluate(model: nn.Module, data: Tensor, context: int) -> float:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Returns the size of all tensors in the optimizer's state."""
+    """Returns the size of all tensors in the optimizer's state, as far as this process holds them."""
     values = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+    return sum(local(value).nbytes for value in values if isinstance(value, Tensor))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Returns what of a tensor is in this process."""
+    to_local = getattr(tensor, "to_local", None)  # of a DTensor
+    return tensor if to_local is None else to_local()
 
 
 def settings() -> dict[str, Any]:
@@ -187,6 +195,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--devices", type=int, default=1, help="under torchrun: how many processes it started")
+    parser.add_argument("--strategy", default="auto")
     parser.add_argument("--until-stdin-closes", action="store_true", help="end with the process at the other end of it")
     arguments = vars(parser.parse_args())
     if arguments.pop("until_stdin_closes"):
@@ -198,6 +207,8 @@ def main() -> None:
     os.dup2(2, 1)
 
     torch.use_deterministic_algorithms(True)  # for the whole process, which is ours
+    # Nothing here reads memory before it writes it, and engines allocate gigabytes that they use little of.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     for event in train(Job(**arguments)):
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(event, allow_nan=False), file=lines, flush=True)

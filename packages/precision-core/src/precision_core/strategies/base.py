@@ -6,7 +6,8 @@ The base class calls the precision's hooks; an engine that owns backward, clippi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from precision_core.casting import map_tensors
+from precision_core.devices import ACCELERATORS
 from precision_core.dtypes import FLOAT_DTYPES
+from precision_core.layout import Layout, make_layout
+from precision_core.loader import DeviceLoader
 from precision_core.plugins import make_plugin
 from precision_core.policy import Policy
 from precision_core.precision import Precision
@@ -40,6 +44,38 @@ class Strategy:
     precision: Precision
 
     # ---------------------------------------------------------------- processes
+
+    def lay_out(self, accelerator: str, devices: int | str | Sequence[int], num_nodes: int) -> Layout:
+        """Returns how many processes the run has, takes this one's device unless it has one, and starts nothing.
+
+        Raises:
+            ValueError: devices that are not here, or of another kind than this object was made for.
+        """
+        layout = make_layout(accelerator, devices, num_nodes)
+        if "device" not in vars(self):
+            self.device = layout.device
+        if accelerator != "auto" and self.device.type not in ACCELERATORS[accelerator]:
+            raise ValueError(
+                f"Fabric(accelerator={accelerator!r}) got a {type(self).__name__} on {str(self.device)!r}: "
+                "leave accelerator out, or make the strategy for that device"
+            )
+        return layout
+
+    def missing_variables(self) -> Mapping[str, str]:
+        """Returns environment variables with which a process of this run has to be started, and this one was not."""
+        return {}
+
+    def start_processes(self, function: Callable[..., Any] | None, args: tuple[Any, ...], layout: Layout) -> Any:
+        """Starts the processes of the run: the script again in each (no return), or `function(*args)`.
+
+        Returns what the function returned on rank zero; raises as `Fabric.launch` does.
+        """
+        from precision_core.launch import restart_script, run_function  # torch's launcher takes long to import
+
+        missing = self.missing_variables()
+        if function is None:
+            restart_script(layout.world_size, missing)
+        return run_function(function, args, layout.world_size, missing)
 
     @property
     def global_rank(self) -> int:
@@ -110,20 +146,42 @@ class Strategy:
         """Raises `ValueError` for a model and optimizers that do not fit each other, before the model is converted."""
 
     def setup_module(self, module: nn.Module) -> nn.Module:
-        """Moves the converted module to where it runs and returns it."""
+        """Moves the converted module to where it runs and returns it.
+
+        Raises:
+            ValueError: parameters or buffers on the meta device, which have no values to move; names them.
+        """
+        tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+        empty = [name for name, tensor in tensors if tensor.is_meta]
+        if empty and self.device.type != "meta":
+            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+            raise ValueError(
+                f"fabric.setup got a {type(module).__name__} without values, on the meta device: "
+                f"{', '.join(empty[:5])}{more}. Load them first with fabric.load_module(file, model), or give them "
+                "values of your own"
+            )
         return module.to(self.device)
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Brings state that the optimizer already has to its parameters' device and dtype, and returns it."""
+        """Brings state that the optimizer already has to its parameters' device and dtype, and returns it.
+
+        What it lists in `non_castable_tensor_keys`, as bitsandbytes' 8-bit ones do, keeps its dtype.
+        """
+        fixed = getattr(optimizer, "non_castable_tensor_keys", ())
         for group in optimizer.param_groups:
             for param in group["params"]:
                 state = optimizer.state.get(param, {})
                 for key, value in state.items():
                     if key != "step":
-                        state[key] = map_tensors(value, functools.partial(_to_like, param))
+                        to = functools.partial(_to_device if key in fixed else _to_like, param)
+                        state[key] = map_tensors(value, to)
                     elif isinstance(value, Tensor) and (group.get("fused") or group.get("capturable")):
                         state[key] = value.to(param.device)  # else the host counts; float32, as bfloat16 counts to 256
         return optimizer
+
+    def make_loader(self, loader: Iterable[Any]) -> DeviceLoader:
+        """Returns what brings the loader's batches to the device."""
+        return DeviceLoader(loader, self.device)
 
     def setup_together(self, module: nn.Module | None, optimizers: tuple[Optimizer, ...]) -> None:
         """Takes what one call set up, last: for an engine that needs a model and its optimizers at once.
@@ -174,6 +232,13 @@ class Strategy:
         """Context in which each rank has the module's parameters whole; what it `writes` to them in it lasts."""
         return nullcontext()
 
+    def to_host(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Returns a checkpoint's content as it is written; on the CPU where other processes cannot read the device's.
+
+        torch reads a file of CUDA tensors without CUDA, and one of XLA tensors not without torch_xla.
+        """
+        return content
+
     def save_checkpoint(self, path: Path, state: dict[str, Any], filter: Filter | None) -> bool:
         """Writes what `Fabric.save` is to, for an engine with checkpoints of its own; False: it is core's to do."""
         return False
@@ -186,6 +251,10 @@ class Strategy:
 
     def teardown(self) -> None:
         """Ends what the engine started."""
+
+
+def _to_device(param: Tensor, value: Tensor) -> Tensor:
+    return value.to(param.device)
 
 
 def _to_like(param: Tensor, value: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+"""What users pass: the strategy's arguments as one config, and models and optimizers that an engine can take."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import LBFGS, Adagrad, Optimizer
+
+_CPU_OFFLOAD = {"device": "cpu"}
+
+
+def config_of(
+    stage: int, config: Mapping[str, Any] | None, offload_optimizer: bool, offload_parameters: bool
+) -> dict[str, Any]:
+    """Returns `config` with the arguments in it."""
+    if config is not None and not isinstance(config, Mapping):
+        raise ValueError(f"DeepSpeedStrategy(config={config!r}): expected a dict; json.load reads one from a file")
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise ValueError(f"DeepSpeedStrategy(stage={stage!r}): ZeRO has the stages 0, 1, 2 and 3")
+    if offload_parameters and stage != 3:
+        raise ValueError(f"DeepSpeedStrategy(offload_parameters=True) needs stage=3, not {stage}")
+    if offload_optimizer and stage == 0:
+        raise ValueError("DeepSpeedStrategy(offload_optimizer=True) needs stage=1, 2 or 3: stage 0 shards nothing")
+    made = copy.deepcopy(dict(config or {}))
+    zero = made.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ValueError(f'config["zero_optimization"] is a dict, not {zero!r}')
+    if zero.setdefault("stage", stage) != stage:
+        raise ValueError(
+            f'DeepSpeedStrategy(stage={stage}) and config["zero_optimization"]["stage"] = {zero["stage"]!r} contradict '
+            "each other"
+        )
+    if offload_optimizer:
+        zero.setdefault("offload_optimizer", dict(_CPU_OFFLOAD))
+    if offload_parameters:
+        zero.setdefault("offload_param", dict(_CPU_OFFLOAD))
+    if "offload_optimizer" in zero:
+        made.setdefault("zero_force_ds_cpu_optimizer", False)  # the user's torch optimizer steps there as well
+    return made
+
+
+def check_optimizer(optimizer: Optimizer, stage: int) -> None:
+    """Raises `ValueError` for an optimizer that the engine would not step as it is."""
+    name = type(optimizer).__name__
+    if any(float(state.get("step", 1)) for state in optimizer.state.values()):  # Adagrad's is there from the start
+        raise ValueError(
+            f"this {name} has state, which DeepSpeed drops when it takes the optimizer over: set it up first, then "
+            "load the checkpoint with fabric.load"
+        )
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if isinstance(optimizer, Adagrad) and (stage > 0 or any(param.dtype is not torch.float32 for param in params)):
+        raise ValueError(
+            "DeepSpeed puts an Adagrad of its own in place of this one, without its groups and out of reach of its "
+            "schedulers: use another optimizer, or stage=0 with float32 parameters"
+        )
+
+
+def check_together(
+    module: nn.Module | None, optimizers: tuple[Optimizer, ...], stage: int, is_taken: bool
+) -> tuple[nn.Module, Optimizer]:
+    """Returns the model and the one optimizer that an engine takes, or raises `ValueError` for what it cannot."""
+    if module is None:
+        raise ValueError("DeepSpeed's engine takes model and optimizer together: fabric.setup(model, optimizer)")
+    if len(optimizers) > 1:
+        raise ValueError(
+            f"DeepSpeed's engine steps one optimizer, and fabric.setup got {len(optimizers)}: give one optimizer "
+            "several parameter groups"
+        )
+    optimizer = optimizers[0]
+    stepped = {param for group in optimizer.param_groups for param in group["params"]}
+    if not stepped <= set(module.parameters()):
+        raise ValueError(
+            f"this {type(optimizer).__name__} holds parameters of another model: an engine has one model, with "
+            "the optimizer of its parameters"
+        )
+    if isinstance(optimizer, LBFGS):
+        raise ValueError("LBFGS evaluates the loss several times a step, which DeepSpeed's engine does not do")
+    if is_taken:
+        raise ValueError(
+            "DeepSpeedStrategy trains one model: the backward of a second one would run through the first one's "
+            "engine. Put both into one nn.Module, or make another Fabric"
+        )
+    params = dict(module.named_parameters())
+    numbers = [name for name, param in params.items() if not getattr(param, "ds_shape", param.shape)]
+    if numbers:
+        raise ValueError(
+            f"DeepSpeed's engine takes no parameter without dimensions: give {numbers[:10]} the shape (1,)"
+        )
+    left = [name for name, param in params.items() if param.requires_grad and param not in stepped]
+    if stage == 3 and left:
+        raise ValueError(
+            f"{left[:10]} train and are in no group of the optimizer: at stage 3 DeepSpeed writes them to no "
+            "checkpoint. Give them to the optimizer, or freeze them with requires_grad_(False)"
+        )
+    return module, optimizer

@@ -1,0 +1,162 @@
+"""The engines of stages 1 to 3, whose optimizer steps this rank's part of flat tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precision_core.checkpoint import CheckpointError
+from precision_core.clipping import Clip
+from precision_core.gradients import all_finite
+from precision_deepspeed import vendor
+from precision_deepspeed.engine import Engine, check_finite
+from precision_deepspeed.placing import Place
+from precision_deepspeed.saved import Saved
+
+
+class ZeroEngine(Engine):
+    """Stages 1 and 2."""
+
+    @property
+    def _zero(self) -> Any:
+        return self.vendor.optimizer
+
+    def _before_forward(self) -> None:
+        self._zero.clear_backward_seen_flag()
+
+    def _backward(self, loss: Tensor, scale: float, retain_graph: bool) -> None:
+        if not self.has_gradients and self._zero.custom_loss_scaler:
+            self._zero.external_loss_scale = scale  # and so it stays until these gradients are stepped
+        self.vendor.backward(loss, retain_graph=retain_graph)
+
+    def _reduce(self) -> None:
+        if self.vendor.zero_optimization_partition_gradients():
+            self._zero.finalize_gradient_accumulation_boundary()
+        else:
+            self.vendor.allreduce_gradients()
+
+    def clip(self, clip: Clip) -> Tensor | None:
+        self.reduce()
+        if clip.max_norm is None:
+            self._clip_values(clip)
+            return None
+        if clip.norm_type != 2.0:
+            raise ValueError(
+                f"clip_gradients(norm_type={clip.norm_type}): under ZeRO DeepSpeed knows the 2-norm only; pass stage=0 "
+                "for others"
+            )
+        parts = torch.stack([torch.as_tensor(part).float().reshape(()) for part in self._norms()])
+        # DeepSpeed says -1 for what is not finite.
+        norm = torch.linalg.vector_norm(torch.where(parts < 0, torch.inf, parts)) / self._zero.loss_scale
+        check_finite(norm, clip)
+        self._zero.clip_grad = clip.max_norm
+        return norm
+
+    def _norms(self) -> list[Any]:
+        return [self._zero.scaled_global_norm()]
+
+    def _clip_values(self, clip: Clip) -> None:
+        assert clip.clip_val is not None
+        if self.vendor.zero_cpu_offload():
+            raise ValueError(
+                "clip_gradients(clip_val=...) with offload_optimizer: DeepSpeed keeps the gradients where it alone "
+                "reaches them; pass max_norm"
+            )
+        gradients = [part for group in self._zero.averaged_gradients.values() for part in group or ()]
+        if clip.error_if_nonfinite:
+            check_finite(torch.stack([gradient.float().abs().sum() for gradient in gradients]).sum(), clip)
+        limit = clip.clip_val * self._zero.loss_scale
+        for gradient in gradients:
+            if all_finite([gradient]):  # else it stays, for the step to be skipped
+                gradient.clamp_(-limit, limit)
+
+    def _step(self) -> bool:
+        self.vendor.step()
+        self._zero.clip_grad = 0.0
+        return bool(self._zero.overflow)
+
+    def _drop(self) -> None:
+        """Does what the vendor does with the gradients of a step that it skips."""
+        zero = self._zero
+        zero.clip_grad = 0.0
+        zero.zero_grad(set_to_none=True)
+        zero._release_preflattened_grad_buffers()
+        if self.vendor.zero_cpu_offload():
+            zero.reset_cpu_buffers()
+        for index in zero.averaged_gradients:
+            zero.averaged_gradients[index] = zero.all_grad_tensors[index] = None
+        zero.all_grad_tensors.clear()
+
+    def parameters_changed(self) -> None:
+        self._zero.refresh_fp32_params()
+
+    def _loaded(self) -> None:
+        self._zero.clip_grad = 0.0  # the files say what it was when they were written
+
+    def adopt(self, saved: Saved) -> Callable[[], None]:
+        if self.vendor.zero_nvme_offload_optimizer():
+            raise CheckpointError(
+                f"{saved.folder} was written by another number of ranks or stage, and this run has its optimizer on "
+                "NVMe, where DeepSpeed alone reaches it"
+            )
+        return super().adopt(saved)
+
+    def _flats(self) -> list[Tensor]:
+        return list(self._zero.single_partition_of_fp32_groups)
+
+    def _places(self) -> Iterator[Place]:
+        for name, param in self.module.named_parameters():
+            mapping = getattr(param, "_hp_mapping", None)
+            if mapping is not None:  # else other ranks have it
+                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                yield Place(name, mapping.param_group_index, here.start, there.start, here.numel)
+
+    _BASE, _MASTERS = "base_optimizer_state", "single_partition_of_fp32_groups"
+
+    def _write_optimizer(self, masters: list[Tensor], as_base: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        shard = self._zero.state_dict()  # in the layout of this run, for the vendor to load as if it had been saved so
+        shard |= {self._BASE: as_base(shard[self._BASE]), self._MASTERS: masters}
+        shards = [shard] * torch.distributed.get_world_size()
+        self._zero.load_state_dict(shards, load_optimizer_states=True, load_from_fp32_weights=True)
+
+
+class Zero3Engine(ZeroEngine):
+    """Stage 3."""
+
+    _BASE, _MASTERS = "optimizer_state_dict", "fp32_flat_groups"
+
+    def _norms(self) -> list[Any]:
+        norms: list[Any] = self._zero._get_norm_groups()
+        return norms
+
+    def _drop(self) -> None:
+        self._zero.clip_grad = 0.0
+        self._zero._overflow_clean_up(self._zero.loss_scale)
+
+    def _flats(self) -> list[Tensor]:
+        return list(self._zero.fp32_partitioned_groups_flat)
+
+    def _places(self) -> Iterator[Place]:
+        for name, param in self.module.named_parameters():
+            place = self._zero.grad_position.get(self._zero.get_param_id(param)) if param.requires_grad else None
+            if place is not None:
+                flat, start, numel = place
+                offset = torch.distributed.get_rank() * numel
+                yield Place(
+                    name, flat, start, offset, min(numel, max(math.prod(self.names["shapes"][name]) - offset, 0))
+                )
+
+    def _write_module(self, saved: Saved) -> None:
+        rest = saved.rest()
+        frozen = [param for name, param in self.module.named_parameters() if name in rest]
+        with vendor.gathered(frozen, writes=True):
+            self.module.load_state_dict(rest, strict=False)
+
+    def _write_optimizer(self, masters: list[Tensor], as_base: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self._zero.checkpoint_event_prologue()
+        super()._write_optimizer(masters, as_base)  # from which the vendor fills the shards of parameters
+        self._zero.checkpoint_event_epilogue()

@@ -1,0 +1,353 @@
+"""The plugin: an engine's layers in FP8 or narrower, everything else as a base mode of core's has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from precision_core import Policy, Precision, Report
+from precision_core.dtypes import parse_dtype
+from precision_core.plugins import make_plugin
+from precision_core.report import module_bytes
+from precision_core.resolve import base_of
+from precision_core.scaler import Scaler
+from precision_core.surgery import Surgery
+from precision_te.convert import convert, small_layers
+from precision_te.engine import Engine
+from precision_te.nested import Nested
+from precision_te.quantized import hidden, is_quantized
+from precision_te.recipes import beyond_ours, recipe_from
+from precision_te.vendor.engine import TransformerEngine
+from precision_te.vendor.recipes import NO_PURE_E5M2, vendor_recipe
+
+if TYPE_CHECKING:
+    from precision_core import Strategy
+
+T = TypeVar("T")
+
+MODES: dict[str, dict[str, str]] = {
+    "transformer-engine": {"engine": "te"},
+    "fp8-reference": {"engine": "reference", "recipe": "delayed"},
+    "fp8-current-reference": {"engine": "reference", "recipe": "current"},
+    "mxfp8-reference": {"engine": "reference", "recipe": "mxfp8"},
+    "nvfp4-reference": {"engine": "reference", "recipe": "nvfp4"},
+}
+"""The modes by name, over bf16-mixed: what they mean to `TransformerEnginePrecision`."""
+
+ENGINES = ("te", "reference")
+
+
+def from_mode(mode: str, **options: Any) -> TransformerEnginePrecision:
+    """Returns the plugin of one of `MODES`; its exceptions ("fp8-reference; lm_head: 32-true") are the base mode's."""
+    base = base_of(mode)
+    return TransformerEnginePrecision(f"bf16-mixed{mode.strip()[len(base) :]}", **MODES[base] | options)
+
+
+class TransformerEnginePrecision(Precision):
+    """Linear layers in FP8 or narrower, through NVIDIA Transformer Engine or a reference in plain torch.
+
+    Args:
+        precision: the base mode, of everything around those layers: parameters, autocast, the loss scaler. Modules that
+            its exceptions name are left to it.
+        replace_layers: convert torch's layers; False: the model has layers of the engine's already, which are kept.
+        fp8_format: "hybrid" (e4m3 forward, e5m2 for gradients), "e4m3", "e5m2" (reference only), in any case, or the
+            vendor's `Format`.
+        recipe: how values are scaled: "delayed" (None means that), "current", "block", "mxfp8", "nvfp4"; a dict as
+            {"recipe": "delayed", "amax_history_len": 16}; one of `precision_te.recipes`; the vendor's object.
+        weights_dtype: the dtype of parameters; None: as the base mode says.
+        fallback_compute_dtype: the dtype in which everything else computes; None: as the base mode says.
+        exclude: name patterns of modules that stay as they are, as {"lm_head", "blocks.0"}.
+        engine: "te", which needs the vendor's library and a GPU, or "reference", which is slow and runs anywhere.
+        keep_first: so many of the first linear layers that could be converted stay; likewise `keep_last`.
+        pad: te: pad shapes that FP8 cannot take with zeros, in each forward, instead of leaving such layers alone.
+        quantized_weights: te: linear weights are stored quantised alone, without their float values.
+        fuse: te: a norm and the linear layer behind it in an `nn.Sequential` become the vendor's `LayerNormLinear`.
+
+    Raises:
+        ValueError: an unknown mode, format, recipe or engine, a contradiction between them, a dtype that no base mode
+            has.
+    """
+
+    def __init__(
+        self,
+        precision: str | int | Policy = "16-mixed",
+        replace_layers: bool = True,
+        fp8_format: Any = "hybrid",
+        *,
+        recipe: Any = None,
+        weights_dtype: torch.dtype | str | None = None,
+        fallback_compute_dtype: torch.dtype | str | None = None,
+        exclude: str | Iterable[str] = (),
+        engine: str = "te",
+        keep_first: int = 0,
+        keep_last: int = 0,
+        pad: bool = False,
+        quantized_weights: bool = False,
+        fuse: bool = False,
+    ) -> None:
+        if engine not in ENGINES:
+            raise ValueError(f"TransformerEnginePrecision(engine={engine!r}): expected one of {', '.join(ENGINES)}")
+        for name, value in (("keep_first", keep_first), ("keep_last", keep_last)):
+            if type(value) is not int or value < 0:
+                raise ValueError(f"TransformerEnginePrecision({name}={value!r}): expected a number of layers")
+        self.recipe = recipe_from(recipe, fp8_format)
+        self._given = recipe if type(recipe).__module__.startswith("transformer_engine.") else None
+        self._check_engine(engine, pad=pad, quantized_weights=quantized_weights, fuse=fuse)
+        self._replace = replace_layers
+        self._exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self._keep = {"keep_first": keep_first, "keep_last": keep_last}
+        self._quantized, self._fuse = quantized_weights, fuse
+        self._engine = self._make_engine(engine, pad)
+        self._strategy: Strategy | None = None
+        self._calibrating = False
+        policy = _combined(Policy.parse(precision), weights_dtype, fallback_compute_dtype)
+        self._device_type = "cuda" if engine == "te" or torch.cuda.is_available() else "cpu"
+        self._base = make_plugin(policy, self._device_type)
+        self.policy = policy
+        self.report = Report(self.mode)
+
+    def _check_engine(self, engine: str, **options: bool) -> None:
+        if engine == "te" and self.recipe.fp8_format == "e5m2":
+            raise ValueError(
+                f'TransformerEnginePrecision(fp8_format="e5m2"): Transformer Engine says: {NO_PURE_E5M2} '
+                'Use "hybrid", whose gradients are e5m2, or engine="reference"'
+            )
+        given = [name for name, value in options.items() if value]
+        if engine == "te":
+            if options["fuse"] and len(given) > 1:
+                raise ValueError(f"TransformerEnginePrecision(fuse=True, {given[0]}=True): it does one or the other")
+            return
+        if given:
+            raise ValueError(f'TransformerEnginePrecision({given[0]}=True): engine="te" does that, the reference not')
+        if self._given is not None and (settings := beyond_ours(self._given)):
+            raise ValueError(
+                f'TransformerEnginePrecision(recipe=...): the reference has no {settings}; engine="te" does'
+            )
+
+    def _make_engine(self, engine: str, pad: bool) -> Engine:
+        if engine == "te":
+            return TransformerEngine(self._given, pad=pad, quantized_weights=self._quantized)
+        from precision_te.reference.engine import ReferenceEngine
+
+        return ReferenceEngine()
+
+    # ---------------------------------------------------------------- settings
+
+    @property
+    def mode(self) -> str:
+        """What users ask for it by: "transformer-engine", or the reference's mode of the recipe."""
+        wanted = {"engine": self.engine} | ({"recipe": self.recipe.name} if self.engine != "te" else {})
+        name = next((name for name, options in MODES.items() if options == wanted), f"fp8-{self.recipe.name}-reference")
+        return "; ".join([name, *(f"{pattern}: {policy}" for pattern, policy in self.policy.exceptions)])
+
+    @property
+    def engine(self) -> str:
+        """Who computes: "te" or "reference"."""
+        return self._engine.name
+
+    def setup_fp8_recipe(self) -> Any:
+        """Returns the recipe as the vendor's object, `DelayedScaling` unless another was asked for.
+
+        It needs `transformer_engine.common.recipe` alone, which is there without a GPU.
+
+        Raises:
+            ImportError: the library is missing; says what to install.
+        """
+        if isinstance(self._engine, TransformerEngine):
+            return self._engine.vendor_recipe(self.recipe)
+        return self._given or vendor_recipe(self.recipe)
+
+    # ---------------------------------------------------------------- set-up
+
+    def refuses(self, strategy: Strategy) -> str | None:
+        """Returns why it cannot run under `strategy`: no library, no GPU, a GPU without the recipe, base's reason."""
+        try:
+            self._engine.check(self.recipe)
+        except (ImportError, ValueError) as error:
+            return str(error)
+        device_type = strategy.device.type
+        if self.engine == "te" and device_type != "cuda":
+            return (
+                f"Transformer Engine computes on NVIDIA GPUs, not on {device_type!r}: pass accelerator='gpu', or a "
+                "mode that ends in -reference"
+            )
+        return make_plugin(self.policy, device_type).refuses(strategy)
+
+    def connect(self, strategy: Strategy) -> None:
+        """Takes the device, and the processes over whom delayed scaling takes the largest values."""
+        self._strategy = strategy
+        self._use(strategy.device.type)
+        self._base.connect(strategy)
+
+    def storage(self, param: nn.Parameter) -> torch.dtype | None:
+        """Returns base's answer; None for quantised weights, which no cast may touch."""
+        return None if is_quantized(param) else self._base.storage(param)
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Replaces the layers in place, casts as `base` says, and returns the module.
+
+        A model whose layers are the engine's already is taken as it is, with what was added since.
+
+        Raises:
+            ImportError: engine te, without the library; says what to install.
+            ValueError: the recipe cannot run here; nothing to convert; patterns that match nothing; what base refuses.
+        """
+        self._engine.check(self.recipe)
+        before = module_bytes(module)
+        there = [(name, layer) for name, layer in module.named_modules() if self._engine.is_layer(layer)]
+        self._check(module, there)
+        self._follow(module)
+        with hidden(module):
+            self._base.convert_module(module)
+        rest = self._base.report
+        if self._replace:
+            surgery = self._convert(module)
+            module, done = surgery.module, surgery.report
+        else:
+            done = Report(self.mode)
+        self.report = Report(
+            self.mode,
+            converted=done.converted + rest.converted,
+            skipped=done.skipped + rest.skipped,
+            notes=(*self._notes(module, len(there)), *done.notes, *rest.notes),
+            bytes_before=before,
+            bytes_after=module_bytes(module),
+        )
+        self._remember(module)
+        return module
+
+    def _convert(self, module: nn.Module, dry_run: bool = False) -> Surgery:
+        exclude = (*self._exclude, *(pattern for pattern, _ in self.policy.exceptions))
+        return convert(
+            module,
+            self._engine,
+            self.recipe,
+            exclude=exclude,
+            packs=self._quantized,
+            fuse=self._engine.fuse if self._fuse and isinstance(self._engine, TransformerEngine) else None,
+            dry_run=dry_run,
+            **self._keep,
+        )
+
+    def _check(self, module: nn.Module, there: list[tuple[str, nn.Module]]) -> None:
+        """Raises `ValueError`, before anything is changed, where there is nothing to convert and nothing to keep."""
+        for name, layer in there:
+            made_for = getattr(layer, "made_for", None)  # by our conversion; the user's own take any recipe
+            if made_for not in (None, self.recipe.name):
+                raise ValueError(
+                    f'{name or "the model"} was converted for recipe "{made_for}", and this plugin has '
+                    f'"{self.recipe.name}": put torch\'s layers back first, precision_te.restore(model)'
+                )
+        kind = type(module).__name__
+        if not self._replace and not there:
+            raise ValueError(
+                f"{self.mode}: replace_layers=False keeps the engine's layers, and this {kind} has none: leave it out"
+            )
+        planned = self._convert(module, dry_run=True).report if self._replace else Report(self.mode)
+        if not there and not planned.converted:
+            skipped = "; ".join(f"{name}: {reason}" for name, reason in planned.skipped[:10])
+            layers = ", ".join(layer.__name__ for layer in self._engine.layers)
+            raise ValueError(
+                f"{self.mode}: this {kind} has no layer to convert. {layers} are; left alone: {skipped or 'none'}"
+            )
+
+    def _follow(self, module: nn.Module) -> None:
+        """Takes the device of the module, where no strategy has said one."""
+        if self._strategy is None and self.engine != "te":
+            self._use(next((p.device.type for p in module.parameters() if not p.is_meta), self._device_type))
+
+    def _use(self, device_type: str) -> None:
+        if device_type != self._device_type:
+            counts = self._base.scaler.counter.state_dict()
+            self._device_type, self._base = device_type, make_plugin(self.policy, device_type)
+            self._base.scaler.counter.load_state_dict(counts)
+
+    def _notes(self, module: nn.Module, there: int) -> Iterator[str]:
+        layers = [layer for layer in module.modules() if _is_linear(layer)]
+        ours = sum(self._engine.is_layer(layer) for layer in layers)
+        yield f'{ours} of {len(layers)} linear layers compute in recipe "{self.recipe.name}"'
+        if there:
+            yield f"{there} layers were the engine's before, and were taken as they are"
+        if self.engine == "reference":
+            yield "the reference has linear layers alone; norms stay torch's"
+        elif small := small_layers(module, self._engine):
+            more = f" and {len(small) - 10} more" if len(small) > 10 else ""
+            yield f"fewer than 2**20 weights, perhaps too small to win: {', '.join(small[:10])}{more}"
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """Context in which parameters have base's dtype; with `quantized_weights` the vendor's layers store them so."""
+        context = super().module_init_context()
+        if self._quantized and isinstance(self._engine, TransformerEngine):
+            return Nested(context, self._engine.weights_context(self.recipe))
+        return context
+
+    # ---------------------------------------------------------------- forward
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Context in which forward runs: the engine's, inside of base's."""
+        engines = self._engine.context(self.recipe, group=self._group(), calibrating=self._calibrating)
+        return Nested(self._base.forward_context(), engines)
+
+    def _group(self) -> dist.ProcessGroup | None:
+        """Returns the processes over whom delayed scaling takes the largest values: all that train the model."""
+        several = self._strategy is None or self._strategy.world_size > 1
+        return dist.group.WORLD if several and dist.is_available() and dist.is_initialized() else None
+
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        """Context in which forwards compute in the base mode, and delayed scaling notes the largest values."""
+        before, self._calibrating = self._calibrating, True
+        try:
+            yield
+        finally:
+            self._calibrating = before
+
+    def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns `function(*args, **kwargs)`, to be computed again in backward, with the scales of the first time.
+
+        In place of `torch.utils.checkpoint.checkpoint`, which would compute outside of the engine's context.
+        """
+        return self._engine.checkpoint(function, *args, **kwargs)
+
+    # ---------------------------------------------------------------- as base does
+
+    def convert_input(self, data: T) -> T:
+        """Returns what base makes of it."""
+        return self._base.convert_input(data)
+
+    def convert_output(self, data: T) -> T:
+        """Returns what base makes of it."""
+        return self._base.convert_output(data)
+
+    @property
+    def scaler(self) -> Scaler:
+        """Base's loss scaler."""
+        return self._base.scaler
+
+    def register_optimizers(self, *optimizers: Optimizer) -> None:
+        """Tells base of the optimizers of the run."""
+        self._base.register_optimizers(*optimizers)
+
+    def teardown(self) -> None:
+        """Gives back what base put on the module; layers stay converted."""
+        self._base.teardown()
+
+
+def _combined(policy: Policy, params: Any, compute: Any) -> Policy:
+    """Returns the base mode with these dtypes of parameters and computation; None leaves the mode's."""
+    if params is None and compute is None:
+        return policy
+    params = policy.params if params is None else parse_dtype(params)
+    compute = (policy.compute if policy.mixed else params) if compute is None else parse_dtype(compute)
+    return Policy(params, compute, exceptions=policy.exceptions)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, torch.Tensor) and hasattr(layer, "in_features") and weight.dim() == 2

@@ -1,0 +1,98 @@
+"""Delayed scaling's state of one layer: the largest values of past steps, and the scales that follow from them.
+
+The rules are the vendor's (`DelayedScaling`): row 0 of the history takes the largest values until the end of a forward
+(input, weight) or backward (gradient); then the scale is chosen, and the history moves on by one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from precision_te.recipes import Delayed
+from precision_te.reference.formats import FORMATS
+from precision_te.reference.operands import Role
+from precision_te.reference.scaling import amax, quotient
+
+COLUMNS: dict[Role, int] = {"input": 0, "weight": 1, "grad": 2}
+_LARGEST = torch.finfo(torch.float32).max
+
+
+class AmaxState:
+    """`scale` (3,) and `history` (steps, 3), float32, of a layer's input, weight and gradient of the output."""
+
+    @torch.inference_mode(False)  # what is made in inference mode could not be written to in training
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self.scale = torch.ones(3, dtype=torch.float32, device=device)
+        self.history = torch.zeros(steps, 3, dtype=torch.float32, device=device)
+
+    def record(self, role: Role, x: Tensor) -> None:
+        """Takes the largest magnitude of `x` into the running row."""
+        column = COLUMNS[role]
+        self.history[0, column] = torch.maximum(self.history[0, column], amax(x))
+
+    def tensor(self) -> Tensor:
+        """Returns the state as one float32 tensor (1 + steps, 3), a copy: the scales, then the history."""
+        return torch.cat([self.scale.unsqueeze(0), self.history])
+
+    @classmethod
+    def of(cls, tensor: object, device: torch.device) -> AmaxState:
+        """Returns the state that `tensor()` gave.
+
+        Raises:
+            ValueError: it did not.
+        """
+        fits = isinstance(tensor, Tensor) and tensor.dtype is torch.float32 and tensor.dim() == 2
+        if not isinstance(tensor, Tensor) or not fits or len(tensor) < 2 or tensor.shape[1] != 3:
+            given = f"{tensor.dtype} of {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+            raise ValueError(f"the state of delayed scaling is float32 of shape (1 + steps, 3), and this is {given}")
+        state = cls(tensor.shape[0] - 1, device)
+        state.scale.copy_(tensor[0])
+        state.history.copy_(tensor[1:])
+        return state
+
+    @torch.inference_mode(False)
+    def fit(self, steps: int, device: torch.device) -> None:
+        """Moves the state, and gives the history another length: the oldest rows go, or rows of zeros are added."""
+        self.scale, self.history = self.scale.to(device), self.history.to(device)
+        if len(self.history) != steps:
+            kept = self.history[:steps]
+            self.history = torch.cat([kept, kept.new_zeros(steps - len(kept), 3, dtype=torch.float32)])
+
+    def update(self, recipe: Delayed, roles: Sequence[Role]) -> None:
+        """Chooses the scales of `roles` anew, and moves their history on."""
+        for role in roles:
+            column = slice(COLUMNS[role], COLUMNS[role] + 1)
+            history, old = self.history[:, column], self.scale[column]
+            largest = FORMATS[recipe.grad_format if role == "grad" else recipe.forward_format].max
+            if callable(recipe.amax_compute_algo):
+                chosen = recipe.amax_compute_algo(history)
+            else:
+                chosen = history.amax(0) if recipe.amax_compute_algo == "max" else history[0].clone()
+            if recipe.scaling_factor_compute_algo is not None:
+                new = recipe.scaling_factor_compute_algo(chosen, old, largest, recipe)
+            else:
+                new = _scale(chosen, old, largest, recipe.margin)
+            self.scale[column] = new
+            self.history[:, column] = history.roll(-1, 0)
+            self.history[0, column] = 0.0
+
+
+def _scale(chosen: Tensor, old: Tensor, largest: float, margin: int) -> Tensor:
+    """The vendor's rule: where nothing was seen, or an infinity, the old scale stays."""
+    new = quotient(largest * 2.0**-margin, chosen).clamp(max=_LARGEST)
+    return torch.where((chosen > 0) & chosen.isfinite(), new, old)
+
+
+def reduce(states: Sequence[AmaxState], roles: Sequence[Role], group: dist.ProcessGroup | None) -> None:
+    """Makes the running rows of `states` the largest of all ranks in `group`; None is this process alone."""
+    if not states or group is None or dist.get_world_size(group) == 1:
+        return
+    columns = [COLUMNS[role] for role in roles]
+    rows = torch.stack([state.history[0, columns] for state in states])
+    dist.all_reduce(rows, dist.ReduceOp.MAX, group=group)
+    for state, row in zip(states, rows, strict=True):
+        state.history[0, columns] = row

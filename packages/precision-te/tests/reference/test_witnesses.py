@@ -1,0 +1,115 @@
+"""Other libraries' arithmetic, where they are installed: torchao on the CPU, the vendor's references in pure Python."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from precision_te.recipes import MXFP8, NVFP4, Current, Delayed, recipe_from
+from precision_te.reference.amax import AmaxState
+from precision_te.reference.operands import quantize
+from precision_te.vendor.library import has_kernels
+
+
+def values(dtype: torch.dtype, magnitude: float) -> Tensor:
+    x = torch.randn(128, 256, generator=torch.Generator().manual_seed(0)) * magnitude
+    x[3, :32] = 0
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("magnitude", [1e-6, 1.0, 1e20])
+@pytest.mark.parametrize("name", ["e4m3", "e5m2"])
+@pytest.mark.filterwarnings("ignore")
+def test_mxfp8_is_torchaos_bit_for_bit(dtype: torch.dtype, magnitude: float, name: str) -> None:
+    mx: Any = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor", exc_type=ImportError)
+    x = values(dtype, magnitude)
+    eight = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[name]
+    for matrix, transposed in ((x, False), (x.T.contiguous(), True)):
+        scales, data = mx.to_mx(matrix, eight, 32, mx.ScaleCalculationMode.RCEIL)
+        ours = quantize(x, MXFP8(fp8_format=name), "input", transposed=transposed)
+        assert torch.equal(data.float().reshape(ours.values.shape), ours.values)
+        spread = scales.float().reshape(len(matrix), -1).repeat_interleave(32, 1)
+        assert torch.equal(spread, ours.scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-6, 1.0, 1e30])
+@pytest.mark.parametrize("role", ["input", "weight"])
+def test_nvfp4_is_the_vendors_bit_for_bit(dtype: torch.dtype, magnitude: float, role: Any) -> None:
+    vendor, formats = _vendors("reference_nvfp4"), _vendors("reference_utils")
+    x = values(dtype, magnitude)
+    quantizer = vendor.NVFP4QuantizerRef(
+        dtype=formats.Fp4Formats.E2M1,
+        quant_tile_shape=(16, 16) if role == "weight" else (1, 16),
+        with_rht=role == "input",
+    )
+    theirs = quantizer.quantize(x)
+    for transposed, data, scales, amax in (
+        (False, theirs.data, theirs.scale, theirs.global_amax_row),
+        (True, theirs.data_t, theirs.scale_t, theirs.global_amax_col),
+    ):
+        ours = quantize(x, NVFP4(), role, transposed=transposed)
+        assert torch.equal(vendor.cast_from_fp4x2(data, torch.float32), ours.values)
+        assert torch.equal(scales.float().repeat_interleave(16, 1), ours.scales)
+        assert torch.equal(amax / (6 * 448), ours.outer.view(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("power_of_2", [True, False])
+@pytest.mark.parametrize("name", ["e4m3", "e5m2"])
+def test_current_scaling_is_the_vendors_bit_for_bit(dtype: torch.dtype, power_of_2: bool, name: str) -> None:
+    vendor = _vendors("reference_current_scaling")
+    eight = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[name]
+    for magnitude in (1e-6, 1.0, 1e20):
+        x = values(dtype, magnitude)
+        theirs = vendor.CurrentScalingQuantizerRef(dtype=eight, pow_2_scales=power_of_2).quantize(x)
+        ours = quantize(x, Current(fp8_format=name, use_power_2_scales=power_of_2), "input")
+        assert torch.equal(theirs.data.float(), ours.values)
+        assert torch.equal(theirs.scale, ours.outer.view(1))
+
+
+def test_nvfp4s_product_is_the_vendors() -> None:
+    vendor, formats = _vendors("reference_nvfp4"), _vendors("reference_utils")
+    x, weight = values(torch.bfloat16, 1.0), values(torch.bfloat16, 0.02)[:64]
+    one, two = (
+        vendor.NVFP4QuantizerRef(dtype=formats.Fp4Formats.E2M1, quant_tile_shape=shape) for shape in ((1, 16), (16, 16))
+    )
+    a, b = one.quantize(x), two.quantize(weight)
+    theirs = one.qgemm(a.data, b.data, None, torch.float32, a.scale, b.scale, qresult_x=a, qresult_w=b)
+    ours = quantize(x, NVFP4(), "input").product(quantize(weight, NVFP4(), "weight"))
+    assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+@pytest.mark.parametrize("algorithm", ["max", "most_recent"])
+@pytest.mark.parametrize("margin", [0, 3])
+def test_delayed_scaling_is_updated_as_by_the_vendor(algorithm: str, margin: int) -> None:
+    _vendors("reference_utils")
+    from transformer_engine.common.recipe import DelayedScaling
+    from transformer_engine.pytorch.quantization import _amax_and_scale_update
+
+    vendors = DelayedScaling(margin=margin, amax_history_len=4, amax_compute_algo=algorithm)
+    recipe, state = recipe_from(vendors), AmaxState(4, torch.device("cpu"))
+    assert isinstance(recipe, Delayed)
+    history, scale = torch.zeros(4, 2), torch.ones(2)
+    for seen in (3.0, 0.1, 0.0, math.inf, 7.0, 1e-40, 1.0, 5e-42, 0.0, 0.0, 0.0, 11.0):
+        history[0] = seen
+        with torch.compiler.set_stance("force_eager"):
+            _amax_and_scale_update(history, scale, 448.0, vendors)
+        for role in ("input", "weight"):
+            state.record(role, torch.tensor([seen]))  # type: ignore[arg-type]
+        state.update(recipe, ("input", "weight"))
+        assert torch.equal(state.history[:, :2], history)
+        assert torch.allclose(state.scale[:2], scale, rtol=2e-7, atol=0)  # its Python divides in two roundings
+
+
+def _vendors(name: str) -> Any:
+    if not has_kernels():  # the recipes alone may be there, which do not import so
+        pytest.skip("the vendor's library is not installed")
+    importlib.import_module("transformer_engine.pytorch")
+    return importlib.import_module(f"transformer_engine.pytorch.custom_recipes.{name}")
