@@ -148,6 +148,26 @@ def test_what_would_be_lost_is_refused_before_anything_changes() -> None:
     assert converted(model) == []
 
 
+class Conv1D(nn.Module):
+    """As that of transformers: x W + b, and no class of torch's."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.zeros(nf))
+
+
+def test_linear_layers_that_are_no_class_of_torchs_are_counted_and_named() -> None:
+    te = plugin()
+    model = nn.ModuleDict({"fc": Conv1D(64, 32), "head": nn.Linear(32, 64), "ln": nn.LayerNorm((4, 32))})
+    model["wte"] = nn.Embedding(64, 32)
+    te.convert_module(model)
+    assert te.report.notes[0] == '1 of 2 linear layers compute in recipe "delayed"'
+    assert te.report.skipped == (("fc", "a Conv1D, which is no Linear of torch's"),)
+    with pytest.raises(ValueError, match="left alone: fc: a Conv1D"):
+        plugin().convert_module(nn.ModuleDict({"fc": Conv1D(64, 32)}))
+
+
 # ---------------------------------------------------------------- what it keeps
 
 
@@ -222,7 +242,7 @@ def test_a_converted_model_is_taken_as_it_is_with_what_was_added() -> None:
     te, model = plugin(), Model()
     te.convert_module(model)
     layers = [model.get_submodule(name) for name in converted(model)]
-    other = plugin(exclude="head")
+    other = plugin()
     model.add_module("adapter", nn.Linear(32, 32))
     other.convert_module(model)
     assert converted(model) == [*BLOCKS, "head", "adapter"]
@@ -231,6 +251,38 @@ def test_a_converted_model_is_taken_as_it_is_with_what_was_added() -> None:
     again = plugin()
     again.convert_module(model)
     assert again.report.converted == () and "5 of 6 linear layers" in again.report.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exclude": "head"}, r"head: excluded by 'head', and"),
+        ({"exclude": "blocks.1", "replace_layers": False}, r"blocks.1.1: excluded by 'blocks.1', and"),
+        ({"precision": "bf16-mixed; blocks: 32-true"}, r"blocks.0.1: excluded by 'blocks', and"),
+        ({"keep_first": 1}, r"blocks.0.1: among the first 1 linear layers, which stay, and"),
+        ({"keep_last": 1}, r"narrow: among the last 1 linear layers, which stay, and"),
+        ({"recipe": "mxfp8"}, r"narrow: out_features=48 is no multiple of 32, which mxfp8 needs, and"),
+    ],
+    ids=str,
+)
+def test_a_second_set_up_by_whose_rules_converted_layers_stay_is_refused(options: dict[str, Any], message: str) -> None:
+    def make() -> TransformerEnginePrecision:
+        return TransformerEnginePrecision(**{"precision": "bf16-mixed", "engine": "reference"} | options)
+
+    model, fresh = Model(), Model()
+    for each in (model, fresh):
+        each.add_module("narrow", nn.Linear(32, 48))
+    plugin().convert_module(model)
+    before = converted(model)
+    with pytest.raises(ValueError, match=rf"{message} it is .*put torch's layers back first, precision_te.restore"):
+        make().convert_module(model)
+    assert converted(model) == before
+    if options.get("replace_layers", True):
+        make().convert_module(restore(model))
+        make().convert_module(fresh)
+        assert converted(model) == converted(fresh) != before
+        make().convert_module(model)  # the same rules again are kept
+        assert converted(model) == converted(fresh)
 
 
 def test_replace_layers_false_keeps_the_engines_layers_and_asks_for_one() -> None:

@@ -141,6 +141,18 @@ def test_dtypes_of_weights_and_of_the_rest_change_the_base_mode(
         ({"pad": True, "engine": "reference"}, r"pad=True.*engine=\"te\" does that"),
         ({"quantized_weights": True, "engine": "reference"}, r"quantized_weights=True"),
         ({"recipe": Current(), "fp8_format": "e4m3"}, "contradicts"),
+        ({"recipe": {"recipe": "delayed", "margin": 2000}}, r"margin=2000.*: expected -112 to 127"),
+        ({"exclude": None}, r"exclude=None\): expected name patterns"),
+        ({"exclude": 3}, r"exclude=3"),
+        ({"exclude": [1]}, "bad name pattern 1"),
+        ({"replace_layers": "no"}, r"replace_layers='no'\): expected True or False"),
+        ({"replace_layers": None}, r"replace_layers=None"),
+        ({"pad": 1}, r"pad=1\): expected True or False"),
+        (
+            {"precision": "fp8-reference"},
+            r'"bf16-mixed", engine="reference", recipe="delayed".*Fabric\(precision=\'fp8-reference',
+        ),
+        ({"precision": "transformer-engine; head: 32-true"}, r'"bf16-mixed", engine="te"\); by that name it is Fabric'),
     ],
     ids=str,
 )

@@ -58,6 +58,7 @@ class NVFP4BlockScaling:
 @dataclass
 class QParams:
     amax_epsilon: float = 0.0
+    power_2_scale: bool = False
 
 
 @dataclass
@@ -140,6 +141,8 @@ def test_an_unknown_recipe_is_refused(given: Any) -> None:
         (Delayed, {"amax_history_len": 2.0}),
         (Delayed, {"margin": "1"}),
         (Delayed, {"margin": True}),
+        (Delayed, {"margin": -113}),
+        (Delayed, {"margin": 128}),
         (Delayed, {"amax_compute_algo": "min"}),
         (Delayed, {"scaling_factor_compute_algo": 1}),
         (Delayed, {"reduce_amax": 1}),

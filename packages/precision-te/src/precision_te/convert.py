@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 
 from torch import nn
 
 from precision_core.report import Item
 from precision_core.surgery import Replacement, Surgery, replace_layers
+from precision_core.surgery_layers import shown
+from precision_te.coverage import is_linear
 from precision_te.engine import Engine
 from precision_te.recipes import Recipe
 
-SMALL = 1024 * 1024
-"""Weights of a linear layer below which a report names it: quantising its inputs may cost what the products save."""
+BACK = "put torch's layers back first, precision_te.restore(model)"
+"""The way out where layers are converted that should not be."""
 
 
 def convert(
@@ -32,13 +35,14 @@ def convert(
 
     Args:
         exclude: name patterns of modules that stay as they are.
-        keep_first: so many of the linear layers that could be converted, in definition order, stay.
+        keep_first: so many of the linear layers that could be or are converted, in definition order, stay.
         keep_last: so many of the last ones stay.
         fuse: told the module and the names of what will be converted, before it is.
         packs: whether linear weights are stored in another form, so that tied ones must stay.
 
     Raises:
-        ValueError: a pattern that matches no module, layers that would lose something; nothing was changed.
+        ValueError: a pattern that matches no module, layers that would lose something, layers that are to stay and are
+            converted already; nothing was changed.
     """
 
     def table(kept: dict[str, str]) -> dict[type[nn.Module], Replacement]:
@@ -56,21 +60,30 @@ def convert(
     names = {layer: name for name, layer in module.named_modules()}
     kept: dict[str, str] = {}
     if keep_first or keep_last:
-        linear = [item.name for item in planned(kept) if item.detail == nn.Linear.__name__]
+        done = [name for layer, name in names.items() if is_converted(layer, engine)]
+        linear = [*done, *(item.name for item in planned(kept) if item.detail == nn.Linear.__name__)]
+        order = {name: place for place, name in enumerate(names.values())}
+        linear.sort(key=lambda name: order.get(name, 0))  # the root has another name in reports
         kept |= dict.fromkeys(linear[:keep_first], f"among the first {keep_first} linear layers, which stay")
         last = linear[max(0, len(linear) - keep_last) :]
         kept |= dict.fromkeys(last, f"among the last {keep_last} linear layers, which stay")
+        if late := [name for name in done if name in kept]:
+            raise ValueError(f"{late[0]}: {kept[late[0]]}, and it is converted already: {BACK}")
     if fuse is not None and not dry_run:
         known = set(names.values())  # without what stands for the root
         fuse(module, [item.name for item in planned(kept) if item.name in known])
-    return replace_layers(module, table(kept), exclude=exclude, dry_run=dry_run)
+    surgery = replace_layers(module, table(kept), exclude=exclude, dry_run=dry_run)
+    others = tuple(
+        Item(shown(name), f"a {type(layer).__name__}, which is no Linear of torch's")
+        for name, layer in surgery.module.named_modules()
+        if is_linear(layer) and not isinstance(layer, nn.Linear) and not engine.is_layer(layer)
+    )
+    return replace(surgery, report=replace(surgery.report, skipped=surgery.report.skipped + others))
 
 
-def small_layers(module: nn.Module, engine: Engine) -> list[str]:
-    """Returns the names of the engine's linear layers whose weights are fewer than `SMALL`."""
-    layers = [(name, layer) for name, layer in module.named_modules() if engine.is_layer(layer)]
-    weights = [(name, getattr(layer, "weight", None)) for name, layer in layers]
-    return [name for name, weight in weights if weight is not None and weight.dim() == 2 and weight.numel() < SMALL]
+def is_converted(layer: nn.Module, engine: Engine) -> bool:
+    """Whether `layer` is a linear layer of the engine's that a conversion made; the vendor's may be the user's own."""
+    return engine.is_layer(layer) and (isinstance(layer, nn.Linear) or getattr(layer, "made_for", None) is not None)
 
 
 def restore(module: nn.Module) -> nn.Module:

@@ -62,6 +62,10 @@ class Engine(Protocol):
         """
         ...
 
+    def register(self, module: nn.Module) -> None:
+        """Told each model that is set up, in that order, the same on all ranks."""
+        ...
+
     def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Returns `function(*args, **kwargs)`; its activations are computed again in backward, with the same scales."""
         ...

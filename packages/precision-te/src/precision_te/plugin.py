@@ -18,13 +18,16 @@ from precision_core.report import module_bytes
 from precision_core.resolve import base_of
 from precision_core.scaler import Scaler
 from precision_core.surgery import Surgery
-from precision_te.convert import convert, small_layers
+from precision_te.checks import check_base, check_counts, check_engine, check_flags, check_layers, name_patterns
+from precision_te.convert import convert
+from precision_te.coverage import notes
 from precision_te.engine import Engine
 from precision_te.nested import Nested
 from precision_te.quantized import hidden, is_quantized
-from precision_te.recipes import beyond_ours, recipe_from
+from precision_te.recipes import recipe_from
+from precision_te.reference.engine import ReferenceEngine
 from precision_te.vendor.engine import TransformerEngine
-from precision_te.vendor.recipes import NO_PURE_E5M2, vendor_recipe
+from precision_te.vendor.recipes import vendor_recipe
 
 if TYPE_CHECKING:
     from precision_core import Strategy
@@ -93,14 +96,14 @@ class TransformerEnginePrecision(Precision):
     ) -> None:
         if engine not in ENGINES:
             raise ValueError(f"TransformerEnginePrecision(engine={engine!r}): expected one of {', '.join(ENGINES)}")
-        for name, value in (("keep_first", keep_first), ("keep_last", keep_last)):
-            if type(value) is not int or value < 0:
-                raise ValueError(f"TransformerEnginePrecision({name}={value!r}): expected a number of layers")
+        check_base(precision, MODES)
+        options = {"pad": pad, "quantized_weights": quantized_weights, "fuse": fuse}
+        check_flags(replace_layers=replace_layers, **options)
+        check_counts(keep_first=keep_first, keep_last=keep_last)
         self.recipe = recipe_from(recipe, fp8_format)
         self._given = recipe if type(recipe).__module__.startswith("transformer_engine.") else None
-        self._check_engine(engine, pad=pad, quantized_weights=quantized_weights, fuse=fuse)
+        check_engine(engine, self.recipe, self._given, **options)
         self._replace = replace_layers
-        self._exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self._keep = {"keep_first": keep_first, "keep_last": keep_last}
         self._quantized, self._fuse = quantized_weights, fuse
         self._engine = self._make_engine(engine, pad)
@@ -110,31 +113,12 @@ class TransformerEnginePrecision(Precision):
         self._device_type = "cuda" if engine == "te" or torch.cuda.is_available() else "cpu"
         self._base = make_plugin(policy, self._device_type)
         self.policy = policy
+        self._stays = (*name_patterns(exclude), *(pattern for pattern, _ in policy.exceptions))
         self.report = Report(self.mode)
-
-    def _check_engine(self, engine: str, **options: bool) -> None:
-        if engine == "te" and self.recipe.fp8_format == "e5m2":
-            raise ValueError(
-                f'TransformerEnginePrecision(fp8_format="e5m2"): Transformer Engine says: {NO_PURE_E5M2} '
-                'Use "hybrid", whose gradients are e5m2, or engine="reference"'
-            )
-        given = [name for name, value in options.items() if value]
-        if engine == "te":
-            if options["fuse"] and len(given) > 1:
-                raise ValueError(f"TransformerEnginePrecision(fuse=True, {given[0]}=True): it does one or the other")
-            return
-        if given:
-            raise ValueError(f'TransformerEnginePrecision({given[0]}=True): engine="te" does that, the reference not')
-        if self._given is not None and (settings := beyond_ours(self._given)):
-            raise ValueError(
-                f'TransformerEnginePrecision(recipe=...): the reference has no {settings}; engine="te" does'
-            )
 
     def _make_engine(self, engine: str, pad: bool) -> Engine:
         if engine == "te":
             return TransformerEngine(self._given, pad=pad, quantized_weights=self._quantized)
-        from precision_te.reference.engine import ReferenceEngine
-
         return ReferenceEngine()
 
     # ---------------------------------------------------------------- settings
@@ -196,7 +180,8 @@ class TransformerEnginePrecision(Precision):
 
         Raises:
             ImportError: engine te, without the library; says what to install.
-            ValueError: the recipe cannot run here; nothing to convert; patterns that match nothing; what base refuses.
+            ValueError: the recipe cannot run here; nothing to convert; patterns that match nothing; what base refuses;
+                converted layers that this plugin would not have converted, or another engine's.
         """
         self._engine.check(self.recipe)
         before = module_bytes(module)
@@ -215,20 +200,20 @@ class TransformerEnginePrecision(Precision):
             self.mode,
             converted=done.converted + rest.converted,
             skipped=done.skipped + rest.skipped,
-            notes=(*self._notes(module, len(there)), *done.notes, *rest.notes),
+            notes=(*notes(module, self._engine, self.recipe, len(there)), *done.notes, *rest.notes),
             bytes_before=before,
             bytes_after=module_bytes(module),
         )
         self._remember(module)
+        self._engine.register(module)
         return module
 
     def _convert(self, module: nn.Module, dry_run: bool = False) -> Surgery:
-        exclude = (*self._exclude, *(pattern for pattern, _ in self.policy.exceptions))
         return convert(
             module,
             self._engine,
             self.recipe,
-            exclude=exclude,
+            exclude=self._stays,
             packs=self._quantized,
             fuse=self._engine.fuse if self._fuse and isinstance(self._engine, TransformerEngine) else None,
             dry_run=dry_run,
@@ -236,14 +221,8 @@ class TransformerEnginePrecision(Precision):
         )
 
     def _check(self, module: nn.Module, there: list[tuple[str, nn.Module]]) -> None:
-        """Raises `ValueError`, before anything is changed, where there is nothing to convert and nothing to keep."""
-        for name, layer in there:
-            made_for = getattr(layer, "made_for", None)  # by our conversion; the user's own take any recipe
-            if made_for not in (None, self.recipe.name):
-                raise ValueError(
-                    f'{name or "the model"} was converted for recipe "{made_for}", and this plugin has '
-                    f'"{self.recipe.name}": put torch\'s layers back first, precision_te.restore(model)'
-                )
+        """Raises `ValueError`, before anything is changed, for layers that are there and for having none to convert."""
+        check_layers(module, self._engine, self.recipe, self._stays)
         kind = type(module).__name__
         if not self._replace and not there:
             raise ValueError(
@@ -267,18 +246,6 @@ class TransformerEnginePrecision(Precision):
             counts = self._base.scaler.counter.state_dict()
             self._device_type, self._base = device_type, make_plugin(self.policy, device_type)
             self._base.scaler.counter.load_state_dict(counts)
-
-    def _notes(self, module: nn.Module, there: int) -> Iterator[str]:
-        layers = [layer for layer in module.modules() if _is_linear(layer)]
-        ours = sum(self._engine.is_layer(layer) for layer in layers)
-        yield f'{ours} of {len(layers)} linear layers compute in recipe "{self.recipe.name}"'
-        if there:
-            yield f"{there} layers were the engine's before, and were taken as they are"
-        if self.engine == "reference":
-            yield "the reference has linear layers alone; norms stay torch's"
-        elif small := small_layers(module, self._engine):
-            more = f" and {len(small) - 10} more" if len(small) > 10 else ""
-            yield f"fewer than 2**20 weights, perhaps too small to win: {', '.join(small[:10])}{more}"
 
     def module_init_context(self) -> AbstractContextManager[Any]:
         """Context in which parameters have base's dtype; with `quantized_weights` the vendor's layers store them so."""
@@ -346,8 +313,3 @@ def _combined(policy: Policy, params: Any, compute: Any) -> Policy:
     params = policy.params if params is None else parse_dtype(params)
     compute = (policy.compute if policy.mixed else params) if compute is None else parse_dtype(compute)
     return Policy(params, compute, exceptions=policy.exceptions)
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    weight = getattr(layer, "weight", None)
-    return isinstance(weight, torch.Tensor) and hasattr(layer, "in_features") and weight.dim() == 2

@@ -17,6 +17,8 @@ FP8_FORMATS = ("e4m3", "e5m2", "hybrid")
 """hybrid: e4m3 for what the forward quantises, e5m2 for gradients (Micikevicius et al. 2022, arXiv:2209.05433)."""
 
 AMAX_ALGORITHMS = ("max", "most_recent")
+MARGINS = range(-112, 128)
+"""57344 * 2**112, of e5m2, is float32's largest power of 2 times 1.75; the vendor computes 2**margin in float32."""
 BACKWARD_OVERRIDES = (None, "high_precision", "dequantized")
 
 
@@ -69,6 +71,7 @@ class Delayed(_Recipe):
     vendor_class: ClassVar[str] = "DelayedScaling"
 
     margin: int = 0
+    """-112 to 127."""
     fp8_format: str = "hybrid"
     amax_history_len: int = 1024
     """Steps that are remembered."""
@@ -81,6 +84,8 @@ class Delayed(_Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.margin not in MARGINS:
+            raise self._wrong("margin", self.margin, f"{MARGINS[0]} to {MARGINS[-1]}, for which float32 has the scales")
         if self.amax_history_len < 1:
             raise self._wrong("amax_history_len", self.amax_history_len, "1 or more")
         if not callable(self.amax_compute_algo) and self.amax_compute_algo not in AMAX_ALGORITHMS:
@@ -193,6 +198,19 @@ _BY_VENDOR_CLASS = {kind.vendor_class: kind for kind in RECIPES.values()}
 _NOT_OURS = {"fp8_dpa": False, "fp8_mha": False, "row_scaled_activation": False, "nvfp4_4over6": "none"}
 """Settings of the vendor's objects that ours lack, and their values when they change nothing."""
 
+_ROLES = ("fwd_inp", "fwd_weight", "bwd_grad")
+
+_READ: dict[str, tuple[str, str, bool, tuple[str, ...]]] = {
+    "use_power_2_scales": ("fp8_quant", "power_2_scale", True, _ROLES),
+    "use_f32_scales": ("fp8_quant", "power_2_scale", False, _ROLES),
+    "disable_rht": ("fp4_quant", "random_hadamard_transform", False, ("fwd_inp", "bwd_grad")),
+    "disable_stochastic_rounding": ("fp4_quant", "stochastic_rounding", False, ("bwd_grad",)),
+    "disable_2d_quantization": ("fp4_quant", "fp4_2d_quantization", False, ("fwd_weight",)),
+}
+"""Field -> the `QParams` and their setting that the vendor's kernels read in its place, the setting where the field is
+True, and the roles that follow the field; it is off in others. The field itself may say something else: `QParams` are
+made once, and anybody can put in others."""
+
 
 def parse_fp8_format(value: object) -> str:
     """Returns "e4m3", "e5m2" or "hybrid" for a name in any case or the vendor's `Format`.
@@ -239,7 +257,14 @@ def recipe_from(value: object = None, fp8_format: object = "hybrid") -> Recipe:
 def beyond_ours(value: object) -> str | None:
     """Returns the settings of the vendor's object that our recipes cannot express, as "fp8_dpa=True"; None: none."""
     found = [f"{name}={getattr(value, name)!r}" for name, off in _NOT_OURS.items() if getattr(value, name, off) != off]
-    for role in ("fwd_inp", "fwd_weight", "bwd_grad"):
+    recipe = _of_vendor(value)
+    for field in (each.name for each in fields(recipe) if each.name in _READ):
+        params, key, says, roles = _READ[field]
+        for role in _ROLES:
+            wanted = role in roles and getattr(recipe, field) is says
+            if (setting := getattr(getattr(value, f"{params}_{role}", None), key, wanted)) != wanted:
+                found.append(f"{params}_{role}.{key}={setting}")
+    for role in _ROLES:
         epsilon = getattr(getattr(value, f"fp8_quant_{role}", None), "amax_epsilon", 0.0)
         found += [f"fp8_quant_{role}.amax_epsilon={epsilon}"] * (epsilon != 0.0)
     return ", ".join(found) or None
@@ -270,7 +295,13 @@ def _of_vendor(value: object) -> Recipe:
             f"recipe={value!r}: expected one of {', '.join(RECIPES)}, a dict, or one of the vendor's "
             f"{', '.join(_BY_VENDOR_CLASS)}"
         )
-    return kind(**{f.name: getattr(value, f.name) for f in fields(kind) if hasattr(value, f.name)})
+    given = {field.name: getattr(value, field.name) for field in fields(kind) if hasattr(value, field.name)}
+    for name in given.keys() & _READ.keys():
+        params, key, says, roles = _READ[name]
+        setting = getattr(getattr(value, f"{params}_{roles[0]}", None), key, None)
+        if setting is not None:
+            given[name] = setting is says
+    return kind(**given)
 
 
 def _lower(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from precision_core import Fabric
+from precision_core.strategies.ddp import DDPStrategy
 from precision_core.testing import run_in_ranks
+from precision_te import TransformerEnginePrecision
 from precision_te.recipes import Delayed
 from precision_te.reference import ReferenceLinear
 from precision_te.reference.amax import AmaxState
@@ -122,10 +126,9 @@ def test_an_infinity_keeps_the_scale_and_what_is_no_number_is_not_seen() -> None
 def test_a_history_of_another_length_is_cut_or_filled_up() -> None:
     state = AmaxState(3, torch.device("cpu"))
     state.history.copy_(torch.arange(9.0).view(3, 3))
-    state.fit(5, torch.device("cpu"))
-    assert state.history[:, 0].tolist() == [0, 3, 6, 0, 0]
-    state.fit(2, torch.device("cpu"))
-    assert state.history[:, 0].tolist() == [0, 3]
+    for steps, expected in ((5, [0, 0, 0, 3, 6]), (2, [0, 6]), (3, [0, 0, 6]), (1, [0])):  # the last is the newest
+        state.fit(steps, torch.device("cpu"))
+        assert state.history[:, 0].tolist() == expected
     layer = make_layer()
     for steps in (4, 2, 8):
         with region(Delayed(amax_history_len=steps)):
@@ -192,6 +195,69 @@ def test_two_ranks_have_one_history_and_the_loss_of_one_process(freeze: bool) ->
         assert torch.allclose(history, wanted[1:] * factor, rtol=1e-5)
         assert torch.allclose(scales[:2], wanted[0, :2], rtol=1e-5)
         assert scales[2] == pytest.approx(wanted[0, 2].item() / (2 if history[:, 2].any() else 1), rel=1e-5)
+
+
+class Branches(nn.Module):
+    """Three layers of ones, of which a forward runs some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(3))
+        for layer in self.layers:
+            nn.init.constant_(layer.weight, 1 / 16)
+
+    def forward(self, x: Tensor, order: str) -> Tensor:
+        for index in order:
+            x = self.layers[int(index)](x)
+        return x
+
+
+def _branches(orders: tuple[str, str]) -> list[list[float]]:
+    """Returns the largest values of input and gradient of each layer after a step."""
+    plugin = TransformerEnginePrecision(
+        "32-true", engine="reference", recipe={"recipe": "delayed", "amax_history_len": 2}
+    )
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=DDPStrategy(find_unused_parameters=True), precision=plugin)
+    first, model, rank = Branches(), Branches(), fabric.global_rank
+    fabric.setup(first)
+    fabric.setup(model)
+    with fabric.autocast():
+        pass  # no layer ran, and all take part
+    y = model(torch.full((2, 16), 1.0 + rank), orders[rank])
+    with torch.no_grad():
+        copy.deepcopy(model.layers[0])(torch.ones(1, 16))
+    fabric.backward(y.sum() * (1 + rank))
+    assert not any(layer.amax and layer.amax.history.any() for layer in first.layers)
+    return [layer.amax.history[1, [0, 2]].tolist() if layer.amax else [0.0, 0.0] for layer in model.layers]
+
+
+@pytest.mark.parametrize(
+    ("orders", "expected"),
+    [
+        (("012", "210"), [[2, 2]] * 3),
+        (("01", "02"), [[2, 2], [1, 1], [2, 2]]),
+        (("0", "1"), [[1, 1], [2, 2], [0, 0]]),
+        (("0", "012"), [[2, 2]] * 3),
+    ],
+)
+def test_ranks_that_run_other_layers_do_not_mix_them(orders: tuple[str, str], expected: list[list[float]]) -> None:
+    one, two = run_in_ranks(2, _branches, orders)
+    assert one == two == [pytest.approx(row, rel=0.01) for row in expected]
+
+
+def _copy_trains() -> str:
+    plugin = TransformerEnginePrecision("32-true", engine="reference")
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", precision=plugin)
+    model = nn.Sequential(nn.Linear(16, 16))
+    fabric.setup(model)
+    stranger = copy.deepcopy(model[0])
+    with pytest.raises(RuntimeError, match=r"1 layers ran .* without being set up") as raised, fabric.autocast():
+        stranger(torch.ones(1, 16))
+    return str(raised.value)
+
+
+def test_a_copy_that_trains_is_to_be_set_up() -> None:
+    assert all("fabric.setup(copy)" in message for message in run_in_ranks(2, _copy_trains))
 
 
 def test_without_reduction_each_rank_has_its_own() -> None:

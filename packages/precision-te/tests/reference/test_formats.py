@@ -66,8 +66,15 @@ def test_stochastic_rounding_hits_neighbours_with_the_right_mean() -> None:
         share = (min(max(value, -6), 6) - below) / (above - below) if above > below else 0
         error = 5 * math.sqrt(share * (1 - share) / 40_000) * (above - below)
         assert rounded.mean().item() == pytest.approx(min(max(value, -6), 6), abs=error + 1e-4)
+
+
+@pytest.mark.parametrize("drawn", [0.0, 0.5, 1 - 2.0**-24])
+def test_stochastic_rounding_leaves_the_grid_as_it_is(drawn: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand_like", lambda x, **_: torch.full_like(x, drawn))
     grid = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    assert torch.equal(FORMATS["e2m1"].round(grid, stochastic=True), grid)
+    for x in (grid, -grid):
+        assert torch.equal(FORMATS["e2m1"].round(x, stochastic=True), x)
+    assert FORMATS["e2m1"].round(torch.tensor([9.0, -1e30]), stochastic=True).tolist() == [6, -6]
 
 
 @given(st.floats(2.0**-120, 2.0**120, width=32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from precision_te.recipes import NVFP4, RECIPES, Current, Delayed, recipe_from
-from precision_te.reference import ReferenceLinear
+from precision_te.reference import ReferenceEngine, ReferenceLinear
 from precision_te.reference.region import region
 
+ENGINE = ReferenceEngine()
 STEPS = 4
 DELAYED = Delayed(amax_history_len=STEPS)
 
@@ -219,6 +221,19 @@ def test_the_state_goes_through_safetensors_and_dcp(tmp_path: Path) -> None:
         assert torch.equal(other[0].amax.tensor(), states[0]) and torch.equal(other[2].amax.tensor(), states[1])
 
 
+def test_dcp_loads_the_state_into_a_new_model_that_ran_once(tmp_path: Path) -> None:
+    model, fresh = nn.Sequential(trained(make())), nn.Sequential(make())
+    assert "0._extra_state" not in fresh.state_dict()  # dcp asks for what is there, and setup adds no keys
+    with torch.no_grad(), region(DELAYED):
+        fresh(torch.randn(1, 32))
+    target = fresh.state_dict()
+    with pytest.warns(UserWarning, match="torch.distributed"):
+        dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path)
+        dcp.load({"model": target}, checkpoint_id=tmp_path)
+    fresh.load_state_dict(target)
+    assert torch.equal(fresh[0].amax.tensor(), model[0].amax.tensor())
+
+
 def test_casts_leave_the_state_in_float32_and_meta_drops_it() -> None:
     layer = trained(make())
     before = layer.amax.tensor()
@@ -272,6 +287,66 @@ def test_a_forward_outside_of_a_region_runs_again_as_it_was() -> None:
     assert torch.equal(again, plain)
     (wanted,) = torch.autograd.grad(plain.sum(), x)
     assert torch.equal(torch.autograd.grad(again.sum(), x)[0], wanted)
+
+
+def _several(run: Callable[..., Tensor], separate: bool = False) -> list[Tensor]:
+    """Returns gradients of a block that runs three times, each with other scales, before backward."""
+    layers = [make(32, 32), make(32, 32)]
+
+    def block(x: Tensor) -> Tensor:
+        return layers[1](F.gelu(layers[0](x)))
+
+    losses = []
+    for size in (1, 1000, 0.01):  # far apart, and the values saturate with the scales of others
+        x = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)).mul_(size).requires_grad_()
+        with region(Delayed(amax_history_len=1)):
+            losses.append(run(block, x).square().mean() / size)
+    with torch.no_grad():
+        block(x)  # outside of a region: it has no part in backward
+    for loss in losses if separate else [sum(losses, torch.zeros(()))]:
+        loss.backward()
+    return [layer.weight.grad for layer in layers]
+
+
+@pytest.mark.parametrize(("reentrant", "separate"), [(False, False), (False, True), (True, True)])
+def test_the_engines_checkpoint_keeps_each_forwards_scales(reentrant: bool, separate: bool) -> None:
+    def nested(function: Any, x: Tensor) -> Tensor:
+        return ENGINE.checkpoint(lambda x: ENGINE.checkpoint(function, x), x)
+
+    plain = _several(lambda function, x: function(x), separate)
+    own = _several(lambda function, x: ENGINE.checkpoint(function, x, use_reentrant=reentrant), separate)
+    assert all(map(torch.equal, plain, own))
+    assert all(map(torch.equal, plain, _several(nested, separate)))
+
+
+def test_torchs_checkpoint_refuses_where_it_cannot_tell_the_scales() -> None:
+    with pytest.raises(RuntimeError, match=r"cannot tell which .* use the plugin's checkpoint"):
+        _several(lambda function, x: checkpoint(function, x, use_reentrant=False))
+
+
+def test_a_forward_outside_of_a_region_does_not_take_the_pending_ones_away() -> None:
+    gradients = []
+    for run in (lambda layer, x: layer(x), lambda layer, x: checkpoint(layer, x, use_reentrant=False)):
+        layer = trained(make(32, 32))
+        with region(DELAYED):
+            y = run(nn.Sequential(layer, nn.Tanh()), torch.ones(8, 32).requires_grad_())
+        with torch.no_grad():
+            layer(torch.randn(8, 32))
+        y.sum().backward()
+        gradients.append(layer.weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_runs_are_forgotten_with_their_graphs() -> None:
+    layer = make(32, 32)
+    for _ in range(3):
+        with region(DELAYED):
+            y = layer(torch.randn(8, 32))
+        layer(torch.randn(8, 32))
+    assert len(layer._runs) == 1
+    y.sum().backward()
+    del y
+    assert not layer._runs
 
 
 def test_a_state_made_in_inference_mode_trains() -> None:

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from precision_te.recipes import Current, Delayed
 from precision_te.reference import ReferenceLinear
@@ -90,3 +91,26 @@ def test_other_threads_are_not_concerned() -> None:
         thread.start()
         thread.join()
     assert seen == [None]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_backward_after_one_that_failed_moves_the_history_on(checkpointed: bool) -> None:
+    first, layer = make(), make()
+    fails = [True]
+
+    def fail(grad: torch.Tensor) -> None:
+        if fails:
+            raise KeyError(fails.pop())
+
+    x = torch.randn(4, 16, requires_grad=True)
+    with region(DELAYED):
+        middle = checkpoint(first, x, use_reentrant=True) if checkpointed else first(x)
+        middle.register_hook(fail)
+        y = layer(middle)
+    with pytest.raises(KeyError):
+        y.sum().backward(retain_graph=True)
+    assert layer.amax.history[:, 2].tolist() == [1, 0, 0, 0]  # seen, and no update
+    for step in range(2):
+        (y.sum() * (2 + step)).backward(retain_graph=True)
+        assert layer.amax.history[-1, 2] == 2 + step and layer.amax.history[0, 2] == 0
+        assert first.amax.history[0, 2] == 0 and (first.amax.history[:, 2] > 0).sum() == 1 + step

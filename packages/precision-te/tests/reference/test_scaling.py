@@ -140,3 +140,13 @@ def test_hadamard_keeps_products_and_spreads_outliers() -> None:
     assert torch.equal(scaling.hadamard(outlier).abs(), torch.ones(1, 16))
     assert scaling.hadamard(normal(3, 20)).shape == (3, 32)
     assert scaling.hadamard(a.bfloat16()).dtype is torch.bfloat16
+
+
+def test_a_product_within_float32s_range_is_finite_whatever_the_scales() -> None:
+    x, weight = torch.full((2, 16), 3e38), torch.full((16, 16), 2.0**-10)
+    for one, other in ((x, weight), (weight, x)):
+        scaled = [KINDS["per tensor"](each) for each in (one, other)]
+        y = scaled[0].product(scaled[1])
+        assert torch.allclose(y, torch.full_like(y, 16 * 3e38 * 2.0**-10), rtol=1e-5)
+    large = KINDS["per tensor"](x)
+    assert large.product(large).isinf().all()  # what is beyond it is not

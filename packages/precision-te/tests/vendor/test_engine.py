@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from precision_core import Fabric, SingleDeviceStrategy
-from precision_te import MXFP8, Block, Current, Delayed, TransformerEnginePrecision
+from precision_te import MXFP8, Block, Current, Delayed, TransformerEnginePrecision, restore
 from precision_te.recipes import RECIPES
 from precision_te.vendor.engine import TransformerEngine
 
@@ -155,3 +155,56 @@ def test_settings_of_a_recipe_reach_the_vendors_quantisers(te: Any) -> None:
     assert [q.block_scaling_dim for q in blocks[:2]] == [2, 1]
     formats = {q.dtype for q in quantizers(MXFP8(fp8_format="hybrid"), "backward")}
     assert formats == {q.dtype for q in quantizers(Delayed(), "backward")} != {q.dtype for q in quantizers(Delayed())}
+
+
+@pytest.mark.usefixtures("hopper")
+def test_layers_of_the_other_engine_are_refused_until_they_are_put_back() -> None:
+    for engine, other in (("te", "reference"), ("reference", "te")):
+        model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+        first, second = (TransformerEnginePrecision("bf16-mixed", engine=each) for each in (engine, other))
+        first.convert_module(model)
+        kinds = [type(layer) for layer in model]
+        with pytest.raises(
+            ValueError, match=rf'0 is a .*engine="{engine}".*under engine="{other}": put torch\'s layers'
+        ):
+            second.convert_module(model)
+        assert [type(layer) for layer in model] == kinds
+        second.convert_module(restore(model))
+        assert second.report.notes[0].startswith("2 of 2") and type(model[0]) is not kinds[0]
+
+
+@pytest.mark.usefixtures("blackwell")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exclude": "norm"}, "norm: excluded by 'norm', and it is a TELayerNorm already: put"),
+        ({"exclude": "linear"}, "linear: excluded by 'linear', and it is a TEDelayedLinear already: put"),
+        ({"keep_first": 1}, "linear: among the first 1 linear layers, which stay, and it is converted already: put"),
+        ({"pad": False}, "odd: 30 inputs and 20 outputs: this recipe takes multiples of 16"),
+    ],
+    ids=str,
+)
+def test_a_second_set_up_by_whose_rules_the_vendors_layers_stay_is_refused(options: Any, message: str) -> None:
+    layers = {"norm": nn.LayerNorm(32), "linear": nn.Linear(32, 32), "odd": nn.Linear(30, 20)}
+    model = TransformerEnginePrecision("bf16-mixed", pad=True).convert_module(nn.ModuleDict(layers))
+    second = TransformerEnginePrecision("bf16-mixed", **{"pad": True} | options)
+    with pytest.raises(ValueError, match=message):
+        second.convert_module(model)
+    second.convert_module(restore(model))
+    TransformerEnginePrecision("bf16-mixed", **{"pad": True} | options).convert_module(model)
+
+
+@pytest.mark.usefixtures("blackwell")
+def test_a_norm_that_was_fused_is_no_norm_to_exclude() -> None:
+    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32))
+    TransformerEnginePrecision("bf16-mixed", fuse=True).convert_module(model)
+    with pytest.raises(ValueError, match="0: excluded by '0', and it is a FusedNorm already: put"):
+        TransformerEnginePrecision("bf16-mixed", fuse=True, exclude="0").convert_module(model)
+
+
+@pytest.mark.usefixtures("blackwell")
+def test_a_norm_over_several_dimensions_is_no_small_linear_layer() -> None:
+    plugin = TransformerEnginePrecision("bf16-mixed")
+    plugin.convert_module(nn.ModuleDict({"norm": nn.LayerNorm((4, 32)), "linear": nn.Linear(32, 32)}))
+    small = [note for note in plugin.report.notes if "too small to win" in note]
+    assert small == ["fewer than 2**20 weights, perhaps too small to win: linear"]

@@ -398,9 +398,9 @@ def test_a_history_of_another_length_is_cut_or_filled() -> None:
         plugin(recipe=Delayed(amax_history_len=steps)).convert_module(other)
         other.load_state_dict(model.state_dict())
         loaded = other.state_dict()["1._extra_state"]
-        common = min(steps, 4)
-        assert len(loaded) == 1 + steps and torch.equal(loaded[: 1 + common], state[: 1 + common])
-        assert not loaded[1 + common :].any()
+        common = min(steps, 4) - 1  # behind the scales and the running row; the last row is the newest
+        assert len(loaded) == 1 + steps and torch.equal(loaded[:2], state[:2])
+        assert torch.equal(loaded[-common:], state[-common:]) and not loaded[2:-common].any()
 
 
 def test_the_state_is_the_references() -> None:

@@ -139,6 +139,39 @@ def test_settings_of_the_vendors_that_the_reference_has_not_are_refused_there(ve
     assert TransformerEnginePrecision(recipe=attention).setup_fp8_recipe() is attention
 
 
+ROLES = ("fp8_quant_fwd_inp", "fp8_quant_fwd_weight", "fp8_quant_bwd_grad")
+
+
+def test_the_vendors_object_is_read_by_what_its_kernels_read(vendor_recipes: Any) -> None:
+    def given(kind: str, changes: dict[str, dict[str, Any]], **options: Any) -> Any:
+        theirs = getattr(vendor_recipes, kind)(**options)
+        for role, params in changes.items():
+            setattr(theirs, role, vendor_recipes.QParams(**params))
+        return theirs
+
+    def read(*args: Any, **options: Any) -> Recipe:
+        return TransformerEnginePrecision(recipe=given(*args, **options), engine="reference").recipe
+
+    power_of_2, none = {"power_2_scale": True}, dict[str, Any]()
+    assert read("Float8BlockScaling", {}, use_f32_scales=True) == Block()
+    assert read("Float8BlockScaling", dict.fromkeys(ROLES, none)) == Block(use_f32_scales=True)
+    assert read("Float8CurrentScaling", dict.fromkeys(ROLES, power_of_2)) == Current(use_power_2_scales=True)
+    assert read("NVFP4BlockScaling", {"fp4_quant_fwd_weight": none}) == NVFP4(disable_2d_quantization=True)
+    turned = {"random_hadamard_transform": True}
+    assert read("NVFP4BlockScaling", {"fp4_quant_bwd_grad": turned}) == NVFP4(disable_stochastic_rounding=True)
+    refused = [
+        ("Float8BlockScaling", {"fp8_quant_bwd_grad": none}, "fp8_quant_bwd_grad.power_2_scale=False"),
+        ("Float8CurrentScaling", {"fp8_quant_fwd_weight": power_of_2}, "fp8_quant_fwd_weight.power_2_scale=True"),
+        ("NVFP4BlockScaling", {"fp4_quant_fwd_weight": turned}, "fp4_quant_fwd_weight.random_hadamard_transform=True"),
+        ("NVFP4BlockScaling", {"fp4_quant_bwd_grad": none}, "fp4_quant_bwd_grad.random_hadamard_transform=False"),
+        ("NVFP4BlockScaling", {"fp4_quant_fwd_inp": {"fp4_2d_quantization": True} | turned}, "inp.fp4_2d_quantiza"),
+    ]
+    for kind, changes, message in refused:
+        with pytest.raises(ValueError, match=rf"the reference has no .*{message}"):
+            read(kind, changes)
+        assert TransformerEnginePrecision(recipe=given(kind, changes)).setup_fp8_recipe() is not None
+
+
 def test_the_vendors_pure_e5m2_and_other_objects_are_refused(vendor_recipes: Any) -> None:
     with pytest.raises(ValueError, match=NO_PURE_E5M2):
         TransformerEnginePrecision(fp8_format=vendor_recipes.Format.E5M2)

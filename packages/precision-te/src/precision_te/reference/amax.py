@@ -56,11 +56,8 @@ class AmaxState:
 
     @torch.inference_mode(False)
     def fit(self, steps: int, device: torch.device) -> None:
-        """Moves the state, and gives the history another length: the oldest rows go, or rows of zeros are added."""
-        self.scale, self.history = self.scale.to(device), self.history.to(device)
-        if len(self.history) != steps:
-            kept = self.history[:steps]
-            self.history = torch.cat([kept, kept.new_zeros(steps - len(kept), 3, dtype=torch.float32)])
+        """Moves the state, and gives the history another length, as `resized` says."""
+        self.scale, self.history = self.scale.to(device), resized(self.history.to(device), steps)
 
     def update(self, recipe: Delayed, roles: Sequence[Role]) -> None:
         """Chooses the scales of `roles` anew, and moves their history on."""
@@ -81,18 +78,38 @@ class AmaxState:
             self.history[0, column] = 0.0
 
 
+def resized(history: Tensor, steps: int) -> Tensor:
+    """Returns `history` (rows, 3) with `steps` rows: the oldest, behind the running one, go, or zeros come there."""
+    more = steps - len(history)
+    if more == 0:
+        return history
+    zeros = history.new_zeros(max(0, more), history.shape[1], dtype=history.dtype)
+    return torch.cat([history[:1], zeros, history[1 + max(0, -more) :]])
+
+
 def _scale(chosen: Tensor, old: Tensor, largest: float, margin: int) -> Tensor:
     """The vendor's rule: where nothing was seen, or an infinity, the old scale stays."""
     new = quotient(largest * 2.0**-margin, chosen).clamp(max=_LARGEST)
     return torch.where((chosen > 0) & chosen.isfinite(), new, old)
 
 
-def reduce(states: Sequence[AmaxState], roles: Sequence[Role], group: dist.ProcessGroup | None) -> None:
-    """Makes the running rows of `states` the largest of all ranks in `group`; None is this process alone."""
-    if not states or group is None or dist.get_world_size(group) == 1:
-        return
+def reduce(
+    states: Sequence[AmaxState | None], ran: Sequence[bool], roles: Sequence[Role], group: dist.ProcessGroup
+) -> list[bool]:
+    """Makes the running rows of `states` the largest of all ranks in `group`; returns which ran on any of them.
+
+    All ranks give equally many, in the same order; None where there is no state.
+    """
     columns = [COLUMNS[role] for role in roles]
-    rows = torch.stack([state.history[0, columns] for state in states])
+    device = next((state.history.device for state in states if state is not None), torch.device("cpu"))
+    rows = torch.zeros(len(states), len(roles) + 1, dtype=torch.float32, device=device)
+    for row, state, here in zip(rows, states, ran, strict=True):
+        if state is not None:
+            row[:-1] = state.history[0, columns]
+        row[-1] = float(here)
     dist.all_reduce(rows, dist.ReduceOp.MAX, group=group)
-    for state, row in zip(states, rows, strict=True):
-        state.history[0, columns] = row
+    anywhere = [flag > 0 for flag in rows[:, -1].tolist()]
+    for row, state, there in zip(rows, states, anywhere, strict=True):
+        if state is not None and there:
+            state.history[0, columns] = row[:-1]
+    return anywhere

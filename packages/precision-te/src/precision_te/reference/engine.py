@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from precision_te.recipes import RECIPES, Recipe
+from precision_te.reference.again import Block
 from precision_te.reference.layers import ReferenceLinear
 from precision_te.reference.region import region
 
@@ -23,6 +25,7 @@ class ReferenceEngine:
     restorable: tuple[type[nn.Module], ...] = (ReferenceLinear,)
 
     def __init__(self) -> None:
+        self._registered: list[ref[ReferenceLinear]] = []
         self.layers: Mapping[type[nn.Module], Callable[..., nn.Module]] = {nn.Linear: _make}
 
     def check(self, recipe: Recipe) -> None:
@@ -49,18 +52,30 @@ class ReferenceEngine:
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight = layer.weight
         plain.register_parameter("bias", layer.bias)
-        del layer.amax, layer._last  # what is left on it is the user's, and moves to the new layer
+        del layer.amax, layer._last, layer._runs  # what is left on it is the user's, and moves to the new layer
         return plain.train(layer.training)
 
     def context(
         self, recipe: Recipe, *, group: dist.ProcessGroup | None = None, calibrating: bool = False
     ) -> AbstractContextManager[Any]:
         """A new context in which the layers compute as `recipe` says; it stands inside of the base mode's."""
-        return region(recipe, group=group, calibrating=calibrating)
+        return region(recipe, group=group, calibrating=calibrating, layers=self._registered)
+
+    def register(self, module: nn.Module) -> None:
+        """Takes the layers of a model into those whose largest values all ranks take together, set up in this order.
+
+        None goes from the list again, so that it is the same on all ranks whenever a model is collected as garbage.
+        """
+        known = {layer() for layer in self._registered}
+        new = (layer for layer in module.modules() if isinstance(layer, ReferenceLinear) and layer not in known)
+        self._registered.extend(map(ref, new))
 
     def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Returns what torch's `checkpoint` does; the layers know a forward that runs again, and its scales."""
-        return checkpoint(function, *args, **{"use_reentrant": False} | kwargs)
+        """Returns what torch's `checkpoint` does; each block that runs again has the scales of its own first time.
+
+        Reentrant, each block's backward is one of its own, after which the gradients' scales are chosen anew.
+        """
+        return checkpoint(Block(function), *args, **{"use_reentrant": False} | kwargs)
 
 
 def _make(layer: Any, *, recipe: Recipe, dtype: torch.dtype | None = None, name: str = "") -> ReferenceLinear:

@@ -46,7 +46,10 @@ def _step_e2m1(x: Tensor) -> Tensor:
 def _stochastic_e2m1(x: Tensor) -> Tensor:
     """Up or down with the probabilities that make x the mean; draws from torch's generator of the device."""
     step = _step_e2m1(x)
-    return torch.floor(x.abs() / step + torch.rand_like(x, dtype=x.dtype)) * step * x.sign()
+    steps = x.abs() / step
+    low = steps.floor()
+    up = torch.rand_like(x, dtype=x.dtype) < steps - low  # a sum of both could be rounded to the next step
+    return (low + up) * step * x.sign()
 
 
 FORMATS = {

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from precision_te.recipes import Delayed
-from precision_te.reference import region
+from precision_te.reference import again, region
+from precision_te.reference.again import Run
 from precision_te.reference.amax import AmaxState
 from precision_te.reference.products import Scales, linear
 from precision_te.reference.region import Region
@@ -24,10 +26,13 @@ class ReferenceLinear(nn.Linear):
 
     x (..., in) -> (..., out), in autocast's dtype or that of x. Parameters and their names are those of the layer that
     it replaces. Under delayed scaling its state_dict has one tensor more from its first forward on, `STATE`; a
-    state_dict without it loads too, and leaves the state as it is.
+    state_dict without it loads too, and leaves the state as it is. torch.distributed.checkpoint loads only keys that
+    the model has: run a new model once, without gradients, before it.
     """
 
     amax: AmaxState | None
+    _runs: WeakSet[Run]  # whose graphs are there
+    _last: Run | None  # without gradients
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)
@@ -35,7 +40,7 @@ class ReferenceLinear(nn.Linear):
         self.weight = weight
         self.register_parameter("bias", bias)
         self.amax = None
-        self._last: tuple[Region, Tensor | None] | None = None
+        self._forget()
 
     @torch.compiler.disable(reason="precision-te's reference is not compiled")
     def forward(self, x: Tensor) -> Tensor:
@@ -44,20 +49,43 @@ class ReferenceLinear(nn.Linear):
         Raises:
             ValueError: x does not have in_features columns, or has another dtype than the weight and no autocast.
         """
-        again = torch._C._current_graph_task_id() != -1  # by backward: in the first time's region, with its scales
-        within, scale = (self._last or (None, None)) if again else (region.current(), None)
+        run, first = again.taken(self), False
+        if run is None and torch._C._current_graph_task_id() != -1:  # by backward
+            run = again.pending(self._runs, self._last)
+        if run is None:
+            run, first = Run(region.current()), True
+        again.note(self, run)
+        within = run.region
         if within is None:
-            self._last = None
-            return F.linear(x, self.weight, self.bias)
+            return self._plain(x, run, first)
         dtype = self._compute_dtype(x)
         rows = x.reshape(-1, self.in_features).to(dtype)
-        scales = self._scales(within, within.recipe, rows, scale) if isinstance(within.recipe, Delayed) else None
-        self._last = within, None if scales is None else scales.forward
+        scales = self._scales(within, within.recipe, rows, run) if isinstance(within.recipe, Delayed) else None
         if within.calibrating:
-            return F.linear(x, self.weight, self.bias)
+            return self._plain(x, run, first)
         with torch.autocast(x.device.type, enabled=False):
-            result = linear(rows, self.weight, self.bias, within.recipe, scales)
+            result = linear(rows, self.weight, self.bias, within.recipe, scales, run)
+        self._remember(run, first, result)
         return result.view(*x.shape[:-1], self.out_features)
+
+    def _plain(self, x: Tensor, run: Run, first: bool) -> Tensor:
+        result = F.linear(x, self.weight, self.bias)
+        if first and result.grad_fn is not None:
+            notes: Any = result.grad_fn.metadata
+            notes["precision_te"] = run  # which lives as long as the graph
+        self._remember(run, first, result)
+        return result
+
+    def _remember(self, run: Run, first: bool, result: Tensor) -> None:
+        """Notes a run that backward may repeat."""
+        if first and result.requires_grad:
+            self._runs.add(run)
+        elif first and (run.region is not None or self._last is None or self._last.done):
+            self._last = run  # a reentrant checkpoint's, for all that is known here
+
+    def _forget(self) -> None:
+        self._last = None
+        self._runs = WeakSet()
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         if x.shape[-1:] != (self.in_features,):
@@ -69,17 +97,22 @@ class ReferenceLinear(nn.Linear):
             raise ValueError(f"{self}: the input is {x.dtype} and the weight {self.weight.dtype}")
         return x.dtype
 
-    def _scales(self, within: Region, recipe: Delayed, rows: Tensor, scale: Tensor | None) -> Scales:
-        """Returns the scales, and notes the largest values, unless `scale` is of a forward that runs again."""
+    def _scales(self, within: Region, recipe: Delayed, rows: Tensor, run: Run) -> Scales:
+        """Returns the scales, and notes the largest values, unless `run` has some, as it is one that runs again."""
+        state = self.state(recipe)
+        if run.scales is None:
+            state.record("input", rows)
+            state.record("weight", self.weight)
+            within.ran(state)
+            run.scales = state.scale.clone()
+        return Scales(within, state, run.scales)
+
+    def state(self, recipe: Delayed) -> AmaxState:
+        """Returns delayed scaling's state, made now if need be, as long as `recipe` says."""
         if self.amax is None:
-            self.amax = AmaxState(recipe.amax_history_len, rows.device)
-        self.amax.fit(recipe.amax_history_len, rows.device)
-        if scale is None:
-            self.amax.record("input", rows)
-            self.amax.record("weight", self.weight)
-            within.ran(self.amax)
-            scale = self.amax.scale.clone()
-        return Scales(within, self.amax, scale)
+            self.amax = AmaxState(recipe.amax_history_len, self.weight.device)
+        self.amax.fit(recipe.amax_history_len, self.weight.device)
+        return self.amax
 
     # ---------------------------------------------------------------- state
 
@@ -95,9 +128,14 @@ class ReferenceLinear(nn.Linear):
         is_empty = isinstance(state, Tensor) and not state.numel()  # of the vendor's layers: they had none
         if state is not None and not is_empty:
             try:
-                self.amax = AmaxState.of(state, self.weight.device)
+                loaded = AmaxState.of(state, self.weight.device)
             except ValueError as error:
                 args[-1].append(f"{prefix}{STATE}: {error}")
+            else:
+                if self.amax is None:
+                    self.amax = loaded
+                else:  # the very object, which a backward to come may know
+                    self.amax.scale, self.amax.history = loaded.scale, loaded.history
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves the state along, and leaves its dtype; on the meta device it is gone, as values are."""
@@ -110,7 +148,13 @@ class ReferenceLinear(nn.Linear):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}  # it may hold a process group, and is of a forward in this process
+        state = dict(self.__dict__)
+        del state["_last"], state["_runs"]  # of forwards in this process, and they may hold a process group
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from precision_te.recipes import Recipe
 from precision_te.reference import operands
+from precision_te.reference.again import Run
 from precision_te.reference.amax import COLUMNS, AmaxState
 from precision_te.reference.operands import Role
 from precision_te.reference.region import Region
@@ -34,21 +35,24 @@ class Scales:
         return (self.state.scale if role == "grad" else self.forward)[COLUMNS[role]].clone()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, scales: Scales | None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, scales: Scales | None, run: Run | None = None
+) -> Tensor:
     """Returns x W^T + bias for `x` (rows, in), in the dtype of `x`; gradients have the dtypes of what they are of.
 
-    Weight and bias may be wider than `x`: the weight is quantised from its own values.
+    Weight and bias may be wider than `x`: the weight is quantised from its own values. `run` lives as long as the
+    graph, and is told of its backward.
     """
-    result: Tensor = _Linear.apply(x, weight, bias, recipe, scales)  # type: ignore[no-untyped-call]
+    result: Tensor = _Linear.apply(x, weight, bias, recipe, scales, run)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Linear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, scales: Scales | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, scales: Scales | None, run: Run | None
     ) -> Tensor:
-        ctx.recipe, ctx.scales = recipe, scales
+        ctx.recipe, ctx.scales, ctx.run = recipe, scales, run
         ctx.bias_dtype = None if bias is None else bias.dtype
         of_x, of_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
@@ -63,6 +67,8 @@ class _Linear(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
+        if ctx.run is not None:
+            ctx.run.done = True  # not before: under a checkpoint, the line above runs the forward again
         scales: Scales | None = ctx.scales
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         override = getattr(ctx.recipe, "backward_override", None)
@@ -82,6 +88,7 @@ class _Linear(Function):
             None if of_input is None else of_input.to(grad.dtype),
             None if of_weights is None else of_weights.to(grad.dtype).to(ctx.weight_dtype),
             grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.bias_dtype) if of_bias else None,
+            None,
             None,
             None,
         )

@@ -7,31 +7,61 @@ outermost region ends with gradients enabled, those of gradients when a backward
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Protocol
+from weakref import ref
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.autograd import Variable
 
 from precision_te.recipes import Delayed, Recipe
 from precision_te.reference.amax import AmaxState, reduce
+from precision_te.reference.operands import Role
+
+
+class Layer(Protocol):
+    """A layer that can have a state."""
+
+    weight: Tensor
+
+    def state(self, recipe: Delayed) -> AmaxState:
+        """Returns its state, made now if need be."""
+        ...
+
+
+Layers = Sequence[Callable[[], Layer | None]] | None
+"""References to layers; those that are gone stay in the list."""
+
+
+def _nothing() -> None: ...
 
 
 class Region:
-    """A recipe at work: `states` are those of the layers that ran in it, in the order in which they did."""
+    """A recipe at work, and the states of the layers that ran in it.
 
-    def __init__(self, recipe: Recipe, group: dist.ProcessGroup | None, calibrating: bool) -> None:
+    With `layers`, the ranks take the largest values of them all together, whichever ran on each; without, of those that
+    ran, and these are to be the same on all ranks, in the same order.
+    """
+
+    def __init__(
+        self, recipe: Recipe, group: dist.ProcessGroup | None, calibrating: bool, layers: Layers = None
+    ) -> None:
         self.recipe = recipe
         self.group = group
         self.calibrating = calibrating
+        self.layers = layers
         self._states: dict[int, AmaxState] = {}
         self._with_gradient: dict[int, AmaxState] = {}
+        self._ending: Callable[[], object] = _nothing
 
-    def joins(self, recipe: Recipe, group: dist.ProcessGroup | None, calibrating: bool) -> bool:
+    def joins(self, recipe: Recipe, group: dist.ProcessGroup | None, calibrating: bool, layers: Layers) -> bool:
         """Whether a region inside of this one with these settings is a part of it."""
-        return (recipe, group, calibrating) == (self.recipe, self.group, self.calibrating)
+        same = (recipe, group, calibrating) == (self.recipe, self.group, self.calibrating)
+        return same and layers is self.layers
 
     def ran(self, state: AmaxState) -> None:
         """Notes that a layer ran."""
@@ -39,25 +69,46 @@ class Region:
 
     def end(self) -> None:
         """Updates the scales of inputs and weights; in evaluation they stay, and the largest values were noted."""
+        states, self._states = self._states, {}
         if isinstance(self.recipe, Delayed) and (torch.is_grad_enabled() or self.calibrating):
-            self._update(self.recipe, list(self._states.values()), ("input", "weight"))
+            self._update(self.recipe, states, ("input", "weight"))
 
     def ran_backward(self, state: AmaxState) -> None:
         """Notes that the gradient of a layer's output was seen; the scales are updated when this backward is done."""
-        if not self._with_gradient:
-            Variable._execution_engine.queue_callback(self._end_backward)
+        if self._ending() is None:  # also after a backward that an exception ended: its callback is gone with it
+            ending = partial(Region._end_backward, self)
+            self._ending = ref(ending)
+            Variable._execution_engine.queue_callback(ending)
         self._with_gradient[id(state)] = state
 
     def _end_backward(self) -> None:
-        states, self._with_gradient = self._with_gradient, {}
+        states, self._with_gradient, self._ending = self._with_gradient, {}, _nothing
         assert isinstance(self.recipe, Delayed)
-        self._update(self.recipe, list(states.values()), ("grad",))
+        self._update(self.recipe, states, ("grad",))
 
-    def _update(self, recipe: Delayed, states: list[AmaxState], roles: Any) -> None:
-        if recipe.reduce_amax:
-            reduce(states, roles, self.group)
+    def _update(self, recipe: Delayed, ran: dict[int, AmaxState], roles: Sequence[Role]) -> None:
+        states = list(ran.values())
+        if recipe.reduce_amax and self.group is not None and dist.get_world_size(self.group) > 1:
+            everyone = states if self.layers is None else self._everyone(self.layers, recipe, ran)
+            if not everyone:
+                return
+            anywhere = reduce(everyone, [id(state) in ran for state in everyone], roles, self.group)
+            states = [state for state, there in zip(everyone, anywhere, strict=True) if state is not None and there]
         for state in states:
             state.update(recipe, roles)
+
+    def _everyone(
+        self, layers: Sequence[Callable[[], Layer | None]], recipe: Delayed, ran: dict[int, AmaxState]
+    ) -> list[AmaxState | None]:
+        """Returns the states of all layers, also of those that did not run here; None: it is gone, or on meta."""
+        there = [each() for each in layers]
+        states = [None if each is None or each.weight.is_meta else each.state(recipe) for each in there]
+        if strangers := ran.keys() - {id(state) for state in states}:
+            raise RuntimeError(
+                f"{len(strangers)} layers ran in a region over several processes without being set up with it, as "
+                "copies of layers that were: set the copy up too, fabric.setup(copy), before it trains"
+            )
+        return states
 
 
 class _Here(threading.local):
@@ -73,13 +124,19 @@ def current() -> Region | None:
 
 
 @contextmanager
-def region(recipe: Recipe, *, group: dist.ProcessGroup | None = None, calibrating: bool = False) -> Iterator[None]:
-    """Context in which layers compute as `recipe` says; one inside of another with equal settings is a part of it."""
+def region(
+    recipe: Recipe, *, group: dist.ProcessGroup | None = None, calibrating: bool = False, layers: Layers = None
+) -> Iterator[None]:
+    """Context in which layers compute as `recipe` says; one inside of another with equal settings is a part of it.
+
+    With `layers` and delayed scaling, every rank of `group` ends it, whether or not a layer ran there, if gradients are
+    enabled; and of its gradients every rank's backward reaches one at least.
+    """
     before = _here.region
-    if before is not None and before.joins(recipe, group, calibrating):
+    if before is not None and before.joins(recipe, group, calibrating, layers):
         yield
         return
-    _here.region = mine = Region(recipe, group, calibrating)
+    _here.region = mine = Region(recipe, group, calibrating, layers)
     try:
         yield
     finally:

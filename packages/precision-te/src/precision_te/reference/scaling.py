@@ -39,7 +39,12 @@ class Quantized:
         float32, here they are applied to the values before; that differs by float32's rounding.
         """
         result = (self.values * self.scales) @ (other.values * other.scales).T
-        return result * self.outer * other.outer
+        scaled = result * self.outer * other.outer
+        if scaled.isfinite().all():
+            return scaled
+        small, large = torch.minimum(self.outer, other.outer), torch.maximum(self.outer, other.outer)
+        rescaled = result * small * large  # the large one first may be beyond float32's range on the way
+        return torch.where(scaled.isfinite() | ~rescaled.isfinite(), scaled, rescaled)
 
 
 def amax(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:

@@ -112,6 +112,9 @@ class TransformerEngine:
         """Returns the vendor's `quantized_model_init`: its layers made in it store their weights quantised alone."""
         return load().quantized_model_init(enabled=True, recipe=self.vendor_recipe(recipe))
 
+    def register(self, module: nn.Module) -> None:
+        """Does nothing: the vendor's library has its own list of layers, those that ran."""
+
     def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Returns what the vendor's `checkpoint` does; it is not reentrant unless `use_reentrant` says so."""
         return load().checkpoint(function, *args, **{"use_reentrant": False} | kwargs)

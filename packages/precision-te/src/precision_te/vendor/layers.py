@@ -13,6 +13,8 @@ import transformer_engine.pytorch as te
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from precision_te.reference.amax import resized
+
 _COLUMNS = {"scaling_fwd": (slice(0, 2), 2), "scaling_bwd": (slice(2, 3), 1)}
 """Columns of our state, and how many of the vendor's they are: of input and weight, without the output; of the output's
 gradient, without the input's."""
@@ -154,8 +156,8 @@ class _DelayedState:
             return
         if state.dim() != 2 or len(state) < 2 or state.shape[1] != 3:
             raise ValueError(f"the state of delayed scaling is (1 + history, 3), and this is {tuple(state.shape)}")
-        kept = state.detach().cpu()[: 1 + self.history]
-        self._loaded = pad(kept, (0, 0, 0, 1 + self.history - len(kept)))
+        scale, history = state.detach().cpu().split([1, len(state) - 1])
+        self._loaded = torch.cat([scale, resized(history, self.history)])
         if self.fp8_meta_tensors_initialized:
             self._use_loaded()
 

@@ -1,0 +1,105 @@
+"""Forwards that backward runs again, under activation checkpoints: in the first time's region, with its scales.
+
+The engine's `checkpoint` notes for each block what its layers had. Under torch's own a layer takes what it had in the
+forward whose backward is to come, and refuses where there are several with other scales.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from precision_te.reference.region import Region
+
+T = TypeVar("T")
+
+
+class Run:
+    """What one forward of a layer had: its region, None outside of any, and delayed scaling's `scales` (3,)."""
+
+    def __init__(self, region: Region | None) -> None:
+        self.region = region
+        self.scales: Tensor | None = None
+        self.done = False
+        """Whether its backward ran."""
+
+    def computes_as(self, other: Run) -> bool:
+        """Whether the same input gives the same output in both."""
+        mine, theirs = self.region, other.region
+        if mine is theirs:
+            return True
+        if mine is None or theirs is None or (mine.recipe, mine.calibrating) != (theirs.recipe, theirs.calibrating):
+            return False
+        return self.scales is None or other.scales is None or torch.equal(self.scales, other.scales)
+
+
+def pending(runs: Iterable[Run], last: Run | None) -> Run | None:
+    """Returns which of `runs`, those whose graphs are there, backward computes again; where there is none, the last.
+
+    Raises:
+        RuntimeError: there are several, and they differ.
+    """
+    there = list(runs)
+    waiting = [run for run in there if not run.done] or there
+    if not waiting:
+        return last
+    if not all(run.computes_as(waiting[0]) for run in waiting):
+        raise RuntimeError(
+            "a layer under torch's checkpoint ran several times before backward, with other scales or recipes each "
+            "time, and cannot tell which of them runs again: use the plugin's checkpoint(function, *args) in place of "
+            "torch.utils.checkpoint.checkpoint, or run backward after each forward"
+        )
+    return waiting[0]
+
+
+class Block:
+    """A checkpoint's function that notes the runs of its layers the first time, and gives them back the next times."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._runs: dict[nn.Module, list[Run]] = {}
+        self._taken: dict[nn.Module, int] = {}
+        self._called = self.again = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the function."""
+        self.again, self._called, self._taken = self._called, True, {}
+        _here.blocks = (*before, self) if (before := _here.blocks) else (self,)
+        try:
+            return self._function(*args, **kwargs)
+        finally:
+            _here.blocks = before
+
+    def note(self, layer: nn.Module, run: Run) -> None:
+        """Notes what `layer` has, the first time."""
+        if not self.again:
+            self._runs.setdefault(layer, []).append(run)
+
+    def take(self, layer: nn.Module) -> Run | None:
+        """Returns what `layer` had the first time, in the order of its calls; None if it did not run as often."""
+        at = self._taken[layer] = self._taken.get(layer, -1) + 1
+        runs = self._runs.get(layer, [])
+        return runs[at] if at < len(runs) else None
+
+
+class _Here(threading.local):
+    blocks: tuple[Block, ...] = ()
+
+
+_here = _Here()
+
+
+def taken(layer: nn.Module) -> Run | None:
+    """Returns what the innermost block that runs again says of `layer`; None outside of such."""
+    block = next((block for block in reversed(_here.blocks) if block.again), None)
+    return None if block is None else block.take(layer)
+
+
+def note(layer: nn.Module, run: Run) -> None:
+    """Tells the blocks that run for the first time."""
+    for block in _here.blocks:
+        block.note(layer, run)
