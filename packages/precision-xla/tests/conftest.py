@@ -49,7 +49,7 @@ def run_python() -> Run:
 
 
 class ErfGELU(nn.Module):
-    """GELU in float64 to its last digits; torch_xla's own has constants of 11."""
+    """GELU in float64 to its last digits; torch_xla's own is right to 8."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))

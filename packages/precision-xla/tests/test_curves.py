@@ -41,13 +41,13 @@ def test_curves_are_those_of_torch(mode: str) -> None:
     assert curve_distance(on_xla(mode), alone(mode)) <= loss_bound(mode, STEPS)
 
 
-def test_the_vendors_own_gelu_costs_float64_five_digits() -> None:
+def test_the_vendors_own_gelu_is_right_to_eight_digits() -> None:
     """With it a 64-true curve lies 1.1e-11 away, and the bound is 1e-14; once it is mended, `problem_of` may go."""
     x = torch.linspace(-4, 4, 101, dtype=torch.float64)
     device = Fabric(accelerator="cpu", strategy="xla").device
     error = (nn.functional.gelu(x.to(device)).cpu() - nn.functional.gelu(x)).abs().max()
     of_erf = (torch.erf(x.to(device)).cpu() - torch.erf(x)).abs().max()
-    assert of_erf < 1e-14 and 100 * of_erf < error < 1e-9
+    assert of_erf < 1e-15 and 1e-9 < error < 1e-8
 
 
 @pytest.mark.parametrize("mode", MODES)
