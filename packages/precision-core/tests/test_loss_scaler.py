@@ -85,6 +85,23 @@ def test_the_scale_falls_while_another_optimizer_accumulates() -> None:
     assert (a.item(), b.item(), plugin.scale) == (-2.0, -0.75, 4.0)
 
 
+def test_gradients_that_an_engine_holds_back_follow_the_scale() -> None:
+    plugin, (a, opt_a), (b, opt_b) = make(growth_interval=1), weight(), weight()
+    plugin.register_optimizers(opt_a, opt_b)
+    held: list[torch.Tensor] = []
+    plugin.scaler.held_back = lambda: held
+    for c in (1.0, 1.0, INF):
+        backward(plugin, (a, c), (b, 0.25))
+        assert b.grad is not None
+        held.append(b.grad)
+        b.grad = None
+        step(plugin, opt_a)
+    assert plugin.scale == 16.0  # 8, 16, 32, and half of that
+    b.grad = torch.stack(held).sum(0)
+    step(plugin, opt_b)
+    assert (a.item(), b.item()) == (-2.0, -0.75)
+
+
 def test_a_newcomer_is_brought_to_the_current_scale() -> None:
     plugin, (a, opt_a), (b, opt_b) = make(), weight(), weight()
     backward(plugin, (a, INF), (b, 2.0))

@@ -94,6 +94,18 @@ def test_overrides_nest_and_come_off_in_reverse() -> None:
     assert greeter.greet() == "hello you"
 
 
+def test_two_methods_of_one_object_keep_their_own_originals() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    step, zero_grad = optimizer.step.__func__, optimizer.zero_grad.__func__  # type: ignore[attr-defined]
+    restores = [override(optimizer, name, lambda function: lambda self: None) for name in ("step", "zero_grad")]
+    assert original(optimizer, "step").__func__ is step  # type: ignore[attr-defined]
+    assert original(optimizer, "zero_grad").__func__ is zero_grad  # type: ignore[attr-defined]
+    restores[0]()
+    assert not is_overridden(optimizer, "step") and is_overridden(optimizer, "zero_grad")
+    restores[1]()
+    assert optimizer.step.__func__ is step and optimizer.zero_grad.__func__ is zero_grad  # type: ignore[attr-defined]
+
+
 def test_the_original_is_found_under_a_wrapper_that_hides_it() -> None:
     greeter = Greeter()
     restore = override(greeter, "greet", shouting)

@@ -79,10 +79,13 @@ class Run:
         return total
 
     def values(self) -> dict[str, Any]:
-        """Returns parameters, buffers and the optimizer's state, whole, by name."""
+        """Returns parameters, buffers, the optimizer's and the precision's state, whole, by name."""
         found = dict(self.model.state_dict())
         for index, entry in self.optimizer.state_dict()["state"].items():
             found.update({f"{index}.{name}": value for name, value in entry.items()})
+        state = self.fabric.precision_plugin.state_dict()
+        counts = {name: value for name, value in (*state.items(), *state["scaler"].items()) if type(value) is not dict}
+        found.update({name: torch.tensor(value) for name, value in counts.items() if name != "mode"})
         return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in found.items()}
 
 
@@ -135,20 +138,22 @@ def test_resuming_in_new_processes_is_bit_exact(mode: str, kind: str, tmp_path: 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 2)])
 @pytest.mark.parametrize("kind", ["sharded", "full"])
-def test_values_move_between_numbers_of_ranks(before: int, after: int, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["bf16-mixed", "16-mixed"])
+def test_values_move_between_numbers_of_ranks(before: int, after: int, kind: str, mode: str, tmp_path: Path) -> None:
     options = {"state_dict_type": kind}
-    expected = in_ranks(before, first, options, tmp_path / "x")[0][1]
-    for losses, values in in_ranks(after, second, options, tmp_path / "x", STEPS, False):
+    expected = in_ranks(before, first, mode, options, tmp_path / "x")[0][1]
+    assert ("scale" in expected) == (mode == "16-mixed")
+    for losses, values in in_ranks(after, second, mode, options, tmp_path / "x", STEPS, False):
         assert losses == [] and same(values, expected)
-    outcomes = in_ranks(after, second, options, tmp_path / "x", 2 * STEPS, False)  # it trains on
+    outcomes = in_ranks(after, second, mode, options, tmp_path / "x", 2 * STEPS, False)  # it trains on
     assert all(len(losses) == STEPS and same(values, outcomes[0][1]) for losses, values in outcomes)
     assert not same(outcomes[0][1], expected)
 
 
-def in_ranks(count: int, function: Any, options: dict[str, Any], *args: Any) -> list[Any]:
+def in_ranks(count: int, function: Any, mode: str, options: dict[str, Any], *args: Any) -> list[Any]:
     if count == 1:
-        return [function(1, "bf16-mixed", options, *args)]
-    return run_in_ranks(count, function, count, "bf16-mixed", options, *args)
+        return [function(1, mode, options, *args)]
+    return run_in_ranks(count, function, count, mode, options, *args)
 
 
 def test_replicas_of_shards(tmp_path: Path) -> None:

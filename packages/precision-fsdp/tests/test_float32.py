@@ -186,11 +186,8 @@ def errors(train: bool) -> dict[str, float]:
     problem = Problem()
     torch.manual_seed(0)
     model = Transformer()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(60 if train else 0):
-        optimizer.zero_grad()
-        problem.loss(model, problem.batch(step)).backward()
-        optimizer.step()
+    if train:
+        trained_in(model, "bf16-mixed", problem)
     tokens = problem.batch(0)[:, :-1]
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(tokens)
@@ -208,6 +205,20 @@ def errors(train: bool) -> dict[str, float]:
         ours = shard(plugin.convert_module(copy.deepcopy(model)), plugin.setup_mixed_precision_policy())
         with plugin.forward_context():
             return {"autocast": error(model(tokens)), "ours": error(ours(tokens)), "FSDP's casts": error(plain(tokens))}
+
+
+def trained_in(model: nn.Module, mode: str, problem: Problem) -> None:
+    """Trains a sharded copy of `model`, and gives `model` its values: norm weights that bfloat16 does not hold."""
+    fabric, sharded = Fabric(accelerator="cpu", strategy="fsdp", precision=mode), copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(sharded.parameters(), lr=3e-3)
+    fabric.setup(sharded, optimizer)
+    for step in range(60):
+        optimizer.zero_grad()
+        fabric.backward(problem.loss(sharded, problem.batch(step)))
+        optimizer.step()
+    model.load_state_dict({name: value.full_tensor() for name, value in sharded.state_dict().items()})
+    weight: Any = model.norm.weight
+    assert not torch.equal(weight, weight.bfloat16().float())
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["fresh", "trained"])

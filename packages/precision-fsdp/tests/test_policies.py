@@ -72,5 +72,12 @@ def test_what_mixed_precision_may_not_say() -> None:
         overridden(MODES["bf16-mixed"], MixedPrecision(param_dtype=F16))
     with pytest.raises(ValueError, match=r"mixed_precision='bf16'\): expected torch.distributed.fsdp.MixedPrecision"):
         FSDPStrategy("bf16")  # type: ignore[arg-type]
+    for given, name in (
+        (MixedPrecision(reduce_dtype=torch.int8), "reduce_dtype=torch.int8"),
+        (MixedPrecision(buffer_dtype="bfloat16"), "buffer_dtype=bfloat16"),  # type: ignore[arg-type]
+        (MixedPrecisionPolicy(output_dtype=torch.float8_e4m3fn), "output_dtype=torch.float8_e4m3fn"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: allowed are bfloat16, float16, float32, float64"):
+            FSDPStrategy(given)
     with pytest.raises(ValueError, match="gradients have the dtype of their parameters"):
         FSDPStrategy(MixedPrecision(keep_low_precision_grads=True))

@@ -617,6 +617,7 @@ def test_arguments_are_checked_at_construction() -> None:
         ({"mesh": (0, 2)}, r"mesh=\(0, 2\)\): expected a DeviceMesh"),
         ({"mesh": 2}, r"mesh=2\): expected a DeviceMesh"),
         ({"wrap": 3}, r"wrap=3\): expected classes of modules"),
+        ({"wrap": nn.Linear(2, 2)}, r"wrap=Linear\(.*\)\): expected classes of modules"),
         ({"wrap": [int]}, r"wrap=<class 'int'>\): expected classes of modules"),
         ({"activation_checkpointing": 3}, r"activation_checkpointing=3\): expected classes"),
         ({"init_fn": 3}, r"init_fn=3\): expected a function of a module"),

@@ -114,7 +114,7 @@ class LossScaler(Scaler):
             record = self._new_record(optimizer)
             if self._issued is not None:  # its gradients came from a scaled loss
                 record.gradients = _Gradients.SCALED
-                _rescale(optimizer, self._issued, self._value())
+                _rescale(gradients_of(optimizer), self._issued, self._value())
         return record
 
     def _new_record(self, optimizer: Optimizer) -> _Record:
@@ -164,7 +164,7 @@ class LossScaler(Scaler):
         self._issued = self._value()
         for optimizer, record in live:
             if record.gradients is not _Gradients.SCALED:
-                _rescale(optimizer, 1.0, self._issued)
+                _rescale(gradients_of(optimizer), 1.0, self._issued)
                 record.gradients = _Gradients.SCALED
             record.stepped = False
         self._last_loss = (weakref.ref(scaled), weakref.ref(loss))
@@ -221,7 +221,8 @@ class LossScaler(Scaler):
         for optimizer, record in self._live():
             record.counted = True
             if record.gradients is _Gradients.SCALED:
-                _rescale(optimizer, old, new)
+                _rescale(gradients_of(optimizer), old, new)
+        _rescale(self.held_back(), old, new)  # they always carry the scale
 
     # ---------------------------------------------------------------- true gradients
 
@@ -410,9 +411,9 @@ class LossScaler(Scaler):
         self._follow(old)
 
 
-def _rescale(optimizer: Optimizer, old: float | Tensor, new: float | Tensor) -> None:
+def _rescale(gradients: list[Tensor], old: float | Tensor, new: float | Tensor) -> None:
     if isinstance(new, Tensor) or old != new:
-        multiply(gradients_of(optimizer), new / old)
+        multiply(gradients, new / old)
 
 
 def _first(names: Iterable[str], count: int = 5) -> str:

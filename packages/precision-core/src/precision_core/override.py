@@ -37,14 +37,14 @@ def override(obj: Any, name: str, make: Callable[[Callable[..., Any]], Callable[
         setattr(new, _PREVIOUS, obj.__dict__[name])
     obj.__dict__[name] = MethodType(new, obj)
     if not isinstance(obj, nn.Module):  # what stands in a module's dict goes into its pickle
-        obj.__dict__[_ORIGINAL] = MethodType(function, obj)
+        obj.__dict__[f"{_ORIGINAL}_{name}"] = MethodType(function, obj)
     obj_ref, new_ref = weakref.ref(obj), weakref.ref(new)
 
     def restore() -> None:
         obj, new = obj_ref(), new_ref()
         if obj is None or new is None:
             return
-        obj.__dict__.pop(_ORIGINAL, None)
+        obj.__dict__.pop(f"{_ORIGINAL}_{name}", None)
         if getattr(obj.__dict__.get(name), "__func__", None) is not new:
             return  # someone wrapped it since; who wraps must undo first
         if hasattr(new, _PREVIOUS):
@@ -76,12 +76,12 @@ def is_overridden(obj: Any, name: str) -> bool:
     """Whether `override` replaced the method `name` of `obj`, or of the module that `obj` is a copy of."""
     if isinstance(obj, nn.Module):
         return hasattr(obj.__dict__.get(name), _ORIGINAL)
-    return _ORIGINAL in obj.__dict__
+    return f"{_ORIGINAL}_{name}" in obj.__dict__
 
 
 def original(obj: Any, name: str) -> Callable[..., Any]:
     """Returns the method `name` of an optimizer as it was before `override`, whoever wrapped it since."""
-    method: Callable[..., Any] | None = obj.__dict__.get(_ORIGINAL)
+    method: Callable[..., Any] | None = obj.__dict__.get(f"{_ORIGINAL}_{name}")
     return getattr(obj, name) if method is None else method
 
 

@@ -21,6 +21,8 @@ class Scaler:
 
     def __init__(self) -> None:
         self.counter = StepCounter()
+        self.held_back: Callable[[], list[Tensor]] = list
+        """Returns gradients that an engine keeps for a later reduction, where `p.grad` does not show them."""
 
     @property
     def factor(self) -> float:

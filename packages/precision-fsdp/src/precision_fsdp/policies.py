@@ -15,7 +15,7 @@ import torch
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
 from precision_core import Policy
-from precision_core.dtypes import dtype_name
+from precision_core.dtypes import FLOAT_DTYPES, dtype_name
 
 
 class Casts(NamedTuple):
@@ -65,6 +65,13 @@ def check_fsdp_policy(given: Any) -> FSDPPolicy | None:
             f"FSDPStrategy(mixed_precision={given!r}): expected torch.distributed.fsdp.MixedPrecision, "
             "MixedPrecisionPolicy, or None for what the precision says"
         )
+    for name in ("param_dtype", "reduce_dtype", "buffer_dtype", "output_dtype"):
+        dtype = getattr(given, name, None)
+        if dtype is not None and dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"FSDPStrategy(mixed_precision=...) has {name}={dtype}: allowed are "
+                f"{', '.join(sorted(map(dtype_name, FLOAT_DTYPES)))}"
+            )
     if getattr(given, "keep_low_precision_grads", False):
         raise ValueError(
             "FSDPStrategy(mixed_precision=MixedPrecision(keep_low_precision_grads=True)): gradients have the dtype of "

@@ -15,8 +15,29 @@ from precision_core import Precision
 from precision_core.creation import created_as
 from precision_core.exceptions import Restore
 from precision_core.override import override
+from precision_fsdp.selection import One, select
 
 Context = Callable[[], AbstractContextManager[Any]]
+
+
+def to_recompute(
+    given: bool | tuple[One, ...] | None, root: nn.Module, blocks: dict[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """Returns the modules that are meant by `activation_checkpointing`, by name; True: `blocks`.
+
+    Raises:
+        ValueError: True where there are no blocks, or a selection that matches nothing.
+    """
+    if given is None or given is False:
+        return {}
+    if given is not True:
+        return select("activation_checkpointing", given, root)
+    if not blocks:
+        raise ValueError(
+            f"FSDPStrategy(activation_checkpointing=True) found no repeated block in this {type(root).__name__}: "
+            "name the blocks in place of True"
+        )
+    return blocks
 
 
 def recompute(modules: Iterable[tuple[str, nn.Module]], precision: Precision) -> list[Restore]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from precision_fsdp.held import drop
+
 _KEY = "_precision_fsdp_lost"
 
 
@@ -17,13 +19,7 @@ def begin_anew(module: nn.Module) -> None:
     assert isinstance(module, FSDPModule)
     try:
         module.reset_iter_state()
-        for each in module.modules():
-            if isinstance(each, FSDPModule):
-                for group in each._get_fsdp_state()._fsdp_param_groups:
-                    for param in group.fsdp_params:  # what backward had added up before it failed
-                        param.unsharded_accumulated_grad = None
-                        if hasattr(param, "_unsharded_param"):
-                            param._unsharded_param.grad = None
+        drop(module)  # what backward had added up before it failed
     except (AttributeError, RuntimeError):
         vars(module)[_KEY] = True
 

@@ -26,7 +26,7 @@ def check_selection(option: str, given: Any) -> tuple[One, ...]:
     for one in several:
         if isinstance(one, str):
             check_pattern(one)
-        elif not (callable(one) and (not isinstance(one, type) or issubclass(one, nn.Module))):
+        elif not (issubclass(one, nn.Module) if isinstance(one, type) else callable(one)) or isinstance(one, nn.Module):
             raise ValueError(
                 f"FSDPStrategy({option}={one!r}): expected classes of modules, names of classes or modules, or a "
                 "predicate of (name, module)"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -28,21 +27,24 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from precision_core import Policy, Precision, Strategy
-from precision_core.dtypes import dtype_name
 from precision_core.exceptions import Restore
+from precision_core.override import override
 from precision_core.processes import Ranks, join
 from precision_core.strategies.collectives import Collectives
 from precision_fsdp.arguments import check_arguments, check_reshard, make_mesh
 from precision_fsdp.copies import refuse_copies
-from precision_fsdp.groups import Group, make_groups
+from precision_fsdp.groups import make_groups
+from precision_fsdp.held import HeldBack, drop, dropping, followed_by
 from precision_fsdp.limits import check_can_shard
 from precision_fsdp.materialise import InitFn, check_can_initialise, is_on_meta, materialise
+from precision_fsdp.notes import notes_of
 from precision_fsdp.optimizers import check_members, check_optimizer
 from precision_fsdp.policies import check_fsdp_policy, overridden
 from precision_fsdp.precision import FSDPPrecision
-from precision_fsdp.recompute import recompute
+from precision_fsdp.recompute import recompute, to_recompute
 from precision_fsdp.recovery import begin_anew, check_not_lost
 from precision_fsdp.selection import Selection, check_selection, repeated_blocks, select
+from precision_fsdp.start import send
 
 _OWN_POLICY = "_policy_before_fsdp"
 
@@ -122,7 +124,7 @@ class FSDPStrategy(Collectives, Strategy):
         self._made_group = False
         self._restores: list[Restore] = []
         self._device_mesh: DeviceMesh | None = None
-        self._sharded_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._held_back = HeldBack()
 
     # ---------------------------------------------------------------- processes
 
@@ -182,6 +184,7 @@ class FSDPStrategy(Collectives, Strategy):
             ValueError: it holds parameters of a sharded model and others, whose gradients nobody would reduce.
         """
         check_members(optimizer, (), self.precision._name_of)
+        self._restores.append(override(optimizer, "zero_grad", dropping(self._held_back.drop)))
         return super().setup_optimizer(optimizer)
 
     def setup_module(self, module: nn.Module) -> nn.Module:
@@ -198,7 +201,7 @@ class FSDPStrategy(Collectives, Strategy):
                 "FSDPStrategy has no process group: run it in Fabric(strategy=...), under torchrun or fabric.launch()"
             )
         blocks = repeated_blocks(module) if self._wrap is None else select("wrap", self._wrap, module)
-        again = self._to_recompute(module, blocks)
+        again = to_recompute(self._recompute, module, blocks)
         groups = make_groups(module, blocks, self.precision)
         check_can_initialise(module, self._init_fn)
         if any(isinstance(param, DTensor) for param in module.parameters()):
@@ -209,7 +212,7 @@ class FSDPStrategy(Collectives, Strategy):
         self._restores += recompute(again.items(), self.precision)
         offload = CPUOffloadPolicy() if self._cpu_offload else OffloadPolicy()
         for group in groups:
-            self._send(group.params)
+            send(group.params, self.device)
             fully_shard(
                 group.modules if group.beside else group.modules[0],
                 mesh=mesh,
@@ -217,12 +220,15 @@ class FSDPStrategy(Collectives, Strategy):
                 mp_policy=group.casts.policy(),
                 offload_policy=offload,
             )
-        self._send(module.buffers())
+        send(module.buffers(), self.device)
         if is_on_meta(module):
             materialise(module, self._init_fn, torch.device("cpu") if self._cpu_offload else self.device)
         refuse_copies(module)
-        self._report(module, groups, again)
-        self._sharded_modules.add(module)
+        notes = notes_of(module, groups, mesh, len(again))
+        report = self.precision.report
+        self.precision.report = replace(report, notes=(*report.notes, *self._notes, *notes))
+        self._restores.append(override(module, "zero_grad", dropping(drop)))
+        self._held_back.roots.add(module)
         return module
 
     def make_outer_forward(self, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
@@ -250,16 +256,30 @@ class FSDPStrategy(Collectives, Strategy):
         try:
             super().backward(tensor, module, *args, **kwargs)
         except BaseException:
-            for sharded in self._sharded_modules:
+            for sharded in self._held_back.roots:
                 begin_anew(sharded)
             raise
 
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
+        """Steps the optimizer as the precision says.
+
+        Raises:
+            RuntimeError: gradients of its parameters are held back: no backward has reduced them.
+        """
+        check = functools.partial(self._held_back.check_reduced, optimizer, self.precision._name_of)
+        if closure is None:
+            check()
+        else:
+            closure = followed_by(closure, check)
+        return super().optimizer_step(optimizer, closure, **kwargs)
+
     @contextmanager
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
-        """Context in which backward reduces no gradients: FSDP keeps them whole, in the dtype of reduction."""
+        """Context in which backward reduces no gradients: FSDP holds them back, whole, in the dtype of reduction."""
         if not enabled or not isinstance(module, FSDPModule):
             yield
             return
+        self._held_back.expect(self.precision.scaler)
         module.set_requires_gradient_sync(False)
         try:
             yield
@@ -279,53 +299,10 @@ class FSDPStrategy(Collectives, Strategy):
 
     # ---------------------------------------------------------------- helpers
 
-    def _to_recompute(self, module: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
-        if self._recompute is None or self._recompute is False:
-            return {}
-        if self._recompute is not True:
-            return select("activation_checkpointing", self._recompute, module)
-        if not blocks:
-            raise ValueError(
-                f"FSDPStrategy(activation_checkpointing=True) found no repeated block in this {type(module).__name__}: "
-                "name the blocks in place of True"
-            )
-        return blocks
-
     def _get_mesh(self) -> DeviceMesh:
         if self._device_mesh is None:
             self._device_mesh = make_mesh(self._mesh, self.device, self.world_size)
         return self._device_mesh
-
-    def _send(self, tensors: Iterable[Tensor]) -> None:
-        """Brings tensors to the device, with rank zero's values."""
-        for tensor in tensors:
-            if not tensor.is_meta and tensor.numel():
-                tensor.data = tensor.data.to(self.device)
-                if self.world_size > 1:
-                    values = _unexpanded(tensor.data)
-                    sent = values.contiguous()
-                    dist.broadcast(sent.flatten().view(torch.uint8), src=0)  # as bytes: gloo knows not every dtype
-                    if sent.data_ptr() != values.data_ptr():
-                        values.copy_(sent)
-
-    def _report(self, module: nn.Module, groups: list[Group], again: dict[str, nn.Module]) -> None:
-        kinds = Counter(type(group.modules[0]).__name__ for group in groups if group.name and not group.beside)
-        made = [f"{count} of {kind.removeprefix('FSDP')}" for kind, count in kinds.items()] + ["the rest in the root"]
-        size = sum(param.to_local().nbytes for param in module.parameters() if isinstance(param, DTensor))
-        world = f"{self.world_size} processes" if self.world_size > 1 else "one process, nothing is divided"
-        if self._get_mesh().ndim == 2:
-            world += " in {} replicas of {} shards".format(*self._get_mesh().shape)
-        notes = [f"fsdp: {world}: {len(groups)} groups, {', '.join(made)}; {size:,} bytes of parameters here"]
-        notes += [
-            f"fsdp: {', '.join(group.names)} in a group beside {group.name or 'the root'}'s own, "
-            f"gathered in {dtype_name(group.casts.gathered or group.casts.stored)}"
-            for group in groups
-            if group.beside
-        ]
-        if again:
-            notes.append(f"fsdp: {len(again)} blocks compute their activations again in backward")
-        report = self.precision.report
-        self.precision.report = replace(report, notes=(*report.notes, *self._notes, *notes))
 
 
 def _gathering(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -335,11 +312,3 @@ def _gathering(module: nn.Module, name: str, function: Callable[..., Any]) -> Ca
     register_fsdp_forward_method(module, hidden)
     bound = vars(module).pop(hidden)
     return lambda _, *args, **kwargs: bound(*args, **kwargs)
-
-
-def _unexpanded(tensor: Tensor) -> Tensor:
-    """Returns the part of `tensor` of which the rest is a repetition, as `expand` makes it."""
-    if 0 not in tensor.stride():
-        return tensor
-    shape = [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-    return tensor.as_strided(shape, [stride or 1 for stride in tensor.stride()])
