@@ -66,7 +66,9 @@ def _hardware(accelerator: str) -> str:
     asked = ACCELERATORS.get(accelerator)
     if vendor.DEVICE not in os.environ and asked is not None and not vendor.is_started():
         if asked == "TPU" and not vendor.tpu_chips():
-            raise ValueError('Fabric(accelerator="tpu"): there is no TPU here; accelerator="cpu" tries a program out')
+            raise ValueError(
+                'Fabric(accelerator="tpu"): there is no TPU here; accelerator="cpu", strategy="xla" tries a program out'
+            )
         return asked
     found = vendor.hardware()
     if asked not in (None, found):
