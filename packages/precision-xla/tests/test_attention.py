@@ -1,4 +1,4 @@
-"""Attention in mixed modes, where queries and keys are float32 and values are not, as in models with rotary positions."""
+"""Attention in mixed modes, where queries and keys are float32 and values are not, as with rotary positions."""
 
 from __future__ import annotations
 
