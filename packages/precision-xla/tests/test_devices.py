@@ -40,6 +40,14 @@ def test_devices_that_cannot_be_had_are_an_error(options: dict[str, Any], messag
         Fabric(**{"accelerator": "cpu", "strategy": "xla", **options})
 
 
+def test_the_vendors_own_switch_for_spmd_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_USE_SPMD", "1")
+    with pytest.raises(ValueError, match=r"the environment has XLA_USE_SPMD=1, which .*Unset XLA_USE_SPMD$"):
+        Fabric(accelerator="cpu", strategy="xla")
+    monkeypatch.setenv("XLA_USE_SPMD", "0")
+    Fabric(accelerator="cpu", strategy="xla")
+
+
 def test_several_devices_are_one_in_a_process_that_was_started_with_them(run_python: Any) -> None:
     done = run_python("-m", "pytest", str(HERE / "test_spmd.py"), "-q", "-p", "no:cacheprovider", CPU_NUM_DEVICES="2")
     assert done.returncode == 0, done.stdout[-6000:]

@@ -108,6 +108,26 @@ def test_clipping_reads_nothing_and_returns_the_norm(norm_type: float) -> None:
     assert norm.item() == pytest.approx(torch.linalg.vector_norm(flat, norm_type).item(), rel=1e-5)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_norms_of_many_gradients_are_those_of_float64(mode: str) -> None:
+    """XLA adds up bfloat16 in bfloat16: of these gradients it would find 11 and not 22, and clip to twice the norm."""
+    fabric = Fabric(accelerator="cpu", strategy="xla", precision=mode)
+    model = nn.Linear(1000, 1000, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fabric.setup(model, optimizer)
+    torch.manual_seed(0)
+    values = 0.02 + 0.01 * torch.randn(1000, 1000)
+    for kind, ord in (({"norm_type": 1.0}, 1), ({}, 2)):  # the second would overflow float16 when it is added up
+        optimizer.zero_grad()
+        fabric.backward((model.weight * values.to(fabric.device, model.weight.dtype)).float().sum())
+        fabric.precision_plugin.unscale_gradients(optimizer)
+        true = torch.linalg.vector_norm(model.weight.grad.cpu().double().flatten(), ord).item()  # type: ignore[union-attr]
+        norm = fabric.clip_gradients(model, optimizer, max_norm=1.0, **kind)
+        assert norm.item() == pytest.approx(true, rel=1e-5)  # type: ignore[union-attr]
+        after = model.weight.grad.cpu().double().flatten()  # type: ignore[union-attr]
+        assert torch.linalg.vector_norm(after, ord).item() == pytest.approx(1.0, rel=0.01)
+
+
 def test_a_closure_runs_first_then_clipping_and_the_step() -> None:
     fabric, model, optimizer = set_up("bf16-mixed")
     other_fabric, other, made = set_up("bf16-mixed")

@@ -64,6 +64,22 @@ def test_ties_classes_attributes_hooks_and_gradients_are_kept() -> None:
     assert calls == ["hook", "after", "after"]
 
 
+def test_ties_to_a_model_that_was_set_up_before_are_kept() -> None:
+    fabric, first, second = fabric_of(), nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    second[1].weight = first.weight
+    optimizer = torch.optim.SGD([*first.parameters(), *second[0].parameters(), second[1].bias], lr=0.1)
+    fabric.setup_module(first)
+    fabric.setup(second, optimizer)
+    assert second[1].weight is first.weight and first.weight.device == fabric.device
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    assert held == {id(param) for param in [*first.parameters(), *second.parameters()]}
+    x = torch.ones(2, 4, device=fabric.device)
+    fabric.backward(second(x).sum())
+    alone = first.weight.grad.clone()  # type: ignore[union-attr]
+    fabric.backward(first(x).sum())
+    assert torch.equal(first.weight.grad, alone + 2)
+
+
 def test_an_optimizer_that_has_stepped_takes_its_state_along() -> None:
     """Two steps on the CPU and two on the device are four on the CPU."""
     torch.manual_seed(0)
@@ -111,6 +127,15 @@ def test_models_without_values_are_refused_by_name() -> None:
         fabric_of().setup(model)
     with pytest.raises(ValueError, match=r"weight, bias have no shape yet: run one batch"):
         fabric_of().setup(nn.LazyLinear(4))
+
+
+def test_embeddings_with_sparse_gradients_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Embedding(4, 2, sparse=True), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"^0 would have sparse gradients, and XLA has no sparse tensors: make it wi"):
+        fabric_of().setup(model)
+    assert model[1].weight.is_cpu
+    model[0].requires_grad_(False)
+    assert fabric_of().setup(model)[1].weight.device.type == "xla"
 
 
 def test_fused_optimizers_are_refused_before_anything_moves() -> None:

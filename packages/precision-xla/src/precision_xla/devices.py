@@ -34,6 +34,11 @@ def plan(accelerator: str, devices: int | str | Sequence[int], num_nodes: int, *
         ValueError: an accelerator that XLA does not run on, devices that are not here, or another runtime than asked
             for: its kind and its number of devices are settled when it starts.
     """
+    if os.environ.get(vendor.SPMD, "0").lower() not in ("", "0", "false"):
+        raise ValueError(
+            f"the environment has {vendor.SPMD}={os.environ[vendor.SPMD]}, which makes all devices one before they are "
+            f"counted: Fabric(devices=...) decides that. Unset {vendor.SPMD}"
+        )
     hardware = _hardware(accelerator)
     if num_nodes != 1:
         raise ValueError(f"XLAStrategy runs on one machine, and Fabric(num_nodes={num_nodes}) asks for more")
@@ -66,7 +71,9 @@ def _hardware(accelerator: str) -> str:
     asked = ACCELERATORS.get(accelerator)
     if vendor.DEVICE not in os.environ and asked is not None and not vendor.is_started():
         if asked == "TPU" and not vendor.tpu_chips():
-            raise ValueError('Fabric(accelerator="tpu"): there is no TPU here; accelerator="cpu" tries a program out')
+            raise ValueError(
+                'Fabric(accelerator="tpu"): there is no TPU here; accelerator="cpu", strategy="xla" tries a program out'
+            )
         return asked
     found = vendor.hardware()
     if asked not in (None, found):

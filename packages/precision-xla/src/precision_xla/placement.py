@@ -16,7 +16,7 @@ Slot = tuple[nn.Module, str]
 
 
 def check_movable(module: nn.Module) -> None:
-    """Raises `ValueError` for parameters and buffers without values, naming them."""
+    """Raises `ValueError` for parameters and buffers without values and for sparse gradients, naming them."""
     named = [*module.named_parameters(), *module.named_buffers()]
     lazy = [name for name, tensor in named if is_lazy(tensor)]
     if lazy:
@@ -29,14 +29,27 @@ def check_movable(module: nn.Module) -> None:
             f"{_first(meta)} are on the meta device and have no values: build the model on the CPU or in "
             "fabric.init_module(), or call to_empty(device='cpu') and initialise or load it first"
         )
+    sparse = [
+        name or type(child).__name__
+        for name, child in module.named_modules()
+        if isinstance(child, (nn.Embedding, nn.EmbeddingBag)) and child.sparse and child.weight.requires_grad
+    ]
+    if sparse:
+        raise ValueError(
+            f"{_first(sparse)} would have sparse gradients, and XLA has no sparse tensors: make it with sparse=False"
+        )
 
 
 @torch.no_grad()
-def move(module: nn.Module, device: torch.device) -> WeakIdKeyDictionary:
+def move(module: nn.Module, device: torch.device, before: WeakIdKeyDictionary) -> WeakIdKeyDictionary:
     """Moves the module in place and returns old -> new parameter, old ones held weakly.
 
-    Classes, attributes, gradients, hooks (with the handles that remove them) and ties are kept, those of buffers too.
+    Classes, attributes, gradients, hooks (with the handles that remove them) and ties are kept, those of buffers too,
+    and ties to a module that was moved earlier: `before` is what moving that returned.
     """
+    for old, slots in _slots(module, "_parameters"):
+        if old in before:
+            _tie(slots, before[old])
     params, buffers = _slots(module, "_parameters"), _slots(module, "_buffers")
     module.to(device)
     moved = WeakIdKeyDictionary()
@@ -46,12 +59,12 @@ def move(module: nn.Module, device: torch.device) -> WeakIdKeyDictionary:
         if new is old or new is None:
             continue
         _take_over(old, new)
-        _tie(slots, new)
+        _tie(slots[1:], new)
         moved[old] = new
     for _, slots in buffers:
         owner, name = slots[0]
         if len(slots) > 1 and (buffer := owner._buffers[name]) is not None:
-            _tie(slots, buffer)
+            _tie(slots[1:], buffer)
     return moved
 
 
@@ -75,7 +88,7 @@ def _slots(module: nn.Module, kind: str) -> list[tuple[Tensor, list[Slot]]]:
 
 
 def _tie(slots: list[Slot], tensor: Tensor) -> None:
-    for owner, name in slots[1:]:
+    for owner, name in slots:
         setattr(owner, name, tensor)  # not into the dict: recurrent layers note their weights
 
 

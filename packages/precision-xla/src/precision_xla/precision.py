@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from precision_core import MixedPrecision, Policy, Precision
 from precision_core.plugins import make_plugin
 from precision_core.scaler import Scaler
+from precision_xla.attention import casts_attention
 from precision_xla.environment import check_environment
 from precision_xla.hardware import register
 
@@ -83,7 +84,10 @@ class XLAPrecision(Precision):
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Context in which forward runs: `torch.autocast("xla")` in mixed modes, else created tensors get the dtype."""
-        return self._plugin.forward_context()
+        context = self._plugin.forward_context()
+        if isinstance(context, torch.autocast) and not torch.compiler.is_compiling():  # torch 2.9 traces no such mode
+            return casts_attention(context)
+        return context
 
     def setup_scaler(self) -> GradScaler:
         """Returns torch's scaler in use; a disabled one where nothing is scaled."""

@@ -185,7 +185,7 @@ class XLAStrategy(Strategy):
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Moves the module to the device, ties and hooks kept, and marks the shardings of its parameters."""
         check_movable(module)
-        moved = move(module, self.device)
+        moved = move(module, self.device, self._moved)
         self._moved.update(moved)
         for optimizer in self._optimizers:
             move_state(optimizer, moved)

@@ -20,6 +20,8 @@ DEVICE = "PJRT_DEVICE"
 """The vendor's variable that says which kind of device the runtime starts with."""
 CPU_DEVICES = "CPU_NUM_DEVICES"
 """The vendor's variable that says how many devices a CPU is; it is read when the runtime starts."""
+SPMD = "XLA_USE_SPMD"
+"""The vendor's variable that turns SPMD on from the start."""
 SYNC_FREE = "torch_xla.amp.syncfree"
 """The module with optimizers that skip a step on the device; its SGD, Adam and AdamW take `found_inf`."""
 
@@ -77,15 +79,6 @@ def use_spmd() -> None:
 
     if not torch_xla.runtime.is_spmd():
         torch_xla.runtime.use_spmd()
-
-
-def is_spmd() -> bool:
-    """Whether `use_spmd` was called."""
-    if "torch_xla" not in sys.modules:
-        return False
-    import torch_xla.runtime
-
-    return bool(torch_xla.runtime.is_spmd())
 
 
 def device() -> torch.device:
