@@ -126,7 +126,7 @@ class ZeroEngine(Engine):
         for param in self.module.parameters():
             param.grad = None
         for bucket in zero.ipg_buckets.values():
-            bucket.clear()
+            getattr(bucket, "clear_params", bucket.clear)()  # at stage 3 the buffer stays
         reduced = zero.params_already_reduced
         for key in reduced if isinstance(reduced, dict) else range(len(reduced)):
             reduced[key] = False
