@@ -21,8 +21,8 @@ from precision_core.state import Filter, stateful_objects
 from precision_core.strategies.collectives import Collectives
 from precision_deepspeed import checkpoint, vendor
 from precision_deepspeed.arguments import check_optimizer, check_together, config_of
-from precision_deepspeed.config import deepspeed_config, stage_of
 from precision_deepspeed.binding import bind, unbind
+from precision_deepspeed.config import deepspeed_config, stage_of
 from precision_deepspeed.engine import Engine
 from precision_deepspeed.engines import make_engine
 from precision_deepspeed.names import describe
