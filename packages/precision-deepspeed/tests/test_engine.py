@@ -44,7 +44,7 @@ def raises_in_backward(fabric: Fabric | None, model: Net, optimizer: Any) -> Non
         backward(fabric, model(INPUT).pow(2).mean())
     hook.remove()
     if fabric is not None:
-        with pytest.raises(RuntimeError, match="optimizer.zero_grad"):
+        with pytest.raises(RuntimeError, match=r"optimizer\.zero_grad"):
             backward(fabric, model(INPUT).pow(2).mean())
         with pytest.raises(RuntimeError, match="before any backward"):
             optimizer.step()

@@ -48,8 +48,8 @@ def config_of(
         section = zero.get(key)
         if given and section is not None and (not isinstance(section, dict) or section.get("device") in (None, "none")):
             raise ValueError(
-                f'DeepSpeedStrategy({name}=True) and config["zero_optimization"]["{key}"] = {section!r} contradict each '
-                "other"
+                f'DeepSpeedStrategy({name}=True) and config["zero_optimization"]["{key}"] = {section!r} contradict '
+                "each other"
             )
         if given:
             zero[key] = section or dict(_CPU_OFFLOAD)
@@ -68,7 +68,7 @@ def check_optimizer(optimizer: Optimizer, stage: int) -> None:
         )
     if stage > 0 and any(cls.__name__.lower() in _BY_SHAPE for cls in type(optimizer).__mro__):
         raise ValueError(
-            f"{name} looks at the shape of each parameter, and under ZeRO an optimizer steps flat shards of all of them "
+            f"{name} looks at the shape of each parameter, and under ZeRO an optimizer steps flat shards of all "
             "together: use one whose step is the same for every element (AdamW, SGD), or pass stage=0"
         )
     params = [param for group in optimizer.param_groups for param in group["params"]]

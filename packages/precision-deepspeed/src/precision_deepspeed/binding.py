@@ -11,7 +11,7 @@ from precision_deepspeed.engine import Engine
 
 
 def bind(optimizer: Optimizer, engine: Engine) -> None:
-    """Has `zero_grad()` drop the gradients that the engine holds, and `add_param_group()` refuse what it cannot step."""
+    """Has `zero_grad()` drop what the engine holds, and `add_param_group()` refuse what the engine cannot step."""
 
     def zero_grad(self: Optimizer, set_to_none: bool = True) -> None:
         engine.drop()

@@ -24,56 +24,17 @@ _NOT_HERE = {
     "managed_gradient_accumulation": "an accumulation ends at the step here, however many backwards it had",
 }
 
-_KNOWN = frozenset(
-    [
-        "activation_checkpointing",
-        "aio",
-        "autotuning",
-        "bf16",
-        "checkpoint",
-        "comms_logger",
-        "comet",
-        "communication_data_type",
-        "compile",
-        "csv_monitor",
-        "curriculum_learning",
-        "data_efficiency",
-        "data_types",
-        "dataloader_drop_last",
-        "datastates",
-        "disable_allgather",
-        "disable_python_gc",
-        "dump_state",
-        "expert_parallel",
-        "flops_profiler",
-        "fp16",
-        "gradient_accumulation_steps",
-        "gradient_allreduce_op",
-        "gradient_clipping",
-        "gradient_predivide_factor",
-        "hybrid_engine",
-        "log_level",
-        "memory_breakdown",
-        "pipeline",
-        "prescale_gradients",
-        "seq_parallel_communication_data_type",
-        "steps_per_print",
-        "tensor_parallel",
-        "tensorboard",
-        "timers",
-        "torch_autocast",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "use_data_before_expert_parallelism",
-        "vocabulary_size",
-        "wandb",
-        "wall_clock_breakdown",
-        "weight_quantization",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "zero_optimization",
-    ]
-)
+_NAMES_AT_TOP = """
+    activation_checkpointing aio autotuning bf16 checkpoint comms_logger comet communication_data_type compile
+    csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last datastates disable_allgather
+    disable_python_gc dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps
+    gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine log_level memory_breakdown
+    pipeline prescale_gradients seq_parallel_communication_data_type steps_per_print tensor_parallel tensorboard
+    timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
+    vocabulary_size wandb wall_clock_breakdown weight_quantization zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer zero_optimization
+"""
+_KNOWN = frozenset(_NAMES_AT_TOP.split())
 """What DeepSpeed 0.19.8 reads at the top of a config; whatever else stands there it passes over without a word."""
 
 

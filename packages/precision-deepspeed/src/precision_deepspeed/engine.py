@@ -37,7 +37,7 @@ TWICE = (
 
 
 FAILED = (
-    "the last fabric.backward raised, and left gradients of a part of the model: call optimizer.zero_grad(), which drops "
+    "the last fabric.backward raised and left gradients of a part of the model: call optimizer.zero_grad(), which drops "
     "all since the last step, then go on"
 )
 

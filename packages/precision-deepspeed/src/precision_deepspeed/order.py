@@ -1,7 +1,7 @@
 """Whether all ranks' backwards give gradients to the same parameters, one after the other in the same order.
 
-From stage 2 on DeepSpeed reduces gradients in the order in which a rank computes them, in one flat tensor, and at stage 3
-it gathers parameters in the order in which a rank needs them. Ranks that use other parts of the model would add up
+From stage 2 on DeepSpeed reduces gradients in the order in which a rank computes them, in one flat tensor; at stage 3 it
+gathers parameters in the order in which a rank needs them. Ranks that use other parts of the model would add up
 gradients, and gather values, of different parameters, and nothing would say so (0.19.8).
 """
 
@@ -40,8 +40,8 @@ class Order:
         largest, smallest = both.tolist()
         if largest != -smallest:
             raise RuntimeError(
-                "ranks gave gradients to different parameters, or in another order, since the last step: from stage 2 on "
-                "DeepSpeed would mix those of one with another's. Let every rank use all of the model (add 0 * "
+                "ranks gave gradients to different parameters, or in another order, since the last step: from stage 2 "
+                "on DeepSpeed would mix those of one with another's. Let every rank use all of the model (add 0 * "
                 "part(x).sum() to the loss), or pass stage=0 or 1"
             )
 

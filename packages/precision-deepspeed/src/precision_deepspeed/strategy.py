@@ -208,8 +208,8 @@ class DeepSpeedStrategy(Collectives, Strategy):
             raise RuntimeError("fabric.clip_gradients: there are no gradients; call fabric.backward(loss) first")
         if not (module is None or engine.is_model(module)) or optimizer not in (None, engine.optimizer):
             raise ValueError(
-                "fabric.clip_gradients under DeepSpeed clips all gradients of the engine together, in its step: pass the "
-                "model and the optimizer that fabric.setup was given"
+                "fabric.clip_gradients under DeepSpeed clips all gradients of the engine together, in its step: pass "
+                "the model and the optimizer that fabric.setup was given"
             )
         return engine.clip(how)
 
