@@ -37,8 +37,8 @@ TWICE = (
 
 
 FAILED = (
-    "the last fabric.backward raised and left gradients of a part of the model: call optimizer.zero_grad(), which drops "
-    "all since the last step, then go on"
+    "the last fabric.backward raised and left gradients of a part of the model: call optimizer.zero_grad(), which "
+    "drops all since the last step, then go on"
 )
 
 

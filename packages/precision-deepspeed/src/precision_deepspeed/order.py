@@ -1,7 +1,7 @@
 """Whether all ranks' backwards give gradients to the same parameters, one after the other in the same order.
 
-From stage 2 on DeepSpeed reduces gradients in the order in which a rank computes them, in one flat tensor; at stage 3 it
-gathers parameters in the order in which a rank needs them. Ranks that use other parts of the model would add up
+From stage 2 on DeepSpeed reduces gradients in the order in which a rank computes them, in one flat tensor; at stage 3
+it gathers parameters in the order in which a rank needs them. Ranks that use other parts of the model would add up
 gradients, and gather values, of different parameters, and nothing would say so (0.19.8).
 """
 
