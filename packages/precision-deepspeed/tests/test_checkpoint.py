@@ -159,6 +159,8 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
             fabric.save(tmp_path / "a", {"model": model})
         with pytest.raises(ValueError, match="whole"):
             fabric.save(tmp_path / "a", state, filter={"model": lambda name, value: True})
+        with pytest.raises(CheckpointError, match="for a pattern"):
+            fabric.save(tmp_path / "run[1]", state)
         (tmp_path / "file").write_text("mine")
         with pytest.raises(ValueError, match="no checkpoint folder"):
             fabric.save(tmp_path / "file", state)

@@ -89,9 +89,23 @@ def test_what_the_user_says_stays() -> None:
             ["grad_accum_dtype", "stage=2"],
         ),
         ("32-true", {"data_types": {"grad_accum_dtype": "bf16"}}, ["grad_accum_dtype", "32-true"]),
+        ("bf16-true", {"data_types": {"grad_accum_dtype": "int8"}}, ["int8", "fp32, fp16, bf16"]),
+        ("bf16-true", {"data_types": {"param_dtype": "fp32"}}, ["param_dtype", "policy"]),
+        ("64-true", {}, ["float64", "32-true"]),
+        ("bf16-mixed; *.norm: 32-true", {}, ["exceptions"]),
+        ("params=float32,compute=bfloat16,reduce=bfloat16", {}, ["reduce=float32"]),
+        ("32-true", "ds.json", ["ds.json", "json.load"]),
+        ("32-true", {"zero_optimisation": {"stage": 3}}, ["zero_optimisation", "did you mean 'zero_optimization'"]),
+        ("32-true", {"nonsense": 1}, ["nonsense", "nothing that DeepSpeed reads"]),
+        ("32-true", {"train_batch_size": "auto"}, ["train_batch_size", "leave it out"]),
+        ("bf16-true", {"communication_data_type": ["fp32"]}, ["communication_data_type", "bf16"]),
+        ("32-true", {"checkpoint": {"load_universal": True}}, ["load_universal", "fabric.load"]),
+        ("32-true", {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, ["8-bit", "quantized"]),
+        ("32-true", {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["stage=3", "stage=2"]),
+        ("32-true", {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["offload_optimizer", "stage=0"]),
     ],
 )
-def test_contradictions_are_named(policy: str, config: dict[str, Any], words: list[str]) -> None:
+def test_contradictions_are_named(policy: str, config: Any, words: list[str]) -> None:
     with pytest.raises(ValueError) as caught:
         deepspeed_config(policy, config)
     assert all(word in str(caught.value) for word in words)

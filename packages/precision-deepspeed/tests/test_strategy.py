@@ -397,6 +397,11 @@ def test_it_starts_alone_without_anybodys_variables() -> None:
         ({"stage": 0, "offload_optimizer": True}, ["stage=1, 2 or 3"]),
         ({"stage": 2, "config": {"zero_optimization": {"stage": 3}}}, ["stage=2", "= 3"]),
         ({"stage": 2, "config": "ds.json"}, ["dict", "json.load"]),
+        ({"stage": 2, "offload_optimizer": "nvme"}, ["offload_optimizer='nvme'", "zero_optimization"]),
+        (
+            {"offload_optimizer": True, "config": {"zero_optimization": {"offload_optimizer": {"device": "none"}}}},
+            ["offload_optimizer=True", "none", "contradict"],
+        ),
     ],
 )
 def test_arguments_that_cannot_be(arguments: dict[str, Any], words: list[str]) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
 _CPU_OFFLOAD = {"device": "cpu"}
+_BY_SHAPE = ("adafactor", "muon", "sparseadam", "lamb", "lars", "shampoo", "soap")
 
 
 def config_of(
@@ -21,6 +22,12 @@ def config_of(
         raise ValueError(f"DeepSpeedStrategy(config={config!r}): expected a dict; json.load reads one from a file")
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ValueError(f"DeepSpeedStrategy(stage={stage!r}): ZeRO has the stages 0, 1, 2 and 3")
+    for name, given in (("offload_optimizer", offload_optimizer), ("offload_parameters", offload_parameters)):
+        if not isinstance(given, bool):
+            raise ValueError(
+                f"DeepSpeedStrategy({name}={given!r}): True is the host's memory; other devices are set in "
+                'config={"zero_optimization": ...}'
+            )
     if offload_parameters and stage != 3:
         raise ValueError(f"DeepSpeedStrategy(offload_parameters=True) needs stage=3, not {stage}")
     if offload_optimizer and stage == 0:
@@ -34,10 +41,18 @@ def config_of(
             f'DeepSpeedStrategy(stage={stage}) and config["zero_optimization"]["stage"] = {zero["stage"]!r} contradict '
             "each other"
         )
-    if offload_optimizer:
-        zero.setdefault("offload_optimizer", dict(_CPU_OFFLOAD))
-    if offload_parameters:
-        zero.setdefault("offload_param", dict(_CPU_OFFLOAD))
+    for name, given, key in (
+        ("offload_optimizer", offload_optimizer, "offload_optimizer"),
+        ("offload_parameters", offload_parameters, "offload_param"),
+    ):
+        section = zero.get(key)
+        if given and section is not None and (not isinstance(section, dict) or section.get("device") in (None, "none")):
+            raise ValueError(
+                f'DeepSpeedStrategy({name}=True) and config["zero_optimization"]["{key}"] = {section!r} contradict '
+                "each other"
+            )
+        if given:
+            zero[key] = section or dict(_CPU_OFFLOAD)
     if "offload_optimizer" in zero:
         made.setdefault("zero_force_ds_cpu_optimizer", False)  # the user's torch optimizer steps there as well
     return made
@@ -50,6 +65,11 @@ def check_optimizer(optimizer: Optimizer, stage: int) -> None:
         raise ValueError(
             f"this {name} has state, which DeepSpeed drops when it takes the optimizer over: set it up first, then "
             "load the checkpoint with fabric.load"
+        )
+    if stage > 0 and any(cls.__name__.lower() in _BY_SHAPE for cls in type(optimizer).__mro__):
+        raise ValueError(
+            f"{name} looks at the shape of each parameter, and under ZeRO an optimizer steps flat shards of all "
+            "together: use one whose step is the same for every element (AdamW, SGD), or pass stage=0"
         )
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if isinstance(optimizer, Adagrad) and (stage > 0 or any(param.dtype is not torch.float32 for param in params)):

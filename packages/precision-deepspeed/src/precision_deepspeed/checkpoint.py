@@ -12,6 +12,7 @@ having the engine load the files.
 from __future__ import annotations
 
 import functools
+import glob
 import logging
 import os
 import secrets
@@ -71,10 +72,11 @@ def save(path: Path, state: dict[str, Any], filter: Filter | None, strategy: Dee
 
     Raises:
         ValueError: the model without its optimizer or the reverse, a filter on them, something else at `path`.
-        CheckpointError: another rank failed.
+        CheckpointError: another rank failed; a path that DeepSpeed takes for a pattern.
     """
     path = path.absolute()
     with together(None):
+        _check_name(path)
         stand_ins = _stand_ins(state, engine, strategy)
         _check_whole(state, stand_ins, filter)
         if strategy.is_global_zero:
@@ -118,6 +120,8 @@ def load(
             but DeepSpeed's own classes in them.
     """
     with together(None):
+        if state is not None:
+            _check_name(path.absolute())
         folder = folder_manifest.find(path.absolute())
         manifest = folder_manifest.read(folder)
         folder_manifest.verify(folder, manifest, sorted(manifest.files))
@@ -150,6 +154,14 @@ def load(
     if differing and strategy.is_global_zero:
         _log.info("%s was converted: %s", path, strategy.converted)
     return rest
+
+
+def _check_name(path: Path) -> None:
+    if glob.has_magic(str(path)):
+        raise CheckpointError(
+            f"{path}: DeepSpeed takes *, ? and [ in a path for a pattern, and would not find its files again: name the "
+            "folder without them"
+        )
 
 
 def _record(engine: Engine, strategy: DeepSpeedStrategy) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from precision_core import Policy
+from precision_deepspeed.support import NO_FLOAT64, REDUCES_IN_FLOAT32
 
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _SPELLINGS = {"float32": "fp32", "float": "fp32", "half": "fp16", "float16": "fp16", "bfloat16": "bf16"}
@@ -21,6 +23,19 @@ _NOT_HERE = {
     "bfloat16": 'DeepSpeed calls it "bf16"',
     "managed_gradient_accumulation": "an accumulation ends at the step here, however many backwards it had",
 }
+
+_NAMES_AT_TOP = """
+    activation_checkpointing aio autotuning bf16 checkpoint comms_logger comet communication_data_type compile
+    csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last datastates disable_allgather
+    disable_python_gc dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps
+    gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine log_level memory_breakdown
+    pipeline prescale_gradients seq_parallel_communication_data_type steps_per_print tensor_parallel tensorboard
+    timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
+    vocabulary_size wandb wall_clock_breakdown weight_quantization zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer zero_optimization
+"""
+_KNOWN = frozenset(_NAMES_AT_TOP.split())
+"""What DeepSpeed 0.19.8 reads at the top of a config; whatever else stands there it passes over without a word."""
 
 
 def deepspeed_config(policy: Policy | str | int, user_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -35,11 +50,14 @@ def deepspeed_config(policy: Policy | str | int, user_config: Mapping[str, Any] 
 
     Source: https://www.deepspeed.ai/docs/config-json/
     """
-    policy = Policy.parse(policy)
+    policy = _check_policy(Policy.parse(policy))
+    if user_config is not None and not isinstance(user_config, Mapping):
+        raise ValueError(f"deepspeed_config(config={user_config!r}): expected a dict; json.load reads one from a file")
     config: dict[str, Any] = copy.deepcopy(dict(user_config or {}))
     for key, way_out in _NOT_HERE.items():
         if key in config:
             raise ValueError(f"config[{key!r}] cannot be used here: {way_out}")
+    _check_keys(config)
     _fix(config, "gradient_accumulation_steps", 1, "call fabric.backward several times before optimizer.step()")
     _fix(config, "gradient_clipping", 0.0, "call fabric.clip_gradients(model, optimizer, max_norm=...) before the step")
     if "train_batch_size" not in config:
@@ -48,6 +66,7 @@ def deepspeed_config(policy: Policy | str | int, user_config: Mapping[str, Any] 
     _set_section(config, policy)
     _set_reduction(config, policy)
     _check_stage(config, policy)
+    _check_zero(config)
     return config
 
 
@@ -69,6 +88,51 @@ def _table(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"config[{key!r}] is a dict, not {value!r}")
     return value
+
+
+def _check_policy(policy: Policy) -> Policy:
+    """Returns a policy that one of DeepSpeed's sections runs; its plugin checks the rest, and the machine."""
+    if policy.exceptions:
+        raise ValueError(f'precision="{policy}": the engine knows one dtype for all layers, so there are no exceptions')
+    if not {policy.params, policy.compute, policy.reduce} <= _NAMES.keys():
+        raise ValueError(f'precision="{policy}": {NO_FLOAT64}')
+    if policy.mixed and policy.reduce is not torch.float32:
+        raise ValueError(f'precision="{policy}": {REDUCES_IN_FLOAT32}')
+    return policy
+
+
+def _check_keys(config: Mapping[str, Any]) -> None:
+    for key in config.keys() - _KNOWN:
+        near = difflib.get_close_matches(str(key), _KNOWN, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "leave it out; sections of ZeRO go into zero_optimization"
+        raise ValueError(f"config[{key!r}] is nothing that DeepSpeed reads: {hint}")
+    for key, value in config.items():
+        if value == "auto":
+            raise ValueError(f'config[{key!r}] is "auto", which the Hugging Face Trainer fills in: leave it out')
+    types = _table(config, "data_types")
+    for key in types.keys() - {"grad_accum_dtype", "keep_in_fp32_modules"}:
+        raise ValueError(f'config["data_types"][{key!r}] cannot be used here: the policy and buffers= say dtypes')
+    if _table(config, "checkpoint").get("load_universal"):
+        raise ValueError(
+            'config["checkpoint"]["load_universal"] cannot be used here: fabric.load converts between numbers of ranks '
+            "and stages without it"
+        )
+
+
+def _check_zero(config: Mapping[str, Any]) -> None:
+    zero, stage = _table(config, "zero_optimization"), stage_of(config)
+    for key in ("zero_quantized_gradients", "zero_quantized_weights"):
+        if zero.get(key):
+            raise ValueError(
+                f'config["zero_optimization"][{key!r}] sends 8-bit integers, which no policy says here: leave it out'
+            )
+    for key, stages in (("offload_param", (3,)), ("offload_optimizer", (1, 2, 3))):
+        device = _table(zero, key).get("device", "none") if zero.get(key) is not None else "none"
+        if device not in (None, "none") and stage not in stages:
+            raise ValueError(
+                f'config["zero_optimization"][{key!r}] needs stage={" or ".join(map(str, stages))}, and this is '
+                f"stage={stage}, where DeepSpeed passes over it"
+            )
 
 
 def _fix(config: dict[str, Any], key: str, value: float, way_out: str) -> None:
@@ -113,8 +177,10 @@ def _set_section(config: dict[str, Any], policy: Policy) -> None:
 
 def _set_reduction(config: dict[str, Any], policy: Policy) -> None:
     name = _NAMES[policy.reduce]
-    given = config.setdefault("communication_data_type", name)
-    if _SPELLINGS.get(given, given) != name:
+    given = config.get("communication_data_type")
+    if given is None:  # which is DeepSpeed's default
+        given = config["communication_data_type"] = name
+    if _SPELLINGS.get(str(given), given) != name:
         raise ValueError(
             f'config["communication_data_type"] is {given!r} and precision="{policy}" reduces gradients in {name}: say '
             "it in the policy (reduce=...), or leave it out"
@@ -136,6 +202,10 @@ def _check_stage(config: dict[str, Any], policy: Policy) -> None:
         raise ValueError(
             f'config["data_types"]["grad_accum_dtype"] is "fp32", which needs stage=2 or 3 here, and this is '
             f"stage={stage}: DeepSpeed has no such engine at stage 0, and one of another kind at stage 1"
+        )
+    if accumulated not in ("None", *_NAMES.values()):
+        raise ValueError(
+            f'config["data_types"]["grad_accum_dtype"] is {accumulated!r}: expected one of {", ".join(_NAMES.values())}'
         )
     if policy.params is torch.float32 and accumulated not in ("None", "fp32"):
         raise ValueError(

@@ -36,6 +36,12 @@ TWICE = (
 )
 
 
+FAILED = (
+    "the last fabric.backward raised and left gradients of a part of the model: call optimizer.zero_grad(), which "
+    "drops all since the last step, then go on"
+)
+
+
 class Engine:
     """What all stages share. Holds the vendor's engine of one model and one optimizer."""
 
@@ -49,7 +55,8 @@ class Engine:
         self.names: dict[str, Any] = {}
         """What `names.describe` says of the model."""
         self.has_gradients = False
-        self._reduced = False
+        self._reduced = self._failed = False
+        self._frozen = [(name, param) for name, param in module.named_parameters() if not param.requires_grad]
         vendor.set_gradient_accumulation_boundary(False)
         vendor.module_forward_pre_hook.remove()  # `forward` does what they do: with them no module can be pickled
         vendor.module_forward_post_hook.remove()
@@ -79,16 +86,34 @@ class Engine:
         """Adds the gradients of `loss` (one number), times `scale` where the mode's scale is not the engine's own."""
         if self._reduced:
             raise RuntimeError(TWICE)
+        self._check_whole()
+        self._check_frozen()
+        self._failed = True
         self._backward(loss, scale, retain_graph)
-        self.has_gradients = True
+        self.has_gradients, self._failed = True, False
 
     def _backward(self, loss: Tensor, scale: float, retain_graph: bool) -> None:
         raise NotImplementedError
+
+    def _check_whole(self) -> None:
+        if self._failed:
+            raise RuntimeError(FAILED)
+
+    def _check_frozen(self) -> None:
+        if self.steps_parameters:
+            return
+        thawed = [name for name, param in self._frozen if param.requires_grad]
+        if thawed:
+            raise RuntimeError(
+                f"{thawed[:10]} did not train when fabric.setup was called, and DeepSpeed's engine steps what did: set "
+                "them up with requires_grad=True and a learning rate of 0, or set a new Fabric up"
+            )
 
     # ---------------------------------------------------------------- gradients
 
     def reduce(self) -> None:
         """Ends the accumulation: gradients are averaged over ranks, once until the step."""
+        self._check_whole()
         if not self._reduced:
             self.vendor.set_gradient_accumulation_boundary(True)
             self._reduce()
@@ -116,9 +141,9 @@ class Engine:
 
     def drop(self) -> None:
         """Forgets all gradients since the last step, as `optimizer.zero_grad()` does."""
-        if self.has_gradients:
+        if self.has_gradients or self._failed:
             self._drop()
-            self.has_gradients = self._reduced = False
+            self.has_gradients = self._reduced = self._failed = False
             self.vendor.set_gradient_accumulation_boundary(False)
 
     def _drop(self) -> None:
@@ -199,6 +224,20 @@ class Engine:
     def destroy(self) -> None:
         """Takes DeepSpeed's hooks off the module and its parameters."""
         self.vendor.destroy()
+
+
+def tighten(limit: float, norm: Tensor, clip: Clip) -> tuple[float, Tensor]:
+    """Returns the limit of the coming step and the norm as it is, where `limit` was set before; 0.0: none was.
+
+    Raises:
+        RuntimeError: gradients are to be clipped by value after their norm was: the engine does that in the step.
+    """
+    if limit == 0.0:
+        return clip.max_norm or 0.0, norm
+    if clip.max_norm is None:
+        raise RuntimeError("fabric.clip_gradients(clip_val=...) after max_norm: DeepSpeed clips the norm in the step, "
+                           "so clip by value first")  # fmt: skip
+    return min(limit, clip.max_norm), norm.clamp(max=limit)
 
 
 def check_finite(norm: Tensor, clip: Clip) -> None:

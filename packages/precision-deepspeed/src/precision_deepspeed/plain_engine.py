@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from precision_core.clipping import Clip, clip_true_gradients
 from precision_core.gradients import all_finite, multiply
-from precision_deepspeed.engine import Engine, check_finite
+from precision_deepspeed.engine import Engine, check_finite, tighten
 from precision_deepspeed.placing import Place
 
 
@@ -84,13 +84,15 @@ class HalfEngine(Engine):
     def clip(self, clip: Clip) -> Tensor | None:
         self.reduce()
         gradients = [param.grad for param in self.module.parameters() if param.grad is not None]
+        limit = self.vendor.optimizer.clip_grad
         if clip.max_norm is None:
+            tighten(limit, torch.zeros(()), clip)
             return clip_true_gradients(list(self.module.parameters()), clip)
         if clip.norm_type != 2.0:
             raise ValueError(f"clip_gradients(norm_type={clip.norm_type}): DeepSpeed knows the 2-norm only")
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each.float()) for each in gradients]))
         check_finite(norm, clip)
-        self.vendor.optimizer.clip_grad = clip.max_norm
+        self.vendor.optimizer.clip_grad, norm = tighten(limit, norm, clip)
         return norm
 
     def _step(self) -> bool:

@@ -15,7 +15,7 @@ from precision_core import MODES, HalfPrecision, Policy, Precision
 from precision_core.plugins import make_plugin
 from precision_deepspeed.config import has_pure_state
 from precision_deepspeed.scaler import DynamicScaler, EngineScaler, SectionScaler
-from precision_deepspeed.support import NO_FLOAT16, NO_FLOAT64
+from precision_deepspeed.support import NO_FLOAT16, NO_FLOAT64, REDUCES_IN_FLOAT32
 from precision_deepspeed.vendor import supports_float16
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class DeepSpeedPrecision(Precision):
 
     Args:
         precision: 32-true, 16-true, bf16-true, 16-mixed, bf16-mixed, an alias, or a policy without exceptions.
-        amp_type: "native". DeepSpeed removed apex in 0.19.8, so "apex" is refused.
+        amp_type: "native". DeepSpeed 0.19.8, the oldest that this package takes, has no apex: "apex" is refused.
         amp_level: apex's; None.
         buffers: for true modes, as `HalfPrecision` takes it: which buffers to keep in float32.
         scaler: for `16-mixed`, `init_scale`, `growth_factor`, `backoff_factor`, `growth_interval`, `min_scale`. That of
@@ -168,8 +168,9 @@ class DeepSpeedPrecision(Precision):
 def _check_amp(amp_type: str, amp_level: str | None) -> None:
     if amp_type == "apex":
         raise ValueError(
-            'amp_type="apex": DeepSpeed 0.19.8 removed its amp section. amp_type="native" with precision="16-mixed" is '
-            'what replaced levels O1 and O2, precision="16-true" what replaced O3'
+            'amp_type="apex": DeepSpeed 0.19.8, the oldest that this package takes, has removed its amp section. '
+            'amp_type="native" with precision="16-mixed" is what replaced levels O1 and O2, precision="16-true" what '
+            "replaced O3"
         )
     if amp_type != "native":
         raise ValueError(f'amp_type={amp_type!r}: allowed is "native"')
@@ -184,10 +185,7 @@ def _check_mixed(name: str, policy: Policy) -> Policy:
             f"are {' and '.join(mode for mode in MODES if mode in ('16-true', 'bf16-true'))} here"
         )
     if policy.reduce is not torch.float32:
-        raise ValueError(
-            f"{name}: under torch_autocast DeepSpeed reduces some layers' gradients in float32 whatever it is told; "
-            "say reduce=float32"
-        )
+        raise ValueError(f"{name}: {REDUCES_IN_FLOAT32}")
     if policy.scale and policy.compute is not torch.float16:
         raise ValueError(f"{name}: only float16 needs a scaled loss; say scale=false")
     return policy

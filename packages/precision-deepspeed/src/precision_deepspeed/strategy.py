@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from precision_core.state import Filter, stateful_objects
 from precision_core.strategies.collectives import Collectives
 from precision_deepspeed import checkpoint, vendor
 from precision_deepspeed.arguments import check_optimizer, check_together, config_of
+from precision_deepspeed.binding import bind, unbind
 from precision_deepspeed.config import deepspeed_config, stage_of
 from precision_deepspeed.engine import Engine
 from precision_deepspeed.engines import make_engine
@@ -136,7 +136,7 @@ class DeepSpeedStrategy(Collectives, Strategy):
             scaled_here = precision.policy.scale and precision.policy.mixed
             self._engine = make_engine(engine, module, optimizer, self.stage, scaled_here)
             self._engine.names = names
-            _bind_zero_grad(optimizer, self._engine)
+            bind(optimizer, self._engine)
             precision.scaler.attach(engine)
         elif self.stage == 3:
             self._evaluated.append(vendor.initialize(self.local_rank, model=module, config=config))
@@ -206,6 +206,11 @@ class DeepSpeedStrategy(Collectives, Strategy):
         engine = self._training("fabric.clip_gradients")
         if not engine.has_gradients:
             raise RuntimeError("fabric.clip_gradients: there are no gradients; call fabric.backward(loss) first")
+        if not (module is None or engine.is_model(module)) or optimizer not in (None, engine.optimizer):
+            raise ValueError(
+                "fabric.clip_gradients under DeepSpeed clips all gradients of the engine together, in its step: pass "
+                "the model and the optimizer that fabric.setup was given"
+            )
         return engine.clip(how)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
@@ -288,7 +293,7 @@ class DeepSpeedStrategy(Collectives, Strategy):
     def teardown(self) -> None:
         """Lets the engines go, undoes what they changed in torch, and ends the process group if it was made here."""
         if self._engine is not None:
-            self._engine.optimizer.__dict__.pop("zero_grad", None)
+            unbind(self._engine.optimizer)
             self._engine.destroy()
         for engine in self._evaluated:
             engine.destroy()
@@ -300,14 +305,3 @@ class DeepSpeedStrategy(Collectives, Strategy):
         if self._made_group and torch.distributed.is_initialized():
             vendor.end_process_group()
         self._made_group = False
-
-
-def _bind_zero_grad(optimizer: Optimizer, engine: Engine) -> None:
-    """Has `optimizer.zero_grad()` drop the gradients that the engine holds; the optimizer does not reach those."""
-
-    def zero_grad(self: Optimizer, set_to_none: bool = True) -> None:
-        engine.drop()
-        if engine.steps_parameters:  # else the optimizer holds tensors of DeepSpeed's, gradients and all
-            type(self).zero_grad(self, set_to_none)
-
-    optimizer.__dict__["zero_grad"] = MethodType(zero_grad, optimizer)

@@ -11,6 +11,9 @@ from precision_core.support_table import SupportRow
 
 STRATEGY = "deepspeed"
 NO_FLOAT64 = "DeepSpeed's engine keeps float32 master weights and has no float64: use 32-true, or another strategy"
+REDUCES_IN_FLOAT32 = (
+    "under torch_autocast DeepSpeed reduces some layers' gradients in float32 whatever it is told; say reduce=float32"
+)
 NO_FLOAT16 = (
     "DeepSpeed's accelerator says that it has no float16 here, and its fp16 section is refused: use 16-mixed, which is "
     "its torch_autocast, or bf16-true"

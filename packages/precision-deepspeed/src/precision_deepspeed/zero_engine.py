@@ -7,19 +7,27 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from precision_core.checkpoint import CheckpointError
 from precision_core.clipping import Clip
 from precision_core.gradients import all_finite
 from precision_deepspeed import vendor
-from precision_deepspeed.engine import Engine, check_finite
+from precision_deepspeed.engine import Engine, check_finite, tighten
+from precision_deepspeed.order import Order
 from precision_deepspeed.placing import Place
 from precision_deepspeed.saved import Saved
 
 
 class ZeroEngine(Engine):
     """Stages 1 and 2."""
+
+    def __init__(self, vendor: Any, module: nn.Module, optimizer: Optimizer) -> None:
+        super().__init__(vendor, module, optimizer)
+        self._order: Order | None = None
+        if vendor.zero_optimization_partition_gradients() and torch.distributed.get_world_size() > 1:
+            self._order = Order(module, vendor.device)
 
     @property
     def _zero(self) -> Any:
@@ -29,19 +37,33 @@ class ZeroEngine(Engine):
         self._zero.clear_backward_seen_flag()
 
     def _backward(self, loss: Tensor, scale: float, retain_graph: bool) -> None:
+        self._zero.clear_backward_seen_flag()  # else a second one after one forward replaces gradients at stage 3
         if not self.has_gradients and self._zero.custom_loss_scaler:
             self._zero.external_loss_scale = scale  # and so it stays until these gradients are stepped
         self.vendor.backward(loss, retain_graph=retain_graph)
 
     def _reduce(self) -> None:
+        if self._order is not None:
+            self._order.check()
         if self.vendor.zero_optimization_partition_gradients():
             self._zero.finalize_gradient_accumulation_boundary()
         else:
+            self._fill()
             self.vendor.allreduce_gradients()
+
+    def _fill(self) -> None:
+        """Gives zeros to parameters without gradients: DeepSpeed reduces what each rank has, one after the other."""
+        for group in self._zero.bit16_groups:
+            for param in group:
+                if self._zero.get_gradient_for_reduction(param) is None:
+                    param.grad = torch.zeros_like(param)
+                    if self._zero.use_grad_accum_attribute:
+                        param.grad_accum = param.grad.to(self._zero.gradient_accumulation_dtype)
 
     def clip(self, clip: Clip) -> Tensor | None:
         self.reduce()
         if clip.max_norm is None:
+            tighten(self._zero.clip_grad, torch.zeros(()), clip)
             self._clip_values(clip)
             return None
         if clip.norm_type != 2.0:
@@ -53,7 +75,7 @@ class ZeroEngine(Engine):
         # DeepSpeed says -1 for what is not finite.
         norm = torch.linalg.vector_norm(torch.where(parts < 0, torch.inf, parts)) / self._zero.loss_scale
         check_finite(norm, clip)
-        self._zero.clip_grad = clip.max_norm
+        self._zero.clip_grad, norm = tighten(self._zero.clip_grad, norm, clip)
         return norm
 
     def _norms(self) -> list[Any]:
@@ -83,6 +105,7 @@ class ZeroEngine(Engine):
         """Does what the vendor does with the gradients of a step that it skips."""
         zero = self._zero
         zero.clip_grad = 0.0
+        self._end_backward()
         zero.zero_grad(set_to_none=True)
         zero._release_preflattened_grad_buffers()
         if self.vendor.zero_cpu_offload():
@@ -90,6 +113,28 @@ class ZeroEngine(Engine):
         for index in zero.averaged_gradients:
             zero.averaged_gradients[index] = zero.all_grad_tensors[index] = None
         zero.all_grad_tensors.clear()
+
+    def _end_backward(self) -> None:
+        """Ends a backward that raised in the middle, as far as DeepSpeed has begun it."""
+        zero = self._zero
+        if self._order is not None:
+            self._order.forget()
+        if not self._failed:
+            return
+        zero._backward_active_depth = zero._remaining_grad_acc_hooks = 0
+        zero.clear_backward_seen_flag()
+        for param in self.module.parameters():
+            param.grad = None
+        for bucket in zero.ipg_buckets.values():
+            getattr(bucket, "clear_params", bucket.clear)()  # at stage 3 the buffer stays
+        reduced = zero.params_already_reduced
+        for key in reduced if isinstance(reduced, dict) else range(len(reduced)):
+            reduced[key] = False
+
+    def destroy(self) -> None:
+        if self._order is not None:
+            self._order.remove()
+        super().destroy()
 
     def parameters_changed(self) -> None:
         self._zero.refresh_fp32_params()
@@ -135,6 +180,7 @@ class Zero3Engine(ZeroEngine):
 
     def _drop(self) -> None:
         self._zero.clip_grad = 0.0
+        self._end_backward()
         self._zero._overflow_clean_up(self._zero.loss_scale)
 
     def _flats(self) -> list[Tensor]:

@@ -1,0 +1,129 @@
+"""What loops do between forward and step: graphs, errors that are caught, clipping twice, changes of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from precision_core import Fabric
+from precision_core.testing import run_in_ranks
+from precision_deepspeed import DeepSpeedStrategy
+
+STAGES = (0, 1, 2, 3)
+INPUT = torch.randn(6, 4, generator=torch.Generator().manual_seed(5))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+class Interruption(Exception):
+    pass
+
+
+def backward(fabric: Fabric | None, loss: Tensor, **options: Any) -> None:
+    loss.backward(**options) if fabric is None else fabric.backward(loss, **options)
+
+
+def raises_in_backward(fabric: Fabric | None, model: Net, optimizer: Any) -> None:
+    def interrupt(*args: Any) -> None:
+        raise Interruption
+
+    hook = model.last.register_full_backward_hook(interrupt)
+    with pytest.raises(Interruption):
+        backward(fabric, model(INPUT).pow(2).mean())
+    hook.remove()
+    if fabric is not None:
+        with pytest.raises(RuntimeError, match=r"optimizer\.zero_grad"):
+            backward(fabric, model(INPUT).pow(2).mean())
+        with pytest.raises(RuntimeError, match="before any backward"):
+            optimizer.step()
+    for _ in range(2):
+        optimizer.zero_grad()
+        backward(fabric, model(INPUT).pow(2).mean())
+        optimizer.step()
+
+
+def two_forwards_then_two_backwards(fabric: Fabric | None, model: Net, optimizer: Any) -> None:
+    losses = [model(INPUT * factor).pow(2).mean() for factor in (1, 2)]
+    for loss in losses:
+        backward(fabric, loss)
+    optimizer.step()
+
+
+def clipped_twice(fabric: Fabric | None, model: Net, optimizer: Any) -> None:
+    backward(fabric, model(INPUT).pow(2).mean())
+    norms = []
+    for limit in (0.1, 10.0):
+        if fabric is None:
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), limit))
+        else:
+            norms.append(fabric.clip_gradients(model, optimizer, max_norm=limit))  # type: ignore[arg-type]
+    assert float(norms[1]) == pytest.approx(0.1, rel=1e-4)
+    optimizer.step()
+
+
+def moved(loop: Callable[..., None], stage: int | None) -> dict[str, Tensor]:
+    """Returns what the loop subtracted, under a stage or in plain torch."""
+    model = Net()
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    if stage is None:
+        loop(None, model, optimizer)
+        return {name: before[name] - param.detach() for name, param in model.named_parameters()}
+    fabric = Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(stage))
+    fabric.setup(model, optimizer)
+    loop(fabric, model, optimizer)
+    with fabric.strategy.whole(model):
+        return {name: before[name] - param.detach() for name, param in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_loops_end_where_torchs_do(stage: int) -> None:
+    def run() -> None:
+        for loop in (raises_in_backward, two_forwards_then_two_backwards, clipped_twice):
+            mine, theirs = moved(loop, stage), moved(loop, None)
+            for name, value in theirs.items():
+                torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=1e-6, msg=f"{loop.__name__} {name}")
+
+    run_in_ranks(1, run)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_the_engine_would_pass_over_is_refused(stage: int) -> None:
+    def run() -> None:
+        fabric = Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(stage))
+        model = Net()
+        by_shape = torch.optim.Adafactor(model.parameters())
+        with pytest.raises(ValueError, match=r"Adafactor looks at the shape.*stage=0"):
+            fabric.setup(model, by_shape)
+        model = Net()
+        model.first.bias.requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        fabric.setup(model, optimizer)
+        with pytest.raises(RuntimeError, match="learning rate of 0"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+        fabric.backward(model(INPUT).pow(2).mean())
+        with pytest.raises(ValueError, match="all gradients of the engine together"):
+            fabric.clip_gradients(model.first, max_norm=1.0)
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        with pytest.raises(RuntimeError, match="clip by value first"):
+            fabric.clip_gradients(model, optimizer, clip_val=1.0)
+        optimizer.step()
+        model.first.bias.requires_grad_(True)
+        with pytest.raises(RuntimeError, match=r"\['first\.bias'\] did not train when"):
+            fabric.backward(model(INPUT).pow(2).mean())
+        fabric.teardown()
+        assert not {"add_param_group", "zero_grad", "step"} & vars(optimizer).keys()
+
+    run_in_ranks(1, run)

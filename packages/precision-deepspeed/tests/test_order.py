@@ -1,0 +1,64 @@
+"""Ranks that use different parts of a model: the true gradient, or an error on all of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from precision_core import Fabric
+from precision_core.testing import run_in_ranks
+from precision_deepspeed import DeepSpeedStrategy
+
+
+class Choice(nn.Module):
+    """Two layers of the same shape, of which a forward takes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(2))
+        self.last = nn.Linear(4, 1, bias=False)
+
+    def forward(self, x: Tensor, which: int) -> Tensor:
+        return self.last(self.layers[which](x))
+
+
+def rows(rank: int) -> Tensor:
+    return torch.randn(4, 4, generator=torch.Generator().manual_seed(rank))
+
+
+def reference() -> dict[str, Tensor]:
+    """Returns the mean of two ranks' gradients in float64, where the second rank takes the second layer."""
+    model = Choice().double()
+    for rank in range(2):
+        (model(rows(rank).double(), rank).pow(2).mean() / 2).backward()
+    return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ranks_that_use_other_layers_are_right_or_told(stage: int) -> None:
+    def run() -> dict[str, Tensor] | None:
+        model = Choice()
+        before = {name: param.detach().double().clone() for name, param in model.named_parameters()}
+        fabric = Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(stage))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        fabric.setup(model, optimizer)
+        if stage >= 2:
+            for which in (0, 1, 0):  # all ranks alike may change from step to step
+                optimizer.zero_grad()
+                fabric.backward(model(rows(fabric.global_rank), which).pow(2).mean())
+                optimizer.step()
+            optimizer.zero_grad()
+        fabric.backward(model(rows(fabric.global_rank), fabric.global_rank).pow(2).mean())
+        if stage >= 2:
+            with pytest.raises(RuntimeError, match=r"ranks gave gradients to different parameters.*stage=0 or 1"):
+                optimizer.step()
+            assert fabric.precision_plugin.steps == 3
+            return None
+        optimizer.step()
+        return {name: before[name] - param.detach().double() for name, param in model.named_parameters()}
+
+    for moved in run_in_ranks(2, run):
+        for name, gradient in reference().items() if moved is not None else ():
+            torch.testing.assert_close(moved[name], gradient, rtol=1e-5, atol=1e-6)
