@@ -270,8 +270,25 @@ def test_the_repacked_copy_goes_with_the_weights(change: str) -> None:
 
 @pytest.mark.skipif(fast.is_here(), reason="this CPU has the kernel")
 def test_the_fused_kernel_is_refused_where_it_is_missing() -> None:
-    with pytest.raises(ValueError, match="fast_inference needs a CPU with AVX512-BF16"):
+    match = r"fast_inference=True\) needs a CPU with AVX512-BF16, and this one has none: leave it out"
+    with pytest.raises(ValueError, match=match):
         BitsandbytesPrecision(_fast("nf4"))
+    layer = linear()
+    with pytest.raises(ValueError, match=match):
+        quantize(nn.Sequential(layer), BitsAndBytesConfig.of(_fast("nf4")), torch.bfloat16)
+    assert type(layer) is nn.Linear
+
+
+@pytest.mark.skipif(fast.is_here(), reason="this CPU has the kernel")
+@pytest.mark.parametrize("mode", ["nf4", "fp4-dq"])
+def test_a_layer_from_a_cpu_with_the_kernel_is_right_without_it(mode: str) -> None:
+    layer, x = ours(linear(), mode, torch.bfloat16).eval(), inputs().detach()
+    expected = layer(x)
+    layer.fast_inference = True  # as torch.load gives it back
+    layer = pickle.loads(pickle.dumps(layer))
+    with torch.no_grad():
+        assert layer.fast_inference and torch.equal(layer(x), expected)
+    assert layer._repacked is None
 
 
 def as_float64(module: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precision_bnb import adopt
+from precision_bnb import adopt, fast
 from precision_bnb.config import BitsAndBytesConfig
 from precision_bnb.layers import Int8TrainingLinear, Quantized, QuantizedEmbedding, QuantizedLinear
 from precision_bnb.packed import Format, Layout
@@ -42,9 +42,11 @@ def quantize(
     Raises:
         ValueError: a pattern of `ignore_modules` that matches no module, layers that would lose something, weights that
             are infinite, NaN or too large; nothing was changed. Nor was it for a layer of bitsandbytes that is
-            quantised in another way, or for `embeddings` with int8-training, which quantises none.
+            quantised in another way, for `embeddings` with int8-training, which quantises none, or for
+            `fast_inference` on a CPU without that kernel.
         RuntimeError: a layer that could not be quantised, for want of memory for example; says how many were.
     """
+    fast.check(config)
     check_embeddings(config, embeddings)
     table = _Maker(config, compute_dtype).table(embeddings)
     return _replaced(module, table, config, ignore_modules, dry_run)
