@@ -121,6 +121,19 @@ def test_empty_batches_vectors_and_inference(mode: str) -> None:
             assert torch.allclose(layer(x[0, 1]), rows[0, 1], atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_results_are_no_views(mode: str, training: bool) -> None:
+    """FSDP2 warns of a root that returns one, for an operation in place on it would lose the hook of the backward."""
+    layer = ours(linear(), mode).train(training)
+    for x in (inputs(), inputs()[0], inputs()[0, 0]):
+        y = layer(x)
+        assert not y._is_view() and y.shape == (*x.shape[:-1], 64)
+        (expected,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+        (changed,) = torch.autograd.grad(y.mul_(1).square().sum(), x)
+        assert torch.equal(changed, expected)
+
+
 def test_autocast_decides_the_results_dtype() -> None:
     for mode in MODES:
         layer = ours(linear(), mode, torch.bfloat16)
