@@ -125,7 +125,7 @@ def _rows(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def _as_input(result: Tensor, x: Tensor) -> Tensor:
-    """Returns `result` (n, out) in the shape of `x`, (..., out); no view, of which FSDP2 warns where it is the root's."""
+    """Returns `result` (n, out) in the shape of `x`, (..., out); no view, of which FSDP2 warns at the root."""
     if x.dim() == 2:
         return result
     shaped: Tensor = torch.ops.aten._unsafe_view.default(result, (*x.shape[:-1], result.shape[-1]))
