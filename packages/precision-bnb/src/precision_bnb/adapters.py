@@ -37,6 +37,7 @@ def tell_peft_of_conv1d(module: nn.Module, conv1d: type[nn.Module] | None) -> No
         is_conv1d = conv1d is not None and isinstance(base, conv1d)
         if not (is_conv1d or getattr(base, "transposed", False)):
             continue
-        for part in wrapper.modules():  # DoRA's part has its own
+        parts: Any = wrapper.modules()  # DoRA's part has its own
+        for part in parts:
             if hasattr(part, "fan_in_fan_out"):
                 part.fan_in_fan_out = not isinstance(base, QuantizedLinear)
