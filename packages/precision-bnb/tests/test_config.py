@@ -32,6 +32,13 @@ def test_there_and_back_through_transformers(mode: str) -> None:
     assert back == (config if back.load_in_4bit else dataclasses.replace(config, bnb_4bit_compute_dtype=None))
 
 
+def test_what_transformers_cannot_say_is_not_lost_in_its_dict() -> None:
+    config = dataclasses.replace(MODES["nf4"], block_size=128)
+    with pytest.raises(ValueError, match=r"block_size=128\)\.to_dict\(\): transformers has blocks of 64 only"):
+        config.to_dict()
+    assert BitsAndBytesConfig.of(dataclasses.asdict(config)) == config
+
+
 def test_everything_can_be_reached() -> None:
     given = {
         "load_in_4bit": True,
@@ -56,6 +63,7 @@ def test_everything_can_be_reached() -> None:
         ("nf5", 'expected one of nf4, .*did you mean "nf4"'),
         ("nf4; *.norm: 32-true", "exceptions belong to what is not quantised"),
         (4, "expected one of nf4"),
+        (BitsAndBytesConfig, "expected one of nf4"),
         ({}, "one of load_in_4bit and load_in_8bit is true, and neither is"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "both are"),
         ({"load_in_4bit": 1}, r"load_in_4bit=1\): expected True or False"),

@@ -121,6 +121,19 @@ def test_empty_batches_vectors_and_inference(mode: str) -> None:
             assert torch.allclose(layer(x[0, 1]), rows[0, 1], atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_results_are_no_views(mode: str, training: bool) -> None:
+    """FSDP2 warns of a root that returns one, for an operation in place on it would lose the hook of the backward."""
+    layer = ours(linear(), mode).train(training)
+    for x in (inputs(), inputs()[0], inputs()[0, 0]):
+        y = layer(x)
+        assert not y._is_view() and y.shape == (*x.shape[:-1], 64)
+        (expected,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+        (changed,) = torch.autograd.grad(y.mul_(1).square().sum(), x)
+        assert torch.equal(changed, expected)
+
+
 def test_autocast_decides_the_results_dtype() -> None:
     for mode in MODES:
         layer = ours(linear(), mode, torch.bfloat16)
@@ -270,8 +283,25 @@ def test_the_repacked_copy_goes_with_the_weights(change: str) -> None:
 
 @pytest.mark.skipif(fast.is_here(), reason="this CPU has the kernel")
 def test_the_fused_kernel_is_refused_where_it_is_missing() -> None:
-    with pytest.raises(ValueError, match="fast_inference needs a CPU with AVX512-BF16"):
+    match = r"fast_inference=True\) needs a CPU with AVX512-BF16, and this one has none: leave it out"
+    with pytest.raises(ValueError, match=match):
         BitsandbytesPrecision(_fast("nf4"))
+    layer = linear()
+    with pytest.raises(ValueError, match=match):
+        quantize(nn.Sequential(layer), BitsAndBytesConfig.of(_fast("nf4")), torch.bfloat16)
+    assert type(layer) is nn.Linear
+
+
+@pytest.mark.skipif(fast.is_here(), reason="this CPU has the kernel")
+@pytest.mark.parametrize("mode", ["nf4", "fp4-dq"])
+def test_a_layer_from_a_cpu_with_the_kernel_is_right_without_it(mode: str) -> None:
+    layer, x = ours(linear(), mode, torch.bfloat16).eval(), inputs().detach()
+    expected = layer(x)
+    layer.fast_inference = True  # as torch.load gives it back
+    layer = pickle.loads(pickle.dumps(layer))
+    with torch.no_grad():
+        assert layer.fast_inference and torch.equal(layer(x), expected)
+    assert layer._repacked is None
 
 
 def as_float64(module: nn.Module) -> nn.Module:

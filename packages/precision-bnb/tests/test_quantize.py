@@ -51,8 +51,10 @@ def test_4_bits_equal_bitsandbytes(shape: tuple[int, int], kind: str, double: bo
 
 
 def test_where_bitsandbytes_dequantises_right_ours_is_its_own_and_elsewhere_it_is_wrong() -> None:
-    """The second trap. When this fails, bitsandbytes has been mended, and `_dequantize_4bit` can be shorter."""
+    """The second trap, of its AVX-512 kernel. When this fails there, bitsandbytes has been mended."""
     right, wrong = [(32, 64), (7, 5)], [(24, 48), (64, 1008), (16, 32)]
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        right, wrong = right + wrong, []
     for shape in right + wrong:
         weight, layout = weights(shape), Layout(Format("nf4"), *shape)
         codes, state = bnb.quantize_4bit(weight, quant_type="nf4")

@@ -106,7 +106,7 @@ class BitsAndBytesConfig:
             return _of_mode(config)
         if not isinstance(config, Mapping):
             to_dict = getattr(config, "to_dict", None)
-            if not callable(to_dict):
+            if not callable(to_dict) or isinstance(config, type):
                 raise ValueError(f"BitsandbytesPrecision({config!r}): expected one of {', '.join(MODES)}, or a config")
             config = to_dict()
         return _of_dict(dict(config))
@@ -119,7 +119,16 @@ class BitsAndBytesConfig:
         return self.bnb_4bit_quant_type + "-dq" * self.bnb_4bit_use_double_quant
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what transformers' `BitsAndBytesConfig(**...)` takes: plain values, dtypes as strings."""
+        """Returns what transformers' `BitsAndBytesConfig(**...)` takes: plain values, dtypes as strings.
+
+        Raises:
+            ValueError: another `block_size` than 64, which that class cannot say, and would quantise otherwise.
+        """
+        if self.block_size != 64:
+            raise ValueError(
+                f"BitsAndBytesConfig(block_size={self.block_size}).to_dict(): transformers has blocks of 64 only; "
+                "dataclasses.asdict(config) has all settings"
+            )
         compute = self.bnb_4bit_compute_dtype or torch.float32
         skip = self.llm_int8_skip_modules
         return {

@@ -9,20 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precision_bnb import adopt
+from precision_bnb import adopt, fast
+from precision_bnb.adapters import ADAPTERS, tell_peft_of_conv1d, trains_in_peft
 from precision_bnb.config import BitsAndBytesConfig
 from precision_bnb.layers import Int8TrainingLinear, Quantized, QuantizedEmbedding, QuantizedLinear
 from precision_bnb.packed import Format, Layout
 from precision_bnb.quantize import check_floating, check_values
 from precision_bnb.quantize import quantize as quantize_weight
-from precision_core.patterns import covers, matches
+from precision_core.patterns import matches
 from precision_core.surgery import Replacement, Surgery, replace_layers
 
 IGNORED = ("lm_head", "embed_out", "output_layer", "score", "classifier")
 """Modules that stay as they are where nothing else is said: heads, whose rounding reaches the result unaveraged."""
-
-ADAPTERS = ("lora_A", "lora_B", "modules_to_save", "prompt_encoder")
-"""Modules that always stay as they are: peft's, which train."""
 
 
 def quantize(
@@ -42,9 +40,11 @@ def quantize(
     Raises:
         ValueError: a pattern of `ignore_modules` that matches no module, layers that would lose something, weights that
             are infinite, NaN or too large; nothing was changed. Nor was it for a layer of bitsandbytes that is
-            quantised in another way, or for `embeddings` with int8-training, which quantises none.
+            quantised in another way, for `embeddings` with int8-training, which quantises none, or for
+            `fast_inference` on a CPU without that kernel.
         RuntimeError: a layer that could not be quantised, for want of memory for example; says how many were.
     """
+    fast.check(config)
     check_embeddings(config, embeddings)
     table = _Maker(config, compute_dtype).table(embeddings)
     return _replaced(module, table, config, ignore_modules, dry_run)
@@ -77,9 +77,12 @@ def _replaced(
 ) -> Surgery:
     exclude = _patterns(module, config, ignore_modules)
     try:
-        return replace_layers(module, table, exclude=exclude, mode=config.mode, dry_run=dry_run)
+        surgery = replace_layers(module, table, exclude=exclude, mode=config.mode, dry_run=dry_run)
     except ValueError as error:
         raise ValueError(str(error).replace("with exclude=", "with ignore_modules=")) from None
+    if not dry_run:
+        tell_peft_of_conv1d(surgery.module, _conv1d())
+    return surgery
 
 
 def _patterns(module: nn.Module, config: BitsAndBytesConfig, given: Iterable[str] | None) -> tuple[str, ...]:
@@ -89,7 +92,7 @@ def _patterns(module: nn.Module, config: BitsAndBytesConfig, given: Iterable[str
     names = [name for name, _ in module.named_modules()]
     ours = (*(IGNORED if given is None else ()), *ADAPTERS, *_kept_wide(module))
     used = tuple(pattern for pattern in dict.fromkeys(ours) if any(matches(pattern, name) for name in names))
-    return (*used, *_peft_trains(module), *sorted(given or ()))
+    return (*used, *trains_in_peft(module), *sorted(given or ()))
 
 
 def _kept_wide(module: nn.Module) -> Iterator[str]:
@@ -99,16 +102,6 @@ def _kept_wide(module: nn.Module) -> Iterator[str]:
             parts = getattr(child, key, None)
             for part in {parts} if isinstance(parts, str) else parts or ():
                 yield part.removesuffix(".weight")
-
-
-def _peft_trains(module: nn.Module) -> Iterator[str]:
-    """Yields the linear layers that train in a model which peft has frozen: they are its own, by whatever name."""
-    if not any(hasattr(child, "peft_config") for child in module.modules()):
-        return
-    linears = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
-    trains = [name for name, layer in linears.items() if layer.weight.requires_grad]
-    if len(trains) < len(linears):
-        yield from (name for name in trains if not any(covers(pattern, name) for pattern in ADAPTERS))
 
 
 class _Maker:
@@ -278,4 +271,5 @@ def dequantize(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
     surgery = replace_layers(module, table)
     if not surgery.report.converted:
         raise ValueError(f"this {type(module).__name__} has no quantised layer")
+    tell_peft_of_conv1d(surgery.module, _conv1d())
     return surgery.module

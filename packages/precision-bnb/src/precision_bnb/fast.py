@@ -12,6 +12,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from precision_bnb.config import BitsAndBytesConfig
 from precision_bnb.packed import Layout
 from precision_bnb.quantize import code_of, scales_of
 
@@ -24,11 +25,19 @@ def is_here() -> bool:
     return bool(bnb.has_avx512bf16())
 
 
+def check(config: BitsAndBytesConfig) -> None:
+    """Raises `ValueError` where the kernel is asked for, and this CPU has none."""
+    if config.fast_inference and not is_here():
+        raise ValueError(
+            "BitsAndBytesConfig(fast_inference=True) needs a CPU with AVX512-BF16, and this one has none: leave it out"
+        )
+
+
 def takes(layout: Layout) -> bool:
-    """Whether the kernel takes weights of that shape."""
+    """Whether there is a kernel that takes weights of that shape; a layer may come from a machine that had one."""
     format = layout.format
     fits = layout.rows % _ROWS == 0 and layout.columns % _COLUMNS == 0 and layout.columns % format.block_size == 0
-    return fits and format.quant_type != "int8"
+    return fits and format.quant_type != "int8" and is_here()
 
 
 class Repacked:

@@ -124,6 +124,14 @@ def _rows(x: Tensor, layer: nn.Linear) -> Tensor:
     return x.reshape(-1, columns)
 
 
+def _as_input(result: Tensor, x: Tensor) -> Tensor:
+    """Returns `result` (n, out) in the shape of `x`, (..., out); no view, of which FSDP2 warns at the root."""
+    if x.dim() == 2:
+        return result
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(result, (*x.shape[:-1], result.shape[-1]))
+    return shaped
+
+
 class QuantizedLinear(Quantized, nn.Linear):
     """x (..., in) -> (..., out) with 4- or 8-bit weights, in `compute_dtype`; the result has the dtype of `x`.
 
@@ -165,7 +173,7 @@ class QuantizedLinear(Quantized, nn.Linear):
                 result = self._fast(rows, weight, bias)
             else:
                 result = product(rows, weight, bias, self.layout, self.threshold, self.training)
-        return result.view(*x.shape[:-1], self.out_features).to(output)
+        return _as_input(result, x).to(output)
 
     def _fast(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.device.type != "cpu" or not fast.takes(self.layout):
@@ -266,4 +274,4 @@ class Int8TrainingLinear(nn.Linear):
         with torch.autocast(x.device.type, enabled=False) if cast else nullcontext():
             weight = self.weight.t().contiguous() if self.transposed else self.weight
             result = training_product(rows, weight, bias, self.threshold, self.training)
-        return result.view(*x.shape[:-1], self.out_features).to(output)
+        return _as_input(result, x).to(output)

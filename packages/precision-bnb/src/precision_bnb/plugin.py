@@ -79,10 +79,7 @@ class BitsandbytesPrecision(Precision):
                 allowed = ", ".join(map(str, COMPUTE_DTYPES))
                 raise ValueError(f"BitsandbytesPrecision(dtype={dtype!r}): what layers compute in is one of {allowed}")
             config = replace(config, bnb_4bit_compute_dtype=dtype)
-        if config.fast_inference and not fast.is_here():
-            raise ValueError(
-                "BitsandbytesPrecision: fast_inference needs a CPU with AVX512-BF16, and this one has none"
-            )
+        fast.check(config)
         check_embeddings(config, embeddings)
         self._config = config
         self._ignored = _checked(ignore_modules)

@@ -1,8 +1,8 @@
 """Quantising floats into packed weights, a chunk at a time, and back.
 
 Codes and scales are bit for bit those of bitsandbytes' `quantize_4bit` and `int8_vectorwise_quant` of the whole weight.
-What comes back is right for every shape: on the CPU, bitsandbytes' own `dequantize_4bit` takes a row to begin a block,
-which is wrong where the columns are no multiple of the block size.
+What comes back is right for every shape: with AVX-512, bitsandbytes' own `dequantize_4bit` takes a row to begin a
+block, which is wrong where the columns are no multiple of the block size.
 """
 
 from __future__ import annotations
