@@ -320,6 +320,27 @@ def test_converting_back_gives_torchs_layers_with_equal_values() -> None:
         restore(model)
 
 
+def test_gradients_and_hooks_on_them_stay_both_ways() -> None:
+    te, model = plugin(), Model()
+    ids = torch.randint(64, (8, 4))
+    model(ids).sum().backward()
+    calls = []
+    model.odd.weight.register_hook(lambda grad: calls.append("odd"))
+    layer: Any = model.blocks[0][1]  # type: ignore[index]
+    layer.weight.register_post_accumulate_grad_hook(lambda param: calls.append("block"))
+    before = [param.grad for param in model.parameters()]
+    for change in (te.convert_module, restore):
+        change(model)
+        assert all(param.grad is grad for param, grad in zip(model.parameters(), before, strict=True))
+    te.convert_module(model)
+    with te.forward_context():
+        te.convert_output(model(ids)).sum().backward()  # accumulates: the step may come after it is put back
+    twice = [param.grad.clone() for param in model.parameters() if param.grad is not None]
+    restore(model)
+    assert all(torch.equal(grad, param.grad) for grad, param in zip(twice, model.parameters(), strict=True))
+    assert sorted(calls) == ["block", "odd"]
+
+
 def test_a_model_that_was_put_back_can_be_converted_anew() -> None:
     model = Model()
     for recipe in ("delayed", "mxfp8", "nvfp4"):
