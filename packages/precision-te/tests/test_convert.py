@@ -59,6 +59,8 @@ def test_linear_layers_are_converted_and_the_report_says_so() -> None:
     assert name == "odd" and "30" in reason and "16" in reason
     assert '4 of 5 linear layers compute in recipe "delayed"' in report.notes
     assert any("norms stay torch's" in note for note in report.notes)
+    small = ", ".join(converted(model))
+    assert f"fewer than 2**20 weights, perhaps too small to win: {small}" in report.notes
     assert report.bytes_before == report.bytes_after
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
 
