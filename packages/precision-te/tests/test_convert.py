@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from typing import Any
 
 import pytest
@@ -148,6 +149,30 @@ def test_what_would_be_lost_is_refused_before_anything_changes() -> None:
     with pytest.raises(ValueError, match=r"blocks.1.1: a parametrisation of weight"):
         plugin().convert_module(model)
     assert converted(model) == []
+
+
+def test_work_is_linear_in_the_number_of_layers() -> None:
+    """Counted in calls, which a busy machine does not change; `benchmarks/bench_te_convert.py` has the time."""
+
+    def calls_a_layer(count: int) -> float:
+        with torch.device("meta"):
+            layers = [nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32)) for _ in range(count)]
+        te, model, calls = plugin(keep_first=1, exclude={"1.1"}), nn.Sequential(*layers), 0
+
+        def count_call(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        before = sys.getprofile()
+        sys.setprofile(count_call)
+        try:
+            te.convert_module(model)
+        finally:
+            sys.setprofile(before)
+        assert len(converted(model)) == count - 2
+        return calls / count
+
+    assert calls_a_layer(800) == pytest.approx(calls_a_layer(100), rel=0.02)
 
 
 class Conv1D(nn.Module):

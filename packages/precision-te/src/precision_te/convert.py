@@ -95,7 +95,8 @@ def restore(module: nn.Module) -> nn.Module:
     """Puts torch's layers back in the place of an engine's, in place, and returns the module.
 
     Parameters stay the same objects, with their gradients; only weights that were stored quantised, and those of the
-    vendor's own norms with gamma around zero, come back as new ones. What the engine knew of scales is dropped. The vendor's fused layers that you built are no one layer of torch's, and stay.
+    vendor's own norms with gamma around zero, come back as new ones. What the engine knew of scales is dropped. The
+    vendor's fused layers that you built are no one layer of torch's, and stay.
 
     Raises:
         ValueError: the module has no layer of an engine, or one of those new weights has a gradient or hooks on it.
