@@ -491,6 +491,27 @@ def test_what_would_be_lost_is_refused_before_anything_changes(kind: str, dry_ru
     assert converted(replace_layers(model, DOUBLE, exclude=others)) == ["0"]
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_gradients_and_hooks_stay_on_parameters_that_are_kept(dry_run: bool) -> None:
+    def make(layer: nn.Module) -> nn.Module:
+        new = nn.Linear(4, 4, device="meta")
+        new.weight, new.bias = layer.weight, nn.Parameter(layer.bias.detach())  # type: ignore[assignment,operator]
+        return new
+
+    table = {nn.Linear: Replacement(make, keeps=lambda layer, param: param is layer.weight)}
+    model = chain(2)
+    weight = model[0].weight
+    model(X).sum().backward()
+    weight.register_hook(lambda grad: grad)
+    with pytest.raises(ValueError, match="a gradient of bias"):
+        replace_layers(model, table, dry_run=dry_run)
+    for layer in model:
+        layer.bias.grad = None
+    gradient = weight.grad
+    replace_layers(model, table, dry_run=dry_run)
+    assert model[0].weight is weight and weight.grad is gradient and len(weight._backward_hooks) == 1
+
+
 def test_a_parametrised_subclass_is_a_subclass() -> None:
     model = nn.Sequential(parametrizations.orthogonal(MyLinear(4, 4)))
     assert skipped(replace_layers(model, DOUBLE)) == {"0": "a subclass of Linear: MyLinear"}

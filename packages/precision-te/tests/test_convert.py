@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from typing import Any
 
 import pytest
@@ -59,6 +60,8 @@ def test_linear_layers_are_converted_and_the_report_says_so() -> None:
     assert name == "odd" and "30" in reason and "16" in reason
     assert '4 of 5 linear layers compute in recipe "delayed"' in report.notes
     assert any("norms stay torch's" in note for note in report.notes)
+    small = ", ".join(converted(model))
+    assert f"fewer than 2**20 weights, perhaps too small to win: {small}" in report.notes
     assert report.bytes_before == report.bytes_after
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
 
@@ -146,6 +149,30 @@ def test_what_would_be_lost_is_refused_before_anything_changes() -> None:
     with pytest.raises(ValueError, match=r"blocks.1.1: a parametrisation of weight"):
         plugin().convert_module(model)
     assert converted(model) == []
+
+
+def test_work_is_linear_in_the_number_of_layers() -> None:
+    """Counted in calls, which a busy machine does not change; `benchmarks/bench_te_convert.py` has the time."""
+
+    def calls_a_layer(count: int) -> float:
+        with torch.device("meta"):
+            layers = [nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32)) for _ in range(count)]
+        te, model, calls = plugin(keep_first=1, exclude={"1.1"}), nn.Sequential(*layers), 0
+
+        def count_call(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        before = sys.getprofile()
+        sys.setprofile(count_call)
+        try:
+            te.convert_module(model)
+        finally:
+            sys.setprofile(before)
+        assert len(converted(model)) == count - 2
+        return calls / count
+
+    assert calls_a_layer(800) == pytest.approx(calls_a_layer(100), rel=0.02)
 
 
 class Conv1D(nn.Module):
@@ -318,6 +345,27 @@ def test_converting_back_gives_torchs_layers_with_equal_values() -> None:
     assert torch.equal(model(ids), copy.deepcopy(model)(ids))
     with pytest.raises(ValueError, match="this Model has no layer that precision-te converted"):
         restore(model)
+
+
+def test_gradients_and_hooks_on_them_stay_both_ways() -> None:
+    te, model = plugin(), Model()
+    ids = torch.randint(64, (8, 4))
+    model(ids).sum().backward()
+    calls = []
+    model.odd.weight.register_hook(lambda grad: calls.append("odd"))
+    layer: Any = model.blocks[0][1]  # type: ignore[index]
+    layer.weight.register_post_accumulate_grad_hook(lambda param: calls.append("block"))
+    before = [param.grad for param in model.parameters()]
+    for change in (te.convert_module, restore):
+        change(model)
+        assert all(param.grad is grad for param, grad in zip(model.parameters(), before, strict=True))
+    te.convert_module(model)
+    with te.forward_context():
+        te.convert_output(model(ids)).sum().backward()  # accumulates: the step may come after it is put back
+    twice = [param.grad.clone() for param in model.parameters() if param.grad is not None]
+    restore(model)
+    assert all(torch.equal(grad, param.grad) for grad, param in zip(twice, model.parameters(), strict=True))
+    assert sorted(calls) == ["block", "odd"]
 
 
 def test_a_model_that_was_put_back_can_be_converted_anew() -> None:

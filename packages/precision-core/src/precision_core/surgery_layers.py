@@ -26,6 +26,8 @@ class Replacement:
     """Returns for (name, layer) the reason to leave it alone, a shape that FP8 cannot take for example, or None."""
     packs: bool = False
     """The new layer stores its weights in another shape or dtype: they cannot stand in for the old ones elsewhere."""
+    keeps: Callable[[nn.Module, nn.Parameter], bool] = lambda layer, param: False
+    """Whether the new layer has this very parameter of the old one, so that its gradient and hooks stay."""
     takes: frozenset[str] = frozenset({"weight", "bias"})
     """The parameters, buffers and children that `make` takes over; a layer with others is refused."""
 

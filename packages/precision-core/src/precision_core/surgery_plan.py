@@ -119,6 +119,8 @@ def _loss(layer: Layer) -> str | None:
             if isinstance(hook, kind):
                 return f"a parametrisation, {type(hook).__name__} ({remover})"
     for name, param in module.named_parameters():
+        if layer.replacement.keeps(module, param):
+            continue
         if param._backward_hooks or param._post_accumulate_grad_hooks:
             return f"a hook on the gradient of {name}"
         if param.grad is not None:

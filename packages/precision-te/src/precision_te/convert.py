@@ -13,6 +13,7 @@ from precision_core.surgery import Replacement, Surgery, replace_layers
 from precision_core.surgery_layers import shown
 from precision_te.coverage import is_linear
 from precision_te.engine import Engine
+from precision_te.quantized import is_quantized
 from precision_te.recipes import Recipe
 
 BACK = "put torch's layers back first, precision_te.restore(model)"
@@ -52,7 +53,11 @@ def convert(
         def make(layer: nn.Module) -> nn.Module:
             return engine.layers[type(layer)](layer, recipe=recipe, dtype=None, name=names[layer])
 
-        return {kind: Replacement(make, skip, packs=packs and issubclass(kind, nn.Linear)) for kind in engine.layers}
+        def replacement(stored_anew: bool) -> Replacement:
+            keeps = lambda layer, param: not (stored_anew and param is layer.weight)  # noqa: E731
+            return Replacement(make, skip, packs=stored_anew, keeps=keeps)
+
+        return {kind: replacement(packs and issubclass(kind, nn.Linear)) for kind in engine.layers}
 
     def planned(kept: dict[str, str]) -> tuple[Item, ...]:
         return replace_layers(module, table(kept), exclude=exclude, dry_run=True).report.converted
@@ -89,19 +94,26 @@ def is_converted(layer: nn.Module, engine: Engine) -> bool:
 def restore(module: nn.Module) -> nn.Module:
     """Puts torch's layers back in the place of an engine's, in place, and returns the module.
 
-    Parameters stay the same objects; only weights that were stored quantised come back as new ones, of floats. What the
-    engine knew of scales is dropped. The vendor's fused layers that you built are no one layer of torch's, and stay.
+    Parameters stay the same objects, with their gradients; only weights that were stored quantised, and those of the
+    vendor's own norms with gamma around zero, come back as new ones. What the engine knew of scales is dropped. The
+    vendor's fused layers that you built are no one layer of torch's, and stay.
 
     Raises:
-        ValueError: the module has no layer of an engine.
+        ValueError: the module has no layer of an engine, or one of those new weights has a gradient or hooks on it.
     """
     table: dict[type[nn.Module], Replacement] = {}
     for engine in _engines():
-        table |= dict.fromkeys(engine.restorable, Replacement(engine.restore))
+        table |= dict.fromkeys(engine.restorable, Replacement(engine.restore, keeps=_comes_back))
     surgery = replace_layers(module, table)
     if not surgery.report.converted:
         raise ValueError(f"this {type(module).__name__} has no layer that precision-te converted")
     return surgery.module
+
+
+def _comes_back(layer: nn.Module, param: nn.Parameter) -> bool:
+    """Whether `restore` gives torch's layer this very parameter."""
+    is_bias = param is getattr(layer, "bias", None)
+    return is_bias or not (is_quantized(param) or getattr(layer, "zero_centered_gamma", False))
 
 
 def _engines() -> list[Engine]:

@@ -40,6 +40,6 @@ def notes(module: nn.Module, engine: Engine, recipe: Recipe, there: int) -> Iter
         yield f"{there} layers were the engine's before, and were taken as they are"
     if engine.name == "reference":
         yield "the reference has linear layers alone; norms stay torch's"
-    elif small := small_layers(module, engine):
+    if small := small_layers(module, engine):
         more = f" and {len(small) - 10} more" if len(small) > 10 else ""
         yield f"fewer than 2**20 weights, perhaps too small to win: {', '.join(small[:10])}{more}"
