@@ -2,7 +2,8 @@
 
 From stage 2 on DeepSpeed reduces gradients in the order in which a rank computes them, in one flat tensor; at stage 3
 it gathers parameters in the order in which a rank needs them. Ranks that use other parts of the model would add up
-gradients, and gather values, of different parameters, and nothing would say so (0.19.8).
+gradients, and gather values, of different parameters, and nothing would say so (0.19.8). Where stage 3 has traced an
+earlier step, ranks may also wait for each other in its gathers, before this can look: the group's timeout ends that.
 """
 
 from __future__ import annotations
