@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from precision_core import MODES, Fabric, HalfPrecision, Strategy
 from precision_core.testing import StrategyContract, run_in_ranks
-from precision_core.testing.controls import LOWER
+from precision_core.testing.controls import LEFT_SCALED, controls
 from precision_core.testing.loss_bound import curve_distance, loss_bound
 from precision_core.testing.problem import Problem, sgd, train
 from precision_deepspeed import DeepSpeedStrategy
@@ -122,11 +122,11 @@ class TestFloat16(ZeroContract):
 STEPS = 100
 
 
-def curves(stage: int, modes: tuple[str, ...]) -> dict[str, list[float]]:
+def curves(stage: int, modes: tuple[str, ...], gradient_factor: float = 1.0) -> dict[str, list[float]]:
     found = {}
     for mode in modes:
         fabric = Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(stage), precision=mode)
-        losses = torch.tensor(train(fabric, steps=STEPS), dtype=torch.float64)
+        losses = torch.tensor(train(fabric, steps=STEPS, gradient_factor=gradient_factor), dtype=torch.float64)
         found[mode] = fabric.all_reduce(losses).tolist()
         fabric.strategy._engine.destroy()  # type: ignore[attr-defined]
     return found
@@ -140,14 +140,30 @@ def one_device(mode: str) -> list[float]:
     return train(Fabric(accelerator="cpu", precision=mode), steps=STEPS)
 
 
+@functools.cache
+def wrong_curves(mode: str) -> dict[str, list[float]]:
+    """Returns the controls of a mode, on one device: true modes without the master weights that they have here."""
+
+    def make_fabric(mode: str) -> Fabric:
+        return Fabric(accelerator="cpu", precision=mode)
+
+    return {name: control.run(make_fabric, steps=STEPS) for name, control in controls(mode).items()}
+
+
 @pytest.mark.usefixtures("float16_accelerator")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_curves_of_two_ranks_are_those_of_one_device_and_of_no_lower_dtype(stage: int) -> None:
+def test_curves_of_two_ranks_are_those_of_one_device_and_of_no_control(stage: int) -> None:
     modes = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", *(["16-true"] if stage else []))
     for curve_by_mode in run_in_ranks(2, curves, stage, modes, timeout=200):
         for mode, curve in curve_by_mode.items():
             bound = loss_bound(mode, STEPS)
             assert curve_distance(curve, one_device(mode)) <= bound, mode
-            if LOWER[mode] is not None:  # core's, without master weights
-                lower = train(Fabric(accelerator="cpu", precision=LOWER[mode]), steps=STEPS)
-                assert curve_distance(curve, lower) > bound, mode
+            for name, wrong in wrong_curves(mode).items():
+                assert curve_distance(curve, wrong) > bound, (mode, name)
+
+
+@pytest.mark.parametrize("factor", [2.0, LEFT_SCALED], ids=["summed", "left scaled"])
+def test_gradients_of_another_size_are_beyond_the_bound_in_the_engine_too(factor: float) -> None:
+    for curve_by_mode in run_in_ranks(2, curves, 2, ("32-true", "bf16-mixed", "bf16-true"), factor, timeout=200):
+        for mode, curve in curve_by_mode.items():
+            assert curve_distance(curve, one_device(mode)) > loss_bound(mode, STEPS), mode
