@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
+import pytest
 import torch
 from torch import nn
 
-from precision_core import Fabric
+from precision_core import Fabric, Precision
 from precision_xla import XLAPrecision, XLAStrategy, vendor
 
 
@@ -52,3 +55,26 @@ def test_the_strategy_may_be_given_as_a_name_with_the_mode_as_a_string() -> None
     fabric = Fabric(accelerator="cpu", strategy="xla", precision="bf16-true")
     plugin = fabric.precision_plugin
     assert type(plugin) is XLAPrecision and plugin.mode == "bf16-true"
+
+
+def test_signatures_are_the_documented_ones() -> None:
+    given = inspect.signature(XLAPrecision).parameters
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    assert {name: each.default for name, each in given.items() if each.kind in kinds} == {"precision": "32-true"}
+    hooks = ("convert_module", "convert_input", "convert_output", "pre_backward", "post_backward", "forward_context")
+    for name in (*hooks, "optimizer_step", "state_dict", "load_state_dict"):
+        documented = inspect.signature(getattr(Precision, name)).parameters
+        assert list(inspect.signature(getattr(XLAPrecision, name)).parameters) == list(documented), name
+
+
+@pytest.mark.parametrize("mode", ["32-true", "bf16-mixed"])
+def test_clipping_by_value_is_that_of_float64(mode: str) -> None:
+    torch.manual_seed(0)
+    fabric, model = Fabric(accelerator="cpu", strategy="xla", precision=mode), nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fabric.setup(model, optimizer)
+    fabric.backward(model(torch.linspace(-2, 2, 32, device=fabric.device).view(8, 4)).pow(2).sum())
+    expected = [param.grad.double().cpu().clamp(-0.5, 0.5) for param in model.parameters()]
+    assert fabric.clip_gradients(model, optimizer, clip_val=0.5) is None
+    for param, clipped in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(param.grad.double().cpu(), clipped) and clipped.abs().max() == 0.5
