@@ -9,6 +9,12 @@ from precision_lab.modes import default_modes, parse_modes
 SLOW = "said so; --all runs it"
 
 
+@pytest.fixture(autouse=True)
+def bfloat16(monkeypatch):
+    """A CPU that is fast in bfloat16, whatever this one is."""
+    monkeypatch.setitem(FORMATS["cpu"], torch.bfloat16, lambda: ("native", "said so"))
+
+
 @pytest.fixture
 def float16(monkeypatch):
     """Says how well this CPU computes in float16."""
