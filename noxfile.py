@@ -110,12 +110,15 @@ def tests(session: nox.Session, row: dict[str, Any]) -> None:
     """One row of the matrix: its pins, the bounds between the packages, the package's tests."""
     folder = _folder(row)
     pytest = ["pytest", *(row["only"] or [folder if folder == "tests-integration" else f"{folder}/tests"])]
+    workers = ["pytest-xdist"] if row["workers"] > 1 else []
+    if workers:
+        pytest += ["-n", str(row["workers"])]
     session.log(f"this row without nox: {shlex.join(pytest)}")
     if reason := MISSING.get(row["hardware"]):
         session.skip(f"needs {row['hardware']}: {reason}")
     # one command: outside of the workspace only that lets a package find core in the checkout
     installs = [option for each in row.get("installs", [folder]) for option in _editable(each)]
-    session.install(*installs, row["torch"], *row["pins"])
+    session.install(*installs, row["torch"], *row["pins"], *workers)
     if row["builds"]:
         session.install(_built(session, row))
     if session.venv_backend != "none":  # a ready-made image has no uv, and packages whose bounds are not ours to check

@@ -15,7 +15,7 @@ import time
 from importlib.util import find_spec
 
 import torch
-from _measure import Step, interleave, print_table, verdict
+from _measure import Step, interleave, keep_freed_memory, print_table, verdict
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim import AdamW
@@ -36,6 +36,7 @@ def main() -> None:
         print("\nDeepSpeed step: left out, precision-deepspeed is not installed")
         return
     torch.set_num_threads(1)
+    keep_freed_memory()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     clock = time.process_time if given.cpu else time.perf_counter
     rows = []

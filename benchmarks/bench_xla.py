@@ -13,7 +13,7 @@ import importlib.util
 from contextlib import nullcontext
 
 import torch
-from _measure import Step, interleave, print_table, verdict
+from _measure import Step, interleave, keep_freed_memory, print_table, verdict
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -34,6 +34,7 @@ def main() -> None:
         print("bench_xla.py: torch_xla is not installed here; packages/precision-xla has an environment of its own")
         return
     torch.set_num_threads(1)
+    keep_freed_memory()
     rows = []
     for mode in given.modes:
         ours, theirs = fabric_loop(mode), hand_loop(mode)
