@@ -55,6 +55,10 @@ def run_in_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: 
     skipped = [value for kind, value in outcomes if kind == "skipped"]
     if skipped:
         pytest.skip(skipped[0])
+    outcomes = [
+        (kind, f"{value}: exit code {process.exitcode}, of signal N where it is -N" if kind == "died" else value)
+        for process, (kind, value) in zip(processes, outcomes, strict=True)
+    ]
     failed = [f"rank {rank} of {count}:\n{value}" for rank, (kind, value) in enumerate(outcomes) if kind != "returned"]
     if failed:
         raise RankError("\n".join(failed))
