@@ -174,6 +174,12 @@ class Zero3Engine(ZeroEngine):
 
     _BASE, _MASTERS = "optimizer_state_dict", "fp32_flat_groups"
 
+    def __init__(self, vendor: Any, module: nn.Module, optimizer: Optimizer) -> None:
+        super().__init__(vendor, module, optimizer)
+        offload = self._zero.parameter_offload
+        for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
+            setattr(offload, name, _outside_function_modes(getattr(offload, name)))
+
     def _norms(self) -> list[Any]:
         norms: list[Any] = self._zero._get_norm_groups()
         return norms
@@ -206,3 +212,16 @@ class Zero3Engine(ZeroEngine):
         self._zero.checkpoint_event_prologue()
         super()._write_optimizer(masters, as_base)  # from which the vendor fills the shards of parameters
         self._zero.checkpoint_event_epilogue()
+
+
+def _outside_function_modes(hook: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    """Returns `hook` for use inside of forward: a true mode's function mode is for what the model creates there.
+
+    DeepSpeed's hooks call torch some thirty times a layer, and each call would ask the mode.
+    """
+
+    def outside(module: nn.Module) -> None:
+        with torch._C.DisableTorchFunction():
+            hook(module)
+
+    return outside

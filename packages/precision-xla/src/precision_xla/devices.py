@@ -34,9 +34,9 @@ def plan(accelerator: str, devices: int | str | Sequence[int], num_nodes: int, *
         ValueError: an accelerator that XLA does not run on, devices that are not here, or another runtime than asked
             for: its kind and its number of devices are settled when it starts.
     """
-    if os.environ.get(vendor.SPMD, "0").lower() not in ("", "0", "false"):
+    if (value := vendor.spmd_variable()) is not None:
         raise ValueError(
-            f"the environment has {vendor.SPMD}={os.environ[vendor.SPMD]}, which makes all devices one before they are "
+            f"the environment has {vendor.SPMD}={value}, which makes all devices one before they are "
             f"counted: Fabric(devices=...) decides that. Unset {vendor.SPMD}"
         )
     hardware = _hardware(accelerator)

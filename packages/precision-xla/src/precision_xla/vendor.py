@@ -73,12 +73,23 @@ def device_count() -> int:
     return int(torch_xla.runtime.addressable_runtime_device_count())
 
 
+_uses_spmd = False
+
+
 def use_spmd() -> None:
     """Makes all devices of the process one, whose tensors are sharded; for the whole process, and for good."""
+    global _uses_spmd
     import torch_xla.runtime
 
     if not torch_xla.runtime.is_spmd():
         torch_xla.runtime.use_spmd()
+        _uses_spmd = True
+
+
+def spmd_variable() -> str | None:
+    """Returns what the user's environment has for `SPMD` where that turns it on; `use_spmd` sets it too."""
+    value = os.environ.get(SPMD, "")
+    return None if _uses_spmd or value.lower() in ("", "0", "false") else value
 
 
 def device() -> torch.device:
