@@ -412,7 +412,7 @@ class LossScaler(Scaler):
 
 
 def _rescale(gradients: list[Tensor], old: float | Tensor, new: float | Tensor) -> None:
-    if isinstance(new, Tensor) or old != new:
+    if gradients and (isinstance(new, Tensor) or old != new):
         multiply(gradients, new / old)
 
 
