@@ -217,7 +217,7 @@ class Zero3Engine(ZeroEngine):
 def _outside_function_modes(hook: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
     """Returns `hook` for use inside of forward: a true mode's function mode is for what the model creates there.
 
-    DeepSpeed's hooks call torch some thirty times a layer, and each call would ask the mode.
+    DeepSpeed's hooks call torch two dozen times a layer, and each call would ask the mode.
     """
 
     def outside(module: nn.Module) -> None:
