@@ -6,7 +6,7 @@ DeepSpeed takes seconds to import and writes to standard output while it does, s
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -107,6 +107,23 @@ def gathered(params: Iterable[nn.Parameter], writes: bool) -> AbstractContextMan
 
     context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(sharded, 0 if writes else None)
     return context
+
+
+@contextmanager
+def all_reduce_replaced(by: Callable[..., None]) -> Iterator[None]:
+    """Context in which DeepSpeed calls `by(all_reduce, tensor, op, group)` in place of its `all_reduce(tensor, ...)`."""
+    from deepspeed import comm
+
+    all_reduce = comm.all_reduce
+
+    def replaced(tensor: torch.Tensor, op: Any = comm.ReduceOp.SUM, group: Any = None) -> None:
+        by(all_reduce, tensor, op, group)
+
+    comm.all_reduce = replaced
+    try:
+        yield
+    finally:
+        comm.all_reduce = all_reduce
 
 
 def give_linear_back() -> None:

@@ -28,6 +28,8 @@ class ZeroEngine(Engine):
         self._order: Order | None = None
         if vendor.zero_optimization_partition_gradients() and torch.distributed.get_world_size() > 1:
             self._order = Order(module, vendor.device)
+            for name in ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload"):
+                setattr(self._zero, name, self._order.checked_by(getattr(self._zero, name)))
 
     @property
     def _zero(self) -> Any:
@@ -43,7 +45,7 @@ class ZeroEngine(Engine):
         self.vendor.backward(loss, retain_graph=retain_graph)
 
     def _reduce(self) -> None:
-        if self._order is not None:
+        if self._order is not None and not getattr(self._zero, "compute_grad_norm", True):
             self._order.check()
         if self.vendor.zero_optimization_partition_gradients():
             self._zero.finalize_gradient_accumulation_boundary()
@@ -99,6 +101,8 @@ class ZeroEngine(Engine):
     def _step(self) -> bool:
         self.vendor.step()
         self._zero.clip_grad = 0.0
+        if self._order is not None:
+            self._order.forget()
         return bool(self._zero.overflow)
 
     def _drop(self) -> None:
