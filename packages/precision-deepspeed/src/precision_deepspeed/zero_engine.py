@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -45,8 +46,6 @@ class ZeroEngine(Engine):
         self.vendor.backward(loss, retain_graph=retain_graph)
 
     def _reduce(self) -> None:
-        if self._order is not None and not getattr(self._zero, "compute_grad_norm", True):
-            self._order.check()
         if self.vendor.zero_optimization_partition_gradients():
             self._zero.finalize_gradient_accumulation_boundary()
         else:
@@ -99,10 +98,11 @@ class ZeroEngine(Engine):
                 gradient.clamp_(-limit, limit)
 
     def _step(self) -> bool:
+        if self._order is not None and not getattr(self._zero, "compute_grad_norm", True):
+            self._order.check()
         self.vendor.step()
         self._zero.clip_grad = 0.0
-        if self._order is not None:
-            self._order.forget()
+        self._forget()
         return bool(self._zero.overflow)
 
     def _drop(self) -> None:
@@ -112,17 +112,29 @@ class ZeroEngine(Engine):
         self._end_backward()
         zero.zero_grad(set_to_none=True)
         zero._release_preflattened_grad_buffers()
-        if self.vendor.zero_cpu_offload():
-            zero.reset_cpu_buffers()
         for index in zero.averaged_gradients:
             zero.averaged_gradients[index] = zero.all_grad_tensors[index] = None
         zero.all_grad_tensors.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Ends what belongs to one step alone: DeepSpeed steps it again where the next leaves a parameter out (0.19.8)."""
+        if self._order is not None:
+            self._order.forget()
+        kept = [self._kept_gradients()]
+        if self.vendor.zero_cpu_offload():
+            self._zero.reset_cpu_buffers()
+            kept += [(flat.grad for flat in self._flats() if flat.grad is not None)]
+        for gradient in itertools.chain(*kept):
+            gradient.zero_()
+
+    def _kept_gradients(self) -> Iterable[Tensor]:
+        """Returns the tensors in which DeepSpeed accumulates gradients, step after step."""
+        return self._zero.accumulated_grads_in_cpu.values() if self.vendor.zero_cpu_offload() else ()
 
     def _end_backward(self) -> None:
         """Ends a backward that raised in the middle, as far as DeepSpeed has begun it."""
         zero = self._zero
-        if self._order is not None:
-            self._order.forget()
         if not self._failed:
             return
         zero._backward_active_depth = zero._remaining_grad_acc_hooks = 0
@@ -192,6 +204,10 @@ class Zero3Engine(ZeroEngine):
         self._zero.clip_grad = 0.0
         self._end_backward()
         self._zero._overflow_clean_up(self._zero.loss_scale)
+        self._forget()
+
+    def _kept_gradients(self) -> Iterable[Tensor]:
+        return (self._zero.grad_partitions_flat_buffer,)
 
     def _flats(self) -> list[Tensor]:
         return list(self._zero.fp32_partitioned_groups_flat)
