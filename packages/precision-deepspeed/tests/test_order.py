@@ -98,3 +98,22 @@ def test_all_ways_to_a_step_tell_and_zero_grad_goes_on(how: str) -> None:
         for param, step in zip(model.parameters(), moved, strict=True):
             gradient = torch.zeros_like(param) if param.grad is None else param.grad
             torch.testing.assert_close(step, gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_compare_in_a_reduction_that_is_there_anyway(stage: int) -> None:
+    def run(compares: bool) -> int:
+        model = Choice()
+        strategy = DeepSpeedStrategy(stage)
+        fabric = Fabric(accelerator="cpu", strategy=strategy)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        fabric.setup(model, optimizer)
+        fabric.backward(model(rows(0), 0).pow(2).mean())
+        if not compares:
+            strategy._engine._order._compared = True
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            optimizer.step()
+        return sum(event.count for event in profile.key_averages() if event.key == "gloo:all_reduce")
+
+    without = run_in_ranks(2, run, False)
+    assert run_in_ranks(2, run, True) == without and min(without) >= 1

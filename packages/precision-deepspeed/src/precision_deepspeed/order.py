@@ -68,7 +68,7 @@ class Order:
     def _reduce(self, all_reduce: Callable[..., Any], tensor: Tensor, op: Any, group: Any) -> None:
         """Reduces `tensor`, and the bits with it where it is one sum over all ranks."""
         world = torch.distributed.get_world_size()
-        sum_of_all = op == torch.distributed.ReduceOp.SUM and torch.distributed.get_world_size(group) == world
+        sum_of_all = op.name == "SUM" and torch.distributed.get_world_size(group) == world
         if self._compared or not sum_of_all or tensor.numel() != 1 or tensor.dtype not in (torch.float32, torch.float64):
             all_reduce(tensor, op=op, group=group)
             return
