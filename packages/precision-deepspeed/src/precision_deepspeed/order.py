@@ -5,15 +5,14 @@ it gathers parameters in the order in which a rank needs them. Ranks that use ot
 gradients, and gather values, of different parameters, and nothing would say so (0.19.8). Where stage 3 has traced an
 earlier step, ranks may also wait for each other in its gathers, before this can look: the group's timeout ends that.
 
-Ranks add up a hash and compare the sum with their own, times the number of ranks. It goes with the norm of the gradients,
-which DeepSpeed reduces before it steps: a reduction of its own, or of more numbers than two (with gloo), took a small
-model's step up to a tenth longer.
+A reduction a step for that took a small model's step up to a tenth longer (gloo, two ranks). So a rank asks for it, by NaN in
+the norm of the gradients, which DeepSpeed reduces before it steps, where its order is not the one that all agreed on last.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,8 +22,6 @@ from torch import Tensor, nn
 from precision_deepspeed import vendor
 
 T = TypeVar("T")
-BYTES = 5
-"""Of the hash: float64 adds those of 2 ** 13 ranks exactly."""
 
 
 class Order:
@@ -32,6 +29,7 @@ class Order:
 
     def __init__(self, module: nn.Module, device: torch.device | str) -> None:
         self._device = device
+        self._agreed: int | None = None
         self.forget()
         params = [param for param in module.parameters() if param.requires_grad]
         self._hooks = [
@@ -49,10 +47,16 @@ class Order:
 
     def check(self) -> None:
         """Raises `RuntimeError` on all ranks where one of them had another order since the last step."""
-        own = self._hash()
-        total = torch.tensor([own], dtype=torch.float64, device=self._device)
-        torch.distributed.all_reduce(total)
-        self._compare(own, total)
+        both = torch.tensor([self._noted, -self._noted], dtype=torch.int64, device=self._device)
+        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
+        largest, smallest = both.tolist()
+        if largest != -smallest:
+            raise RuntimeError(
+                "ranks gave gradients to different parameters, or in another order, since the last step: from stage 2 "
+                "on DeepSpeed would mix those of one with another's. Let every rank use all of the model (add 0 * "
+                "part(x).sum() to the loss), or pass stage=0 or 1; optimizer.zero_grad() drops these gradients"
+            )
+        self._agreed, self._compared = self._noted, True
 
     def checked_by(self, norm: Callable[..., T]) -> Callable[..., T]:
         """Returns `norm`, a function of DeepSpeed's that adds up one number over ranks, such that it checks as well."""
@@ -70,28 +74,18 @@ class Order:
         return checking
 
     def _reduce(self, all_reduce: Callable[..., Any], tensor: Tensor, op: Any, group: Any) -> None:
-        """Reduces `tensor`, and the hash with it where it is one sum over all ranks."""
+        """Reduces `tensor`, and has all ranks check before that where it is one sum and one of them asks for it."""
         of_all = torch.distributed.get_world_size(group) == torch.distributed.get_world_size()
         if self._compared or op.name != "SUM" or not of_all or tensor.numel() != 1:
             all_reduce(tensor, op=op, group=group)
             return
-        own = self._hash()
-        sums = torch.tensor([0.0, own], dtype=torch.float64, device=tensor.device)
-        sums[0] = tensor
-        all_reduce(sums, op=op, group=group)
-        tensor.copy_(sums[0])
-        self._compare(own, sums[1])
-
-    def _hash(self) -> int:
-        return int.from_bytes(hashlib.blake2b(self._noted.to_bytes(8, "little"), digest_size=BYTES).digest(), "little")
-
-    def _compare(self, own: int, total: Tensor) -> None:
-        if total.item() != own * torch.distributed.get_world_size():
-            raise RuntimeError(
-                "ranks gave gradients to different parameters, or in another order, since the last step: from stage 2 "
-                "on DeepSpeed would mix those of one with another's. Let every rank use all of the model (add 0 * "
-                "part(x).sum() to the loss), or pass stage=0 or 1; optimizer.zero_grad() drops these gradients"
-            )
+        mine = tensor.clone()
+        if self._noted != self._agreed:
+            tensor.fill_(math.nan)
+        all_reduce(tensor, op=op, group=group)
+        if tensor.isnan().item():  # on all ranks
+            self.check()
+            all_reduce(tensor.copy_(mine), op=op, group=group)
         self._compared = True
 
     def remove(self) -> None:
