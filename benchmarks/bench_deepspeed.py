@@ -31,6 +31,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=400, help="pairs of steps in each row")
     options.add_argument("--steps", type=int, default=1, help="steps in a block")
     options.add_argument("--cpu", action="store_true", help="the time that the process computes, in place of wall time")
+    options.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="of ZeRO")
     given, _ = options.parse_known_args()  # other benchmarks may be run with the same arguments
     if find_spec("precision_deepspeed") is None:
         print("\nDeepSpeed step: left out, precision-deepspeed is not installed")
@@ -40,7 +41,7 @@ def main() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     clock = time.process_time if given.cpu else time.perf_counter
     rows = []
-    for stage in (0, 1, 2, 3):
+    for stage in given.stages:
         for mode in ("32-true", "bf16-mixed", "bf16-true"):
             ours, theirs = fabric_loop(stage, mode), hand_loop(stage, mode)
             for _ in range(20):

@@ -107,12 +107,16 @@ def by_zero(stage: int, mode: str, config: dict[str, Any], offloads: bool) -> li
     return [run(loop) for loop in LOOPS]
 
 
+def labelled(loop: Callable[[Give, Any], None]) -> Callable[[str], str]:
+    return lambda message: f"{loop.__name__}: {message}"
+
+
 @pytest.mark.parametrize("offloads", [False, True])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_gradients_of_one_step_are_no_part_of_the_next(stage: int, offloads: bool) -> None:
     for values in run_in_ranks(2, by_zero, stage, "32-true", {}, offloads):
         for loop, mine in zip(LOOPS, values, strict=True):
-            torch.testing.assert_close(mine, by_hand(loop), rtol=1e-5, atol=1e-6, msg=lambda m, loop=loop: f"{loop}: {m}")
+            torch.testing.assert_close(mine, by_hand(loop), rtol=1e-5, atol=1e-6, msg=labelled(loop))
 
 
 @pytest.mark.parametrize(("stage", "offloads"), [(2, False), (2, True), (3, False)])
@@ -120,4 +124,4 @@ def test_also_where_half_gradients_accumulate_in_float32(stage: int, offloads: b
     config = {"data_types": {"grad_accum_dtype": "fp32"}}
     for values in run_in_ranks(2, by_zero, stage, "bf16-true", config, offloads):
         for loop, mine in zip(LOOPS, values, strict=True):
-            torch.testing.assert_close(mine, by_hand(loop), rtol=0.0, atol=0.01, msg=lambda m, loop=loop: f"{loop}: {m}")
+            torch.testing.assert_close(mine, by_hand(loop), rtol=0.0, atol=0.01, msg=labelled(loop))

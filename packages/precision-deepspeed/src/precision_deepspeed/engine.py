@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 TWICE = (
     "fabric.backward after fabric.clip_gradients, or after a step that raised: the gradients were reduced over ranks "
-    "already. Call fabric.clip_gradients once, after the last backward before the step; optimizer.zero_grad() drops them"
+    "already. Clip once, after the last backward before the step; optimizer.zero_grad() drops them"
 )
 
 

@@ -5,8 +5,9 @@ it gathers parameters in the order in which a rank needs them. Ranks that use ot
 gradients, and gather values, of different parameters, and nothing would say so (0.19.8). Where stage 3 has traced an
 earlier step, ranks may also wait for each other in its gathers, before this can look: the group's timeout ends that.
 
-A reduction a step for that took a small model's step up to a tenth longer (gloo, two ranks). So a rank asks for it, by NaN in
-the norm of the gradients, which DeepSpeed reduces before it steps, where its order is not the one that all agreed on last.
+A reduction for that in each step took a small model's up to a tenth longer (gloo, two ranks). So it is made where a
+rank's order is not the one that all agreed on last: that rank asks for it, by NaN in the norm of the gradients, which
+DeepSpeed reduces before it steps.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Order:
     def __init__(self, module: nn.Module, device: torch.device | str) -> None:
         self._device = device
         self._agreed: int | None = None
-        self.forget()
+        self._noted = 0
+        self._compared = False
         params = [param for param in module.parameters() if param.requires_grad]
         self._hooks = [
             param.register_post_accumulate_grad_hook(functools.partial(self._note, number))

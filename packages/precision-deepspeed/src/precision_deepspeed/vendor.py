@@ -111,7 +111,7 @@ def gathered(params: Iterable[nn.Parameter], writes: bool) -> AbstractContextMan
 
 @contextmanager
 def all_reduce_replaced(by: Callable[..., None]) -> Iterator[None]:
-    """Context in which DeepSpeed calls `by(all_reduce, tensor, op, group)` in place of its `all_reduce(tensor, ...)`."""
+    """Context in which DeepSpeed calls `by(all_reduce, tensor, op, group)` in place of its own `all_reduce`."""
     from deepspeed import comm
 
     all_reduce = comm.all_reduce

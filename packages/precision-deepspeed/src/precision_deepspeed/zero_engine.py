@@ -118,7 +118,7 @@ class ZeroEngine(Engine):
         self._forget()
 
     def _forget(self) -> None:
-        """Ends what belongs to one step alone: DeepSpeed steps it again where the next leaves a parameter out (0.19.8)."""
+        """Ends what belongs to one step: DeepSpeed steps it again where the next leaves a parameter out (0.19.8)."""
         if self._order is not None:
             self._order.forget()
         kept = [self._kept_gradients()]
