@@ -124,6 +124,9 @@ class ZeroEngine(Engine):
         kept = [self._kept_gradients()]
         if self.vendor.zero_cpu_offload():
             self._zero.reset_cpu_buffers()
+            self._zero.averaged_gradients = dict.fromkeys(
+                self._zero.averaged_gradients
+            )  # to None, after a skipped step
             kept += [(flat.grad for flat in self._flats() if flat.grad is not None)]
         for gradient in itertools.chain(*kept):
             gradient.zero_()
