@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -119,16 +118,15 @@ class ZeroEngine(Engine):
 
     def _forget(self) -> None:
         """Ends what belongs to one step: DeepSpeed steps it again where the next leaves a parameter out (0.19.8)."""
+        zero = self._zero
         if self._order is not None:
             self._order.forget()
-        kept = [self._kept_gradients()]
+        kept = [*self._kept_gradients()]
         if self.vendor.zero_cpu_offload():
-            self._zero.reset_cpu_buffers()
-            self._zero.averaged_gradients = dict.fromkeys(
-                self._zero.averaged_gradients
-            )  # to None, after a skipped step
-            kept += [(flat.grad for flat in self._flats() if flat.grad is not None)]
-        for gradient in itertools.chain(*kept):
+            zero.reset_cpu_buffers()
+            zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)  # to None: a skipped step keeps them
+            kept += [flat.grad for flat in self._flats() if flat.grad is not None]
+        for gradient in kept:
             gradient.zero_()
 
     def _kept_gradients(self) -> Iterable[Tensor]:
