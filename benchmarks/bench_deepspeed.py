@@ -22,7 +22,7 @@ from torch.optim import AdamW
 
 from precision_core import Fabric
 
-WIDTH, BATCH = 256, 16
+BATCH = 16
 TARGET = 1.02
 
 
@@ -32,6 +32,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=1, help="steps in a block")
     options.add_argument("--cpu", action="store_true", help="the time that the process computes, in place of wall time")
     options.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="of ZeRO")
+    options.add_argument("--width", type=int, default=256, help="features of each of the four layers")
     given, _ = options.parse_known_args()  # other benchmarks may be run with the same arguments
     if find_spec("precision_deepspeed") is None:
         print("\nDeepSpeed step: left out, precision-deepspeed is not installed")
@@ -43,7 +44,7 @@ def main() -> None:
     rows = []
     for stage in given.stages:
         for mode in ("32-true", "bf16-mixed", "bf16-true"):
-            ours, theirs = fabric_loop(stage, mode), hand_loop(stage, mode)
+            ours, theirs = fabric_loop(stage, mode, given.width), hand_loop(stage, mode, given.width)
             for _ in range(20):
                 ours()
                 theirs()
@@ -57,20 +58,20 @@ def main() -> None:
         print_table(what, head, rows)
 
 
-def start() -> tuple[nn.Module, AdamW, torch.Tensor, torch.Tensor]:
+def start(width: int) -> tuple[nn.Module, AdamW, torch.Tensor, torch.Tensor]:
     """Returns a model, an optimizer and this rank's batch; the same ones at each call."""
     torch.manual_seed(0)
-    inputs, targets = torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH)
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(4)))
+    inputs, targets = torch.randn(BATCH, width), torch.randn(BATCH, width)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.GELU()) for _ in range(4)))
     return model, AdamW(model.parameters(), lr=1e-4), inputs, targets
 
 
-def fabric_loop(stage: int, mode: str) -> Step:
+def fabric_loop(stage: int, mode: str, width: int) -> Step:
     """Returns a step through Fabric."""
     from precision_deepspeed import DeepSpeedStrategy
 
     fabric = Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(stage), precision=mode)
-    model, optimizer, inputs, targets = start()
+    model, optimizer, inputs, targets = start(width)
     fabric.setup(model, optimizer)
 
     def step() -> None:
@@ -81,12 +82,12 @@ def fabric_loop(stage: int, mode: str) -> Step:
     return step
 
 
-def hand_loop(stage: int, mode: str) -> Step:
+def hand_loop(stage: int, mode: str, width: int) -> Step:
     """Returns a step with the engine alone, under the same config."""
     from precision_deepspeed import deepspeed_config
     from precision_deepspeed.vendor import initialize
 
-    model, optimizer, inputs, targets = start()
+    model, optimizer, inputs, targets = start(width)
     config = deepspeed_config(mode, {"zero_optimization": {"stage": stage}})
     engine = initialize(0, model=model, optimizer=optimizer, config=config)
     dtype = torch.bfloat16 if mode == "bf16-true" else torch.float32

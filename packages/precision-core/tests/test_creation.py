@@ -10,8 +10,9 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from precision_core.creation import created_as
+from precision_core.creation import created_as, outside_created_as
 
 F64, F32, BF16, F16, C64, C128 = (
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
@@ -200,3 +201,39 @@ def test_random_factories_draw_as_often_as_without() -> None:
     expected = draw()
     with created_as(F32):
         assert torch.equal(draw(), expected)
+
+
+def test_a_function_may_run_outside() -> None:
+    seen = []
+
+    class Seeing(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    class Own(Tensor):
+        pass
+
+    @outside_created_as
+    def hook(tensor: Tensor, fails: bool = False) -> tuple[torch.dtype, type]:
+        if fails:
+            raise ValueError("from the hook")
+        return torch.zeros(1).dtype, type(tensor.detach())
+
+    own = torch.ones(2).as_subclass(Own)
+    assert hook(own) == (F32, Own)
+    with created_as(F64):
+        assert hook(own) == (F32, Own)
+        assert torch.zeros(1).dtype is F64
+        with pytest.raises(ValueError, match="from the hook"):
+            hook(own, True)
+        assert torch.zeros(1).dtype is F64
+        with created_as(BF16):
+            assert hook(own) == (F64, Own)  # outside of the innermost
+    with Seeing(), created_as(F64):
+        assert hook(own) == (F32, Own) and torch.zeros in seen
+    with created_as(F64), Seeing():
+        assert hook(own) == (
+            F64,
+            Own,
+        )  # what forward itself entered sees what the hook does, so it all stays

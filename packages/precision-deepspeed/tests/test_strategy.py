@@ -302,6 +302,23 @@ def test_a_compiled_model_steps_the_same() -> None:
     assert run_in_ranks(1, run, True) == run_in_ranks(1, run, False)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile asks for it
+@pytest.mark.parametrize("mode", ["bf16-mixed", "bf16-true"])
+def test_a_compiled_model_steps_the_same_in_shards(mode: str) -> None:
+    def run(compiled: bool) -> list[float]:
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3))
+        outer: Any = torch.compile(model, backend="eager") if compiled else model
+        fabric = Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(3), precision=mode)
+        _, optimizer = fabric.setup(outer, torch.optim.SGD(model.parameters(), lr=1.0))
+        for _ in range(2):
+            fabric.backward(outer(rows(0)).pow(2).mean())
+            optimizer.step()
+        return weights(model).tolist()
+
+    assert run_in_ranks(1, run, True) == run_in_ranks(1, run, False)
+
+
 def test_evaluation_needs_no_optimizer_and_init_module_shards() -> None:
     def run(stage: int) -> tuple[list[float], bool]:
         linear = torch.nn.functional.linear

@@ -13,13 +13,21 @@ A function mode is also off in backward, where activation checkpoints run parts 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _get_function_stack_at,
+    _len_torch_function_stack,
+    _pop_torch_function_stack,
+    _push_on_torch_function_stack,
+)
 from torch.overrides import TorchFunctionMode
 
 from precision_core.casting import cast_dtype
+
+T = TypeVar("T")
 
 _FACTORIES = frozenset(
     {
@@ -132,6 +140,26 @@ class created_as(TorchFunctionMode):
         if isinstance(tree, (list, tuple)):
             return type(tree)(self._widen(value, func) for value in tree)
         return tree
+
+
+def outside_created_as(function: Callable[..., T]) -> Callable[..., T]:
+    """Returns `function` as it runs outside of `created_as`: for an engine's hooks, which run inside of forward.
+
+    A mode costs some microseconds in each call of torch, and a hook may make dozens. Other modes and tensor subclasses
+    see the calls as ever. Keyword arguments are not passed on.
+    """
+
+    def outside(*args: Any) -> T:
+        depth = _len_torch_function_stack()
+        if not depth or type(_get_function_stack_at(depth - 1)) is not created_as:
+            return function(*args)
+        mode = _pop_torch_function_stack()
+        try:
+            return function(*args)
+        finally:
+            _push_on_torch_function_stack(mode)
+
+    return outside
 
 
 def _is_inside_compiled_call() -> bool:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from precision_core.checkpoint import CheckpointError
 from precision_core.clipping import Clip
+from precision_core.creation import outside_created_as
 from precision_core.gradients import all_finite
 from precision_deepspeed import vendor
 from precision_deepspeed.engine import Engine, check_finite, tighten
@@ -194,8 +195,9 @@ class Zero3Engine(ZeroEngine):
     def __init__(self, vendor: Any, module: nn.Module, optimizer: Optimizer) -> None:
         super().__init__(vendor, module, optimizer)
         offload = self._zero.parameter_offload
-        for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
-            setattr(offload, name, _outside_function_modes(getattr(offload, name)))
+        for handle in (*offload.forward_hooks, *offload.backward_hooks):  # they call torch thirty times a layer
+            hooks = handle.hooks_dict_ref()
+            hooks[handle.id] = outside_created_as(hooks[handle.id])
 
     def _norms(self) -> list[Any]:
         norms: list[Any] = self._zero._get_norm_groups()
@@ -233,16 +235,3 @@ class Zero3Engine(ZeroEngine):
         self._zero.checkpoint_event_prologue()
         super()._write_optimizer(masters, as_base)  # from which the vendor fills the shards of parameters
         self._zero.checkpoint_event_epilogue()
-
-
-def _outside_function_modes(hook: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
-    """Returns `hook` for use inside of forward: a true mode's function mode is for what the model creates there.
-
-    DeepSpeed's hooks call torch two dozen times a layer, and each call would ask the mode.
-    """
-
-    def outside(module: nn.Module) -> None:
-        with torch._C.DisableTorchFunction():
-            hook(module)
-
-    return outside
