@@ -64,7 +64,16 @@ def skipped_and_left_out(give: Give, optimizer: Any) -> None:
     optimizer.step()
 
 
-LOOPS = (dropped, left_out_this_time, late_in_the_accumulation, skipped_and_left_out)
+def dropped_late(give: Give, optimizer: Any) -> None:
+    left_out_this_time(give, optimizer)
+    give(1, 100.0)
+    give(0, 100.0)
+    dropped(give, optimizer)
+    optimizer.zero_grad()
+    late_in_the_accumulation(give, optimizer)
+
+
+LOOPS = (dropped, left_out_this_time, late_in_the_accumulation, skipped_and_left_out, dropped_late)
 
 
 def by_hand(loop: Callable[[Give, Any], None]) -> list[float]:

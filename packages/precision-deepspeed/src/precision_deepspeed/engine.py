@@ -1,7 +1,7 @@
 """One DeepSpeed engine, as a training loop needs it: backward as often as one likes, true gradients, then a step.
 
 zero_engine.ZeroEngine      stages 1 and 2: gradients and float32 weights are shards of flat tensors
-zero_engine.Zero3Engine     stage 3: parameters too
+zero3_engine.Zero3Engine    stage 3: parameters too
 plain_engine.PlainEngine    stage 0 over float32 parameters: everything is where torch has it
 plain_engine.HalfEngine     stage 0 over bfloat16 parameters: the optimizer holds float32 copies
 

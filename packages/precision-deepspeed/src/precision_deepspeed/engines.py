@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from precision_deepspeed.engine import Engine
 from precision_deepspeed.plain_engine import HalfEngine, PlainEngine
-from precision_deepspeed.zero_engine import Zero3Engine, ZeroEngine
+from precision_deepspeed.zero3_engine import Zero3Engine
+from precision_deepspeed.zero_engine import ZeroEngine
 
 
 def make_engine(vendor: Any, module: nn.Module, optimizer: Optimizer, stage: int, scaled_here: bool) -> Engine:

@@ -1,8 +1,7 @@
-"""The engines of stages 1 to 3, whose optimizer steps this rank's part of flat tensors."""
+"""The engine of stages 1 and 2, whose optimizer steps this rank's part of flat tensors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,9 +11,7 @@ from torch.optim import Optimizer
 
 from precision_core.checkpoint import CheckpointError
 from precision_core.clipping import Clip
-from precision_core.creation import outside_created_as
 from precision_core.gradients import all_finite
-from precision_deepspeed import vendor
 from precision_deepspeed.engine import Engine, check_finite, tighten
 from precision_deepspeed.order import Order
 from precision_deepspeed.placing import Place
@@ -185,53 +182,3 @@ class ZeroEngine(Engine):
         shard |= {self._BASE: as_base(shard[self._BASE]), self._MASTERS: masters}
         shards = [shard] * torch.distributed.get_world_size()
         self._zero.load_state_dict(shards, load_optimizer_states=True, load_from_fp32_weights=True)
-
-
-class Zero3Engine(ZeroEngine):
-    """Stage 3."""
-
-    _BASE, _MASTERS = "optimizer_state_dict", "fp32_flat_groups"
-
-    def __init__(self, vendor: Any, module: nn.Module, optimizer: Optimizer) -> None:
-        super().__init__(vendor, module, optimizer)
-        offload = self._zero.parameter_offload
-        for handle in (*offload.forward_hooks, *offload.backward_hooks):  # they call torch thirty times a layer
-            hooks = handle.hooks_dict_ref()
-            hooks[handle.id] = outside_created_as(hooks[handle.id])
-
-    def _norms(self) -> list[Any]:
-        norms: list[Any] = self._zero._get_norm_groups()
-        return norms
-
-    def _drop(self) -> None:
-        self._zero.clip_grad = 0.0
-        self._end_backward()
-        self._zero._overflow_clean_up(self._zero.loss_scale)
-        self._forget()
-
-    def _kept_gradients(self) -> Iterable[Tensor]:
-        return (self._zero.grad_partitions_flat_buffer,)
-
-    def _flats(self) -> list[Tensor]:
-        return list(self._zero.fp32_partitioned_groups_flat)
-
-    def _places(self) -> Iterator[Place]:
-        for name, param in self.module.named_parameters():
-            place = self._zero.grad_position.get(self._zero.get_param_id(param)) if param.requires_grad else None
-            if place is not None:
-                flat, start, numel = place
-                offset = torch.distributed.get_rank() * numel
-                yield Place(
-                    name, flat, start, offset, min(numel, max(math.prod(self.names["shapes"][name]) - offset, 0))
-                )
-
-    def _write_module(self, saved: Saved) -> None:
-        rest = saved.rest()
-        frozen = [param for name, param in self.module.named_parameters() if name in rest]
-        with vendor.gathered(frozen, writes=True):
-            self.module.load_state_dict(rest, strict=False)
-
-    def _write_optimizer(self, masters: list[Tensor], as_base: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        self._zero.checkpoint_event_prologue()
-        super()._write_optimizer(masters, as_base)  # from which the vendor fills the shards of parameters
-        self._zero.checkpoint_event_epilogue()
