@@ -15,8 +15,10 @@ def bind(optimizer: Optimizer, engine: Engine) -> None:
 
     def zero_grad(self: Optimizer, set_to_none: bool = True) -> None:
         engine.drop()
-        if engine.steps_parameters:  # else the optimizer holds tensors of DeepSpeed's, gradients and all
-            type(self).zero_grad(self, set_to_none)
+        if not engine.steps_parameters:
+            return  # the optimizer holds tensors of DeepSpeed's, gradients and all
+        if any(param.grad is not None for group in self.param_groups for param in group["params"]):
+            type(self).zero_grad(self, set_to_none)  # takes its time where a step has left nothing to do, as most do
 
     def add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
         if not engine.steps_parameters:

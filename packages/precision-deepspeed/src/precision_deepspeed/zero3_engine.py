@@ -25,10 +25,11 @@ class Zero3Engine(ZeroEngine):
     def __init__(self, vendor: Any, module: nn.Module, optimizer: Optimizer) -> None:
         super().__init__(vendor, module, optimizer)
         self._earlier: set[int] = set()
-        offload = self._zero.parameter_offload
-        for handle in (*offload.forward_hooks, *offload.backward_hooks):  # they call torch thirty times a layer
-            hooks = handle.hooks_dict_ref()
-            hooks[handle.id] = outside_created_as(hooks[handle.id])
+        if self._zero.dtype is not torch.float32:  # forward runs in `created_as`
+            offload = self._zero.parameter_offload
+            for handle in (*offload.forward_hooks, *offload.backward_hooks):  # they call torch thirty times a layer
+                hooks = handle.hooks_dict_ref()
+                hooks[handle.id] = outside_created_as(hooks[handle.id])
 
     def _norms(self) -> list[Any]:
         norms: list[Any] = self._zero._get_norm_groups()
