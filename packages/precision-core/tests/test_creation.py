@@ -232,8 +232,5 @@ def test_a_function_may_run_outside() -> None:
             assert hook(own) == (F64, Own)  # outside of the innermost
     with Seeing(), created_as(F64):
         assert hook(own) == (F32, Own) and torch.zeros in seen
-    with created_as(F64), Seeing():
-        assert hook(own) == (
-            F64,
-            Own,
-        )  # what forward itself entered sees what the hook does, so it all stays
+    with created_as(F64), Seeing():  # what forward itself entered sees what the hook does, so it all stays
+        assert hook(own) == (F64, Own)
