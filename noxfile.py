@@ -27,6 +27,8 @@ BUDGETS: dict[str, int] = MATRIX["minutes"] | {f"tests({name})": row["minutes"] 
 
 # uv does not read pip's settings: where pip is offered a CPU build of torch, uv shall take it too.
 os.environ.setdefault("UV_FIND_LINKS", os.environ.get("PIP_FIND_LINKS", ""))
+# uv writes no bytecode of its own accord; where PYTHONDONTWRITEBYTECODE is set each process would compile torch anew.
+os.environ.setdefault("UV_COMPILE_BYTECODE", "1")
 
 
 def _cuda() -> str | None:

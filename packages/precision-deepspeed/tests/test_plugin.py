@@ -54,7 +54,6 @@ def test_pure_bfloat16_state_is_in_the_policy() -> None:
         ({"precision": "params=bfloat16,compute=float16"}, ["float32 parameters"]),
         ({"precision": "params=bfloat16,scale=true"}, ["scale=false"]),
         ({"precision": "params=float32,reduce=bfloat16"}, ["float32"]),
-        ({"precision": "16-true"}, ["float16", "16-mixed", "bf16-true"]),
         ({"precision": "half"}, ["no mode"]),
         ({"amp_type": "apex"}, ["0.19.8", "native"]),
         ({"amp_type": "apex", "amp_level": "O2"}, ["0.19.8", "native"]),
@@ -67,6 +66,17 @@ def test_what_it_does_not_run_is_refused(arguments: dict[str, Any], words: list[
     with pytest.raises(ValueError) as caught:
         DeepSpeedPrecision(**arguments)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_float16_is_refused_where_deepspeeds_accelerator_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)
+    with pytest.raises(ValueError) as caught:
+        DeepSpeedPrecision("16-true")
+    assert all(word in str(caught.value) for word in ["float16", "16-mixed", "bf16-true"])
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+    assert DeepSpeedPrecision("16-true").policy.params is torch.float16
 
 
 @pytest.mark.parametrize("options", [{"init_scale": 0.0}, {"growth_factor": 1.0}, {"backoff_factor": 2.0}])

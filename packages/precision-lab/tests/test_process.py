@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from precision_core.testing import curve_distance, loss_bound
-from precision_lab.process import ChildFailed, run_child
+from precision_lab.process import ChildFailed, _reason, run_child
 from precision_lab.train import Job
 
 
@@ -42,6 +43,45 @@ def test_the_reason_is_that_of_the_rank_which_failed_first():
     events = run_child(Job("32-true", 1, 0, accelerator="nonsense", devices=2))
     with pytest.raises(ChildFailed, match=r"^ValueError: .*nonsense"):
         list(events)
+
+
+# What torchrun 2.13 prints when ranks fail, without its traceback.
+LISTED = """Failures:
+[1]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : {} (pid: 3850)
+Root Cause (first observed failure):
+[0]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : {} (pid: 3849)
+  traceback : To enable traceback see: ...
+"""
+
+
+def logged(folder, rank, text, seconds):
+    file = folder / "run" / "attempt_0" / str(rank) / "stderr.log"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    os.utime(file, (seconds, seconds))
+
+
+def test_of_two_ranks_the_one_that_failed_first_says_why(tmp_path):
+    traceback = "Traceback (most recent call last):\n  File ...\n"
+    logged(tmp_path, 0, f"[rank0]: {traceback}[rank0]: RuntimeError: Connection closed by peer\n", 20)
+    logged(tmp_path, 1, f"a warning\n{traceback}ValueError: no such mode\n\n", 10)
+    assert _reason(1, LISTED.format(1, 1), tmp_path) == "ValueError: no such mode"
+
+
+@pytest.mark.parametrize("codes", [(-9, 1), (1, -9), (-9, -15)])
+def test_of_two_ranks_the_one_that_was_killed_says_why(codes, tmp_path):
+    logged(tmp_path, 0, "Traceback (most recent call last):\nRuntimeError: Connection closed by peer\n", 10)
+    assert _reason(1, LISTED.format(*codes), tmp_path) == "ended by SIGKILL, is the memory full?"
+
+
+def test_a_rank_that_torchrun_ended_in_its_traceback_is_no_reason(tmp_path):
+    logged(tmp_path, 0, "Traceback (most recent call last):\nValueError: one process only\n", 10)
+    logged(tmp_path, 1, "Traceback (most recent call last):\n", 11)
+    assert _reason(1, LISTED.format(-15, 1), tmp_path) == "ValueError: one process only"
 
 
 COMPARE = [sys.executable, "-m", "precision_lab.cli", "compare", "--steps", "100000", "--modes", "32-true"]

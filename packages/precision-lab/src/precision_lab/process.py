@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 from precision_lab.train import Job
@@ -41,17 +42,17 @@ def run_child(job: Job) -> Generator[dict[str, Any], None, None]:
     Raises:
         ChildFailed: with the last line of the child's traceback, or the signal that ended it.
     """
-    command = [sys.executable, "-m"]
-    if job.devices > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={job.devices}", "-m"]
-    command += ["precision_lab.train", job.mode, "--until-stdin-closes", "--devices", str(job.devices)]
-    command += ["--steps", str(job.steps), "--seed", str(job.seed), "--accelerator", job.accelerator]
-    command += ["--strategy", job.strategy]
     environment = _VENDORS | os.environ
     with (
+        tempfile.TemporaryDirectory() as logs,
         tempfile.TemporaryFile("w+", errors="replace") as errors,
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            _command(job, logs),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
         ) as child,
     ):
         assert child.stdout is not None
@@ -63,18 +64,30 @@ def run_child(job: Job) -> Generator[dict[str, Any], None, None]:
             child.kill()  # does nothing when it has ended
         if code:
             errors.seek(0)
-            raise ChildFailed(_reason(code, errors.read()))
+            raise ChildFailed(_reason(code, errors.read(), Path(logs)))
 
 
-def _reason(code: int, errors: str) -> str:
-    if code < 0:
-        name = signal.Signals(-code).name
+def _command(job: Job, logs: str) -> list[str]:
+    command = [sys.executable, "-m"]
+    if job.devices > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={job.devices}"]
+        # each rank's stderr in a file of its own: in one stream their tracebacks mix, and one that torchrun ends breaks off
+        command += ["--log-dir", logs, "--redirects", "2", "-m"]
+    command += ["precision_lab.train", job.mode, "--until-stdin-closes", "--devices", str(job.devices)]
+    command += ["--steps", str(job.steps), "--seed", str(job.seed), "--accelerator", job.accelerator]
+    return [*command, "--strategy", job.strategy]
+
+
+def _reason(code: int, errors: str, logs: Path) -> str:
+    """Returns the last line of what the child wrote to stderr; of several ranks, of the one that failed first."""
+    # torchrun lists the ranks that failed; it ends the others by SIGTERM
+    killed = [-int(number) for number in re.findall(r"exitcode\s*:\s*(-\d+)", errors) if int(number) != -signal.SIGTERM]
+    if code < 0 or killed:
+        name = signal.Signals(killed[0] if killed else -code).name
         return f"ended by {name}" + (", is the memory full?" if name == "SIGKILL" else "")
-    lines = [line for line in errors.splitlines() if line.strip()]
-    ranks = [line.partition(":")[0] for line in lines if re.match(r"\[rank\d+\]:", line)]
-    if ranks:  # the one that failed first, of which torchrun's own lines at the end say less
-        lines = [line.removeprefix(f"{ranks[0]}:") for line in lines if line.startswith(f"{ranks[0]}:")]
-    elif "ChildFailedError" in errors:  # before the ranks had met: they do not say who they are
-        start = next(index for index, line in enumerate(lines) if line.startswith("Traceback"))
-        lines = [line for line in lines[start + 1 :] if not line.startswith(" ")][:1]
-    return lines[-1].strip() if lines else f"exit code {code}"
+    # a rank's traceback is the last that it writes, and those of its peers, which miss it, come later
+    ranks = [path for path in logs.rglob("stderr.log") if "Traceback" in path.read_text(errors="replace")]
+    if ranks:
+        errors = min(ranks, key=lambda path: path.stat().st_mtime_ns).read_text(errors="replace")
+    lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in errors.splitlines()]
+    return next((line for line in reversed(lines) if line), f"exit code {code}")
