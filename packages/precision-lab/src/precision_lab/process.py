@@ -71,7 +71,7 @@ def _command(job: Job, logs: str) -> list[str]:
     command = [sys.executable, "-m"]
     if job.devices > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={job.devices}"]
-        # each rank's stderr in a file of its own: in one stream their tracebacks mix, and one that torchrun ends breaks off
+        # each rank's stderr in a file of its own: in one stream their tracebacks mix
         command += ["--log-dir", logs, "--redirects", "2", "-m"]
     command += ["precision_lab.train", job.mode, "--until-stdin-closes", "--devices", str(job.devices)]
     command += ["--steps", str(job.steps), "--seed", str(job.seed), "--accelerator", job.accelerator]
