@@ -1,4 +1,4 @@
-"""`nox`: lint and every default row that this machine can run. `nox -s compare`: the main job. Rows: ci/matrix.toml."""
+"""`nox`: lint and the fast tier. `nox -s full`: every row that this machine can run. Rows: ci/matrix.toml."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent
 MATRIX = nox.project.load_toml(ROOT / "ci" / "matrix.toml")
 BASE = MATRIX["base"]
 ROWS: dict[str, dict[str, Any]] = {f"{row['package']}/{row['id']}": BASE | row for row in MATRIX["row"]}
+SAME = ("python", "torch", "hardware")
 BUDGETS: dict[str, int] = MATRIX["minutes"] | {f"tests({name})": row["minutes"] for name, row in ROWS.items()}
 
 # uv does not read pip's settings: where pip is offered a CPU build of torch, uv shall take it too.
@@ -62,7 +63,8 @@ def _third_party() -> list[str]:
 @nox.session(python=BASE["python"])
 def lint(session: nox.Session) -> None:
     """ruff and mypy over all packages."""
-    session.install("--group", "dev", BASE["torch"], "numpy", *_third_party())
+    # it imports nothing of them: bytecode would take longer than the checks
+    session.install("--group", "dev", BASE["torch"], "numpy", *_third_party(), env={"UV_COMPILE_BYTECODE": "0"})
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")
@@ -74,7 +76,13 @@ def _param(name: str, row: dict[str, Any]) -> Any:
     return nox.param(python, row, id=name, tags=[row["package"], row["hardware"], *row["tags"]])
 
 
-nox.options.sessions = ["lint", *(f"tests({name})" for name, row in ROWS.items() if row["default"])]
+# What shares one environment, and so one session; the other default rows are there to say what hardware they miss.
+SHARED = {name: row for name, row in ROWS.items() if row["default"] and all(row[key] == BASE[key] for key in SAME)}
+nox.options.sessions = [
+    "lint",
+    "fast",
+    *(f"tests({name})" for name, row in ROWS.items() if row["default"] and name not in SHARED),
+]
 
 
 def _folder(row: dict[str, Any]) -> str:
@@ -111,7 +119,7 @@ def _built(session: nox.Session, row: dict[str, Any]) -> str:
 def tests(session: nox.Session, row: dict[str, Any]) -> None:
     """One row of the matrix: its pins, the bounds between the packages, the package's tests."""
     folder = _folder(row)
-    pytest = ["pytest", *(row["only"] or [folder if folder == "tests-integration" else f"{folder}/tests"])]
+    pytest = ["pytest", *_paths(row)]
     workers = ["pytest-xdist"] if row["workers"] > 1 else []
     if workers:
         pytest += ["-n", str(row["workers"])]
@@ -120,12 +128,76 @@ def tests(session: nox.Session, row: dict[str, Any]) -> None:
         session.skip(f"needs {row['hardware']}: {reason}")
     # one command: outside of the workspace only that lets a package find core in the checkout
     installs = [option for each in row.get("installs", [folder]) for option in _editable(each)]
-    session.install(*installs, row["torch"], *row["pins"], *workers)
+    session.install(*installs, row["torch"], *row["pins"], *row["alone"], *workers)
     if row["builds"]:
         session.install(_built(session, row))
     if session.venv_backend != "none":  # a ready-made image has no uv, and packages whose bounds are not ours to check
         session.run("uv", "pip", "check", external=True)  # uv ignores version bounds between workspace packages
     session.run(*pytest, *session.posargs)
+
+
+# -------------------------------------------------------------------- tiers
+
+
+def _paths(row: dict[str, Any]) -> list[str]:
+    folder = _folder(row)
+    return row["only"] or [folder if folder == "tests-integration" else f"{folder}/tests"]
+
+
+BIN = ""  # of the environment with everything, which `env` makes before any session that requires it
+
+
+@nox.session(python=BASE["python"], reuse_venv=True, default=False)
+def env(session: nox.Session) -> None:
+    """One environment with every package that can share one, and the developers' tools: `.nox/env/bin/pytest PATH`."""
+    global BIN
+    folders = {folder: None for row in SHARED.values() for folder in row.get("installs", [_folder(row)])}
+    pins = {pin: None for row in SHARED.values() for pin in row["pins"]}
+    installs = [option for folder in folders for option in _editable(folder)]
+    session.install(*installs, BASE["torch"], *pins, "pytest-xdist", "--group", "dev")
+    if session.venv_backend != "none":
+        session.run("uv", "pip", "check", external=True)  # uv ignores version bounds between workspace packages
+    BIN = session.bin
+
+
+def _run_in_env(session: nox.Session, *command: str) -> None:
+    """Runs a program of that environment, with it first on the PATH, as the tests' own commands need it."""
+    path = os.pathsep.join([BIN, os.environ["PATH"]])
+    session.run(f"{BIN}/{command[0]}", *command[1:], external=True, env={"PATH": path})
+
+
+def _on_both_cores(session: nox.Session, *options: str) -> None:
+    paths = [path for row in SHARED.values() for path in _paths(row)]
+    _run_in_env(session, "pytest", "-n", "2", "--dist", "loadgroup", *options, *(session.posargs or paths))
+
+
+@nox.session(python=False, requires=["env"])
+def fast(session: nox.Session) -> None:
+    """All tests but those marked full, in one environment, on both cores. `nox -s fast -- PATH`: these."""
+    _on_both_cores(session, "-m", "not full")
+
+
+@nox.session(name="slice", python=False, requires=["env"], default=False)
+def slice_of_full(session: nox.Session) -> None:
+    """Five minutes of the tests marked full; which, the commit decides."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    options = ("--slice-minutes", "5", "--slice-seed", commit, "--no-loadscope-reorder")
+    _on_both_cores(session, "-m", "full", *options)
+
+
+@nox.session(python=False, default=False)
+def full(session: nox.Session) -> None:
+    """Everything that this machine has the hardware for: each default row in its own environment, and the wheels."""
+    for name, row in ROWS.items():
+        if row["default"]:
+            session.notify(f"tests({name})")
+    session.notify("dist")
+
+
+@nox.session(python=False, requires=["env"], default=False)
+def mutations(session: nox.Session) -> None:
+    """Whether the fast tier notices wrong lines: ci/mutations.toml. `-- --tier full`, `-- --only loss_scaler`."""
+    _run_in_env(session, "python", "ci/mutations.py", *session.posargs)
 
 
 def _install_core_and_lab(session: nox.Session) -> None:

@@ -2,25 +2,79 @@
 
 from __future__ import annotations
 
-import gc
+import atexit
 import importlib
-import multiprocessing
 import os
 import pickle
+import random
 import socket
-import time
-import traceback
+import sys
 import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+
+from precision_core.testing.forks import Forks, Job
 
 
 class RankError(AssertionError):
     """A rank failed, or did not come to its end in time; holds every rank's traceback."""
+
+
+class Pools:
+    """Ranks that are kept for the next function, by their number; none where `key` is None, which is the default.
+
+    A fresh rank costs a fork and what torch does when it first computes, 0.2 CPU seconds and up to half a second of
+    waiting. Between two functions the process group is destroyed, and what follows the forking process (environment,
+    folder, warnings, random generators) is set anew. What a function leaves behind in other places stays, so nobody
+    gets kept ranks who did not ask for them.
+    """
+
+    def __init__(self) -> None:
+        self.key: str | None = None
+        self._kept: dict[int, Forks] = {}
+        self._ends_with_process = False
+        self.cpu_seconds = 0.0
+        """What kept ranks have computed, as far as this process's own times do not hold it."""
+
+    def choose(self, key: str | None) -> None:
+        """Has the next functions run in ranks that were kept under `key`; None: in fresh ones. Others are let go."""
+        if key != self.key and key is not None and self._kept:
+            self.close()
+        self.key = key
+
+    def take(self, count: int) -> Forks:
+        """Returns ranks that wait for a function; they are the caller's until `give_back`."""
+        kept = self._kept.pop(count, None)
+        if kept is not None and not kept.is_clean(timeout=20.0):
+            self._close(kept)
+            kept = None
+        return kept or Forks(count)
+
+    def give_back(self, forks: Forks, cpu_seconds: float) -> None:
+        """Keeps ranks of which each has returned; they clean up meanwhile."""
+        self.cpu_seconds += cpu_seconds
+        forks.cpu_seconds += cpu_seconds
+        if not self._ends_with_process:
+            atexit.register(self.close)  # before multiprocessing, which would wait for them
+            self._ends_with_process = True
+        forks.clean()
+        self._kept[forks.count] = forks
+
+    def _close(self, forks: Forks) -> None:
+        forks.kill()
+        self.cpu_seconds -= forks.cpu_seconds  # now it is in this process's times of children
+
+    def close(self) -> None:
+        """Lets all kept ranks go."""
+        while self._kept:
+            self._close(self._kept.popitem()[1])
+
+
+POOLS = Pools()
 
 
 def run_in_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -30,78 +84,61 @@ def run_in_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: 
 
     Raises:
         RankError: a rank raised, died, or was not done within `timeout` seconds; all of them are killed then.
+        RuntimeError: this process has a process group, which the ranks would take for theirs.
     """
+    if dist.is_initialized():
+        raise RuntimeError(
+            "run_in_ranks: this process has a process group, and forked ranks would take it for theirs. Find who made "
+            "it (a test before this one?), and end it: fabric.teardown(), or run that in ranks too"
+        )
     importlib.import_module("torch._dynamo")  # DDP imports it: 4 seconds that each rank would spend anew
 
-    context = multiprocessing.get_context("fork")
-    environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    environment["MASTER_PORT"] = str(_free_port())
-    pipes = [context.Pipe(duplex=False) for _ in range(count)]
-    processes = [
-        context.Process(target=_run, args=(rank, environment, pipes[rank][1], function, args)) for rank in range(count)
-    ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forking where there are threads
-        for process in processes:
-            process.start()
-    for _, sender in pipes:
-        sender.close()
+    job = _job(count, function, args)
+    payload = _pickled(job) if POOLS.key is not None else None
+    forks = Forks(count, job) if payload is None else POOLS.take(count)
+    kept = False
     try:
-        outcomes = _collect([receiver for receiver, _ in pipes], time.monotonic() + timeout, timeout)
+        if payload is not None:
+            forks.send(payload)
+        outcomes = forks.collect(timeout)
+        if payload is not None and all(kind == "returned" for kind, _, _ in outcomes):
+            POOLS.give_back(forks, sum(seconds for _, _, seconds in outcomes))
+            kept = True
     finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    skipped = [value for kind, value in outcomes if kind == "skipped"]
+        if not kept:
+            forks.kill()
+    skipped = [value for kind, value, _ in outcomes if kind == "skipped"]
     if skipped:
         pytest.skip(skipped[0])
-    outcomes = [
-        (kind, f"{value}: exit code {process.exitcode}, of signal N where it is -N" if kind == "died" else value)
-        for process, (kind, value) in zip(processes, outcomes, strict=True)
+    failed = [
+        f"rank {rank} of {count}:\n{value}" for rank, (kind, value, _) in enumerate(outcomes) if kind != "returned"
     ]
-    failed = [f"rank {rank} of {count}:\n{value}" for rank, (kind, value) in enumerate(outcomes) if kind != "returned"]
     if failed:
         raise RankError("\n".join(failed))
-    return [value for _, value in outcomes]
+    return [value for _, value, _ in outcomes]
 
 
-def _collect(receivers: list[Connection], deadline: float, timeout: float) -> list[tuple[str, Any]]:
-    """Returns each rank's outcome. After the first failure the others get five seconds: they wait for it in vain."""
-    outcomes: dict[int, tuple[str, Any]] = {}
-    while len(outcomes) < len(receivers):
-        waiting = [receiver for rank, receiver in enumerate(receivers) if rank not in outcomes]
-        ready = multiprocessing.connection.wait(waiting, max(0.0, deadline - time.monotonic()))
-        if not ready:
-            break
-        for receiver in ready:
-            rank = receivers.index(receiver)  # type: ignore[arg-type]
-            try:
-                outcomes[rank] = pickle.loads(receiver.recv_bytes())  # type: ignore[union-attr]
-            except EOFError:
-                outcomes[rank] = ("died", "it died without a traceback")
-            if outcomes[rank][0] != "returned":
-                deadline = min(deadline, time.monotonic() + 5)
-    late = ("late", f"not done: killed after another rank failed, or after {timeout:.0f} s")
-    return [outcomes.get(rank, late) for rank in range(len(receivers))]
+def _job(count: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Job:
+    """Returns the function, and of this process what a forked one would have."""
+    generators: dict[str, Any] = {"torch": torch.get_rng_state(), "random": random.getstate()}
+    if "numpy" in sys.modules:
+        generators["numpy"] = sys.modules["numpy"].random.get_state()
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    return Job(function, args, environment, os.getcwd(), list(warnings.filters), generators)
 
 
-def _run(
-    rank: int, environment: dict[str, str], sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
-    gc.freeze()  # what the forked process left to the collector is its own: groups whose threads are not here crash
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
+def _pickled(job: Job) -> bytes | None:
     try:
-        outcome: tuple[str, Any] = ("returned", function(*args))
-    except pytest.skip.Exception as skip:
-        outcome = ("skipped", str(skip))
-    except BaseException:
-        outcome = ("raised", traceback.format_exc())
-    sender.send_bytes(pickle.dumps(outcome))  # send() would share tensors' memory, which ends with this process
-    sender.close()
-    if outcome[0] == "returned":  # others may need it still, for the store of the process group; it is killed with them
-        time.sleep(60)
-    os._exit(0)  # what is registered to run at exit belongs to the process that was forked
+        return pickle.dumps(job)
+    except (pickle.PicklingError, AttributeError, TypeError):  # a closure, or an argument that is bound to this process
+        return None
 
 
 def _free_port() -> int:

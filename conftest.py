@@ -1,0 +1,178 @@
+"""What all tests share: the two tiers, what each test costs, and a slice of the slow ones.
+
+The fast tier is `-m "not full"`. It runs ranks that are kept from one test to the next, says what was left to the full
+tier, and fails where a test that is not marked took more than five seconds. `--slice-minutes 5 --slice-seed TEXT` with
+`-m full` runs as many of the marked tests as fit into the time, in an order that the text decides.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+LIMIT = 5.0
+"""CPU seconds, of the process and its children, that a test of the fast tier may take on an idle machine."""
+YARDSTICK = 0.2
+"""CPU seconds of `_yardstick` on the idle machine that LIMIT is meant for: 2 cores of an AMD EPYC of 2021."""
+SHOWN = 15
+ONE_PROCESS = ("precision-deepspeed",)
+"""Packages whose tests share one process of pytest-xdist, since what they import takes longer than most tests."""
+
+COSTS = pytest.StashKey["Costs"]()
+DEADLINE = pytest.StashKey[float]()
+BEFORE = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("tiers")
+    group.addoption("--slice-minutes", type=float, default=0.0, help="skip what has not begun by then")
+    group.addoption("--slice-seed", default="", help="decides the order, so that each commit's slice is another")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[COSTS] = Costs()
+    config.pluginmanager.register(config.stash[COSTS])
+    if minutes := config.getoption("slice_minutes"):
+        config.stash[DEADLINE] = time.time() + 60 * minutes
+
+
+def _is_fast(config: pytest.Config) -> bool:
+    return bool(config.option.markexpr == "not full")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if package := next((name for name in ONE_PROCESS if name in item.path.parts), None):
+            item.add_marker(pytest.mark.xdist_group(package))
+    if DEADLINE in config.stash:  # whole files, as their fixtures and caches are theirs
+        seed = config.getoption("slice_seed")
+        files = sorted({item.path for item in items})
+        random.Random(seed).shuffle(files)
+        items.sort(key=lambda item: files.index(item.path))
+
+
+# -------------------------------------------------------------------- each test
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[BEFORE] = _cpu_seconds()
+    if time.time() > item.config.stash.get(DEADLINE, float("inf")):
+        pytest.skip("beyond this slice")
+    if _is_fast(item.config) and "precision_core.testing.ranks" in sys.modules:
+        # a test that patches wants ranks that are forked with its patches
+        patches = "monkeypatch" in getattr(item, "fixturenames", ())
+        package = item.path.relative_to(item.config.rootpath).parts[:2]
+        sys.modules["precision_core.testing.ranks"].POOLS.choose(None if patches else "/".join(package))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    try:
+        return (yield)
+    finally:
+        seconds = _cpu_seconds() - item.stash[BEFORE]
+        slowness = max(1.0, _yardstick() / YARDSTICK) if seconds > LIMIT else 1.0
+        item.user_properties.append(("cpu", (seconds, slowness)))
+        _check_nothing_is_left()
+
+
+def _check_nothing_is_left() -> None:
+    """Fails the test that leaves behind what others then run with."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        pytest.fail("this test left a process group behind: end it (fabric.teardown()), or use run_in_ranks")
+    if torch.get_default_dtype() is not torch.float32:
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        pytest.fail(f"this test left {dtype} behind as torch's default dtype")
+
+
+def _cpu_seconds() -> float:
+    times = os.times()
+    pools = getattr(sys.modules.get("precision_core.testing.ranks"), "POOLS", None)
+    kept = pools.cpu_seconds if pools else 0.0
+    return times.user + times.system + times.children_user + times.children_system + kept
+
+
+def _yardstick() -> float:
+    """Returns the CPU seconds of a fixed piece of work: more on a slow CPU, and where another shares its core."""
+    start = time.process_time()
+    sum(number * number for number in range(4_000_000))
+    return time.process_time() - start
+
+
+# -------------------------------------------------------------------- the end
+
+
+class Costs:
+    """What the tests took and which were left out: in one process, or of all of pytest-xdist's."""
+
+    def __init__(self) -> None:
+        self.left: Counter[str] = Counter()
+        self._taken: dict[str, tuple[float, float]] = {}
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        self.left.update(item.nodeid.partition("::")[0] for item in items)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if cpu := dict(report.user_properties).get("cpu"):
+            self._taken[report.nodeid] = cpu  # type: ignore[assignment]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self.left = Counter(getattr(node, "workeroutput", {}).get("left", {})) or self.left  # of each worker the same
+
+    def over(self) -> list[str]:
+        """Returns a line for each test that took longer than the fast tier lets it."""
+        return [
+            f"{test}: {cpu:.1f} CPU seconds, on a machine {slowness:.1f} times slower than an idle one"
+            for test, (cpu, slowness) in self._taken.items()
+            if cpu > LIMIT * slowness
+        ]
+
+    def slowest(self) -> list[str]:
+        """Returns a line for each of the slowest tests, and what all of them took."""
+        order = sorted(self._taken.items(), key=lambda entry: -entry[1][0])[:SHOWN]
+        total = sum(cpu for cpu, _ in self._taken.values())
+        return [*(f"{cpu:6.1f} s  {test}" for test, (cpu, _) in order), f"{total:6.1f} s  all {len(self._taken)} tests"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config: Any = session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left"] = dict(config.stash[COSTS].left)
+    if "precision_core.testing.ranks" in sys.modules:
+        sys.modules["precision_core.testing.ranks"].POOLS.close()
+    if _is_fast(config) and config.stash[COSTS].over() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    config = terminalreporter.config
+    costs = config.stash[COSTS]
+    if not _is_fast(config):
+        return
+    terminalreporter.section("slowest, in CPU seconds with child processes")
+    for line in costs.slowest():
+        terminalreporter.line(line)
+    if costs.left:
+        terminalreporter.section("left to the full tier")
+        for file, number in sorted(costs.left.items()):
+            terminalreporter.line(f"{number:6}  {file}")
+        terminalreporter.line(f"{costs.left.total():6}  tests")
+    if over := costs.over():
+        terminalreporter.section(f"over {LIMIT:.0f} CPU seconds and not marked full", red=True)
+        for line in over:
+            terminalreporter.line(line)
