@@ -1,15 +1,64 @@
+import json
 import os
+import re
+import sys
+import traceback
+from importlib.metadata import DistributionFinder, MetadataPathFinder, distributions
+from pathlib import Path
 
 import pytest
 import torch
+
+from precision_core.testing import run_in_ranks
+from precision_lab import train as train_module
+from precision_lab.process import ChildFailed, _reason
+from precision_lab.text import split_text
 
 # These models are tiny: a second thread only waits for the first, and on a busy machine for much longer than that.
 torch.set_num_threads(1)
 
 
+def normalized(name):
+    return re.sub("[-_.]+", "-", name).lower()
+
+
+def needed(*names):
+    """The installed distributions of these names, and what they require."""
+    installed = {normalized(each.metadata["Name"]): each for each in distributions() if each.metadata["Name"]}
+    found = {}
+    for name in map(normalized, names):
+        requires = [each for each in installed[name].requires or () if "extra ==" not in each]
+        found |= {each: installed[each] for each in (name, *(normalized(re.match(r"[\w.-]+", r)[0]) for r in requires))}
+    return list(found.values())
+
+
+SEARCHED = set(sys.path)
+BARE = needed("precision-core", "precision-lab")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bare():
+    """Lab as it is installed alone: of what is installed here, this process sees core, lab and what they require.
+
+    What a test installs is seen. Processes that a test starts see everything.
+    """
+    find = MetadataPathFinder.find_distributions
+
+    def find_bare(context=DistributionFinder.Context()):  # noqa: B008
+        wanted = context.name and normalized(context.name)
+        path = [folder for folder in context.path if folder not in SEARCHED]
+        yield from find(DistributionFinder.Context(name=context.name, path=path))
+        yield from (each for each in BARE if wanted in (None, normalized(each.metadata["Name"])))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetadataPathFinder, "find_distributions", staticmethod(find_bare))
+        yield
+
+
 @pytest.fixture
 def install(tmp_path, monkeypatch):
     """Installs a distribution for this test, here and in child processes: its metadata, and by choice a module."""
+    modules = []
 
     def install(name, entry_points="", module="", source="", version="1.0", requires=()):
         folder = tmp_path / name
@@ -21,7 +70,46 @@ def install(tmp_path, monkeypatch):
         (metadata / "entry_points.txt").write_text(entry_points)
         if module:
             (folder / f"{module}.py").write_text(source)
+            modules.append(module)
         monkeypatch.syspath_prepend(str(folder))
         monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
 
-    return install
+    yield install
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+def events_of(job, batch):
+    """What `python -m precision_lab.train` prints, with that batch and a shorter evaluation, and its traceback."""
+    training, held_out = split_text()
+    train_module.split_text = lambda: (training, held_out[:1000])
+    train_module.BATCH = batch
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    events = []
+    try:
+        for event in train_module.train(job):
+            events.append(event)
+        error = ""
+    except Exception:
+        error = traceback.format_exc()
+    return json.dumps(events, allow_nan=False), error
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """In place of `run_child`: the same events and the same failure of a job, in a fork of this process.
+
+    That has imported torch already, and takes little of the text. It needs a process of its own as the real one does:
+    deterministic algorithms are switched on for all of it.
+    """
+
+    def forked(job, batch=1):
+        assert job.devices == 1
+        # a closure, so that it is a fresh fork
+        ((events, error),) = run_in_ranks(1, lambda: events_of(job, batch))
+        yield from json.loads(events)
+        if error:
+            raise ChildFailed(_reason(1, error, Path("no logs")))
+
+    return forked

@@ -2,14 +2,18 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from precision_core import MODES, Policy, supports
 from precision_core.discovery import KNOWN, PLUGINS
-from precision_core.formats import cpu_has_float16
+from precision_core.formats import FORMATS, cpu_has_float16
+from precision_lab import compare as compare_module
 from precision_lab.cli import main
+from precision_lab.train import BATCH, Job
 
 MODELS_BYTES = 1_272_640
 OPTIONS = ("--steps", "--modes", "--seed", "--out", "--all", "--devices", "--strategy", "--accelerator")
@@ -17,34 +21,65 @@ NAMED = ("64-true", "32-true", "bf16-mixed", "bf16-true")
 REFUSED = "params=float32,compute=float32,master=float64"
 
 
-def run_compare(*options):
+def start_compare(*options):
+    """Runs the command as users start it, with a child process a mode."""
     command = [sys.executable, "-W", "error", "-m", "precision_lab.cli", "compare", "--accelerator", "cpu", *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
-def default_run(tmp_path_factory):
+def fork_compare(forked):
+    """The same in this process, with a fork a mode, on a CPU that is fast in bfloat16 and slow in float16."""
+
+    def fork_compare(*options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compare_module, "run", partial(compare_module.run, runner=forked))
+            patch.setitem(FORMATS["cpu"], torch.bfloat16, lambda: ("native", "said so"))
+            patch.setitem(FORMATS["cpu"], torch.float16, lambda: ("slow", "said so"))
+            result = CliRunner().invoke(main, ["compare", "--accelerator", "cpu", *options])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return subprocess.CompletedProcess(options, result.exit_code, result.output, None)
+
+    return fork_compare
+
+
+FORKED = pytest.param("forked", marks=pytest.mark.xdist_group("lab: compare, forked"))
+STARTED = pytest.param(
+    "started", marks=[pytest.mark.full, pytest.mark.slow_start, pytest.mark.xdist_group("lab: compare, started")]
+)
+
+
+@pytest.fixture(scope="module", params=[FORKED, STARTED])
+def compare(request):
+    return request.getfixturevalue("fork_compare") if request.param == "forked" else start_compare
+
+
+@pytest.fixture(scope="module")
+def default_run(compare, tmp_path_factory):
     """Core's modes, four steps: what it printed, its record, its folder."""
     out = tmp_path_factory.mktemp("parent") / "new" / "folder"
-    finished = run_compare("--steps", "4", "--seed", "3", "--out", str(out))
+    finished = compare("--steps", "4", "--seed", "3", "--out", str(out))
     assert finished.returncode == 0, finished.stderr
     return finished, json.loads((out / "compare.json").read_text()), out
 
 
 @pytest.fixture(scope="module")
-def named_run(tmp_path_factory):
+def named_run(compare, request, tmp_path_factory):
     """The record of modes that run where they are named, on a CPU that is slow in bfloat16 too."""
+    if compare is not start_compare:
+        return request.getfixturevalue("default_run")[1]  # those that run by themselves on the CPU that is made up
     out = tmp_path_factory.mktemp("named")
-    finished = run_compare("--steps", "4", "--seed", "3", "--out", str(out), "--modes", ",".join(NAMED))
+    finished = compare("--steps", "4", "--seed", "3", "--out", str(out), "--modes", ",".join(NAMED))
     assert finished.returncode == 0, finished.stderr
     return json.loads((out / "compare.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def failing_run(tmp_path_factory):
+def failing_run(compare, tmp_path_factory):
     """A mode that no plugin of core runs, then one that works, from the same seed as `default_run`."""
     out = tmp_path_factory.mktemp("failing")
-    finished = run_compare("--steps", "4", "--seed", "3", "--out", str(out), "--modes", f"{REFUSED},32-true")
+    finished = compare("--steps", "4", "--seed", "3", "--out", str(out), "--modes", f"{REFUSED},32-true")
     return finished, json.loads((out / "compare.json").read_text()), out
 
 
@@ -63,7 +98,7 @@ def test_every_mode_has_a_row(default_run):
 
 def test_figures_follow_from_the_losses(named_run):
     done = {mode: row for mode, row in rows(named_run).items() if row["status"] == "done"}
-    assert tuple(done) == NAMED
+    assert set(done) == set(NAMED)
     true = done["64-true"]["losses"]
     for row in done.values():
         assert len(row["losses"]) == len(row["step_seconds"]) == 4
@@ -77,7 +112,7 @@ def test_figures_follow_from_the_losses(named_run):
         assert row["skipped_steps"] == 0 or row["policy"]["scale"]
 
 
-def test_precisions_are_what_they_say(named_run):
+def test_precisions_are_what_they_say(named_run, compare):
     """The same start for all; then each drifts as far as its dtypes make it, and takes the memory they take."""
     done = rows(named_run)
     assert done["64-true"]["drift"] == 0 < done["32-true"]["drift"] < 1e-5
@@ -86,14 +121,16 @@ def test_precisions_are_what_they_say(named_run):
     for mode, size in {"64-true": 8, "32-true": 4, "bf16-mixed": 4, "bf16-true": 2}.items():
         assert done[mode]["parameter_bytes"] == done[mode]["gradient_bytes"] == size * MODELS_BYTES
         assert done[mode]["optimizer_bytes"] == pytest.approx(2 * size * MODELS_BYTES, rel=0.001)
-        assert done[mode]["peak_memory_bytes"] > 4 * size * MODELS_BYTES
+        if compare is start_compare:  # a fork may take what the process before it has left free
+            assert done[mode]["peak_memory_bytes"] > 4 * size * MODELS_BYTES
 
 
-def test_slow_modes_say_so(default_run):
+def test_slow_modes_say_so(default_run, compare):
     finished, record, _ = default_run
-    if cpu_has_float16():
+    if compare is start_compare and cpu_has_float16():
         pytest.skip("this CPU has float16 units")
-    reason = "float16 has no units on this CPU, 9 to 26 times slower than float32; --all runs it"
+    why = "float16 has no units on this CPU, 9 to 26 times slower than float32"
+    reason = f"{why if compare is start_compare else 'said so'}; --all runs it"
     for mode in ("16-mixed", "16-true"):
         assert (rows(record)[mode]["status"], rows(record)[mode]["reason"]) == ("not run", reason)
         assert rows(record)[mode]["held_out_loss"] is None
@@ -106,7 +143,7 @@ def test_a_log_gets_plain_lines(default_run):
     assert "\r" not in finished.stdout
     assert "step 4/4" in finished.stdout
     assert str(out / "compare.png") in finished.stdout
-    assert finished.stderr == ""
+    assert not finished.stderr
 
 
 def test_the_record_is_complete_and_knows_nothing_of_the_machines_paths(default_run):
@@ -172,10 +209,10 @@ mine = my_half:rows
 """
 
 
-def test_modes_of_packages_train_as_cores_do(install, tmp_path):
+def test_modes_of_packages_train_as_cores_do(compare, install, tmp_path):
     install("mine", ENTRIES, "my_half", HALF)
     modes = "bf16-true,my-half,my-late,my-gone"
-    finished = run_compare("--steps", "2", "--modes", modes, "--out", str(tmp_path / "out"))
+    finished = compare("--steps", "2", "--modes", modes, "--out", str(tmp_path / "out"))
     record = json.loads((tmp_path / "out" / "compare.json").read_text())
     of = rows(record)
     assert list(of) == modes.split(",") and finished.returncode == 1
@@ -189,6 +226,37 @@ def test_modes_of_packages_train_as_cores_do(install, tmp_path):
     assert 'precision "my-gone" is gone_module:Half of mine, which cannot be imported' in of["my-gone"]["reason"]
     table = finished.stdout.partition("held-out")[2]
     assert sum(line.split()[:1] == ["my-half"] for line in table.splitlines()) == 1
+
+
+@pytest.mark.slow_start
+def test_the_command_as_users_start_it(install, tmp_path, forked):
+    """One mode trains, as in a fork and bit for bit; the next one fails on the way. The output is not a terminal."""
+    install("mine", ENTRIES, "my_half", HALF)
+    out = tmp_path / "new" / "folder"
+    finished = start_compare("--steps", "4", "--seed", "3", "--modes", "32-true,my-late", "--out", str(out))
+    assert (finished.returncode, finished.stderr) == (1, "")
+    assert "\x1b" not in finished.stdout and "\r" not in finished.stdout
+    assert "step 4/4" in finished.stdout and str(out / "compare.png") in finished.stdout
+    table = finished.stdout.partition("held-out")[2]
+    assert [line.split()[0] for line in table.splitlines() if line.split()[:1] in (["32-true"], ["my-late"])]
+    picture = (out / "compare.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+    record = json.loads((out / "compare.json").read_text())
+    assert (record["version"], record["steps"], record["seed"]) == (1, 4, 3)
+    assert str(tmp_path) not in json.dumps(record) and sys.prefix not in json.dumps(record)
+    done, late = record["modes"]
+    assert (late["status"], late["reason"], late["losses"]) == ("failed", "RuntimeError: only in training", [])
+    assert f"failed: {late['reason']}" in finished.stdout
+    assert (done["mode"], done["status"], len(done["step_seconds"])) == ("32-true", "done", 4)
+    assert done["held_out_loss"] < done["losses"][0] - 1
+    assert done["peak_memory_bytes"] > 4 * 4 * MODELS_BYTES
+    events = list(forked(Job("32-true", 4, 3, "cpu"), BATCH))
+    assert done["losses"] == [event["loss"] for event in events if "loss" in event]
+    for name in ("policy", "parameter_bytes", "gradient_bytes", "optimizer_bytes", "skipped_steps"):
+        assert [done[name]] == [event[name] for event in events if name in event]
+    assert {"torch", "python", "device", "device_name", "threads"} <= record["environment"].keys()
+    assert record["environment"].keys() == events[0].keys()
 
 
 @pytest.mark.parametrize(

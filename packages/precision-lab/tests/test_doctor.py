@@ -235,45 +235,36 @@ def test_a_format_whose_probe_raises_is_a_problem(monkeypatch):
 VENDORS = ("bitsandbytes", "deepspeed", "torch_xla", "transformer_engine", "torchao")
 
 
-@pytest.fixture
-def everything(install):
-    """All vendors, each of which would raise when it is imported; a package with rows; one that is broken."""
+@pytest.mark.slow_start
+def test_a_process_of_its_own_imports_no_vendor_and_a_file_gets_80_columns(install):
+    """As an object and in words, one after the other. Any vendor would raise when it is imported, one package does."""
     for vendor in VENDORS:
         install(vendor, "", vendor, "raise ImportError('was imported')")
     install("mine", ENTRIES, "mine_module", MODULE)
     install("broken", "[precision.support]\nbroken = gone_module:rows\n")
-
-
-@pytest.mark.parametrize("option", ["", "--json"])
-def test_no_vendor_is_imported(option, everything):
     code = (
         "import sys; from precision_lab.cli import main;"
-        f"code = main(['doctor', *{option.split()!r}], standalone_mode=False);"
-        f"print(code, sorted(set({VENDORS!r}) & set(sys.modules)), file=sys.stderr)"
+        "main(['doctor', '--json'], standalone_mode=False);"
+        "print('in words', flush=True);"
+        "code = main(['doctor'], standalone_mode=False);"
+        f"print(code, sorted(set({VENDORS!r}) & set(sys.modules)), file=sys.stderr);"
+        "sys.exit(code)"
     )
     command = [sys.executable, "-W", "error", "-c", code]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert finished.stderr == "noise of an import\nnoise of a call\n1 []\n"
-    if option:
-        assert {"type": "xla", "here": None, "count": None, "names": [], "error": ""} in json.loads(finished.stdout)[
-            "devices"
-        ]
-    else:
-        assert "xla not asked: that would import torch_xla" in unwrapped(finished.stdout)
-
-
-def test_a_file_gets_80_columns_of_plain_text(everything):
-    command = [sys.executable, "-m", "precision_lab.cli", "doctor"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.stderr == "noise of an import\nnoise of a call\nnoise of a call\n1 []\n"
     assert finished.returncode == 1
     assert "\x1b" not in finished.stdout and "\r" not in finished.stdout
-    lines = finished.stdout.splitlines()
+    as_object, _, in_words = finished.stdout.partition("in words\n")
+    assert {"type": "xla", "here": None, "count": None, "names": [], "error": ""} in json.loads(as_object)["devices"]
+    lines = in_words.splitlines()
     assert max(map(len, lines)) <= 80 and all(line == line.rstrip() for line in lines)
     for line in (
+        "xla not asked: that would import torch_xla",
         "mine 1.0 modes mine, silent; strategies ring; support mine",
         "native: by instructions for the format",
     ):
-        assert line in unwrapped(finished.stdout)
+        assert line in unwrapped(in_words)
     rows = [line.split() for line in lines if " cpu " in line]
     assert ["bf16-mixed", "cpu", "any", formats.by_dtypes(MODES["bf16-mixed"], "cpu")[0]] in [row[:4] for row in rows]
     assert ["mine", "cpu", "ring", "no", "not", "in", "a", "ring"] in rows

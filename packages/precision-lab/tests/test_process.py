@@ -1,17 +1,55 @@
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from precision_core.testing import curve_distance, loss_bound
+from precision_lab.cli import main
 from precision_lab.process import ChildFailed, _reason, run_child
-from precision_lab.train import Job
+from precision_lab.train import Job, train
+
+# Its plugin says float32, and the second rank's fails in its sixth step.
+FAILING = """
+import os
+from precision_core import Precision
+
+class Failing(Precision):
+    mode = "failing"
+
+    def __init__(self, mode):
+        super().__init__(policy="32-true")
+
+    def optimizer_step(self, *args, **kwargs):
+        if os.environ["RANK"] == "1" and self.steps == 5:
+            raise ArithmeticError("in the sixth step")
+        return super().optimizer_step(*args, **kwargs)
+"""
 
 
+@pytest.mark.slow_start
+def test_two_processes_train_as_one_does_until_a_rank_fails_and_says_why(install):
+    """Under torchrun and with a strategy that is named; all lines from before the failure come."""
+    install("failing", "[precision.plugins]\nfailing = failing_module:Failing\n", "failing_module", FAILING)
+    two = []
+    with pytest.raises(ChildFailed, match=r"^ArithmeticError: in the sixth step$"):
+        for event in run_child(Job("failing", 8, 0, "cpu", 2, "ddp")):
+            two += [event["loss"]] if "loss" in event else []
+    events = train(Job("32-true", 8, 0, "cpu"))
+    one = list(islice((event["loss"] for event in events if "loss" in event), 5))
+    assert len(two) == 5
+    assert curve_distance(two, one) <= loss_bound("32-true", 5)
+
+
+@pytest.mark.full
+@pytest.mark.slow_start
 def test_the_reason_is_the_last_line_of_the_traceback():
     events = run_child(Job("32-true", 1, 0, accelerator="nonsense"))
     with pytest.raises(ChildFailed, match=r"^ValueError: .*nonsense") as failure:
@@ -24,6 +62,8 @@ def losses(mode, devices, steps, strategy="auto"):
     return [event["loss"] for event in events if "loss" in event]
 
 
+@pytest.mark.full
+@pytest.mark.slow_start
 def test_two_processes_train_as_one_does_with_the_same_batches():
     for mode in ("32-true", "bf16-mixed"):
         one, two = losses(mode, 1, 8), losses(mode, 2, 8)
@@ -31,6 +71,8 @@ def test_two_processes_train_as_one_does_with_the_same_batches():
         assert curve_distance(two, one) <= loss_bound(mode, 8)
 
 
+@pytest.mark.full
+@pytest.mark.slow_start
 def test_a_strategy_that_is_named_runs():
     one, ddp = losses("32-true", 1, 4), losses("32-true", 1, 4, "ddp")
     assert len(one) == 4
@@ -39,6 +81,8 @@ def test_a_strategy_that_is_named_runs():
         losses("32-true", 2, 4, "single_device")
 
 
+@pytest.mark.full
+@pytest.mark.slow_start
 def test_the_reason_is_that_of_the_rank_which_failed_first():
     events = run_child(Job("32-true", 1, 0, accelerator="nonsense", devices=2))
     with pytest.raises(ChildFailed, match=r"^ValueError: .*nonsense"):
@@ -84,26 +128,64 @@ def test_a_rank_that_torchrun_ended_in_its_traceback_is_no_reason(tmp_path):
     assert _reason(1, LISTED.format(-15, 1), tmp_path) == "ValueError: one process only"
 
 
-COMPARE = [sys.executable, "-m", "precision_lab.cli", "compare", "--steps", "100000", "--modes", "32-true"]
+COMPARE = ["compare", "--steps", "100000", "--modes", "32-true", "--accelerator", "cpu", "--out"]
+
+
+@contextmanager
+def started(folder):
+    """Yields the pid, stdout and stderr of a `precision compare` in a Python of its own, and how to wait for it."""
+    command = [sys.executable, "-m", "precision_lab.cli", *COMPARE, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+        try:
+            yield parent.pid, parent.stdout, parent.stderr, parent.wait
+        finally:
+            parent.kill()
+
+
+@contextmanager
+def forked(folder):
+    """The same in a fork of this process, which has imported torch already."""
+    pipes = [os.pipe() for _ in range(2)]
+    parent = multiprocessing.get_context("fork").Process(target=compare, args=(folder, *(end for _, end in pipes)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forking where there are threads
+        parent.start()
+    for _, end in pipes:
+        os.close(end)
+
+    def wait():
+        parent.join()
+        return parent.exitcode
+
+    with open(pipes[0][0]) as output, open(pipes[1][0]) as errors:
+        try:
+            yield parent.pid, output, errors, wait
+        finally:
+            parent.kill()
+
+
+def compare(folder, output, errors):
+    os.dup2(output, 1)
+    os.dup2(errors, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests may ignore it
+    main([*COMPARE, str(folder)])
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc to see who is whose child")
+@pytest.mark.slow_start
+@pytest.mark.parametrize("start", [forked, pytest.param(started, marks=pytest.mark.full)])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_no_child_is_left_behind(number, tmp_path):
-    command = [*COMPARE, "--accelerator", "cpu", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
-        try:
-            line = parent.stdout.readline()
-            assert "starts" in line
-            child = wait_for(lambda: first_child(parent.pid))
-            parent.send_signal(number)
-            _, errors = parent.communicate(timeout=60)
-            assert wait_for(lambda: has_ended(child))
-        finally:
-            parent.kill()
+def test_no_child_is_left_behind(number, start, tmp_path):
+    with start(tmp_path) as (pid, output, errors, wait):
+        assert "starts" in output.readline()
+        child = wait_for(lambda: first_child(pid))
+        os.kill(pid, number)
+        code, said = wait(), errors.read()
+        assert wait_for(lambda: has_ended(child))
     if number == signal.SIGINT:
-        assert parent.returncode == 1
-        assert errors.strip() == "Aborted!"
+        assert code == 1
+        assert said.strip() == "Aborted!"
     assert not list(tmp_path.iterdir())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import fields
 from typing import Any
@@ -16,6 +16,9 @@ from precision_lab.results import Comparison, Row, Status, spell
 from precision_lab.train import Job
 
 _FIGURES = {f.name for f in fields(Row)}
+
+Runner = Callable[[Job], Generator[dict[str, Any], None, None]]
+"""What trains in a process of its own, yields its events as they come, and raises `ChildFailed`: `run_child`."""
 
 
 def make_rows(
@@ -63,7 +66,9 @@ def refusal_of(mode: str, device_type: str, strategy: str, devices: int) -> str 
         return None
 
 
-def run(comparison: Comparison, accelerator: str, progress: Progress, devices: int = 1) -> None:
+def run(
+    comparison: Comparison, accelerator: str, progress: Progress, devices: int = 1, runner: Runner = run_child
+) -> None:
     """Runs every row that has no reason not to be run, and fills it in. One that fails leaves the others alone."""
     for row in comparison.rows:
         if row.reason:
@@ -71,7 +76,7 @@ def run(comparison: Comparison, accelerator: str, progress: Progress, devices: i
         progress.start(row)
         try:
             job = Job(row.mode, comparison.steps, comparison.seed, accelerator, devices, comparison.strategy)
-            with closing(run_child(job)) as events:
+            with closing(runner(job)) as events:
                 for event in events:
                     _take(event, row, comparison)
                     progress.update(row)
