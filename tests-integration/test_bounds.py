@@ -18,8 +18,6 @@ SIBLINGS = {
 }
 SIBLINGS.pop(CORE.name)
 
-pytestmark = pytest.mark.skipif(not shutil.which("uv"), reason="needs uv on the PATH: it builds, installs and checks")
-
 
 def uv(*arguments: object, cwd: Path, code: int = 0) -> str:
     done = subprocess.run(["uv", *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
@@ -38,30 +36,44 @@ def wheel(package: Path, folder: Path, version: str | None = None) -> Path:
     return built
 
 
-def complaints(folder: Path, *wheels: Path) -> list[str]:
-    """Installs the wheels, and nothing that they require, and returns what uv then says of core's version."""
+def complaints(folder: Path, *wheels: Path) -> dict[str, str]:
+    """Installs the wheels, and nothing that they require, and returns what uv then says of core's version: by whom."""
     uv("venv", "--python", sys.executable, "venv", cwd=folder)
     uv("pip", "install", "--python", "venv/bin/python", "--no-deps", *wheels, cwd=folder)
     said = uv("pip", "check", "--python", "venv/bin/python", cwd=folder, code=1)  # torch, for one, is not there
     assert "The package `precision-core` requires `torch" in said
-    return [line.strip() for line in said.splitlines() if "requires `precision-core" in line]
+    lines = [line.strip() for line in said.splitlines() if "requires `precision-core" in line]
+    found = {line.split("`")[1]: line for line in lines}
+    assert len(found) == len(lines)
+    return found
 
 
-@pytest.fixture(scope="module")
-def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return wheel(CORE, tmp_path_factory.mktemp("core"))
+def first_above(sibling: str) -> tuple[str, str]:
+    """Returns the bounds that a package gives, and the first version of core that is above them."""
+    ((bounds, above),) = SIBLINGS[sibling]  # every package gives both, and once
+    return bounds, f"{above}.0" if above.count(".") == 1 else above
 
 
 @pytest.mark.parametrize("sibling", SIBLINGS)
-def test_a_core_outside_the_bounds_is_noticed(sibling: str, core: Path, tmp_path: Path) -> None:
-    ((bounds, above),) = SIBLINGS[sibling]  # every package gives both, and once
-    version = f"{above}.0" if above.count(".") == 1 else above
-    folders = [tmp_path / name for name in ("sibling", "newer", "right", "wrong")]
-    for folder in folders:
-        folder.mkdir()
-    ours, newer = wheel(ROOT / "packages" / sibling, folders[0]), wheel(CORE, folders[1], version)
-    assert newer.name.startswith(f"precision_core-{version}-")
+def test_both_bounds_are_given_once(sibling: str) -> None:
+    assert first_above(sibling)
 
-    assert complaints(folders[2], core, ours) == []
-    (line,) = complaints(folders[3], newer, ours)
-    assert f"The package `{sibling}` requires `{bounds}`, but `{version}` is installed" in line
+
+BUILT = "precision-lab"
+OTHERS = [name for name in SIBLINGS if name != BUILT]
+
+
+@pytest.mark.skipif(not shutil.which("uv"), reason="needs uv on the PATH: it builds, installs and checks")
+@pytest.mark.parametrize("names", [[BUILT], pytest.param(OTHERS, marks=pytest.mark.full)], ids=["one", "the others"])
+def test_a_core_outside_the_bounds_is_noticed(names: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
+    make = tmp_path_factory.mktemp
+    ours = [wheel(ROOT / "packages" / name, make(name)) for name in names]
+    assert complaints(make("right"), wheel(CORE, make("core")), *ours) == {}
+    for version in {first_above(name)[1] for name in names}:
+        newer = wheel(CORE, make("newer"), version)
+        assert newer.name.startswith(f"precision_core-{version}-")
+        said = complaints(make("wrong"), newer, *ours)
+        for name in names:
+            bounds, above = first_above(name)
+            if above == version:
+                assert f"The package `{name}` requires `{bounds}`, but `{version}` is installed" in said[name]

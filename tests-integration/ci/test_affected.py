@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +17,9 @@ def project(name: str, requires: str = "") -> str:
     return f'[project]\nname = "{name}"\nversion = "0.1.0"\ndependencies = [{requires}]\n'
 
 
-@pytest.fixture
-def repo(empty: Any) -> Any:
+@pytest.fixture(scope="module")
+def original(make_empty: Callable[[Path], Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    empty = make_empty(tmp_path_factory.mktemp("original"))
     for name, requires in PACKAGES.items():
         text = project(f"precision-{name}", requires)
         if name == "core":  # an extra names a dependant: core does not depend on it
@@ -31,6 +34,11 @@ def repo(empty: Any) -> Any:
     return empty
 
 
+@pytest.fixture
+def repo(original: Any, tmp_path: Path) -> Any:
+    return original.copied(tmp_path / "repository")
+
+
 def affected(repo: Any, *base: str) -> set[str]:
     printed = repo.script("affected.py", *base)
     assert printed == "" or printed.count("\n") == 1
@@ -41,29 +49,38 @@ def tags(*names: str) -> set[str]:
     return {"tests-integration", *names}
 
 
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("packages/precision-te/src/a.py", tags("precision-te")),
-        ("packages/precision-te/README.md", tags("precision-te")),
-        ("packages/precision-lab/src/new.py", tags("precision-lab", "precision-te")),
-        ("packages/precision-fsdp/src/a.py", tags("precision-fsdp", "examples/kahan")),
-        ("packages/precision-core/src/a.py", ALL),
-        ("tests-integration/test_a.py", tags()),
-        ("examples/kahan/kahan.py", tags("examples/kahan")),
-        ("examples/README.md", tags()),
-        ("examples/a folder/ünï\n.py", tags()),
-        *((path, ALL) for path in ("noxfile.py", "pyproject.toml", "ci/a.py", ".ci/run", "conftest.py", "packages/x")),
-        *((path, set()) for path in ("README.md", "CONTRIBUTING.md", "LICENSE", "benchmarks/a.py")),
-    ],
-)
-def test_what_a_path_affects_untracked_staged_and_committed(repo: Any, path: str, expected: set[str]) -> None:
+PATHS = {
+    "packages/precision-te/src/a.py": tags("precision-te"),
+    "packages/precision-te/README.md": tags("precision-te"),
+    "packages/precision-lab/src/new.py": tags("precision-lab", "precision-te"),
+    "packages/precision-fsdp/src/a.py": tags("precision-fsdp", "examples/kahan"),
+    "packages/precision-core/src/a.py": ALL,
+    "tests-integration/test_a.py": tags(),
+    "examples/kahan/kahan.py": tags("examples/kahan"),
+    "examples/README.md": tags(),
+    "examples/a folder/ünï\n.py": tags(),
+    **dict.fromkeys(("noxfile.py", "pyproject.toml", "ci/a.py", ".ci/run", "conftest.py", "packages/x"), ALL),
+    **dict.fromkeys(("README.md", "CONTRIBUTING.md", "LICENSE", "benchmarks/a.py"), frozenset()),
+}
+EXAMPLES = ("packages/precision-te/src/a.py", "examples/a folder/ünï\n.py", "noxfile.py", "README.md")
+
+
+@pytest.mark.parametrize(("path", "expected"), PATHS.items())
+def test_what_a_path_affects(repo: Any, path: str, expected: set[str]) -> None:
     repo.write(path)
     assert affected(repo, "HEAD") == expected
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.full] * (path not in EXAMPLES)) for path in PATHS]
+)
+def test_a_change_is_untracked_staged_or_committed(repo: Any, path: str) -> None:
+    repo.write(path)
+    assert affected(repo, "HEAD") == PATHS[path]
     repo.git("add", "--all")
-    assert affected(repo, "HEAD") == expected
+    assert affected(repo, "HEAD") == PATHS[path]
     repo.commit()
-    assert affected(repo) == expected  # the commit before is the default
+    assert affected(repo) == PATHS[path]  # the commit before is the default
 
 
 def test_nothing_is_printed_where_nothing_changed(repo: Any) -> None:

@@ -6,6 +6,8 @@ import hashlib
 import shutil
 import tarfile
 import zipfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,8 +45,9 @@ def changelog(repo: Any, text: str, name: str = "core") -> None:
     repo.write(f"packages/precision-{name}/CHANGELOG.md", text=f"# Changelog\n\n{text}")
 
 
-@pytest.fixture
-def repo(empty: Any) -> Any:
+@pytest.fixture(scope="module")
+def original(make_empty: Callable[[Path], Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    empty = make_empty(tmp_path_factory.mktemp("original"))
     empty.write("pyproject.toml", text=ROOT)
     empty.write(".gitignore", text="dist/\n")
     version(empty, "0.1.0")
@@ -55,6 +58,11 @@ def repo(empty: Any) -> Any:
         empty.write(f"packages/precision-{name}/src/precision_{name}/__init__.py", text="")
     empty.commit()
     return empty
+
+
+@pytest.fixture
+def repo(original: Any, tmp_path: Path) -> Any:
+    return original.copied(tmp_path / "repository")
 
 
 def refused(repo: Any, package: str = "precision-core") -> str:
