@@ -154,23 +154,24 @@ def test_gradients_over_many_tokens_are_as_exact_as_those_of_ddp(mode: str, roun
         assert error <= 1.5 * expected[name] + 2 * rounding, name  # weights and gradients are rounded once more
 
 
-def test_running_statistics_stay_float32_beside_widened_weights() -> None:
-    def run() -> tuple[list[float], str, set[torch.dtype]]:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
-        model.register_buffer("other", torch.ones(1))
-        half = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
-        fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(half), precision=FSDPPrecision("bf16-mixed"))
-        nn.init.constant_(model[1].running_mean, 1.0 + 2.0**-12)  # not exact in bfloat16
-        fabric.setup(model)
-        assert model.other.dtype is torch.bfloat16
-        model.eval()(torch.ones(1, 2, 2, 2))
-        kept = model[1].running_mean.tolist()
-        model.train()
-        fabric.backward(model(torch.randn(2, 2, 3, 3)).sum())
-        return kept, str(fabric.precision_plugin.report), {each.dtype for each in model[1].buffers()}
+def statistics() -> tuple[list[float], str, set[torch.dtype]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
+    model.register_buffer("other", torch.ones(1))
+    half = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
+    fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(half), precision=FSDPPrecision("bf16-mixed"))
+    nn.init.constant_(model[1].running_mean, 1.0 + 2.0**-12)  # not exact in bfloat16
+    fabric.setup(model)
+    assert model.other.dtype is torch.bfloat16
+    model.eval()(torch.ones(1, 2, 2, 2))
+    kept = model[1].running_mean.tolist()
+    model.train()
+    fabric.backward(model(torch.randn(2, 2, 3, 3)).sum())
+    return kept, str(fabric.precision_plugin.report), {each.dtype for each in model[1].buffers()}
 
-    for kept, report, dtypes in run_in_ranks(2, run):
+
+def test_running_statistics_stay_float32_beside_widened_weights() -> None:
+    for kept, report, dtypes in run_in_ranks(2, statistics):
         assert kept == [1.0 + 2.0**-12] * 3 and dtypes == {torch.float32, torch.int64}
         assert "1.running_var           kept in float32: torch's batch norm" in re.sub(
             " +kept", " " * 11 + "kept", report

@@ -68,67 +68,70 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object],
 }
 
 
+def refusals() -> dict[str, str]:
+    torch.distributed.init_process_group("gloo")
+    messages = {}
+    for name, (make, refused, _) in REFUSED.items():
+        model = make()
+        kind = type(model)
+        for _ in range(2):  # the second one finds the same problem, not a model that is half set up
+            with pytest.raises(ValueError) as caught:
+                refused(model)
+            assert messages.setdefault(name, str(caught.value)) == str(caught.value), name
+        assert type(model) is kind and not any("forward" in vars(module) for module in model.modules()), name
+    return messages
+
+
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
 def test_a_refused_setup_leaves_the_model_as_it_was() -> None:
-    def run() -> dict[str, str]:
-        torch.distributed.init_process_group("gloo")
-        messages = {}
-        for name, (make, refused, _) in REFUSED.items():
-            model = make()
-            kind = type(model)
-            for _ in range(2):  # the second one finds the same problem, not a model that is half set up
-                with pytest.raises(ValueError) as caught:
-                    refused(model)
-                assert messages.setdefault(name, str(caught.value)) == str(caught.value), name
-            assert type(model) is kind and not any("forward" in vars(module) for module in model.modules()), name
-        return messages
-
-    for messages in run_in_ranks(2, run):
+    for messages in run_in_ranks(2, refusals):
         for name, (_, _, reason) in REFUSED.items():
             assert re.search(reason, messages[name], re.DOTALL), (name, messages[name])
 
 
-def test_after_a_refused_setup_a_right_one_trains() -> None:
-    def run() -> list[float]:
-        model = Net()
-        with pytest.raises(ValueError, match="others beside them"):
-            setup(model, optimizer=sgd_beside(model))
-        fabric = Fabric(accelerator="cpu", strategy="fsdp", precision="bf16-mixed")
-        optimizer = SGD(model.parameters(), lr=0.1)
-        fabric.setup(model, optimizer)
-        fabric.backward(model(torch.ones(2, 4)).sum())
-        optimizer.step()
-        return model.shift.full_tensor().tolist()  # type: ignore[attr-defined, no-any-return]
+def trained_after_a_refusal() -> list[float]:
+    model = Net()
+    with pytest.raises(ValueError, match="others beside them"):
+        setup(model, optimizer=sgd_beside(model))
+    fabric = Fabric(accelerator="cpu", strategy="fsdp", precision="bf16-mixed")
+    optimizer = SGD(model.parameters(), lr=0.1)
+    fabric.setup(model, optimizer)
+    fabric.backward(model(torch.ones(2, 4)).sum())
+    optimizer.step()
+    return model.shift.full_tensor().tolist()  # type: ignore[attr-defined, no-any-return]
 
-    for shift in run_in_ranks(2, run):
+
+def test_after_a_refused_setup_a_right_one_trains() -> None:
+    for shift in run_in_ranks(2, trained_after_a_refusal):
         assert shift == pytest.approx([0.8] * 4)  # ones less 0.1 times a gradient of two
 
 
+class Index(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = nn.Parameter(torch.arange(3, -1, -1), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[..., self.index]
+
+
+def indexed() -> list[float]:
+    model = setup(nn.Sequential(Index(), nn.Identity()), wrap=Index)
+    alone = setup(Index())
+    return [*model(torch.arange(4.0)).tolist(), *alone(torch.arange(4.0)).tolist()]
+
+
 def test_a_block_that_holds_nothing_else_may_hold_integers() -> None:
-    class Index(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.index = nn.Parameter(torch.arange(3, -1, -1), requires_grad=False)
+    assert run_in_ranks(2, indexed) == [[3.0, 2.0, 1.0, 0.0] * 2] * 2
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x[..., self.index]
 
-    def run() -> list[float]:
-        model = setup(nn.Sequential(Index(), nn.Identity()), wrap=Index)
-        alone = setup(Index())
-        return [*model(torch.arange(4.0)).tolist(), *alone(torch.arange(4.0)).tolist()]
-
-    assert run_in_ranks(2, run) == [[3.0, 2.0, 1.0, 0.0] * 2] * 2
+def expanded() -> list[list[float]]:
+    fabric, model = Fabric(accelerator="cpu", strategy="fsdp"), nn.Linear(2, 2)
+    model.register_buffer("mask", torch.full((1, 2), 1.0 + fabric.global_rank).expand(3, 2))
+    fabric.setup(model)
+    assert model.mask.stride() == (0, 1)  # type: ignore[union-attr, operator]
+    return model.mask.tolist()  # type: ignore[union-attr, operator, no-any-return]
 
 
 def test_expanded_buffers_get_rank_zeros_values() -> None:
-    def run() -> list[list[float]]:
-        model = nn.Linear(2, 2)
-        rank = float(torch.distributed.get_rank()) if torch.distributed.is_initialized() else 0.0
-        fabric = Fabric(accelerator="cpu", strategy="fsdp")
-        model.register_buffer("mask", torch.full((1, 2), 1.0 + fabric.global_rank + rank).expand(3, 2))
-        fabric.setup(model)
-        assert model.mask.stride() == (0, 1)  # type: ignore[union-attr, operator]
-        return model.mask.tolist()  # type: ignore[union-attr, operator, no-any-return]
-
-    assert run_in_ranks(2, run) == [[[1.0, 1.0]] * 3] * 2
+    assert run_in_ranks(2, expanded) == [[[1.0, 1.0]] * 3] * 2

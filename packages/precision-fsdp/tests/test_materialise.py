@@ -99,17 +99,18 @@ def test_values_equal_those_of_ordinary_construction_in_one_process(mode: str, r
         assert is_back == (rank > 0)  # rank zero's generator has moved on, as it would have in one process
 
 
-def test_a_second_model_gets_other_values_on_all_ranks() -> None:
-    def run() -> list[float]:
-        fabric = Fabric(accelerator="cpu", strategy="fsdp")
-        sums = []
-        for _ in range(2):
-            with fabric.init_module():
-                model = nn.Linear(3, 3)
-            sums.append(fabric.setup(model).weight.full_tensor().sum().item())
-        return sums
+def two_models() -> list[float]:
+    fabric = Fabric(accelerator="cpu", strategy="fsdp")
+    sums = []
+    for _ in range(2):
+        with fabric.init_module():
+            model = nn.Linear(3, 3)
+        sums.append(fabric.setup(model).weight.full_tensor().sum().item())  # type: ignore[operator]
+    return sums
 
-    first, second = run_in_ranks(2, run)
+
+def test_a_second_model_gets_other_values_on_all_ranks() -> None:
+    first, second = run_in_ranks(2, two_models)
     assert first == second and first[0] != first[1]
 
 
@@ -129,36 +130,38 @@ class Small(nn.Module):
         return self.layer(x)
 
 
-def test_what_a_module_does_to_its_children_holds() -> None:
-    def run() -> dict[str, torch.Tensor]:
-        fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(wrap=Small))
-        with fabric.init_module():
-            model = nn.Sequential(Small(), nn.MultiheadAttention(4, 2), Small())
-        torch.manual_seed(2)
-        return values(fabric.setup(model))
+def of_parents() -> dict[str, torch.Tensor]:
+    fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(wrap=Small))
+    with fabric.init_module():
+        model = nn.Sequential(Small(), nn.MultiheadAttention(4, 2), Small())
+    torch.manual_seed(2)
+    return values(fabric.setup(model))
 
+
+def test_what_a_module_does_to_its_children_holds() -> None:
     torch.manual_seed(2)
     expected = values(nn.Sequential(Small(), nn.MultiheadAttention(4, 2), Small()))
     assert expected["1.out_proj.bias"].abs().max() == 0.0
-    for found in run_in_ranks(2, run):
+    for found in run_in_ranks(2, of_parents):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_what_has_values_keeps_them() -> None:
-    def run() -> tuple[float, float, bool]:
-        fabric = Fabric(accelerator="cpu", strategy="fsdp")
-        with fabric.init_module():
-            model, part = Small(), Small()
-        model.layer = nn.Linear(3, 3)
-        nn.init.constant_(model.layer.weight, 7.0)
-        model.other = part  # on meta
-        part.layer.weight = nn.Parameter(torch.full((3, 3), 5.0))
-        found = values(fabric.setup(model))
-        bias = found["other.layer.bias"]
-        return found["layer.weight"].min().item(), found["other.layer.weight"].min().item(), bool(bias.isfinite().all())
+def in_part_with_values() -> tuple[float, float, bool]:
+    fabric = Fabric(accelerator="cpu", strategy="fsdp")
+    with fabric.init_module():
+        model, part = Small(), Small()
+    model.layer = nn.Linear(3, 3)
+    nn.init.constant_(model.layer.weight, 7.0)
+    model.other = part  # on meta
+    part.layer.weight = nn.Parameter(torch.full((3, 3), 5.0))
+    found = values(fabric.setup(model))
+    bias = found["other.layer.bias"]
+    return found["layer.weight"].min().item(), found["other.layer.weight"].min().item(), bool(bias.isfinite().all())
 
-    assert run_in_ranks(2, run) == [(7.0, 5.0, True)] * 2
+
+def test_what_has_values_keeps_them() -> None:
+    assert run_in_ranks(2, in_part_with_values) == [(7.0, 5.0, True)] * 2
 
 
 # -------------------------------------------------------------------- the user's own, and nobody's

@@ -86,7 +86,7 @@ def damaged_on_one_rank(folder: Path) -> str:
 
 
 def test_a_file_that_is_damaged_for_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
-    mine, theirs = run_in_ranks(2, damaged_on_one_rank, tmp_path, timeout=30)
+    mine, theirs = run_in_ranks(2, damaged_on_one_rank, tmp_path)
     assert mine.startswith("rank 1 could not load the checkpoint: CheckpointError: ") and "1.safetensors" in theirs
 
 
@@ -100,4 +100,4 @@ def cannot_write(folder: Path) -> str:
 
 
 def test_what_rank_zero_cannot_write_is_an_error_on_all(tmp_path: Path) -> None:
-    assert run_in_ranks(2, cannot_write, tmp_path, timeout=30) == ["OSError", "CheckpointError"]
+    assert run_in_ranks(2, cannot_write, tmp_path) == ["OSError", "CheckpointError"]

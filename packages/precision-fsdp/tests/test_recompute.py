@@ -87,26 +87,29 @@ def test_some_blocks_by_name() -> None:
         assert "1 blocks compute their activations again in backward" in report
 
 
+class Chatty(nn.Linear):
+    def forward(self, x: torch.Tensor, debug: bool = False, determinism_check: str = "") -> torch.Tensor:
+        return super().forward(x) if debug and determinism_check == "mine" else x * 0
+
+
+class Talk(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Chatty(4, 4) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, debug=True, determinism_check="mine")
+        return x
+
+
+def with_keywords() -> float:
+    model = Talk()
+    fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(activation_checkpointing=True))
+    fabric.setup(model)
+    fabric.backward(model(torch.ones(2, 4)).sum())
+    return model.blocks[1].bias.grad.full_tensor().sum().item()  # type: ignore[union-attr, operator, no-any-return]
+
+
 def test_a_blocks_own_keywords_are_its_own() -> None:
-    class Chatty(nn.Linear):
-        def forward(self, x: torch.Tensor, debug: bool = False, determinism_check: str = "") -> torch.Tensor:
-            return super().forward(x) if debug and determinism_check == "mine" else x * 0
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.ModuleList(Chatty(4, 4) for _ in range(2))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for block in self.blocks:
-                x = block(x, debug=True, determinism_check="mine")
-            return x
-
-    def run() -> float:
-        model = Model()
-        fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(activation_checkpointing=True))
-        fabric.setup(model)
-        fabric.backward(model(torch.ones(2, 4)).sum())
-        return model.blocks[1].bias.grad.full_tensor().sum().item()  # type: ignore[union-attr, operator, no-any-return]
-
-    assert run_in_ranks(2, run) == [8.0, 8.0]
+    assert run_in_ranks(2, with_keywords) == [8.0, 8.0]

@@ -64,17 +64,18 @@ def test_training_goes_on_as_if_backward_had_not_been_called(where: str) -> None
             torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-15)
 
 
-def test_a_torch_that_cannot_begin_anew_refuses_the_next_forward() -> None:
-    def run() -> str:
-        model = Fabric(accelerator="cpu", strategy=FSDPStrategy()).setup(Net())
-        model.reset_iter_state = fail_as_unknown
-        begin_anew(model)
-        with pytest.raises(RuntimeError) as caught:
-            model(torch.ones(1, 4))
-        return str(caught.value)
-
-    assert all("backward raised an exception before" in message for message in run_in_ranks(2, run))
-
-
 def fail_as_unknown() -> None:
     raise AttributeError("reset_iter_state")
+
+
+def forward_after_that() -> str:
+    model = Fabric(accelerator="cpu", strategy=FSDPStrategy()).setup(Net())
+    model.reset_iter_state = fail_as_unknown
+    begin_anew(model)
+    with pytest.raises(RuntimeError) as caught:
+        model(torch.ones(1, 4))
+    return str(caught.value)
+
+
+def test_a_torch_that_cannot_begin_anew_refuses_the_next_forward() -> None:
+    assert all("backward raised an exception before" in text for text in run_in_ranks(2, forward_after_that))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -90,8 +91,8 @@ TABLE = {  # params, compute, reduce, buffers, output
 }
 
 
-def stages(precision: Any, **options: Any) -> dict[str, Any]:
-    fabric, model, optimizer = make(precision, **options)
+def stages(precision: Any, options: dict[str, Any] | None = None) -> dict[str, Any]:
+    fabric, model, optimizer = make(precision, **options or {})
     ids, shift = data(fabric.global_rank)
     shift[0] = 1001.0  # not exact in bfloat16
     output = model(ids, shift)
@@ -132,20 +133,24 @@ def test_every_stage_has_the_dtype_of_the_table(mode: str) -> None:
         }
 
 
+CORES: dict[str, Callable[[], Precision]] = {
+    "bf16-mixed": lambda: CoreMixedPrecision("bf16-mixed", device="cpu"),
+    "16-mixed": lambda: CoreMixedPrecision("16-mixed", device="cpu"),
+    "bf16-true": lambda: HalfPrecision("bf16-true"),
+    "64-true": lambda: DoublePrecision(),
+    "32-true": lambda: Precision(),
+}
+
+
+def stages_of_cores(mode: str) -> dict[str, Any]:
+    return stages(CORES[mode]())
+
+
 @pytest.mark.filterwarnings("ignore:.*casts buffers to:UserWarning")
-@pytest.mark.parametrize(
-    ("make_precision", "mode"),
-    [
-        (lambda: CoreMixedPrecision("bf16-mixed", device="cpu"), "bf16-mixed"),
-        (lambda: CoreMixedPrecision("16-mixed", device="cpu"), "16-mixed"),
-        (lambda: HalfPrecision("bf16-true"), "bf16-true"),
-        (lambda: DoublePrecision(), "64-true"),
-        (lambda: Precision(), "32-true"),
-    ],
-)
-def test_cores_own_plugins_run_with_shards_too(make_precision: Any, mode: str) -> None:
+@pytest.mark.parametrize("mode", CORES)
+def test_cores_own_plugins_run_with_shards_too(mode: str) -> None:
     params, compute, _, buffers, output = TABLE[mode]
-    for found in run_in_ranks(2, lambda: stages(make_precision())):
+    for found in run_in_ranks(2, stages_of_cores, mode):
         assert (found["params"], found["gradients"], found["state"]) == ({params}, {params}, {params})
         assert (found["seen"]["product"], found["buffers"], found["output"]) == (compute, {buffers}, output)
 
@@ -160,7 +165,7 @@ def gathered(precision: Any) -> list[str]:
 
 def test_strings_gather_in_the_compute_dtype_and_cores_object_in_float32() -> None:
     assert run_in_ranks(2, gathered, "bf16-mixed")[0] == ["torch.bfloat16", "FSDPPrecision"]
-    assert run_in_ranks(2, lambda: gathered(CoreMixedPrecision("bf16-mixed", device="cpu")))[0][0] == "torch.float32"
+    assert run_in_ranks(2, gathered, CoreMixedPrecision("bf16-mixed", device="cpu"))[0][0] == "torch.float32"
 
 
 # -------------------------------------------------------------------- reduction, by value
@@ -232,37 +237,39 @@ def test_bfloat16_parameters_reduced_in_float32_are_told_from_bfloat16_on_three_
     assert wide != narrow
 
 
-def test_the_documented_usage_really_reduces_in_bfloat16() -> None:
-    def usage() -> Any:
-        given = MixedPrecision(param_dtype=BF16, reduce_dtype=BF16, buffer_dtype=BF16)
-        values, policy, report = reduced(FSDPPrecision(precision="bf16-mixed"), given)
-        _, model, _ = make(FSDPPrecision(precision="bf16-mixed"), mixed_precision=given)
-        return values, policy, report, {buffer.dtype for buffer in model.buffers()}
+def documented_usage() -> Any:
+    given = MixedPrecision(param_dtype=BF16, reduce_dtype=BF16, buffer_dtype=BF16)
+    values, policy, report = reduced(FSDPPrecision(precision="bf16-mixed"), given)
+    _, model, _ = make(FSDPPrecision(precision="bf16-mixed"), mixed_precision=given)
+    return values, policy, report, {buffer.dtype for buffer in model.buffers()}
 
-    for values, policy, report, buffers in run_in_ranks(2, usage):
+
+def test_the_documented_usage_really_reduces_in_bfloat16() -> None:
+    for values, policy, report, buffers in run_in_ranks(2, documented_usage):
         assert values == expected(2, BF16, BF16, F32) != expected(2, BF16, F32, F32)
         assert (policy.reduce, policy.buffers, policy.output) == (BF16, BF16, F32) and buffers == {BF16}
         assert "reduce in bfloat16 as mixed_precision says, not in float32" in report
         assert "buffers in bfloat16 as mixed_precision says, not in float32" in report
 
 
-def test_a_plugin_that_is_used_again_has_its_own_policy() -> None:
-    def run() -> list[torch.dtype]:
-        plugin = FSDPPrecision("bf16-mixed")
-        reduces = []
-        for given in (MixedPrecision(reduce_dtype=BF16), None, MixedPrecision(reduce_dtype=F16)):
-            fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(given), precision=plugin)
-            reduces.append(plugin.policy.reduce)
-        fabric.teardown()
-        return [*reduces, plugin.policy.reduce]
+def used_again() -> list[torch.dtype]:
+    plugin = FSDPPrecision("bf16-mixed")
+    reduces = []
+    for given in (MixedPrecision(reduce_dtype=BF16), None, MixedPrecision(reduce_dtype=F16)):
+        fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(given), precision=plugin)
+        reduces.append(plugin.policy.reduce)
+    fabric.teardown()
+    return [*reduces, plugin.policy.reduce]
 
-    assert run_in_ranks(1, run) == [[BF16, F32, F16, F32]]
+
+def test_a_plugin_that_is_used_again_has_its_own_policy() -> None:
+    assert run_in_ranks(1, used_again) == [[BF16, F32, F16, F32]]
 
 
 @pytest.mark.parametrize("output", [BF16, F32])
 def test_the_output_dtype_of_mixed_precision_wins(output: torch.dtype) -> None:
     given = MixedPrecisionPolicy(output_dtype=output, cast_forward_inputs=True)
-    for found in run_in_ranks(2, lambda: stages("bf16-mixed", mixed_precision=given)):
+    for found in run_in_ranks(2, stages, "bf16-mixed", {"mixed_precision": given}):
         assert found["output"] is output and found["input kept"]
 
 
@@ -284,8 +291,10 @@ def whole_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: param.grad.full_tensor().double().clone() for name, param in model.named_parameters()}  # type: ignore[union-attr]
 
 
-def clipped(how: str, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float, Any]:
-    fabric, model, optimizer = make("64-true", **options)
+def clipped(
+    how: str, options: dict[str, Any] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float, Any]:
+    fabric, model, optimizer = make("64-true", **options or {})
     fabric.backward(model(*data(fabric.global_rank)).pow(2).mean())
     before = whole_gradients(model)
     if how == "value":
@@ -300,7 +309,7 @@ def clipped(how: str, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str
 def test_gradients_are_the_mean_over_ranks_and_the_norm_is_the_global_one(options: dict[str, Any]) -> None:
     reference = alone(2)
     norm = torch.stack([each.norm() for each in reference.values()]).norm().item()
-    for before, after, found, _ in run_in_ranks(2, lambda: clipped("optimizer", **options)):
+    for before, after, found, _ in run_in_ranks(2, clipped, "optimizer", options):
         for name, gradient in reference.items():
             torch.testing.assert_close(before[name], gradient, rtol=1e-12, atol=1e-15)
             torch.testing.assert_close(after[name], gradient * 0.1 / norm, rtol=1e-5, atol=1e-15)
@@ -319,7 +328,7 @@ def test_clipping_the_whole_model_and_by_value() -> None:
 
 def test_four_ranks_in_two_replicas_of_two_shards() -> None:
     reference = alone(4)
-    for before, _, norm, _ in run_in_ranks(4, lambda: clipped("model", mesh=(2, 2))):
+    for before, _, norm, _ in run_in_ranks(4, clipped, "model", {"mesh": (2, 2)}):
         for name, gradient in reference.items():
             torch.testing.assert_close(before[name], gradient, rtol=1e-12, atol=1e-15)
         assert norm == pytest.approx(torch.stack([each.norm() for each in reference.values()]).norm().item(), rel=1e-12)
@@ -422,35 +431,37 @@ def test_gradients_that_are_kept_after_an_overflow_are_judged_alike_on_all_ranks
     assert run_in_ranks(2, kept_after_an_overflow) == [(64.0, 32.0, True)] * 2
 
 
-def test_the_users_scaler_is_the_one_in_use() -> None:
-    def run() -> tuple[bool, float, float]:
-        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)  # type: ignore[attr-defined]
-        fabric, model, optimizer = make(FSDPPrecision("16-mixed", scaler))
-        for _ in range(2):
-            optimizer.zero_grad()
-            fabric.backward(model(*data(fabric.global_rank)).pow(2).mean())
-            optimizer.step()
-        return fabric.precision_plugin.scaler.torch_scaler is scaler, fabric.precision_plugin.scale, scaler.get_scale()  # type: ignore[attr-defined]
+def with_a_scaler() -> tuple[bool, float, float]:
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)  # type: ignore[attr-defined]
+    fabric, model, optimizer = make(FSDPPrecision("16-mixed", scaler))
+    for _ in range(2):
+        optimizer.zero_grad()
+        fabric.backward(model(*data(fabric.global_rank)).pow(2).mean())
+        optimizer.step()
+    plugin: Any = fabric.precision_plugin
+    return plugin.scaler.torch_scaler is scaler, plugin.scale, scaler.get_scale()
 
-    assert run_in_ranks(2, run) == [(True, 128.0, 128.0)] * 2
+
+def test_the_users_scaler_is_the_one_in_use() -> None:
+    assert run_in_ranks(2, with_a_scaler) == [(True, 128.0, 128.0)] * 2
 
 
 # -------------------------------------------------------------------- the law of setup
 
 
-def test_all_ranks_start_from_rank_zeros_values() -> None:
-    def run() -> list[list[float]]:
-        model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
-        nn.init.constant_(model[0].weight, float(dist.get_rank()) if dist.is_initialized() else 0.0)
-        fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(), precision="32-true")
-        nn.init.constant_(model[0].weight, fabric.global_rank + 7.0)
-        model[1].running_mean.fill_(fabric.global_rank + 7.0)  # type: ignore[union-attr, operator]
-        model[0].bias.data = torch.arange(10.0)[::2] + fabric.global_rank  # not contiguous
-        fabric.setup(model)
-        tensors = (model[0].weight.full_tensor(), model[1].running_mean, model[0].bias.full_tensor())
-        return [each.flatten().tolist() for each in tensors]  # type: ignore[union-attr]
+def values_by_rank() -> list[list[float]]:
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
+    fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(), precision="32-true")
+    nn.init.constant_(model[0].weight, fabric.global_rank + 7.0)
+    model[1].running_mean.fill_(fabric.global_rank + 7.0)  # type: ignore[union-attr, operator]
+    model[0].bias.data = torch.arange(10.0)[::2] + fabric.global_rank  # not contiguous
+    fabric.setup(model)
+    tensors = (model[0].weight.full_tensor(), model[1].running_mean, model[0].bias.full_tensor())
+    return [each.flatten().tolist() for each in tensors]  # type: ignore[union-attr]
 
-    for weight, mean, bias in run_in_ranks(2, run):
+
+def test_all_ranks_start_from_rank_zeros_values() -> None:
+    for weight, mean, bias in run_in_ranks(2, values_by_rank):
         assert set(weight) == set(mean) == {7.0} and bias == [0.0, 2.0, 4.0, 6.0, 8.0]
 
 
@@ -484,47 +495,44 @@ def test_compiled_blocks_run_sharded(mode: str) -> None:
     assert plain == [pytest.approx(compiled[0], rel=1e-5)] * 2
 
 
-def test_teardown_gives_the_process_group_back() -> None:
-    def run() -> tuple[bool, bool, bool]:
-        fabric, model, _ = make("bf16-mixed", activation_checkpointing=True)
-        before = dist.is_initialized()
-        fabric.teardown()
-        overridden = any("forward" in vars(module) for module in model.modules())
-        return before, dist.is_initialized(), overridden
+def torn_down() -> tuple[bool, bool, bool]:
+    fabric, model, _ = make("bf16-mixed", activation_checkpointing=True)
+    before = dist.is_initialized()
+    fabric.teardown()
+    overridden = any("forward" in vars(module) for module in model.modules())
+    return before, dist.is_initialized(), overridden
 
-    assert run_in_ranks(2, run) == [(True, False, False)] * 2
+
+def test_teardown_gives_the_process_group_back() -> None:
+    assert run_in_ranks(2, torn_down) == [(True, False, False)] * 2
+
+
+def in_one_process() -> tuple[str, str]:
+    fabric, model, optimizer = make("bf16-mixed")
+    fabric.backward(model(*data(0)).pow(2).mean())
+    optimizer.step()
+    assert isinstance(model, FSDPModule) and isinstance(model, Net)
+    assert model.head.weight.full_tensor().isfinite().all()  # type: ignore[operator]
+    return str(fabric.precision_plugin.report), type(model).__name__
 
 
 def test_one_process_works_and_says_so() -> None:
-    def run() -> tuple[str, str, float]:
-        fabric, model, optimizer = make("bf16-mixed")
-        fabric.backward(model(*data(0)).pow(2).mean())
-        optimizer.step()
-        assert isinstance(model, FSDPModule) and isinstance(model, Net)
-        return str(fabric.precision_plugin.report), type(model).__name__, model.head.weight.full_tensor().sum().item()
-
-    report, name, _ = run_in_ranks(1, run)[0]
+    report, name = run_in_ranks(1, in_one_process)[0]
     assert "fsdp: one process, nothing is divided: 3 groups" in report
     assert name == "FSDPNet"
 
 
-def test_the_report_says_what_went_into_how_many_groups() -> None:
-    def run() -> tuple[str, str]:
-        plugins = [make("32-true", **options)[0].precision_plugin for options in ({}, {"mesh": (2, 1)})]
-        return str(plugins[0].report), str(plugins[1].report)
+def reports() -> list[str]:
+    return [str(make("32-true", **options)[0].precision_plugin.report) for options in ({}, {"mesh": (2, 1)})]
 
-    report, replicated = run_in_ranks(2, run)[0]
+
+def test_the_report_says_what_went_into_how_many_groups() -> None:
+    report, replicated = run_in_ranks(2, reports)[0]
     assert "fsdp: 2 processes: 3 groups, 2 of Block, the rest in the root; 640 bytes of parameters here" in report
     assert "fsdp: 2 processes in 2 replicas of 1 shards: 3 groups" in replicated
 
 
 # -------------------------------------------------------------------- what is refused
-
-
-def refused(problem: str) -> str:
-    with pytest.raises((ValueError, RuntimeError)) as caught:
-        PROBLEMS[problem]()
-    return str(caught.value)
 
 
 def _optimizer_with_state() -> None:
@@ -601,11 +609,17 @@ REASONS = {
 }
 
 
-def test_what_is_refused_says_why_and_the_way_out() -> None:
-    def run() -> dict[str, str]:
-        return {problem: refused(problem) for problem in PROBLEMS}
+def refusals() -> dict[str, str]:
+    messages = {}
+    for problem, call in PROBLEMS.items():
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            call()
+        messages[problem] = str(caught.value)
+    return messages
 
-    for found in run_in_ranks(2, run):
+
+def test_what_is_refused_says_why_and_the_way_out() -> None:
+    for found in run_in_ranks(2, refusals):
         assert found.keys() == REASONS.keys()
         for problem, message in found.items():
             assert re.search(REASONS[problem], message, re.DOTALL), (problem, message)
@@ -642,4 +656,4 @@ def test_without_a_process_group_it_says_how_to_make_one() -> None:
 
 def test_a_failing_rank_is_seen() -> None:
     with pytest.raises(RankError, match="matches no module"):
-        run_in_ranks(2, lambda: make("32-true", wrap="nothing"))
+        run_in_ranks(2, clipped, "model", {"wrap": "nothing"})
