@@ -40,7 +40,7 @@ def test_signature_and_refusals() -> None:
             FSDPPrecision(*arguments)  # type: ignore[arg-type]
 
 
-def by_hand(mode: str) -> list[float]:
+def by_hand(mode: str, steps: int) -> list[float]:
     """The README's loop, in the problem of core's curves."""
     dist.init_process_group("gloo")
     rank, world_size, problem = dist.get_rank(), dist.get_world_size(), Problem()
@@ -57,7 +57,7 @@ def by_hand(mode: str) -> list[float]:
             return precision.convert_output(model(precision.convert_input(tokens)))
 
     curve = []
-    for step in range(50):
+    for step in range(steps):
         optimizer.zero_grad()
         loss = problem.loss(forward, problem.batch(step % BATCHES).chunk(world_size)[rank])
         precision.pre_backward(loss, model).backward()
@@ -66,10 +66,11 @@ def by_hand(mode: str) -> list[float]:
     return curve
 
 
+@pytest.mark.parametrize("steps", [20, pytest.param(50, marks=pytest.mark.full)])
 @pytest.mark.parametrize("mode", ["bf16-mixed", "16-mixed", "bf16-true"])
-def test_a_hand_written_loop_trains_as_one_device_does(mode: str) -> None:
-    alone = train(Fabric(accelerator="cpu", precision=mode), steps=50)
-    assert curve_distance(mean_curve(run_in_ranks(2, by_hand, mode)), alone) <= loss_bound(mode, 50)
+def test_a_hand_written_loop_trains_as_one_device_does(mode: str, steps: int) -> None:
+    alone = train(Fabric(accelerator="cpu", precision=mode), steps=steps)
+    assert curve_distance(mean_curve(run_in_ranks(2, by_hand, mode, steps)), alone) <= loss_bound(mode, steps)
 
 
 def test_it_needs_no_strategy_of_ours() -> None:
@@ -78,13 +79,14 @@ def test_it_needs_no_strategy_of_ours() -> None:
     assert model(torch.ones(1, 2)).dtype is torch.float32
 
 
-def test_strings_resolve_to_it_under_the_strategy_only() -> None:
-    def run() -> list[str]:
-        fabrics = [Fabric(accelerator="cpu", strategy="fsdp", precision=mode) for mode in ("64-true", "bf16-mixed")]
-        fabrics.append(Fabric(accelerator="cpu", strategy=FSDPStrategy(), precision=DoublePrecision()))
-        return [type(fabric.precision_plugin).__name__ for fabric in fabrics]
+def resolved() -> list[str]:
+    fabrics = [Fabric(accelerator="cpu", strategy="fsdp", precision=mode) for mode in ("64-true", "bf16-mixed")]
+    fabrics.append(Fabric(accelerator="cpu", strategy=FSDPStrategy(), precision=DoublePrecision()))
+    return [type(fabric.precision_plugin).__name__ for fabric in fabrics]
 
-    assert run_in_ranks(1, run) == [["FSDPPrecision", "FSDPPrecision", "DoublePrecision"]]
+
+def test_strings_resolve_to_it_under_the_strategy_only() -> None:
+    assert run_in_ranks(1, resolved) == [["FSDPPrecision", "FSDPPrecision", "DoublePrecision"]]
     assert type(Fabric(accelerator="cpu", precision="bf16-mixed").precision_plugin).__name__ == "MixedPrecision"
 
 

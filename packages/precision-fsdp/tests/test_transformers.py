@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from precision_core import MODES, Fabric
+from precision_core import Fabric
 from precision_core.testing import curve_distance, loss_bound, run_in_ranks
 from precision_core.testing.problem import mean_curve
 from precision_fsdp import FSDPStrategy
@@ -51,9 +51,10 @@ def bert() -> Any:
     return transformers.BertForMaskedLM(config)
 
 
-def curve(make: Any, mode: str, strategy: Any, ranks: int, steps: int) -> tuple[list[float], dict[str, Any]]:
+def curve(make: Any, mode: str, ranks: int, steps: int) -> tuple[list[float], dict[str, Any]]:
     torch.manual_seed(0)
     model = make()
+    strategy: Any = FSDPStrategy(activation_checkpointing=True) if ranks > 1 else "single_device"
     keys = list(model.state_dict())
     fabric = Fabric(accelerator="cpu", strategy=strategy, precision=mode)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.003, momentum=0.9)
@@ -78,8 +79,8 @@ def curve(make: Any, mode: str, strategy: Any, ranks: int, steps: int) -> tuple[
 
 
 def check(make: Any, groups: str, mode: str, steps: int) -> None:
-    alone, expected = curve(make, mode, "single_device", 1, steps)
-    results = run_in_ranks(2, lambda: curve(make, mode, FSDPStrategy(activation_checkpointing=True), 2, steps))
+    alone, expected = curve(make, mode, 1, steps)
+    results = run_in_ranks(2, curve, make, mode, 2, steps)
     # Their norms and losses compute in float32 whatever the mode: no curve of theirs is exact to float64.
     bound = loss_bound("32-true" if mode == "64-true" else mode, steps)
     assert curve_distance(mean_curve([losses for losses, _ in results]), alone) <= bound
@@ -91,18 +92,28 @@ def check(make: Any, groups: str, mode: str, steps: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*casts buffers to:UserWarning")
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("make", "groups"),
-    [(gpt2, "3 groups, 2 of GPT2Block"), (llama, "3 groups, 2 of LlamaDecoderLayer")],
-    ids=["gpt2", "llama"],
+    ("make", "mode", "steps"),
+    [
+        *((gpt2, mode, 20) for mode in ("64-true", "32-true", "16-true", "16-mixed")),
+        *((llama, mode, 20) for mode in ("bf16-true", "bf16-mixed")),
+        *(
+            pytest.param(make, mode, steps, marks=pytest.mark.full)
+            for make, mode, steps in (
+                *((gpt2, mode, 100) for mode in ("32-true", "bf16-mixed")),
+                *((llama, mode, 100) for mode in ("32-true", "bf16-mixed")),
+                (gpt2, "bf16-true", 20),
+                *((llama, mode, 20) for mode in ("64-true", "16-true", "16-mixed")),
+            )
+        ),
+    ],
 )
-def test_they_train_as_on_one_device(make: Any, groups: str, mode: str) -> None:
-    check(make, groups, mode, steps=100 if mode in ("32-true", "bf16-mixed") else 20)
+def test_they_train_as_on_one_device(make: Any, mode: str, steps: int) -> None:
+    check(make, f"3 groups, 2 of {'GPT2Block' if make is gpt2 else 'LlamaDecoderLayer'}", mode, steps)
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")  # nothing adds to it
-@pytest.mark.parametrize("mode", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("mode", ["bf16-mixed", pytest.param("32-true", marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("make", "groups"), [(t5, "5 groups, 4 of T5Block"), (bert, "3 groups, 2 of BertLayer")], ids=["t5", "bert"]
 )
