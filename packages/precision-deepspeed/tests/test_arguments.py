@@ -78,38 +78,40 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
 }
 
 
+def step_as_torch(stage: int) -> None:
+    for name, make in OPTIMIZERS.items():
+        model = Net()
+        optimizer = make(model)
+        strategy = DeepSpeedStrategy(stage, offload_optimizer=stage == 2)
+        fabric = Fabric(accelerator="cpu", strategy=strategy)
+        if stage > 0 and name == "Adagrad":
+            with pytest.raises(ValueError, match="an Adagrad of its own"):
+                fabric.setup(model, optimizer)
+            continue
+        fabric.setup(model, optimizer)
+        mine = trained(model, optimizer, fabric)
+        reference = Net()
+        for key, value in trained(reference, make(reference), None).items():
+            torch.testing.assert_close(mine[key], value, rtol=1e-6, atol=1e-7, msg=f"{name} {key}")
+        fabric.teardown()
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_optimizers_with_groups_and_schedulers_step_as_torch_does(stage: int) -> None:
-    def run() -> None:
-        for name, make in OPTIMIZERS.items():
-            model = Net()
-            optimizer = make(model)
-            strategy = DeepSpeedStrategy(stage, offload_optimizer=stage == 2)
-            fabric = Fabric(accelerator="cpu", strategy=strategy)
-            if stage > 0 and name == "Adagrad":
-                with pytest.raises(ValueError, match="an Adagrad of its own"):
-                    fabric.setup(model, optimizer)
-                continue
-            fabric.setup(model, optimizer)
-            mine = trained(model, optimizer, fabric)
-            reference = Net()
-            for key, value in trained(reference, make(reference), None).items():
-                torch.testing.assert_close(mine[key], value, rtol=1e-6, atol=1e-7, msg=f"{name} {key}")
-            fabric.teardown()
+    run_in_ranks(1, step_as_torch, stage)
 
-    run_in_ranks(1, run)
+
+def parameters_are_named() -> None:
+    model = Net()
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    fabric = Fabric(accelerator="cpu", strategy="deepspeed")
+    with pytest.raises(ValueError, match=r"\['scale'\] the shape \(1,\)"):
+        fabric.setup(model, torch.optim.SGD(model.parameters()))
+    model = Net()
+    fabric = Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(3))
+    with pytest.raises(ValueError, match=r"'first\.weight'.*in no group.*no\s*checkpoint"):
+        fabric.setup(model, torch.optim.SGD(model.last.parameters()))
 
 
 def test_parameters_that_an_engine_cannot_hold_are_named() -> None:
-    def run() -> None:
-        model = Net()
-        model.scale = nn.Parameter(torch.tensor(1.0))
-        fabric = Fabric(accelerator="cpu", strategy="deepspeed")
-        with pytest.raises(ValueError, match=r"\['scale'\] the shape \(1,\)"):
-            fabric.setup(model, torch.optim.SGD(model.parameters()))
-        model = Net()
-        fabric = Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(3))
-        with pytest.raises(ValueError, match=r"'first\.weight'.*in no group.*no\s*checkpoint"):
-            fabric.setup(model, torch.optim.SGD(model.last.parameters()))
-
-    run_in_ranks(1, run)
+    run_in_ranks(1, parameters_are_named)

@@ -151,31 +151,32 @@ def test_pickles_are_scanned_before_deepspeed_opens_them(tmp_path: Path, monkeyp
     assert (tmp_path / "executed").exists()
 
 
-def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
-    def run() -> None:
-        fabric, model, optimizer = make(2, "bf16-mixed")
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
-        with pytest.raises(ValueError, match="together"):
-            fabric.save(tmp_path / "a", {"model": model})
-        with pytest.raises(ValueError, match="whole"):
-            fabric.save(tmp_path / "a", state, filter={"model": lambda name, value: True})
-        with pytest.raises(CheckpointError, match="for a pattern"):
-            fabric.save(tmp_path / "run[1]", state)
-        (tmp_path / "file").write_text("mine")
-        with pytest.raises(ValueError, match="no checkpoint folder"):
-            fabric.save(tmp_path / "file", state)
-        with pytest.raises(ValueError, match="object"):
-            fabric.save(tmp_path / "a", {**state, "odd": object()})
-        assert sorted(os.listdir(tmp_path)) == ["file"] and (tmp_path / "file").read_text() == "mine"
-        fabric.save(tmp_path / "plain.ckpt", {"step": 3})  # without the engine's objects it is core's file
-        assert fabric.load(tmp_path / "plain.ckpt")["step"] == 3
-        fabric.save(tmp_path / "a", state)
-        batch, target = make_batch(0)
-        fabric.backward(loss_of(model(batch), target))
-        with pytest.raises(CheckpointError, match="step first"):
-            fabric.load(tmp_path / "a", state)
+def saving_is_refused(folder: Path) -> None:
+    fabric, model, optimizer = make(2, "bf16-mixed")
+    state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    with pytest.raises(ValueError, match="together"):
+        fabric.save(folder / "a", {"model": model})
+    with pytest.raises(ValueError, match="whole"):
+        fabric.save(folder / "a", state, filter={"model": lambda name, value: True})
+    with pytest.raises(CheckpointError, match="for a pattern"):
+        fabric.save(folder / "run[1]", state)
+    (folder / "file").write_text("mine")
+    with pytest.raises(ValueError, match="no checkpoint folder"):
+        fabric.save(folder / "file", state)
+    with pytest.raises(ValueError, match="object"):
+        fabric.save(folder / "a", {**state, "odd": object()})
+    assert sorted(os.listdir(folder)) == ["file"] and (folder / "file").read_text() == "mine"
+    fabric.save(folder / "plain.ckpt", {"step": 3})  # without the engine's objects it is core's file
+    assert fabric.load(folder / "plain.ckpt")["step"] == 3
+    fabric.save(folder / "a", state)
+    batch, target = make_batch(0)
+    fabric.backward(loss_of(model(batch), target))
+    with pytest.raises(CheckpointError, match="step first"):
+        fabric.load(folder / "a", state)
 
-    run_in_ranks(1, run)
+
+def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
+    run_in_ranks(1, saving_is_refused, tmp_path)
 
 
 def module_files(folder: Path, stage: int, mode: str) -> list[dict[str, torch.Tensor]]:

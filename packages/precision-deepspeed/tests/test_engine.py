@@ -88,42 +88,44 @@ def moved(loop: Callable[..., None], stage: int | None) -> dict[str, Tensor]:
         return {name: before[name] - param.detach() for name, param in model.named_parameters()}
 
 
+def loops(stage: int) -> None:
+    for loop in (raises_in_backward, two_forwards_then_two_backwards, clipped_twice):
+        mine, theirs = moved(loop, stage), moved(loop, None)
+        for name, value in theirs.items():
+            torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=1e-6, msg=f"{loop.__name__} {name}")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_loops_end_where_torchs_do(stage: int) -> None:
-    def run() -> None:
-        for loop in (raises_in_backward, two_forwards_then_two_backwards, clipped_twice):
-            mine, theirs = moved(loop, stage), moved(loop, None)
-            for name, value in theirs.items():
-                torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=1e-6, msg=f"{loop.__name__} {name}")
+    run_in_ranks(1, loops, stage)
 
-    run_in_ranks(1, run)
+
+def passed_over(stage: int) -> None:
+    fabric = Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(stage))
+    model = Net()
+    by_shape = torch.optim.Adafactor(model.parameters())
+    with pytest.raises(ValueError, match=r"Adafactor looks at the shape.*stage=0"):
+        fabric.setup(model, by_shape)
+    model = Net()
+    model.first.bias.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    fabric.setup(model, optimizer)
+    with pytest.raises(RuntimeError, match="learning rate of 0"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    fabric.backward(model(INPUT).pow(2).mean())
+    with pytest.raises(ValueError, match="all gradients of the engine together"):
+        fabric.clip_gradients(model.first, max_norm=1.0)
+    fabric.clip_gradients(model, optimizer, max_norm=1.0)
+    with pytest.raises(RuntimeError, match="clip by value first"):
+        fabric.clip_gradients(model, optimizer, clip_val=1.0)
+    optimizer.step()
+    model.first.bias.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"\['first\.bias'\] did not train when"):
+        fabric.backward(model(INPUT).pow(2).mean())
+    fabric.teardown()
+    assert not {"add_param_group", "zero_grad", "step"} & vars(optimizer).keys()
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_the_engine_would_pass_over_is_refused(stage: int) -> None:
-    def run() -> None:
-        fabric = Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(stage))
-        model = Net()
-        by_shape = torch.optim.Adafactor(model.parameters())
-        with pytest.raises(ValueError, match=r"Adafactor looks at the shape.*stage=0"):
-            fabric.setup(model, by_shape)
-        model = Net()
-        model.first.bias.requires_grad_(False)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        fabric.setup(model, optimizer)
-        with pytest.raises(RuntimeError, match="learning rate of 0"):
-            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
-        fabric.backward(model(INPUT).pow(2).mean())
-        with pytest.raises(ValueError, match="all gradients of the engine together"):
-            fabric.clip_gradients(model.first, max_norm=1.0)
-        fabric.clip_gradients(model, optimizer, max_norm=1.0)
-        with pytest.raises(RuntimeError, match="clip by value first"):
-            fabric.clip_gradients(model, optimizer, clip_val=1.0)
-        optimizer.step()
-        model.first.bias.requires_grad_(True)
-        with pytest.raises(RuntimeError, match=r"\['first\.bias'\] did not train when"):
-            fabric.backward(model(INPUT).pow(2).mean())
-        fabric.teardown()
-        assert not {"add_param_group", "zero_grad", "step"} & vars(optimizer).keys()
-
-    run_in_ranks(1, run)
+    run_in_ranks(1, passed_over, stage)

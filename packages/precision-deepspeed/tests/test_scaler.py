@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,8 +44,11 @@ def scales(stage: int, section: dict[str, Any]) -> list[tuple[float, bool]]:
     return found
 
 
-@pytest.mark.usefixtures("float16_accelerator")
+def all_scales(stage: int) -> dict[str, list[tuple[float, bool]]]:
+    return {name: scales(stage, section) for name, (section, _) in SCALES.items()}
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_scale_follows_window_hysteresis_and_minimum(stage: int) -> None:
-    (found,) = run_in_ranks(1, lambda: {name: scales(stage, section) for name, (section, _) in SCALES.items()})
+def test_the_scale_follows_window_hysteresis_and_minimum(stage: int, float16_ranks: Callable[..., Any]) -> None:
+    (found,) = run_in_ranks(1, float16_ranks, all_scales, stage)
     assert found == {name: list(zip(expected, OVERFLOWS, strict=True)) for name, (_, expected) in SCALES.items()}

@@ -97,7 +97,7 @@ def by_hand(loop: Callable[[Give, Any], None]) -> list[float]:
 
 
 def by_zero(stage: int, mode: str, config: dict[str, Any], offloads: bool) -> list[list[float]]:
-    def run(loop: Callable[[Give, Any], None]) -> list[float]:
+    def after(loop: Callable[[Give, Any], None]) -> list[float]:
         model = Choice()
         strategy = DeepSpeedStrategy(stage, config, offload_optimizer=offloads)
         fabric = Fabric(accelerator="cpu", strategy=strategy, precision=mode)
@@ -113,7 +113,7 @@ def by_zero(stage: int, mode: str, config: dict[str, Any], offloads: bool) -> li
         fabric.teardown()
         return values
 
-    return [run(loop) for loop in LOOPS]
+    return [after(loop) for loop in LOOPS]
 
 
 def labelled(loop: Callable[[Give, Any], None]) -> Callable[[str], str]:
