@@ -54,7 +54,7 @@ class Contract(StrategyContract):
         return DeepSpeedStrategy(self.stage)
 
     def run(self, check: Callable[..., None], *args: Any) -> None:
-        run_in_ranks(2, check, self, *args, timeout=60)
+        run_in_ranks(2, check, self, *args)
 
     @pytest.mark.xfail(reason="DeepSpeed's engine steps one optimizer; several are refused", strict=True)
     def test_two_optimizers_step_like_one(self) -> None:
@@ -75,29 +75,28 @@ class ZeroContract(Contract):
         super().test_an_optimizer_made_before_setup_trains_the_parameters_in_use()
 
 
+FULL = pytest.mark.full  # between them the others have each stage and each mode
+
+
 class TestStage0(Contract):
     stage = 0
-    modes = ("bf16-true", "16-mixed")
-
-    def test_an_optimizer_made_before_setup_trains_the_parameters_in_use(self) -> None:
-        if self.mode == "bf16-true":
-            pytest.xfail("the optimizer holds float32 copies of the parameters")
-        super().test_an_optimizer_made_before_setup_trains_the_parameters_in_use()
+    # What is checked in one mode is so in 16-mixed: in bf16-true the optimizer holds float32 copies of the parameters.
+    modes = ("16-mixed", pytest.param("bf16-true", marks=FULL))
 
 
 class TestStage1(ZeroContract):
     stage = 1
-    modes = ("32-true", "16-mixed")
+    modes = ("32-true", pytest.param("16-mixed", marks=FULL))
 
 
 class TestStage2(ZeroContract):
     stage = 2
-    modes = ("bf16-true", "bf16-mixed", "16-mixed")
+    modes = ("bf16-mixed", pytest.param("bf16-true", marks=FULL), pytest.param("16-mixed", marks=FULL))
 
 
 class TestStage3(ZeroContract):
     stage = 3
-    modes = ("bf16-true", "16-mixed")
+    modes = ("bf16-true", pytest.param("16-mixed", marks=FULL))
 
     def values(self, model: nn.Module) -> dict[str, Tensor]:
         import deepspeed
@@ -107,11 +106,21 @@ class TestStage3(ZeroContract):
         assert all(value.numel() for value in values.values())
         return values
 
+    @pytest.mark.full  # three runs, where a step takes three times what it does at the other stages; one is below
+    def test_the_curve_is_that_of_one_device(self) -> None:
+        super().test_the_curve_is_that_of_one_device()
 
-@pytest.mark.usefixtures("float16_accelerator")
+
 class TestFloat16(ZeroContract):
     stage = 2
     modes = ("16-true",)
+
+    @pytest.fixture(autouse=True)
+    def _allow_float16(self, float16_ranks: Callable[..., Any]) -> None:
+        self.allowing = float16_ranks
+
+    def run(self, check: Callable[..., None], *args: Any) -> None:
+        run_in_ranks(2, self.allowing, check, self, *args)
 
     def make_strategy(self) -> Strategy:
         return DeepSpeedStrategy(self.stage, {"fp16": {"hysteresis": 1}})  # by default the second overflow lowers it
@@ -119,51 +128,62 @@ class TestFloat16(ZeroContract):
 
 # -------------------------------------------------------------------- curves
 
-STEPS = 100
 
-
-def curves(stage: int, modes: tuple[str, ...], gradient_factor: float = 1.0) -> dict[str, list[float]]:
+def curves(stage: int, modes: tuple[str, ...], steps: int, gradient_factor: float = 1.0) -> dict[str, list[float]]:
     found = {}
     for mode in modes:
         fabric = Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(stage), precision=mode)
-        losses = torch.tensor(train(fabric, steps=STEPS, gradient_factor=gradient_factor), dtype=torch.float64)
+        losses = torch.tensor(train(fabric, steps=steps, gradient_factor=gradient_factor), dtype=torch.float64)
         found[mode] = fabric.all_reduce(losses).tolist()
         fabric.strategy._engine.destroy()  # type: ignore[attr-defined]
     return found
 
 
 @functools.cache
-def one_device(mode: str) -> list[float]:
+def one_device(mode: str, steps: int) -> list[float]:
     params = MODES[mode].params
     if params in (torch.bfloat16, torch.float16):
-        return master_curve(params, STEPS)
-    return train(Fabric(accelerator="cpu", precision=mode), steps=STEPS)
+        return master_curve(params, steps)
+    return train(Fabric(accelerator="cpu", precision=mode), steps=steps)
 
 
 @functools.cache
-def wrong_curves(mode: str) -> dict[str, list[float]]:
+def wrong_curves(mode: str, steps: int) -> dict[str, list[float]]:
     """Returns the controls of a mode, on one device: true modes without the master weights that they have here."""
 
     def make_fabric(mode: str) -> Fabric:
         return Fabric(accelerator="cpu", precision=mode)
 
-    return {name: control.run(make_fabric, steps=STEPS) for name, control in controls(mode).items()}
+    return {name: control.run(make_fabric, steps=steps) for name, control in controls(mode).items()}
 
 
-@pytest.mark.usefixtures("float16_accelerator")
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_curves_of_two_ranks_are_those_of_one_device_and_of_no_control(stage: int) -> None:
-    modes = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", *(["16-true"] if stage else []))
-    for curve_by_mode in run_in_ranks(2, curves, stage, modes, timeout=200):
+@pytest.mark.parametrize(
+    ("stage", "modes", "steps"),
+    [
+        *((0, ("bf16-true",), 20), (1, ("bf16-mixed",), 20), (1, ("16-true",), 20)),  # other pairs than the contract's
+        *((2, ("32-true",), 20), (3, ("16-mixed",), 20)),
+        *(
+            pytest.param(stage, ("32-true", "bf16-mixed", "16-mixed", "bf16-true"), 100, marks=FULL)
+            for stage in (0, 1, 2, 3)
+        ),
+        *(pytest.param(stage, ("16-true",), 100, marks=FULL) for stage in (1, 2, 3)),
+    ],
+)
+def test_curves_of_two_ranks_are_those_of_one_device_and_of_no_control(
+    stage: int, modes: tuple[str, ...], steps: int, float16_ranks: Callable[..., Any]
+) -> None:
+    """At 20 steps the largest legitimate distance is 0.19 of the bound, and the smallest control's 2.09 times it."""
+    for curve_by_mode in run_in_ranks(2, float16_ranks, curves, stage, modes, steps, timeout=600):
         for mode, curve in curve_by_mode.items():
-            bound = loss_bound(mode, STEPS)
-            assert curve_distance(curve, one_device(mode)) <= bound, mode
-            for name, wrong in wrong_curves(mode).items():
+            bound = loss_bound(mode, steps)
+            assert curve_distance(curve, one_device(mode, steps)) <= bound, mode
+            for name, wrong in wrong_curves(mode, steps).items():
                 assert curve_distance(curve, wrong) > bound, (mode, name)
 
 
+@pytest.mark.full  # the contract has them at 20 steps
 @pytest.mark.parametrize("factor", [2.0, LEFT_SCALED], ids=["summed", "left scaled"])
 def test_gradients_of_another_size_are_beyond_the_bound_in_the_engine_too(factor: float) -> None:
-    for curve_by_mode in run_in_ranks(2, curves, 2, ("32-true", "bf16-mixed", "bf16-true"), factor, timeout=200):
+    for curve_by_mode in run_in_ranks(2, curves, 2, ("32-true", "bf16-mixed", "bf16-true"), 100, factor, timeout=600):
         for mode, curve in curve_by_mode.items():
-            assert curve_distance(curve, one_device(mode)) > loss_bound(mode, STEPS), mode
+            assert curve_distance(curve, one_device(mode, 100)) > loss_bound(mode, 100), mode
