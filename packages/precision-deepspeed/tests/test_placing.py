@@ -126,7 +126,7 @@ def load(folder: Path, stages: list[int], stage: int, mode: str, options: dict[s
     return found
 
 
-FAST = [  # each stage from each, each mode, to more ranks, to fewer, and to as many
+FAST = [  # each stage from the others, each mode, to more ranks, to fewer, and to as many
     ("32-true", 3, 2, 0, {}),
     ("16-mixed", 2, 3, 1, {}),
     ("16-mixed", 2, 2, 2, {"offload_optimizer": True}),
