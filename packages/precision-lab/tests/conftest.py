@@ -82,7 +82,7 @@ def install(tmp_path, monkeypatch):
 def events_of(job, batch):
     """What `python -m precision_lab.train` prints, with that batch and a shorter evaluation, and its traceback."""
     training, held_out = split_text()
-    train_module.split_text = lambda: (training, held_out[:1000])
+    train_module.split_text = lambda: (training, held_out[:300])
     train_module.BATCH = batch
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False

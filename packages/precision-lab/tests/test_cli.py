@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch._dynamo  # forks are made with it; imported here, its seconds are no test's
 from click.testing import CliRunner
 
 from precision_core import MODES, Policy, supports
