@@ -50,7 +50,7 @@ class Pools:
         """Returns ranks that wait for a function; they are the caller's until `give_back`."""
         kept = self._kept.pop(count, None)
         if kept is not None and not kept.is_clean(timeout=20.0):
-            self._close(kept)
+            self.let_go(kept)
             kept = None
         return kept or Forks(count)
 
@@ -64,14 +64,15 @@ class Pools:
         forks.clean()
         self._kept[forks.count] = forks
 
-    def _close(self, forks: Forks) -> None:
+    def let_go(self, forks: Forks) -> None:
+        """Ends ranks that were taken, or kept."""
         forks.kill()
         self.cpu_seconds -= forks.cpu_seconds  # now it is in this process's times of children
 
     def close(self) -> None:
         """Lets all kept ranks go."""
         while self._kept:
-            self._close(self._kept.popitem()[1])
+            self.let_go(self._kept.popitem()[1])
 
 
 POOLS = Pools()
@@ -106,7 +107,7 @@ def run_in_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: 
             kept = True
     finally:
         if not kept:
-            forks.kill()
+            POOLS.let_go(forks)
     skipped = [value for kind, value, _ in outcomes if kind == "skipped"]
     if skipped:
         pytest.skip(skipped[0])
