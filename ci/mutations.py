@@ -44,10 +44,6 @@ class Mutation:
     survives: bool = False
     row: str | None = None
 
-    @property
-    def package(self) -> str:
-        return Path(self.file).parts[1]
-
     def __str__(self) -> str:
         return f"{self.number:3} {self.file}: {self.what}"
 
@@ -56,8 +52,7 @@ class Mutation:
         lines = (root / self.file).read_text().splitlines(keepends=True) if (root / self.file).is_file() else []
         found = [index for index, text in enumerate(lines) if text.strip() == self.line]
         if len(found) < (self.nth or 1) or (len(found) > 1 and not self.nth):
-            counted = f"{len(found)} lines (nth says which)" if found else "no line"
-            raise Problem(f"mutation {self.number}: {self.file} has {counted} {self.line!r}")
+            raise Problem(f"mutation {self.number}: {len(found)} lines of {self.file} read {self.line!r}")
         index = found[(self.nth or 1) - 1]
         lines[index] = lines[index].replace(self.line, self.becomes)
         return "".join(lines)
@@ -155,8 +150,9 @@ def run_all(mutations: list[Mutation], root: Path, tier: str, limit: float, jobs
 def report(mutations: list[Mutation], results: dict[int, bool | None], tier: str) -> None:
     """Prints the table; raises `Problem` where the tier does not kill enough."""
     print(f"\n{'package':<22}   number   killed survived")
-    for package in sorted({each.package for each in mutations}):
-        killed = [results[each.number] for each in mutations if each.package == package]
+    packages = {each.number: Path(each.file).parts[1] for each in mutations}
+    for package in sorted(set(packages.values())):
+        killed = [results[number] for number, its in packages.items() if its == package]
         print(f"{package:<22} {len(killed):8} {killed.count(True):8} {killed.count(False):8}")
     for each in mutations:
         if results[each.number] is False:
@@ -181,14 +177,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("mutations: ended"))  # leaves no test running
     try:
         root = repository()
-        only = arguments.only.split(",")
-        mutations = [each for each in read(root) if str(each.number) in only or arguments.only in each.file]
+        only, numbers = arguments.only, re.fullmatch(r"[\d,]+", arguments.only)
+        asked = [each for each in read(root) if (f",{each.number}," in f",{only}," if numbers else only in each.file)]
         if arguments.check:
-            print(f"{len(mutations)} mutations, every line is found")
+            print(f"{len(asked)} mutations, every line is found")
             return
-        for each in (each for each in mutations if each.row != arguments.row):
-            print(f"skipped         {each} (needs {f'--row {each.row}' if each.row else 'no --row'})")
-        mutations = [each for each in mutations if each.row == arguments.row]
+        here = [each for each in asked if each.row == arguments.row]
+        mutations = [each for each in here if not each.survives or arguments.tier == "full"]
+        for each in asked:
+            if each not in mutations:
+                why = each.row or ("of no row" if arguments.row else "known to survive")
+                print(f"skipped         {each} ({why})")
         results = run_all(mutations, root, arguments.tier, arguments.seconds, arguments.jobs)
         report(mutations, results, arguments.tier)
     except Problem as problem:
