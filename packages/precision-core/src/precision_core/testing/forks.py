@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 Outcome = tuple[str, Any, float]
-"""What became of it (returned, skipped, raised, died, late), with the value or the reason, and the CPU seconds."""
+"""What became of it (returned, skipped, raised, died, late), the value or the reason, and the rank's CPU seconds so far."""
 
 CLEANUPS: list[Callable[[], None]] = []
 """What ranks call after a function, before their process group is destroyed; for engines that keep more than that."""
@@ -143,14 +143,13 @@ def _live(rank: int, pipes: list[tuple[Connection, Connection]], job: Job | None
         while True:
             if job is None:
                 job = pickle.loads(connection.recv_bytes())
-            before = time.process_time()
             kind, value = job.run(rank)
             job = None
             try:  # send() would share tensors' memory, which ends with this process
                 value = pickle.dumps(value)
             except Exception:
                 kind, value = "raised", pickle.dumps(traceback.format_exc())
-            connection.send_bytes(pickle.dumps((kind, value, time.process_time() - before)))
+            connection.send_bytes(pickle.dumps((kind, value, time.process_time())))
             if kind != "returned":
                 break
             connection.recv_bytes()  # others may need it until then, for the store of the process group

@@ -55,9 +55,9 @@ class Pools:
         return kept or Forks(count)
 
     def give_back(self, forks: Forks, cpu_seconds: float) -> None:
-        """Keeps ranks of which each has returned; they clean up meanwhile."""
-        self.cpu_seconds += cpu_seconds
-        forks.cpu_seconds += cpu_seconds
+        """Keeps ranks of which each has returned, after so many CPU seconds in all; they clean up meanwhile."""
+        self.cpu_seconds += cpu_seconds - forks.cpu_seconds
+        forks.cpu_seconds = cpu_seconds
         if not self._ends_with_process:
             atexit.register(self.close)  # before multiprocessing, which would wait for them
             self._ends_with_process = True
