@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 Outcome = tuple[str, Any, float]
-"""What became of it (returned, skipped, raised, died, late), the value or the reason, and the rank's CPU seconds so far."""
+"""What became of it (returned, skipped, raised, died, late), its value or the reason, the rank's CPU seconds so far."""
 
 CLEANUPS: list[Callable[[], None]] = []
 """What ranks call after a function, before their process group is destroyed; for engines that keep more than that."""
