@@ -18,10 +18,12 @@ class TestNF4(PrecisionContract):
         return BitsandbytesPrecision(**self.settings)
 
 
+@pytest.mark.full
 class TestNF4DoubleQuantised(TestNF4):
     settings: ClassVar[dict[str, Any]] = {"mode": "nf4-dq", "dtype": torch.float32}
 
 
+@pytest.mark.full
 class TestFP4(TestNF4):
     settings: ClassVar[dict[str, Any]] = {"mode": "fp4", "dtype": torch.float32}
 

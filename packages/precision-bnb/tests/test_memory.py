@@ -40,6 +40,7 @@ print(max(peak, anonymous()) - before, sum(param.nbytes for param in model.param
 """
 
 
+@pytest.mark.slow_start
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_float_model_never_exists(tmp_path: Path) -> None:
     layer = torch.randn(2048, 2048)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.metadata
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from precision_core import discovery
 
 # The tests' tensors are tiny, and on a busy machine threads that wait for each other take minutes.
 torch.set_num_threads(1)
@@ -19,9 +24,24 @@ def true_modes_compile() -> None:
         pytest.skip("needs torch 2.12: older ones leave tensors created in a compiled forward in the default dtype")
 
 
+@pytest.fixture(autouse=True)
+def installed() -> Iterator[set[str]]:
+    """The distributions that core discovers: those that a test adds, and of the machine's own none."""
+    names: set[str] = set()
+
+    def entry_points(**selection: Any) -> importlib.metadata.EntryPoints:
+        found = importlib.metadata.entry_points(**selection)
+        return importlib.metadata.EntryPoints(each for each in found if each.dist and each.dist.name in names)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(discovery, "entry_points", entry_points)
+        yield names
+
+
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def install(tmp_path: Path, installed: set[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Installs a distribution for this test: its metadata, with entry points, and by choice a module's source."""
+    modules: set[str] = set()
 
     def install(name: str, entry_points: str, module: str = "", source: str = "") -> None:
         folder = tmp_path / name
@@ -31,6 +51,10 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
         (metadata / "entry_points.txt").write_text(entry_points)
         if module:
             (folder / f"{module}.py").write_text(source)
+            modules.add(module)
+        installed.add(name)
         monkeypatch.syspath_prepend(str(folder))
 
-    return install
+    yield install
+    for module in modules:
+        sys.modules.pop(module, None)

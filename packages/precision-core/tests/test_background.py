@@ -92,6 +92,7 @@ fabric.save(sys.argv[1] + "/below", {"step": 2}, wait=False)
 """
 
 
+@pytest.mark.slow_start
 def test_the_process_ends_after_the_save_and_tells_its_error(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", LAST, str(tmp_path / "x")], capture_output=True, text=True, check=True)
     assert f"{tmp_path / 'x' / 'below'} was not saved: FileExistsError" in done.stderr

@@ -18,7 +18,6 @@ import torch
 from precision_core import Fabric
 from precision_core.checkpoint import RESERVED, read
 
-FORKED, FRESH = 200, 5
 FABRIC = Fabric(accelerator="cpu")
 
 
@@ -92,9 +91,12 @@ def kill_at_random(folder: Path, forked: int, fresh: int, seed: int = 0) -> tupl
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_the_last_complete_checkpoint_loads_whenever_a_process_is_killed(tmp_path: Path) -> None:
-    lost, saved = kill_at_random(tmp_path, FORKED, FRESH)
-    print(f"tried {FORKED + FRESH}, lost {lost}")
-    assert lost == 0 and saved >= FORKED / 2
+@pytest.mark.parametrize(("forked", "fresh"), [(30, 0), pytest.param(200, 5, marks=pytest.mark.full)])
+def test_the_last_complete_checkpoint_loads_whenever_a_process_is_killed(
+    forked: int, fresh: int, tmp_path: Path
+) -> None:
+    lost, saved = kill_at_random(tmp_path, forked, fresh)
+    print(f"tried {forked + fresh}, lost {lost}")
+    assert lost == 0 and saved >= forked / 2
     FABRIC.save(tmp_path / "last.ckpt", {"number": 0})
     assert [name for name in os.listdir(tmp_path) if name.startswith(".last")] == []

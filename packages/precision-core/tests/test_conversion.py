@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
@@ -179,6 +179,7 @@ def test_a_buffer_is_named_when_its_values_change(values: Any, bfloat16: bool, f
 
 
 @given(arrays(numpy.float32, 3, elements=st.floats(width=32)))
+@settings(deadline=None)
 def test_named_exactly_when_the_way_back_gives_other_values(array: numpy.ndarray[Any, Any]) -> None:
     for dtype in (BF16, F16):
         module = nn.Module()

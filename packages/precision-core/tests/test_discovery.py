@@ -24,6 +24,7 @@ def test_names_are_listed_without_importing_anything(install: Install) -> None:
     assert set(sys.modules) == before
 
 
+@pytest.mark.slow_start
 def test_listing_imports_no_backend_in_a_fresh_process() -> None:
     code = (
         "import sys, precision_core.discovery as d; before = set(sys.modules);"
@@ -94,9 +95,6 @@ def test_a_claim_on_a_strategy_of_core_is_an_error(install: Install) -> None:
     ],
 )
 def test_a_known_name_says_what_to_install(argument: str, name: str, message: str) -> None:
-    group = PLUGINS if argument == "precision" else STRATEGIES
-    if find(group, name) is not None:
-        pytest.skip(f"{name} is installed here")
     with pytest.raises(ValueError) as error:
         Fabric(accelerator="cpu", **{argument: name})
     assert message in str(error.value)

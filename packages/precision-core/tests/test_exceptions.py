@@ -209,10 +209,17 @@ def test_teardown_gives_the_modules_their_own_forward_back(mode: str) -> None:
 
 
 @pytest.mark.usefixtures("true_modes_compile")
-@pytest.mark.parametrize("mode", [HALF, MIXED, "bf16-true; lm_head: bf16-mixed; blocks: 32-true; embedding: 64-true"])
-def test_compiled_in_one_graph(mode: str) -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        HALF,
+        MIXED,
+        pytest.param("bf16-true; lm_head: bf16-mixed; blocks: 32-true; embedding: 64-true", marks=pytest.mark.full),
+    ],
+)
+def test_compiled_in_one_graph(mode: str, backend: str) -> None:
     torch._dynamo.reset()
-    backend = "aot_eager"
     plugin, model, forward = make(mode)
     expected = forward(IDS)
     gradient = torch.autograd.grad(expected.sum(), model.lm_head.weight)[0]

@@ -223,6 +223,7 @@ def test_a_disk_error_inside_of_the_vendors_writer(path: Path, monkeypatch: pyte
     assert os.listdir(path.parent) == ["last"]
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_crash_between_the_two_renames_is_recovered(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rename = os.rename
 

@@ -94,8 +94,15 @@ def older(folder: Path, dice: random.Random) -> None:
     shutil.rmtree(other)
 
 
+COUNTS = {flip: 160, cut: 40, remove: 10, swap: 20, zero: 60, add: 3, older: 12}
+
+
 @pytest.mark.parametrize(
-    ("damage", "count"), [(flip, 160), (cut, 40), (remove, 10), (swap, 20), (zero, 60), (add, 3), (older, 12)]
+    ("damage", "count"),
+    [
+        *((damage, -(-count // 5)) for damage, count in COUNTS.items()),
+        *(pytest.param(damage, count, marks=pytest.mark.full) for damage, count in COUNTS.items()),
+    ],
 )
 def test_a_damaged_folder_is_refused(damage: Callable[[Path, random.Random], None], count: int, path: Path) -> None:
     dice = random.Random(0)

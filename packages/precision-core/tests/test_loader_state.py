@@ -116,10 +116,13 @@ def fabric() -> Fabric:
     return Fabric(accelerator="cpu")
 
 
+PLACES: list[tuple[int, Any]] = [(0, 1), (1, 3), (0, 0), (0, None), (0, "all")]
+FAST = {("a generator, 2 workers", 0, 1), ("stream, 2 workers", 1, 3)}  # workers take long to start
 CASES = [
-    (name, epochs, batches)
+    pytest.param(name, epochs, batches, marks=[pytest.mark.full] if slow else [])
     for name in LOADERS
-    for epochs, batches in [(0, 1), (1, 3), (0, 0), (0, None), (0, "all")][: 2 if "workers" in name else 5]
+    for epochs, batches in PLACES[: 2 if "workers" in name else 5]
+    if (slow := "workers" in name and (name, epochs, batches) not in FAST) is not None
 ]
 
 

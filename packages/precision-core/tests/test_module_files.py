@@ -458,8 +458,9 @@ print(before, max(peak, anonymous()) - before)
 """
 
 
+@pytest.mark.slow_start
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.full), "meta"])
 def test_memory_while_loading_is_that_of_the_model(device: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     layer = torch.randn(2300, 2300)

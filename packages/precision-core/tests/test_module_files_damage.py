@@ -78,13 +78,14 @@ def test_a_cut_file_is_refused_at_every_length(path: Path) -> None:
         refused(path, "is damaged, or no safetensors file")
 
 
-def test_a_flipped_bit_in_the_header_is_refused_or_makes_no_difference(path: Path) -> None:
+@pytest.mark.parametrize("tries", [60, pytest.param(300, marks=pytest.mark.full)])
+def test_a_flipped_bit_in_the_header_is_refused_or_makes_no_difference(tries: int, path: Path) -> None:
     """The values themselves have no checksum in this format."""
     whole = path.read_bytes()
     size = 8 + struct.unpack("<Q", whole[:8])[0]
     dice = random.Random(0)
     found = 0
-    for _ in range(300):
+    for _ in range(tries):
         damaged = bytearray(whole)
         damaged[dice.randrange(size)] ^= 1 << dice.randrange(8)
         path.write_bytes(damaged)
@@ -97,7 +98,7 @@ def test_a_flipped_bit_in_the_header_is_refused_or_makes_no_difference(path: Pat
         else:
             expected = model(0)
         assert all(torch.equal(a, b) for a, b in zip(live.parameters(), expected.parameters(), strict=True))
-    assert found > 200
+    assert found > tries * 2 / 3
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 100, b"\xff" * 16, json.dumps({"a": 1}).encode()])

@@ -134,9 +134,16 @@ def test_undoing_later_keeps_no_model_alive(own_forward: bool) -> None:
 # ---------------------------------------------------------------- what users do with a model
 
 
+FAST = {("bf16-mixed", "before"), ("64-true", "after"), ("bf16-true", "in place")}
+COMPILED = [
+    pytest.param(mode, how, marks=[] if (mode, how) in FAST else [pytest.mark.full])
+    for how in ("before", "after", "in place")
+    for mode in ("bf16-mixed", "bf16-true", "64-true")
+]
+
+
 @pytest.mark.usefixtures("true_modes_compile")
-@pytest.mark.parametrize("mode", ["bf16-mixed", "bf16-true", "64-true"])
-@pytest.mark.parametrize("how", ["before", "after", "in place"])
+@pytest.mark.parametrize(("mode", "how"), COMPILED)
 def test_compiled_with_fullgraph_it_computes_what_it_computes_eagerly(mode: str, how: str) -> None:
     torch.compiler.reset()
     expected = set_up(mode)(X, double=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precision_core.patterns import check_all_used, check_pattern, covers, matches
@@ -54,6 +54,7 @@ NAMES = st.lists(st.text("ab1_", min_size=1, max_size=3), min_size=1, max_size=5
 
 
 @given(NAMES, NAMES)
+@settings(deadline=None)
 def test_a_name_matches_itself_and_what_ends_with_it_after_a_dot(name: str, other: str) -> None:
     assert matches(name, name)
     assert matches(name, other) == (other == name or other.endswith("." + name))

@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precision_core import ALIASES, MODES, Policy
@@ -92,7 +92,19 @@ def policies(draw: st.DrawFn) -> Policy:
 
 
 @given(policies())
+@settings(deadline=None, max_examples=30)
 def test_a_policy_is_a_value(policy: Policy) -> None:
+    is_a_value(policy)
+
+
+@pytest.mark.full
+@given(policies())
+@settings(deadline=None, max_examples=300)
+def test_many_policies_are_values(policy: Policy) -> None:
+    is_a_value(policy)
+
+
+def is_a_value(policy: Policy) -> None:
     assert Policy.parse(str(policy)) == policy
     for same in (
         Policy.parse(str(policy)),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,16 @@ CASES = [
     if not (compiled and mode.endswith("true") and torch.__version__ < "2.12")
 ]
 Case = tuple[str, str, bool, int]
+FAST: list[Case] = [  # each mode, each optimizer, compiled or not
+    ("16-mixed", "fused", False, 2),
+    ("16-mixed", "momentum", False, 0),
+    ("64-true", "foreach", False, 0),
+    ("bf16-mixed", "foreach", True, 0),
+    ("bf16-true", "fused", False, 0),
+    ("16-true", "momentum", False, 0),
+    ("32-true", "fused", False, 0),
+]
+TIERS = [FAST, [case for case in CASES if case not in FAST]]
 
 
 class Run:
@@ -85,10 +96,10 @@ def file(folder: Path, case: Case) -> Path:
     return folder / ("_".join(map(str, case)) + ".ckpt")
 
 
-def resume(folder: Path) -> None:
-    """What the new process does: each case's second half."""
+def resume(folder: Path, tier: int) -> None:
+    """What the new process does: the second half of each case of a tier."""
     results = {}
-    for case in CASES:
+    for case in TIERS[tier]:
         run = Run(case, seed=99)
         run.fabric.load(file(folder, case), run.state)
         run.state["batches"] = int(run.state["batches"])
@@ -97,22 +108,35 @@ def resume(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resume")
-    for case in CASES:
-        run = Run(case, seed=1)
-        run.train(STEPS)
-        run.fabric.save(file(folder, case), run.state)
-    subprocess.run([sys.executable, __file__, str(folder)], check=True)
-    return folder
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], list[Tensor]]:
+    """Returns a case's second half, from one new process for all cases of its tier."""
+
+    @cache
+    def results(tier: int) -> dict[Case, list[Tensor]]:
+        folder = tmp_path_factory.mktemp("resume")
+        for case in TIERS[tier]:
+            run = Run(case, seed=1)
+            run.train(STEPS)
+            run.fabric.save(file(folder, case), run.state)
+        subprocess.run([sys.executable, __file__, str(folder), str(tier)], check=True)
+        return dict(torch.load(folder / "results.pt", weights_only=True))
+
+    return lambda case: results(int(case not in FAST))[case]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_a_run_that_goes_on_in_a_new_process_is_the_run_that_was_never_stopped(case: Case, folder: Path) -> None:
+@pytest.mark.slow_start
+@pytest.mark.xdist_group("a new process resumes")
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.full] * tier) for tier, cases in enumerate(TIERS) for case in cases],
+    ids=lambda case: "-".join(map(str, case)),
+)
+def test_a_run_that_goes_on_in_a_new_process_is_the_run_that_was_never_stopped(
+    case: Case, resumed: Callable[[Case], list[Tensor]]
+) -> None:
     run = Run(case, seed=1)
     whole = run.train(2 * STEPS)
-    resumed = torch.load(folder / "results.pt", weights_only=True)[case]
-    for mine, theirs in zip(resumed, whole[2 * STEPS :], strict=True):
+    for mine, theirs in zip(resumed(case), whole[2 * STEPS :], strict=True):
         assert mine.dtype is theirs.dtype and torch.equal(mine, theirs)
     assert case[0] != "16-mixed" or run.fabric.precision_plugin.skipped_steps > 0
     assert run.state["loader"].state_dict()["epoch"] == 2
@@ -120,4 +144,4 @@ def test_a_run_that_goes_on_in_a_new_process_is_the_run_that_was_never_stopped(c
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    resume(Path(sys.argv[1]))
+    resume(Path(sys.argv[1]), int(sys.argv[2]))

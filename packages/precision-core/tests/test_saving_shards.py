@@ -21,6 +21,8 @@ from precision_core import CheckpointError, Fabric, checkpoint, folder_manifest
 from precision_core.strategies import DDPStrategy, Strategy
 from precision_core.testing.ranks import RankError, run_in_ranks
 
+SOON = 60  # seconds: an error that another rank is told of comes long before the process group gives up (30 minutes)
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=0.01, foreach=True),
     "fused": lambda params: torch.optim.AdamW(params, lr=0.01, fused=True),
@@ -289,7 +291,7 @@ def load_with_error(kind: str, path: Path, error: str) -> tuple[str, float]:
 @pytest.mark.parametrize("error", LOAD_ERRORS)
 def test_an_error_on_one_rank_is_one_on_all_and_changes_nothing(kind: str, error: str, tmp_path: Path) -> None:
     for rank, (said, took) in enumerate(run_in_ranks(2, load_with_error, kind, tmp_path / "x", error)):
-        assert LOAD_ERRORS[error][1] in said and took < 10
+        assert LOAD_ERRORS[error][1] in said and took < SOON
         assert rank == 1 or said.startswith("rank 1 could not load the checkpoint: ")
 
 
@@ -365,7 +367,7 @@ def test_a_rank_that_is_killed_in_a_save_leaves_the_older_checkpoint(tmp_path: P
     with pytest.raises(RankError, match="rank 1 of 2:\nit died"):
         run_in_ranks(2, die, tmp_path / "x", tmp_path / "said")
     took, said = (tmp_path / "said").read_text().split(maxsplit=1)
-    assert float(took) < 10 and said.startswith("another rank is gone")
+    assert float(took) < SOON and said.startswith("another rank is gone")
     fabric, state = make("auto", 1, seed=1)
     fabric.load(tmp_path / "x", state)
     assert same(values(state), values(make("auto", 1)[1]))

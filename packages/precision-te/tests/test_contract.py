@@ -21,14 +21,17 @@ class TestDelayed(PrecisionContract):
         return from_mode(self.mode, **self.settings)
 
 
+@pytest.mark.full
 class TestCurrent(TestDelayed):
     mode = "fp8-current-reference"
 
 
+@pytest.mark.full
 class TestMXFP8(TestDelayed):
     mode = "mxfp8-reference"
 
 
+@pytest.mark.full
 class TestBlock(TestDelayed):
     settings: ClassVar[dict[str, Any]] = {"recipe": "block"}
 
@@ -58,6 +61,7 @@ class TestFloat16(PrecisionContract):
         super().test_accumulation_adds_up()
 
 
+@pytest.mark.full
 class TestTrueFloat32(TestFloat16):
     base = "32-true"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,12 @@ from torch import nn
 from precision_core import MODES, DDPStrategy, Fabric, Strategy
 from precision_core.testing import StrategyContract, run_in_ranks
 
+FULL = ("64-true", "16-true")  # the others have their kinds of dtype, reduction and scale
+
 
 class TestDDPStrategy(StrategyContract):
+    modes = tuple(pytest.param(mode, marks=pytest.mark.full) if mode in FULL else mode for mode in MODES)
+
     def make_strategy(self) -> Strategy:
         return DDPStrategy()
 
@@ -51,7 +56,7 @@ def gradient(mode: str, synced: bool = True) -> tuple[torch.Tensor, torch.dtype]
 
 
 def test_gradients_are_averaged_over_ranks() -> None:
-    alone = [run_in_ranks(1, lambda rank=rank: _alone(rank))[0] for rank in range(2)]
+    alone = [_alone(rank) for rank in range(2)]
     for gradients, dtype in run_in_ranks(2, gradient, "64-true"):
         assert dtype is torch.float64
         torch.testing.assert_close(gradients, (alone[0] + alone[1]) / 2, rtol=1e-12, atol=0)
@@ -80,25 +85,26 @@ def _alone(rank: int) -> torch.Tensor:
     ],
 )
 def test_gradients_are_reduced_in_the_policys_dtype(policy: str, reduce: torch.dtype) -> None:
-    # bfloat16 has 8 bits and keeps the first only, float16 has 11 and keeps two.
-    values = [1.0, 1.0 + 2.0**-9, 1.0 + 2.0**-12]
-
-    def run() -> list[float]:
-        model = nn.Linear(3, 1, bias=False)
-        fabric, _ = make(policy, model)
-        parts = [torch.tensor(values), torch.tensor([1.0, 1.0, 1.0])]
-        params = fabric.precision_plugin.policy.params
-        loss = (model.weight * parts[fabric.global_rank].to(params)).sum()
-        # The engine's forward has to have run, or its hooks do not fire.
-        fabric.backward(loss + 0 * model(torch.zeros(1, 3)).sum())
-        return model.weight.grad.double().flatten().tolist()  # type: ignore[union-attr]
-
     params = torch.float64 if policy == "64-true" else torch.bfloat16 if "params=bf" in policy else None
     params = params or (torch.bfloat16 if policy == "bf16-true" else torch.float32)
-    halves = [(torch.tensor(part).to(params).to(reduce) / 2) for part in (values, [1.0, 1.0, 1.0])]
+    halves = [(torch.tensor(part).to(params).to(reduce) / 2) for part in (ROUNDED, [1.0, 1.0, 1.0])]
     expected = (halves[0] + halves[1]).to(params).double().tolist()
-    for gradients in run_in_ranks(2, run):
+    for gradients in run_in_ranks(2, reduced, policy):
         assert gradients == expected
+
+
+ROUNDED = [1.0, 1.0 + 2.0**-9, 1.0 + 2.0**-12]  # bfloat16 has 8 bits and keeps the first only, float16 11 and two
+
+
+def reduced(policy: str) -> list[float]:
+    model = nn.Linear(3, 1, bias=False)
+    fabric, _ = make(policy, model)
+    parts = [torch.tensor(ROUNDED), torch.tensor([1.0, 1.0, 1.0])]
+    params = fabric.precision_plugin.policy.params
+    loss = (model.weight * parts[fabric.global_rank].to(params)).sum()
+    # The engine's forward has to have run, or its hooks do not fire.
+    fabric.backward(loss + 0 * model(torch.zeros(1, 3)).sum())
+    return model.weight.grad.double().flatten().tolist()  # type: ignore[union-attr]
 
 
 def overflow_on(which: int) -> tuple[bool, int, int, float, list[float]]:
@@ -126,32 +132,36 @@ def test_one_rank_that_overflows_is_a_skipped_step_on_all(which: int) -> None:
 # -------------------------------------------------------------------- the law of setup
 
 
-def test_ranks_start_from_rank_zeros_parameters_and_hooks_run_once() -> None:
-    def run() -> tuple[list[float], int, list[str], str]:
-        torch.manual_seed(int(dist.is_initialized()) + torch.randint(100, ()).item())
-        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-        calls: list[int] = []
-        model.register_forward_hook(lambda *_: calls.append(1))
-        fabric, _ = make("32-true", model)
-        model(data(fabric.global_rank))
-        return model[0].weight.flatten().tolist(), len(calls), list(model.state_dict()), type(model).__name__
+def started() -> tuple[list[float], int, list[str], str]:
+    torch.manual_seed(int(os.environ["RANK"]))
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    fabric, _ = make("32-true", model)
+    model(data(fabric.global_rank))
+    return model[0].weight.flatten().tolist(), len(calls), list(model.state_dict()), type(model).__name__
 
-    first, second = run_in_ranks(2, run)
+
+def test_ranks_start_from_rank_zeros_parameters_and_hooks_run_once() -> None:
+    first, second = run_in_ranks(2, started)
     assert first == second
     assert first[1] == 1 and first[3] == "Sequential"
-    assert first[2] == list(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).state_dict())
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    assert first[0] == model[0].weight.flatten().tolist() and first[2] == list(model.state_dict())
+
+
+def evaluated() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    fabric, _ = make("bf16-mixed", model)
+    if fabric.is_global_zero:
+        with torch.no_grad():
+            model(data(0))
+    fabric.barrier()
 
 
 def test_evaluating_on_one_rank_waits_for_nobody() -> None:
-    def run() -> None:
-        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-        fabric, _ = make("bf16-mixed", model)
-        if fabric.is_global_zero:
-            with torch.no_grad():
-                model(data(0))
-        fabric.barrier()
-
-    run_in_ranks(2, run, timeout=30)
+    run_in_ranks(2, evaluated)
 
 
 def train(mode: str, how: str) -> list[float]:
@@ -175,58 +185,62 @@ def test_compiled_models_average_their_gradients_too(mode: str, how: str) -> Non
     assert expected[0] == expected[1] == run_in_ranks(2, train, mode, how)[0]
 
 
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = layer()
+
+    def score(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x).pow(2).mean()
+
+
+def two_models() -> list[float]:
+    generator, critic = Two(), layer()
+    fabric, _ = make("32-true", generator)
+    fabric.setup(critic, torch.optim.SGD(critic.parameters(), lr=1.0))
+    fabric.mark_forward_method(generator, "score")
+    fabric.backward(generator.score(data(fabric.global_rank)) + critic(data(fabric.global_rank)).pow(2).mean())
+    return [*generator.inner.weight.grad.flatten().tolist(), *critic.weight.grad.flatten().tolist()]  # type: ignore[union-attr]
+
+
 def test_two_models_and_a_marked_method_run_in_their_engines() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = layer()
-
-        def score(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner(x).pow(2).mean()
-
-    def run() -> list[float]:
-        generator, critic = Two(), layer()
-        fabric, _ = make("32-true", generator)
-        fabric.setup(critic, torch.optim.SGD(critic.parameters(), lr=1.0))
-        fabric.mark_forward_method(generator, "score")
-        fabric.backward(generator.score(data(fabric.global_rank)) + critic(data(fabric.global_rank)).pow(2).mean())
-        return [*generator.inner.weight.grad.flatten().tolist(), *critic.weight.grad.flatten().tolist()]  # type: ignore[union-attr]
-
-    first, second = run_in_ranks(2, run)
+    first, second = run_in_ranks(2, two_models)
     assert first == second and first[:8] == first[8:]
 
 
-def test_a_model_without_parameters_that_train_needs_no_engine() -> None:
-    def run() -> float:
-        fabric = Fabric(accelerator="cpu", devices=2)
-        model = fabric.setup(layer().requires_grad_(False))
-        return float(model(torch.ones(1, 4)).sum())
+def frozen() -> float:
+    fabric = Fabric(accelerator="cpu", devices=2)
+    model = fabric.setup(layer().requires_grad_(False))
+    return float(model(torch.ones(1, 4)).sum())
 
-    assert len(set(run_in_ranks(2, run))) == 1
+
+def test_a_model_without_parameters_that_train_needs_no_engine() -> None:
+    assert len(set(run_in_ranks(2, frozen))) == 1
 
 
 # -------------------------------------------------------------------- collectives
 
 
-def test_collectives_by_value() -> None:
-    def run() -> Any:
-        fabric = Fabric(accelerator="cpu", devices=2)
-        rank = fabric.global_rank
-        tree = {"a": torch.tensor([rank, 10]), "b": [torch.tensor(float(rank), requires_grad=True)]}
-        reduced = {op: fabric.all_reduce(tree, op) for op in ("mean", "sum", "min", "max")}
-        with pytest.raises(ValueError, match=r"all_reduce\(op='avg'\): allowed are mean, sum, min, max"):
-            fabric.all_reduce(tree, "avg")
-        gathered = fabric.all_gather(tree)
-        sent = fabric.broadcast({"from": rank, "t": torch.full((2,), rank)}, src=1)
-        assert (fabric.world_size, fabric.is_global_zero, fabric.local_rank) == (2, rank == 0, rank)
-        fabric.barrier()
-        return (
-            {op: (tree["a"].tolist(), tree["b"][0].item()) for op, tree in reduced.items()},
-            (gathered["a"].tolist(), gathered["b"][0].tolist()),
-            (sent["from"], sent["t"].tolist()),
-        )
+def collected() -> Any:
+    fabric = Fabric(accelerator="cpu", devices=2)
+    rank = fabric.global_rank
+    tree = {"a": torch.tensor([rank, 10]), "b": [torch.tensor(float(rank), requires_grad=True)]}
+    reduced = {op: fabric.all_reduce(tree, op) for op in ("mean", "sum", "min", "max")}
+    with pytest.raises(ValueError, match=r"all_reduce\(op='avg'\): allowed are mean, sum, min, max"):
+        fabric.all_reduce(tree, "avg")
+    gathered = fabric.all_gather(tree)
+    sent = fabric.broadcast({"from": rank, "t": torch.full((2,), rank)}, src=1)
+    assert (fabric.world_size, fabric.is_global_zero, fabric.local_rank) == (2, rank == 0, rank)
+    fabric.barrier()
+    return (
+        {op: (tree["a"].tolist(), tree["b"][0].item()) for op, tree in reduced.items()},
+        (gathered["a"].tolist(), gathered["b"][0].tolist()),
+        (sent["from"], sent["t"].tolist()),
+    )
 
-    for reduced, gathered, sent in run_in_ranks(2, run):
+
+def test_collectives_by_value() -> None:
+    for reduced, gathered, sent in run_in_ranks(2, collected):
         assert reduced["mean"] == ([0.5, 10.0], 0.5) and reduced["sum"] == ([1, 20], 1.0)
         assert reduced["min"] == ([0, 10], 0.0) and reduced["max"] == ([1, 10], 1.0)
         assert gathered == ([[0, 10], [1, 10]], [0.0, 1.0]) and sent == (1, [1, 1])
@@ -249,7 +263,3 @@ def test_one_process_does_as_many_would() -> None:
     fabric.barrier()
     with pytest.raises(ValueError, match="allowed are mean, sum, min, max"):
         fabric.all_reduce(torch.ones(1), "product")
-
-
-def test_modes_of_core_are_all_in_the_contract() -> None:
-    assert TestDDPStrategy.modes == tuple(MODES)

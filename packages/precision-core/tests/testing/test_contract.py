@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from precision_core import (
+    MODES,
     DoublePrecision,
     HalfPrecision,
     MixedPrecision,
@@ -44,5 +47,10 @@ class TestFloat16Mixed(PrecisionContract):
 
 
 class TestSingleDeviceStrategy(StrategyContract):
+    modes = tuple(  # the plugins above have theirs on one device too
+        pytest.param(mode, marks=pytest.mark.full) if mode in ("64-true", "32-true", "16-true") else mode
+        for mode in MODES
+    )
+
     def make_strategy(self) -> Strategy:
         return SingleDeviceStrategy("cpu")

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precision_te.reference.formats import FORMATS, power_of_2_above, power_of_2_below
@@ -78,6 +78,7 @@ def test_stochastic_rounding_leaves_the_grid_as_it_is(drawn: float, monkeypatch:
 
 
 @given(st.floats(2.0**-120, 2.0**120, width=32))
+@settings(deadline=None)
 def test_powers_of_2_enclose(x: float) -> None:
     above, below = (f(torch.tensor(x)).item() for f in (power_of_2_above, power_of_2_below))
     assert above / 2 < x <= above and below <= x < 2 * below

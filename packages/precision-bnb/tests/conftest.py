@@ -1,0 +1,8 @@
+"""What the tests share."""
+
+from __future__ import annotations
+
+import torch
+
+# The tests' tensors are tiny, and on a busy machine threads that wait for each other take minutes.
+torch.set_num_threads(1)
