@@ -13,7 +13,7 @@ from precision_core import MODES, Policy, supports
 from precision_core.discovery import KNOWN, PLUGINS
 from precision_core.formats import FORMATS, cpu_has_float16
 from precision_lab import compare as compare_module
-from precision_lab.cli import main
+from precision_lab.cli import _checked_folder, main
 from precision_lab.train import BATCH, Job
 
 MODELS_BYTES = 1_272_640
@@ -273,6 +273,7 @@ def test_the_command_as_users_start_it(install, tmp_path, forked):
         (["--strategy", "abacus"], "abacus"),
         (["--out", "file"], "file"),
         (["--out", "file/inside"], "cannot write in 'file/inside'"),
+        (["--out", "s3://bucket/out"], "s3:// is an address"),
     ],
 )
 def test_bad_options_are_clear_and_early(options, message, tmp_path, monkeypatch, install):
@@ -283,7 +284,13 @@ def test_bad_options_are_clear_and_early(options, message, tmp_path, monkeypatch
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output
-    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "s3:").exists()
+
+
+def test_home_and_file_addresses_are_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _checked_folder("~/out") == _checked_folder(f"file://{tmp_path}/out") == tmp_path / "out"
+    assert (tmp_path / "out").is_dir()
 
 
 def test_a_mode_that_is_not_installed_says_what_to_install(tmp_path, monkeypatch):

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -28,6 +27,7 @@ from precision_core.agreement import agreed
 from precision_core.background import PendingSave, forget
 from precision_core.composition import check_composition
 from precision_core.fit import is_sharded
+from precision_core.local_path import local_path
 from precision_core.override import is_overridden, override, undone_on_error
 from precision_core.policy import Policy
 from precision_core.precision import Precision
@@ -398,14 +398,16 @@ class Fabric:
         `wait()`, which raises if that failed; else the next save does.
 
         Raises:
-            ValueError: a value that `load` would refuse, a filter without its key; names the key.
+            ValueError: a value that `load` would refuse, a filter without its key; names the key. An address
+                ("s3://bucket/last.ckpt") for `path`; `~` and "file:///..." are paths.
             OSError: the file cannot be written; names the path. In both cases an old file at `path` stays.
             CheckpointError: another rank failed, or is gone.
         """
         self._check_launched()
-        if self._strategy.save_checkpoint(Path(path), state, filter):
-            return PendingSave(Path(path))
-        return saving.save(Path(path), state, filter, self._strategy, wait)
+        place = local_path(path, "fabric.save")
+        if self._strategy.save_checkpoint(place, state, filter):
+            return PendingSave(place)
+        return saving.save(place, state, filter, self._strategy, wait)
 
     def load(
         self,
@@ -430,10 +432,11 @@ class Fabric:
             FileNotFoundError: there is no such file.
         """
         self._check_launched()
-        loaded = self._strategy.load_checkpoint(Path(path), state, strict, filter, trust)
+        place = local_path(path, "fabric.load")
+        loaded = self._strategy.load_checkpoint(place, state, strict, filter, trust)
         if loaded is not None:
             return loaded
-        return loading.load(Path(path), state, strict, filter, trust, self._strategy)
+        return loading.load(place, state, strict, filter, trust, self._strategy)
 
     def save_module(self, path: str | PathLike[str], module: nn.Module, *, max_shard_size: int | str = "5GB") -> None:
         """Writes a module's parameters and buffers as safetensors, as Hugging Face libraries read and write them.
@@ -448,9 +451,9 @@ class Fabric:
         from precision_core.module_files import save_module
 
         self._check_launched()
-        target = _uncompiled(module)
+        place, target = local_path(path, "fabric.save_module"), _uncompiled(module)
         with agreed(self._strategy, "save"), self._strategy.whole(target):
-            save_module(path, target, max_shard_size=max_shard_size, keep=self.is_global_zero)
+            save_module(place, target, max_shard_size=max_shard_size, keep=self.is_global_zero)
 
     def load_module(self, path: str | PathLike[str], module: nn.Module, strict: bool = True) -> Loaded:
         """Reads safetensors, memory-mapped, into a module: a file, an index file, or a folder with either.
@@ -466,14 +469,14 @@ class Fabric:
         from precision_core.module_files import load_module
 
         self._check_launched()
-        target = _uncompiled(module)
+        place, target = local_path(path, "fabric.load_module"), _uncompiled(module)
         if any(param.is_meta for param in target.parameters()):
             self._precision.before_load(target)
         with self._strategy.whole(target, writes=True):
             if not any(map(is_sharded, target.parameters())):
-                return load_module(path, target, strict)
+                return load_module(place, target, strict)
             with agreed(self._strategy, "load") as ranks:
-                return load_module(path, target, strict, agree=ranks.reach)
+                return load_module(place, target, strict, agree=ranks.reach)
 
     def teardown(self) -> None:
         """Gives the objects that were set up their own methods back; dtypes stay."""

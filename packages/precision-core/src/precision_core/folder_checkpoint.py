@@ -30,6 +30,7 @@ from precision_core.fit import misfit, refuse
 from precision_core.folder_manifest import Manifest
 from precision_core.folder_tree import Path as Place
 from precision_core.folder_tree import map_leaves, named, paths, split
+from precision_core.local_path import local_path
 from precision_core.shards import check_alike, describe, host_like
 from precision_core.state import look_up
 
@@ -50,7 +51,7 @@ def write_folder(
         CheckpointError: another rank failed, or has other tensors.
         OSError: a disk that is full, for example.
     """
-    path, rank, group = Path(path).absolute(), rank_of(process_group), process_group
+    path, rank, group = local_path(path, "write_folder").absolute(), rank_of(process_group), process_group
     with together(group):
         structure, tensors = split(content)
         check_saveable(map_leaves(structure, lambda _, leaf: None if _stands_in(leaf) else leaf))
@@ -94,7 +95,7 @@ class Folder:
     """
 
     def __init__(self, path: str | PathLike[str], *, trust: bool = False) -> None:
-        self.path = folder_manifest.find(Path(path).absolute())
+        self.path = folder_manifest.find(local_path(path, "read_folder").absolute())
         self._version = folder_manifest.version(self.path)
         self._manifest = folder_manifest.read(self.path)
         self.structure, self._metadata = _open(self.path, self._manifest, trust)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from precision_core import safetensors_files
 from precision_core.fit import is_sharded, refuse
+from precision_core.local_path import local_path
 from precision_core.module_layers import (
     VERSIONS,
     Loaded,
@@ -47,6 +47,7 @@ def save_module(
         ValueError: a value that safetensors does not have; names it. Nothing was written.
         ImportError: safetensors is not installed.
     """
+    place = local_path(path, "save_module")
     state = module.state_dict()
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
@@ -68,7 +69,7 @@ def save_module(
 
         tensors = made_whole(tensors, keep)
     if keep:
-        safetensors_files.write(Path(path), tensors, metadata, max_shard_size)
+        safetensors_files.write(place, tensors, metadata, max_shard_size)
 
 
 def _unsaveable(value: Any) -> str:
@@ -109,7 +110,7 @@ def load_module(
         FileNotFoundError: there is no such file.
         ImportError: safetensors is not installed.
     """
-    with safetensors_files.opened(Path(path)) as files:
+    with safetensors_files.opened(local_path(path, "load_module")) as files:
         layers = list(layers_of(module))
         versions = versions_of(files, path)
         aliases = {name: first for name, first in files.metadata.items() if first in files.names}

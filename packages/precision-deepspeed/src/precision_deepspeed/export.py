@@ -11,6 +11,7 @@ from torch import Tensor
 
 from precision_core import checkpoint, folder_manifest
 from precision_core.checkpoint import CheckpointError
+from precision_core.local_path import local_path
 from precision_deepspeed.saved import Saved
 
 _STATE, _RECORD = "state.ckpt", "deepspeed"
@@ -27,7 +28,7 @@ def consolidated_state_dict(path: str | PathLike[str], *, trust: bool = False) -
         CheckpointError: torn, damaged, no checkpoint of a DeepSpeed engine, or pickles with anything else in them.
         FileNotFoundError: there is no such folder.
     """
-    folder = folder_manifest.find(Path(path).absolute())
+    folder = folder_manifest.find(local_path(path, "consolidated_state_dict").absolute())
     manifest = folder_manifest.read(folder)
     folder_manifest.verify(folder, manifest, sorted(manifest.files))
     record = None

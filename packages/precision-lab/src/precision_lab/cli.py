@@ -32,8 +32,8 @@ def main() -> None:
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of weights and batches.")
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("precision-compare"),
+    type=click.Path(file_okay=False),
+    default="precision-compare",
     show_default=True,
     help="Folder for compare.json and compare.png; older ones are replaced.",
 )
@@ -59,7 +59,7 @@ def compare(
     steps: int,
     modes: str | None,
     seed: int,
-    out: Path,
+    out: str,
     run_all: bool,
     devices: str,
     strategy: str,
@@ -73,7 +73,7 @@ def compare(
     listed = _modes(modes)
     device_type = _device_type(accelerator)
     _check_strategy(strategy, device_type, int(devices))
-    _check_folder(out)
+    folder = _checked_folder(out)
 
     from rich.console import Console
 
@@ -93,10 +93,10 @@ def compare(
         run(comparison, accelerator, progress, int(devices))
 
     record = comparison.as_dict(settings())
-    (out / "compare.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    save_plot(comparison, out / "compare.png")
+    (folder / "compare.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    save_plot(comparison, folder / "compare.png")
     print_table(comparison, console)
-    console.print(f"{out / 'compare.json'}, {out / 'compare.png'}", soft_wrap=True)
+    console.print(f"{folder / 'compare.json'}, {folder / 'compare.png'}", soft_wrap=True)
     context.exit(1 if comparison.failed else 0)
 
 
@@ -151,13 +151,19 @@ def _check_strategy(strategy: str, device_type: str, devices: int) -> None:
         raise click.BadParameter(str(error), param_hint="--strategy") from None
 
 
-def _check_folder(out: Path) -> None:
+def _checked_folder(out: str) -> Path:
     """Makes the folder and tries to write in it: better now than after the training."""
+    from precision_core.local_path import local_path
+
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
+        folder = local_path(out, "--out")
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--out") from None
     except OSError as error:
-        raise click.BadParameter(f"cannot write in {str(out)!r}: {error.strerror}", param_hint="--out") from None
+        raise click.BadParameter(f"cannot write in {out!r}: {error.strerror}", param_hint="--out") from None
+    return folder
 
 
 if __name__ == "__main__":
