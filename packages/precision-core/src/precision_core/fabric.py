@@ -424,6 +424,7 @@ class Fabric:
         saved, and what `state` has no key for is returned. If anything raises, all of them are as before; an interrupt
         that comes while the last values are being copied waits until they are. `filter` as for `save`, of modules only:
         entries that it says no to stay as they are. Without `state`, all is returned and nothing live is touched.
+        `strict=False` allows missing keys and rounding, and warns of each object that did not fit whole.
         Under a strategy that shards, tensors that `state` has no key for are not read: they are on the meta device.
         `trust=True` loads objects that a safe load refuses, and runs whatever code the checkpoint names.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from precision_core import rng
+from precision_core import left_out, rng
 from precision_core.agreement import agreed
 from precision_core.background import settle
 from precision_core.checkpoint import RESERVED
@@ -63,7 +63,9 @@ def load(
         steps = [_precision_step(host["precision"], strategy)]
         if host["rng"] is not None:  # a rank that the saving run did not have keeps its own
             steps.insert(0, _rng_step(host["rng"], strategy.device))
-        return restore(state, content, strict=strict, dtypes=dtypes, host=steps, agree=all_ranks.reach, origin=origin)
+        say = partial(left_out.warn, path) if strategy.is_global_zero else (lambda _: None)
+        reach = all_ranks.reach
+        return restore(state, content, strict=strict, dtypes=dtypes, host=steps, agree=reach, say=say, origin=origin)
 
 
 def _of_rank(header: dict[str, Any], strategy: Strategy) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from precision_core import left_out
 from precision_core.compare import Dtypes, hooks_of_others, loads_its_own_way
 from precision_core.optimizer_state import is_torchs, prepare, runs_others_code
 from precision_core.state import is_plain, is_stateful, leads_to, look_up, named_as, plain_name, stateful_objects
@@ -32,13 +33,15 @@ def restore(
     dtypes: Dtypes | None = None,
     host: Iterable[Step] = (),
     agree: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda _: None,
     origin: str = "the checkpoint",
 ) -> dict[str, Any]:
     """Brings the objects in `tree` to the states in `content`, and its plain values to those there.
 
     Returns what of `content` has no place in `tree`; nothing in it depends on `content`. Call `check_fits` first.
     `host` are steps that follow the objects with code of their own; `agree` is called, and may raise, before anything
-    is written that has no snapshot.
+    is written that has no snapshot. Without `strict`, `say` is called before that, with a text for each object that
+    some entries are missing for or unexpected by; it may raise, too.
 
     Raises:
         CheckpointError: an object's own loading raised; names the object. Every object is as it was before.
@@ -46,6 +49,7 @@ def restore(
     saved = {path: look_up(content, path) for path, _ in stateful_objects(tree) if leads_to(path, content)}
     parts = {path: live for path, live in stateful_objects(tree) if path in saved}
     strangers = {path: live for path, live in parts.items() if _runs_others_code(live)}
+    results: dict[Any, Any] = {}  # of modules' load_state_dict
     dtypes = dtypes or {}
     with Transaction(origin) as transaction:
         for step, _, undo in host:
@@ -59,7 +63,8 @@ def restore(
             transaction.undo_by(path, undo_of(live))
         for path, live in strangers.items():
             transaction.at(path)
-            _loader(live, _independent_where_needed(live, saved[path]), strict, dtypes.get(path))()
+            load = _loader(live, _independent_where_needed(live, saved[path]), strict, dtypes.get(path))
+            results[path] = load()
         for step, act, _ in host:
             transaction.at(step)
             act()
@@ -70,6 +75,9 @@ def restore(
                 loads[path] = _loader(live, saved[path], strict, dtypes.get(path))
         transaction.at("the plain values")
         plain = _plain_values(tree, content, {})
+        if not strict:
+            transaction.at("what the checkpoint lacks")
+            _say_what_is_left_out(tree, content, parts, saved, results, say)
         agree()
         transaction.commit()
         for path, load in loads.items():
@@ -91,7 +99,7 @@ def _has_own_code(module: nn.Module) -> bool:
     return loads_its_own_way(module) or extra or hooks_of_others(module._load_state_dict_post_hooks) > 0
 
 
-def _loader(live: Any, saved: Any, strict: bool, dtypes: list[torch.dtype] | None) -> Callable[[], None]:
+def _loader(live: Any, saved: Any, strict: bool, dtypes: list[torch.dtype] | None) -> Callable[[], Any]:
     """Returns what brings `live` to `saved`."""
     if isinstance(live, nn.Module):
         return functools.partial(_load_module, live, named_as(live, saved), strict)
@@ -100,8 +108,26 @@ def _loader(live: Any, saved: Any, strict: bool, dtypes: list[torch.dtype] | Non
     return functools.partial(live.load_state_dict, saved)
 
 
-def _load_module(module: nn.Module, state: dict[str, Any], strict: bool) -> None:
-    module.load_state_dict(state, strict=strict)
+def _load_module(module: nn.Module, state: dict[str, Any], strict: bool) -> Any:
+    return module.load_state_dict(state, strict=strict)
+
+
+def _say_what_is_left_out(
+    tree: dict[str, Any],
+    content: dict[str, Any],
+    parts: dict[Any, Any],
+    saved: dict[Any, Any],
+    results: dict[Any, Any],
+    say: Callable[[str], None],
+) -> None:
+    texts = list(left_out.absent(tree, content))
+    for path, live in parts.items():
+        result = results.get(path)
+        is_known = path not in results or hasattr(result, "missing_keys")  # else its own way did not say
+        if isinstance(live, nn.Module) and is_known:
+            texts.append(left_out.of_module(path, live, saved[path], result))
+    for text in filter(None, texts):
+        say(text)
 
 
 def _independent_where_needed(live: Any, saved: Any) -> Any:
