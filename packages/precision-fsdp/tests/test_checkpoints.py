@@ -192,3 +192,41 @@ def test_replicas_of_shards(tmp_path: Path) -> None:
     for options in ({"mesh": (2, 1)}, {}):
         for _, values in run_in_ranks(2, second, 2, "bf16-mixed", options, tmp_path / "x", STEPS):
             assert same(values, expected)
+
+
+def moments_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[Tensor, float]]:
+    """Returns the whole first moment and the learning rate of each parameter."""
+    rates = {param: group["lr"] for group in optimizer.param_groups for param in group["params"]}
+    return {
+        name: (optimizer.state[param]["exp_avg"].full_tensor(), rates[param])  # type: ignore[attr-defined]
+        for name, param in model.named_parameters()
+    }
+
+
+def reordered(folder: Path, state_dict_type: str, has_state: bool) -> bool:
+    """Loads AdamW's state into one with its groups and its parameters the other way round; true where it followed."""
+    run = Run(2, "32-true", seed=1, state_dict_type=state_dict_type)
+    first, second = list(run.model.blocks.parameters()), [*run.model.head.parameters(), run.model.out.bias]
+    groups = [{"params": first, "lr": 0.5}, {"params": second, "lr": 0.25}]
+    optimizer = run.fabric.setup_optimizers(torch.optim.AdamW(groups))
+    run.fabric.backward(run.model(torch.randn(2, 5)).pow(2).mean())
+    optimizer.step()
+    wanted = moments_by_name(run.model, optimizer)
+    run.fabric.save(folder / "checkpoint", {"model": run.model, "optimizer": optimizer})
+    other = run.fabric.setup_optimizers(
+        torch.optim.AdamW([{"params": second[::-1], "lr": 9.0}, {"params": first[::-1], "lr": 9.0}])
+    )
+    if has_state:
+        other.step()
+    run.fabric.load(folder / "checkpoint", {"model": run.model, "optimizer": other})
+    found = moments_by_name(run.model, other)
+    run.fabric.teardown()
+    return all(torch.equal(found[name][0], wanted[name][0]) and found[name][1] == wanted[name][1] for name in wanted)
+
+
+@pytest.mark.parametrize("has_state", [False, True])
+@pytest.mark.parametrize("state_dict_type", ["sharded", "full"])
+def test_sharded_optimizer_state_follows_its_parameter_by_name(
+    state_dict_type: str, has_state: bool, tmp_path: Path
+) -> None:
+    assert run_in_ranks(2, reordered, tmp_path, state_dict_type, has_state) == [True, True]

@@ -7,6 +7,7 @@ collective, so that an error on any rank is one on all.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from torch import nn
 
 from precision_core import left_out, rng
 from precision_core.agreement import agreed
+from precision_core.alignment import aligned, replaced
 from precision_core.background import settle
 from precision_core.checkpoint import RESERVED
 from precision_core.compare import check_fits
+from precision_core.fit import refuse
 from precision_core.restoring import restore
 from precision_core.shards import shardings
 from precision_core.sources import open_checkpoint
@@ -47,11 +50,12 @@ def load(
         header = content.pop(RESERVED)
         mine = _of_rank(header, strategy)
         for keys, position in mine["loaders"].items():
-            content = _replaced(content, keys, position)
+            content = replaced(content, keys, position)
         content = _filled_up(state, content, filter or {})
         origin = f"{path} (policy {header.get('policy')}, torch {header.get('torch')})"
-        dtypes = header.get("param_dtypes")
+        content, dtypes, problems, notes = aligned(state, content, header, strict=strict)
         check_fits(state, content, strict=strict, dtypes=dtypes, origin=origin)
+        refuse(origin, problems)
     with all_ranks:
         source.verify(strategy.global_rank, strategy.world_size)
     with all_ranks:
@@ -60,7 +64,7 @@ def load(
         is_lean = strategy.sharded or bool(shards)
         content = source.fetch(content, shards, leave=lambda place: is_lean and not _has_place(state, place))
     with all_ranks:
-        steps = [_precision_step(host["precision"], strategy)]
+        steps = [_precision_step(host["precision"], notes, strategy)]
         if host["rng"] is not None:  # a rank that the saving run did not have keeps its own
             steps.insert(0, _rng_step(host["rng"], strategy.device))
         say = partial(left_out.warn, path) if strategy.is_global_zero else (lambda _: None)
@@ -96,18 +100,15 @@ def _rng_step(state: dict[str, Any], device: torch.device) -> Step:
     )
 
 
-def _precision_step(state: dict[str, Any], strategy: Strategy) -> Step:
-    precision = strategy.precision
-    return "the precision", partial(precision.load_state_dict, copy.deepcopy(state)), undo_of(precision)
+def _precision_step(state: dict[str, Any], notes: list[str], strategy: Strategy) -> Step:
+    precision, state = strategy.precision, copy.deepcopy(state)
 
+    def act() -> None:
+        precision.load_state_dict(state)
+        new = tuple(note for note in notes if note not in precision.report.notes)
+        precision.report = replace(precision.report, notes=(*precision.report.notes, *new))
 
-def _replaced(content: Any, keys: tuple[Any, ...], value: Any) -> Any:
-    """Returns `content` with `value` at `keys`; what is not there is left out."""
-    if not keys:
-        return value
-    if not isinstance(content, dict) or keys[0] not in content:
-        return content
-    return {**content, keys[0]: _replaced(content[keys[0]], keys[1:], value)}
+    return "the precision", act, undo_of(precision)
 
 
 def _filled_up(tree: dict[str, Any], content: dict[str, Any], filter: Filter) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from precision_core.checkpoint import RESERVED
 from precision_core.fit import is_sharded
 from precision_core.folder_tree import map_leaves, named, paths
 from precision_core.loader import DeviceLoader
+from precision_core.optimizer_names import param_names
 from precision_core.shards import check_alike, describe, made_whole
 from precision_core.state import Filter, collect, param_dtypes, stateful_objects
 from precision_core.strategies import Strategy
@@ -42,6 +43,7 @@ def save(
             "torch": str(torch.__version__),
             "precision": strategy.precision.state_dict(),
             "param_dtypes": param_dtypes(state),
+            "param_names": param_names(state),
         }
     check_alike(gather_over(strategy, shards))
     ranks = gather_over(strategy, mine)
