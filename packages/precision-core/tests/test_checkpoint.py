@@ -7,9 +7,11 @@ import collections
 import datetime
 import decimal
 import enum
+import io
 import math
 import os
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precision_core.checkpoint import FORMAT_VERSION, RESERVED, read, write
+from precision_core.archive import verify
+from precision_core.checkpoint import FORMAT_VERSION, RESERVED, read, save_with_checksums, write
 
 HEADER = {RESERVED: {"version": FORMAT_VERSION, "precision": {}, "rng": {}}}
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
@@ -132,6 +135,45 @@ def test_an_object_with_state_dict_in_a_list_is_told_where_to_go() -> None:
 
 
 # ---------------------------------------------------------------- all or nothing
+
+
+def test_checksums_are_written_where_torch_is_told_to_leave_them_out(path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        write(path, content())
+        assert not torch.serialization.get_crc32_options()
+        with pytest.raises(ValueError, match="cannot save"):
+            write(path, {"x": object()})
+        failing = {"weights": torch.ones(1), "x": argparse.Namespace}
+        with pytest.raises(ValueError, match="cannot save"):
+            write(path, failing)
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert same(read(path)["weights"], content()["weights"])
+
+
+def test_saves_in_threads_leave_torchs_option_as_it_was(tmp_path: Path) -> None:
+    barrier = threading.Barrier(4)
+
+    class File(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if not self.tell():
+                barrier.wait(10)  # all of them are in the middle of it
+            return super().write(data)
+
+    files = [File() for _ in range(4)]
+    threads = [threading.Thread(target=save_with_checksums, args=(content(), file)) for file in files]
+    torch.serialization.set_crc32_options(False)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert all(verify(file) for file in files)
 
 
 def test_who_has_the_old_file_open_goes_on_reading_it(path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("safetensors")
+import safetensors.torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from precision_core import Fabric, Precision
+from precision_core import Fabric, Precision, place
 from precision_core.checkpoint import CheckpointError
 from precision_core.module_files import load_module, save_module
 from precision_core.safetensors_files import parse_size
@@ -127,6 +130,76 @@ def test_a_save_that_fails_leaves_the_old_one(path: Path, monkeypatch: pytest.Mo
         model = Model(1)
         load_module(path, model)
         assert equal(model, Model(0))
+
+
+@pytest.mark.parametrize("size", [5_000, 50])
+def test_a_save_that_is_killed_leaves_nothing_for_ever(size: int, path: Path) -> None:
+    """Whatever the next save writes, one file or several."""
+    others = {".other.safetensors.0123456789abcdef.partial"}
+    for kill_at in ("save_file", "replace"):
+        process = os.fork()
+        if process == 0:
+            module, name = (safetensors.torch, "save_file") if kill_at == "save_file" else (os, "replace")
+            setattr(module, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+            save_module(path, Model(1), max_shard_size=50)
+        os.waitpid(process, 0)
+    (path.parent / next(iter(others))).write_bytes(b"somebody else's")
+    assert sum(name.endswith(".partial") for name in os.listdir(path.parent)) > 1
+    synced: list[Path] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(place, "_sync_folder", synced.append)
+        save_module(path, Model(2), max_shard_size=size)
+    left = {name for name in os.listdir(path.parent) if name.startswith(".")}
+    assert left == others and synced and set(synced) == {path.parent}
+    model = Model(1)
+    load_module(path, model)
+    assert equal(model, Model(2))
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_permissions_that_new_files_have(mask: int, path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        for size in (5_000, 50):
+            save_module(path, Model(1), max_shard_size=size)
+            fabric_file = path.with_name("last.ckpt")
+            Fabric(accelerator="cpu").save(fabric_file, {})
+            assert {stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()} == {0o666 & ~mask}
+    finally:
+        os.umask(before)
+
+
+class Upgrading(nn.Linear):
+    """Its own `load_state_dict` knows an older name, and halves the weights."""
+
+    returns: Any = None
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True) -> Any:
+        state = {"weight": state_dict["w"] / 2, "bias": state_dict["bias"]}
+        result = super().load_state_dict(state, strict)
+        return result if self.returns else None
+
+
+@pytest.mark.parametrize("returns", [False, True])
+def test_an_own_load_state_dict_is_called_as_load_does(returns: bool, path: Path) -> None:
+    old = nn.Module()
+    old.w, old.bias = nn.Parameter(torch.full((1, 2), 4.0)), nn.Parameter(torch.ones(1))
+    fabric, models = Fabric(accelerator="cpu"), [Upgrading(2, 1), Upgrading(2, 1)]
+    models[0].returns = models[1].returns = returns
+    fabric.save_module(path, old)
+    fabric.save(path.with_name("last.ckpt"), {"model": old})
+    assert fabric.load_module(path, models[0]) == ((), ())
+    fabric.load(path.with_name("last.ckpt"), {"model": models[1]})
+    assert models[0].weight.tolist() == models[1].weight.tolist() == [[2.0, 2.0]]
+    part = nn.ModuleDict({"inner": Upgrading(2, 1)})  # torch calls that of the root only, and so does load
+    fabric.save_module(path, nn.ModuleDict({"inner": nn.Linear(2, 1)}))
+    assert fabric.load_module(path, part) == ((), ())
+
+
+def test_what_an_own_load_state_dict_raises_is_told(path: Path) -> None:
+    save_module(path, nn.Linear(2, 1))
+    with pytest.raises(CheckpointError, match="the module did not load: KeyError: 'w'"):
+        load_module(path, Upgrading(2, 1))
 
 
 def test_without_the_library_the_error_says_what_to_install(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

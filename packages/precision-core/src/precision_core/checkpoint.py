@@ -11,12 +11,14 @@ import functools
 import io
 import os
 import pickle
+import threading
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from precision_core.archive import verify, verify_storages
 from precision_core.place import replace_file
@@ -56,7 +58,27 @@ def write(path: Path, content: dict[str, Any]) -> None:
         OSError: the file cannot be written (a full disk, a folder in the way); names the path. The old file stays.
     """
     check_saveable(content)
-    replace_file(path, functools.partial(torch.save, content))
+    replace_file(path, functools.partial(save_with_checksums, content))
+
+
+_WITH_CHECKSUMS = threading.Lock()
+_saving: list[bool] = []
+"""For each save under way, in any thread: whether torch was to write checksums before it began."""
+
+
+def save_with_checksums(content: Any, file: BinaryIO) -> None:
+    """Calls torch.save, with the checksums that `read` verifies whatever `torch.serialization.set_crc32_options` says."""
+    with _WITH_CHECKSUMS:
+        _saving.append(get_crc32_options())
+        set_crc32_options(True)
+    try:
+        torch.save(content, file)
+    finally:
+        with _WITH_CHECKSUMS:
+            before = _saving[0]
+            _saving.pop()
+            if not _saving:
+                set_crc32_options(before)
 
 
 def read(path: Path, *, trust: bool = False) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def load_module(
                 load_plain(files, layer, sources, made)
             elif layer.module not in done:
                 done.add(layer.module)
-                theirs = load_own_way(files, layer, everything, versions)
+                theirs = load_own_way(files, layer, everything, versions, strict)
                 if strict:
                     refuse(f"{path} (other layers are changed)", _differences(*theirs))
                 missing += theirs.missing

@@ -10,7 +10,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class Layer:
 
 def layers_of(module: nn.Module, prefix: str = "") -> Iterator[Layer]:
     """Yields the layers of a module whose tensors' names start with `prefix`, in order."""
-    if _has_own_way(module):
+    if _has_own_way(module) or (not prefix and has_own_load_state_dict(module)):
         yield Layer(prefix, module, True)
         return
     buffers = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
@@ -64,6 +64,12 @@ def versions_of(files: Files, path: object) -> dict[str, int]:
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: its metadata has {VERSIONS!r} that is no JSON") from error
     return versions if isinstance(versions, dict) else {}
+
+
+def has_own_load_state_dict(module: nn.Module) -> bool:
+    """Whether `module.load_state_dict` is the user's: it is what loads a root, and nobody calls a part's."""
+    method = type(module).load_state_dict
+    return "load_state_dict" in vars(module) or not method.__module__.startswith("torch.")
 
 
 def _has_own_way(module: nn.Module) -> bool:
@@ -147,8 +153,11 @@ def _sharded_like(live: Tensor | None, values: Tensor) -> Tensor:
     return cut(values, live).to(live.device)
 
 
-def load_own_way(files: Files, layer: Layer, sources: dict[str, str], versions: dict[str, int]) -> Loaded:
-    """Gives a module everything that the file has under its name, by its own `load_state_dict`."""
+def load_own_way(files: Files, layer: Layer, sources: dict[str, str], versions: dict[str, int], strict: bool) -> Loaded:
+    """Gives a module everything that the file has under its name, by its own `load_state_dict`.
+
+    One that the user wrote is told `strict`, and may return nothing; torch's returns what is left out.
+    """
     module, prefix = layer.module, layer.prefix
     tensors = _tensors_of(module)
     on_meta = any(tensor.is_meta for tensor in tensors.values())
@@ -165,11 +174,16 @@ def load_own_way(files: Files, layer: Layer, sources: dict[str, str], versions: 
     state._metadata = {  # type: ignore[attr-defined]
         name: {"version": versions[full]} for name, full in prefixes.items() if full in versions
     }
+    is_users = has_own_load_state_dict(module)
+    options: dict[str, Any] = {
+        "strict": strict and is_users,
+        **({"assign": on_meta} if on_meta or not is_users else {}),
+    }
     try:
-        missing, unexpected = module.load_state_dict(state, strict=False, assign=on_meta)
+        missing, unexpected = module.load_state_dict(state, **options) or ((), ())
     except Exception as error:
-        name = prefix.removesuffix(".") or "the module"
-        raise CheckpointError(f"{name} could not be loaded, other layers are changed: {error}") from error
+        what = f"{prefix[:-1]} could not be loaded, other layers are changed" if prefix else "the module did not load"
+        raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
     if on_meta:
         _detach_from_file(module, state.values())
     empty = [prefix + plain_name(name) for name, tensor in _tensors_of(module).items() if tensor.is_meta]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
+import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +18,7 @@ except ImportError:  # Windows: leftovers stay there, as nobody can say whose th
     fcntl = None  # type: ignore[assignment]
 
 _SUFFIX = ".partial"
+_UNFINISHED = re.compile(r"\.(.+)\.[0-9a-z]{16}\.partial", re.DOTALL)
 
 
 def replace_file(path: Path, fill: Callable[[BinaryIO], None]) -> None:
@@ -28,7 +32,7 @@ def replace_file(path: Path, fill: Callable[[BinaryIO], None]) -> None:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        remove_leftovers(path.parent, lambda name: name == path.name)
         _forget(path)
         temporary, file = _create(path)
         with file:
@@ -48,6 +52,46 @@ def replace_file(path: Path, fill: Callable[[BinaryIO], None]) -> None:
         reason = cause.strerror or str(cause)
         kept = "; the old file is as it was" if path.is_file() else ""
         raise OSError(cause.errno, f"could not write {path}: {reason}{kept}") from error
+
+
+def replace_file_by_name(path: Path, save: Callable[[Path], None]) -> None:
+    """Has `save` write a file of the name that it is given, for vendors who open it themselves; then as `replace_file`.
+
+    It is in a folder of its own beside `path`, where they leave what they want, and whose lock goes with the process.
+    The file gets the permissions that a new one has here, whatever theirs are. Raises what `save` raises.
+    """
+    folder, lock = _create_folder(path)
+    try:
+        inside = folder / path.name
+        save(inside)
+        with open(folder / ".new", "xb") as new:
+            mode = stat.S_IMODE(os.fstat(new.fileno()).st_mode)
+        os.chmod(inside, mode)
+        with open(inside, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(inside, path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _create_folder(path: Path) -> tuple[Path, int | None]:
+    while True:
+        folder = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_SUFFIX}")
+        folder.mkdir()
+        if fcntl is None:
+            return folder, None
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # someone took it for a leftover
+            continue
+        with contextlib.suppress(OSError):  # as for files
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, lock
+        os.close(lock)
 
 
 def _forget(path: Path) -> None:
@@ -84,29 +128,36 @@ def _create(path: Path) -> tuple[Path, BinaryIO]:
         file.close()
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Removes unfinished files for `path` that nobody writes: the lock of a process goes with it, even by kill -9."""
+def remove_leftovers(folder: Path, is_ours: Callable[[str], object]) -> None:
+    """Removes what is unfinished for the files `is_ours` names, and nobody writes.
+
+    The lock of a process goes with it, even by kill -9.
+    """
     if fcntl is None:
         return
-    for leftover in _unfinished(path):
-        with contextlib.suppress(OSError), open(leftover, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: somebody is writing it
-            leftover.unlink()
+    for leftover in _unfinished(folder, is_ours):
+        with contextlib.suppress(OSError), _opened(leftover) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: somebody is writing it
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-def _unfinished(path: Path) -> Iterator[Path]:
-    start = f".{path.name}."
-    for entry in os.scandir(path.parent):
-        token = entry.name[len(start) : -len(_SUFFIX)]
-        if entry.name.startswith(start) and entry.name.endswith(_SUFFIX) and len(token) == 16 and token.isalnum():
+def _unfinished(folder: Path, is_ours: Callable[[str], object]) -> Iterator[Path]:
+    for entry in os.scandir(folder):
+        match = _UNFINISHED.fullmatch(entry.name)
+        if match and is_ours(match[1]):
             yield Path(entry.path)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:
     """Makes the new name durable, where folders can be opened: whoever deletes older checkpoints next relies on it."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with contextlib.suppress(OSError), _opened(folder) as descriptor:
+        os.fsync(descriptor)

@@ -7,8 +7,8 @@ place last. Where both are there the index counts: it is removed after the file 
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from precision_core.checkpoint import CheckpointError
+from precision_core.place import remove_leftovers, replace_file, replace_file_by_name
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".index.json"
@@ -107,18 +108,21 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], m
     shards = _split(tensors, limit)
     token = f"{secrets.token_hex(4)}-" if old else ""  # what the old index names stays until the new one is there
     stem = file.name.removesuffix(SUFFIX)
+    remove_leftovers(
+        file.parent, re.compile(rf"{re.escape(stem)}(-[\w-]+)?{re.escape(SUFFIX)}(\.index\.json)?").fullmatch
+    )
     names = [f"{stem}-{token}{number:05}-of-{len(shards):05}{SUFFIX}" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        _put(file, lambda temporary: _save(temporary, shards[0], metadata))
+        replace_file_by_name(file, lambda new: _save(new, shards[0], metadata))
         index.unlink(missing_ok=True)
     else:
         for name, shard in zip(names, shards, strict=True):
-            _put(file.with_name(name), lambda temporary, shard=shard: _save(temporary, shard, metadata))
+            replace_file_by_name(file.with_name(name), functools.partial(_save, tensors=shard, metadata=metadata))
         content = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
             "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
         }
-        _put(index, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+        replace_file(index, lambda new: new.write(f"{json.dumps(content, indent=2)}\n".encode()))
         file.unlink(missing_ok=True)
     for name in old - set(names if len(shards) > 1 else ()):
         file.with_name(name).unlink(missing_ok=True)
@@ -187,16 +191,3 @@ def _own(tensor: Tensor) -> Tensor:
     """Returns the values in the host's memory, contiguous and in no memory that another tensor has."""
     own = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return own if own.untyped_storage().nbytes() == own.nbytes else own.clone()
-
-
-def _put(path: Path, save: Any) -> None:
-    """Lets `save` write a file beside `path`, then puts it in place."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        save(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
