@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from precision_core.numpy_scalars import as_python
+
 Path = tuple[Any, ...]
 """The keys that lead to a value."""
 Filter = dict[str, Any]
@@ -25,11 +27,13 @@ _COMPILED = "_orig_mod."
 def collect(tree: dict[str, Any], filter: Filter | None = None) -> dict[str, Any]:
     """Returns `tree` with every stateful object replaced by its state, less the entries that `filter` says no to.
 
+    Scalars of numpy become Python's.
+
     Raises:
         ValueError: a dict that contains itself; a filter that names no state, or is no function.
     """
     check_filter(tree, filter)
-    return _collect(tree, filter or {}, "", ())
+    return as_python(_collect(tree, filter or {}, "", ()))
 
 
 def is_stateful(value: Any) -> bool:
