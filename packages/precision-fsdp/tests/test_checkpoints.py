@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,29 @@ def test_replicas_of_shards(tmp_path: Path) -> None:
     for options in ({"mesh": (2, 1)}, {}):
         for _, values in run_in_ranks(2, second, 2, "bf16-mixed", options, tmp_path / "x", STEPS):
             assert same(values, expected)
+
+
+def save_packed_state(folder: Path, state_dict_type: str) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchao.optim import AdamW8bit
+    strategy = FSDPStrategy(state_dict_type=state_dict_type)
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+    model = nn.Linear(128, 64)
+    model, optimizer = fabric.setup(model, AdamW8bit(model.parameters()))
+    optimizer.state[model.weight]["exp_avg"] = optimizer._new_buffer(model.weight, True)
+    with pytest.raises(ValueError) as caught:
+        fabric.save(folder / "checkpoint", {"model": model, "optimizer": optimizer})
+    fabric.save(folder / "checkpoint", {"model": model})
+    fabric.teardown()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("state_dict_type", ["sharded", "full"])
+def test_shards_of_packed_optimizer_state_are_refused_when_they_are_saved(state_dict_type: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    for said in run_in_ranks(2, save_packed_state, tmp_path, state_dict_type):
+        assert said.startswith("cannot save optimizer.state.0.exp_avg: shards of a OptimState8bit cannot be read again")
 
 
 def moments_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[Tensor, float]]:

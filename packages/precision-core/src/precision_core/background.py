@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import threading
 import weakref
@@ -20,6 +19,7 @@ from precision_core.agreement import is_distributed
 from precision_core.casting import map_tensors
 from precision_core.fit import is_sharded
 from precision_core.strategies import Strategy
+from precision_core.subclass_copies import deep_copied
 
 
 class PendingSave:
@@ -151,4 +151,4 @@ def copied(content: dict[str, Any]) -> dict[str, Any]:
         return tensor
 
     map_tensors(content, keep)
-    return copy.deepcopy(content, copies)
+    return deep_copied(content, copies, "cpu")

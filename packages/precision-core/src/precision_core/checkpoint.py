@@ -67,7 +67,7 @@ _saving: list[bool] = []
 
 
 def save_with_checksums(content: Any, file: BinaryIO) -> None:
-    """Calls torch.save, with the checksums that `read` verifies whatever `torch.serialization.set_crc32_options` says."""
+    """Calls torch.save, with the checksums that `read` verifies even where torch is told to write none."""
     with _WITH_CHECKSUMS:
         _saving.append(get_crc32_options())
         set_crc32_options(True)

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from precision_core.casting import map_tensors
 from precision_core.dtypes import FLOAT_DTYPES
 from precision_core.fit import is_sharded
+from precision_core.subclass_copies import copy_of, is_made_of_parts
 
 
 def is_torchs(optimizer: Optimizer) -> bool:
@@ -57,7 +58,8 @@ def prepare(optimizer: Optimizer, saved: dict[str, Any], dtypes: list[torch.dtyp
             place = places.get(tensor)  # None: a hook of the user's made it
             if place is None:
                 place = _place(key, tensor, param, live, dtype)
-            settled[tensor] = _Placed.around(place.copy_(tensor), may_be_cast=key == "step")
+            filled = place if is_made_of_parts(place) else place.copy_(tensor)  # those have the values already
+            settled[tensor] = _Placed.around(filled, may_be_cast=key == "step")
         return {**state_dict, "state": map_tensors(state_dict["state"], lambda tensor: _found(settled, tensor))}
 
     def load() -> None:
@@ -82,7 +84,7 @@ class _Placed(Tensor):
 
     @classmethod
     def around(cls, tensor: Tensor, may_be_cast: bool) -> Tensor:
-        if may_be_cast or not (type(tensor) is Tensor or is_sharded(tensor)):
+        if may_be_cast or not (type(tensor) is Tensor or is_sharded(tensor) or is_made_of_parts(tensor)):
             return tensor
         wrapper = torch.empty(0).as_subclass(cls)  # of its own, as a DTensor is no subclass's
         wrapper.placed = tensor
@@ -124,6 +126,8 @@ def _place(key: Any, tensor: Tensor, param: Tensor, live: Any, saved_param: torc
         if type(live) is type(tensor) and live.dtype is dtype and _sharding(live) == _sharding(tensor):
             return live
         return torch.empty_like(tensor, dtype=dtype, device=device)
+    if is_made_of_parts(tensor):
+        return copy_of(tensor, device)
     if tensor.layout is not torch.strided or type(tensor) is not Tensor:
         return copy.deepcopy(tensor).to(device, dtype)
     if type(live) is Tensor and (live.shape, live.dtype, live.device) == (tensor.shape, dtype, device):

@@ -7,7 +7,6 @@ compared, and their memory is there, so that copying is all that is left; they c
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from precision_core import left_out
 from precision_core.compare import Dtypes, hooks_of_others, loads_its_own_way
 from precision_core.optimizer_state import is_torchs, prepare, runs_others_code
 from precision_core.state import is_plain, is_stateful, leads_to, look_up, named_as, plain_name, stateful_objects
+from precision_core.subclass_copies import deep_copied
 from precision_core.transaction import Step, Transaction
 from precision_core.undo import is_copied_into, undo_groups, undo_of
 
@@ -133,13 +133,13 @@ def _say_what_is_left_out(
 def _independent_where_needed(live: Any, saved: Any) -> Any:
     """Returns `saved`; what others' code may keep is copied out of the file that it is mapped from."""
     if not isinstance(live, nn.Module):
-        return copy.deepcopy(saved)
+        return deep_copied(saved)
     own = tuple(
         f"{name}." if name else ""
         for name, child in ((plain_name(name), child) for name, child in live.named_modules())
         if _has_own_code(child)
     )
-    kept = {name: copy.deepcopy(value) if name.startswith(own) else value for name, value in saved.items()}
+    kept = {name: deep_copied(value) if name.startswith(own) else value for name, value in saved.items()}
     state = OrderedDict(kept)
     state._metadata = getattr(saved, "_metadata", {})  # type: ignore[attr-defined]
     return state
@@ -156,7 +156,7 @@ def _plain_values(tree: dict[str, Any], content: dict[str, Any], memo: dict[int,
         if type(mine) is dict:
             plain[key] = _plain_values(mine, value, memo)
         elif not is_stateful(mine):
-            plain[key] = copy.deepcopy(value, memo)
+            plain[key] = deep_copied(value, memo)
     return plain
 
 

@@ -20,7 +20,7 @@ from precision_core.fit import is_sharded
 from precision_core.folder_tree import map_leaves, named, paths
 from precision_core.loader import DeviceLoader
 from precision_core.optimizer_names import param_names
-from precision_core.shards import check_alike, describe, made_whole
+from precision_core.shards import check_alike, check_parts, describe, made_whole
 from precision_core.state import Filter, collect, param_dtypes, stateful_objects
 from precision_core.strategies import Strategy
 
@@ -36,7 +36,9 @@ def save(
         content = strategy.to_host(collect(state, filter))
         loaders = {key: each.state_dict() for key, each in stateful_objects(state) if isinstance(each, DeviceLoader)}
         mine = {"rng": rng.rng_state(strategy.device), "loaders": loaders}
-        shards = describe(named(paths(content, is_sharded)))
+        sharded = named(paths(content, is_sharded))
+        check_parts(sharded)
+        shards = describe(sharded)
         header = {
             "version": checkpoint.FORMAT_VERSION,
             "policy": str(strategy.precision.policy),

@@ -18,6 +18,7 @@ from precision_core.folder_tree import Path, map_leaves, paths
 from precision_core.loader import DeviceLoader
 from precision_core.optimizer_state import indexed_params
 from precision_core.state import leads_to, look_up, state_of, stateful_objects
+from precision_core.subclass_copies import is_made_of_parts
 
 Described = list[tuple[Any, ...]]
 
@@ -86,6 +87,18 @@ def made_whole(content: dict[str, Any], keep: bool) -> dict[str, Any]:
     if problem is not None:
         raise problem
     return whole
+
+
+def check_parts(tensors: dict[str, Tensor]) -> None:
+    """Raises `ValueError` for DTensors whose shards are made of parts, which no checkpoint can cut or put together."""
+    for name, tensor in tensors.items():
+        local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+        if is_made_of_parts(local):
+            raise ValueError(
+                f"cannot save {name}: shards of a {type(local).__name__} cannot be read again. Leave that object out "
+                "of `state`, take an optimizer whose state is plain tensors (torch.optim.AdamW), or a strategy that "
+                "shards nothing"
+            )
 
 
 def describe(tensors: dict[str, Tensor]) -> Described:

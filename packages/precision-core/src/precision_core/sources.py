@@ -5,7 +5,6 @@ Each rank reads for itself and waits for no other.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +16,7 @@ from precision_core import checkpoint, folder_manifest
 from precision_core.checkpoint import RESERVED
 from precision_core.folder_tree import Path as Place
 from precision_core.folder_tree import map_leaves
+from precision_core.subclass_copies import deep_copied
 
 if TYPE_CHECKING:
     from precision_core.folder_checkpoint import Folder
@@ -78,7 +78,7 @@ class _FileSource:
         return map_leaves(tree, value)
 
     def everything(self) -> dict[str, Any]:
-        return copy.deepcopy(_less_header(self.content))
+        return deep_copied(_less_header(self.content))
 
 
 class _FolderSource:

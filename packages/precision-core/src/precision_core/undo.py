@@ -20,6 +20,7 @@ from precision_core.fit import is_sharded
 from precision_core.loader import DeviceLoader
 from precision_core.optimizer_state import is_torchs
 from precision_core.precision import Precision
+from precision_core.subclass_copies import copy_of, is_made_of_parts
 from precision_core.transaction import Undo
 
 
@@ -75,7 +76,8 @@ class _Values:
 
     def _keep(self, tensor: Tensor) -> Tensor:
         if tensor not in self.copies and not is_lazy(tensor) and _is_writable(tensor):  # else nothing can change
-            self.copies[tensor] = tensor.detach().to("cpu", copy=True)
+            made_of_parts = is_made_of_parts(tensor)
+            self.copies[tensor] = copy_of(tensor) if made_of_parts else tensor.detach().to("cpu", copy=True)
         return tensor
 
     def in_copy_of(self, tree: Any) -> Any:
@@ -85,7 +87,10 @@ class _Values:
     @torch.no_grad()
     def restore(self) -> None:
         for tensor, value in self.copies.items():
-            if (tensor.shape, tensor.dtype) != (value.shape, value.dtype):
+            if is_made_of_parts(tensor):
+                for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+                    getattr(tensor, name).copy_(getattr(value, name))
+            elif (tensor.shape, tensor.dtype) != (value.shape, value.dtype):
                 tensor.data = value.to(tensor.device)
             else:
                 tensor.copy_(value)
