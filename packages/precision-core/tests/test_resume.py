@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,11 +192,23 @@ def test_a_checkpoint_of_another_mode_loads_where_no_value_is_lost(path: Path) -
 def test_a_state_is_a_dict_without_the_reserved_key(path: Path) -> None:
     fabric, model, _ = small()
     before = path.read_bytes()
-    for state in (model, [model], {RESERVED: 1}):
-        with pytest.raises(ValueError, match="state is a dict without the key '__precision__'"):
-            fabric.save(path, state)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="state is a dict as for save, not a Linear"):
-        fabric.load(path, model)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="state is a dict without the key '__precision__'"):
+        fabric.save(path, {RESERVED: 1})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for wrong, cure in (
+        (model, r'{"model": model}), or fabric.{}_module(path, model) for its weights alone'),
+        (optimizer, r'{"optimizer": optimizer})'),
+        (torch.optim.lr_scheduler.StepLR(optimizer, 1), r'{"scheduler": scheduler})'),
+        (fabric.precision_plugin, r'{"state": state})'),
+        ([model], r'{"model": model, "step": step})'),
+        (3, r'{"model": model, "step": step})'),
+    ):
+        for name, call in (("save", fabric.save), ("load", fabric.load)):
+            said = f"fabric.{name}(path, state): state is a dict, not a {type(wrong).__name__}: fabric.{name}(path, "
+            with pytest.raises(ValueError, match=re.escape(said + cure.replace("fabric.{}", f"fabric.{name}"))):
+                call(path, wrong)  # type: ignore[operator]
+    with pytest.raises(TypeError, match=r"fabric\.save\(path, \.\.\.\): a path comes first, and this is a dict"):
+        fabric.save({"model": model}, path)  # type: ignore[arg-type]
     assert path.read_bytes() == before
 
 

@@ -34,6 +34,7 @@ from precision_core.precision import Precision
 from precision_core.processes import Ranks
 from precision_core.repoint import ParamMap, named_params, replaced_params, repoint
 from precision_core.resolve import resolve_precision, resolve_strategy
+from precision_core.state import check_is_dict
 from precision_core.strategies import Strategy
 
 if TYPE_CHECKING:
@@ -405,6 +406,7 @@ class Fabric:
         """
         self._check_launched()
         place = local_path(path, "fabric.save")
+        check_is_dict("fabric.save", state)
         if self._strategy.save_checkpoint(place, state, filter):
             return PendingSave(place)
         return saving.save(place, state, filter, self._strategy, wait)
@@ -434,6 +436,7 @@ class Fabric:
         """
         self._check_launched()
         place = local_path(path, "fabric.load")
+        check_is_dict("fabric.load", {} if state is None else state)
         loaded = self._strategy.load_checkpoint(place, state, strict, filter, trust)
         if loaded is not None:
             return loaded

@@ -37,8 +37,6 @@ def load(
     path: Path, state: dict[str, Any] | None, strict: bool, filter: Filter | None, trust: bool, strategy: Strategy
 ) -> dict[str, Any]:
     """Reads the checkpoint, into the live objects by choice; see `Fabric.load`."""
-    if state is not None and not isinstance(state, dict):
-        raise ValueError(f"fabric.load(path, state): state is a dict as for save, not a {type(state).__name__}")
     settle(strategy)
     if state is None:
         return open_checkpoint(path, trust).everything()

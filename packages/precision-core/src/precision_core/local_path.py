@@ -21,7 +21,10 @@ def local_path(path: str | PathLike[str], call: str) -> Path:
 
     Raises:
         ValueError: it has the form of an address ("s3://bucket/x"), or its home is nobody's; names `call`.
+        TypeError: neither text nor a path.
     """
+    if not isinstance(path, (str, PathLike)):
+        raise TypeError(f"{call}(path, ...): a path comes first, and this is a {type(path).__name__}")
     said = f"{call}({str(path)!r})"
     text = str(path)  # first: a cloud library's path objects may fetch a file when they are asked for a local one
     if match := _FILE.match(text):

@@ -29,7 +29,7 @@ def save(
     path: Path, state: dict[str, Any], filter: Filter | None, strategy: Strategy, wait: bool = True
 ) -> PendingSave:
     """Writes the checkpoint; see `Fabric.save`."""
-    if not isinstance(state, dict) or RESERVED in state:
+    if RESERVED in state:
         raise ValueError(f"fabric.save(path, state): state is a dict without the key {RESERVED!r}")
     background.raise_unsaid(strategy)
     with agreed(strategy, "save"):

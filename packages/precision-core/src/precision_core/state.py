@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from precision_core.numpy_scalars import as_python
 
@@ -21,6 +22,7 @@ Path = tuple[Any, ...]
 Filter = dict[str, Any]
 """Key -> `callable(name, value) -> bool`, nested as the state is."""
 
+_KEYS: dict[type, str] = {nn.Module: "model", Optimizer: "optimizer", LRScheduler: "scheduler"}
 _COMPILED = "_orig_mod."
 
 
@@ -34,6 +36,18 @@ def collect(tree: dict[str, Any], filter: Filter | None = None) -> dict[str, Any
     """
     check_filter(tree, filter)
     return as_python(_collect(tree, filter or {}, "", ()))
+
+
+def check_is_dict(call: str, state: Any) -> None:
+    """Raises `ValueError` unless `state` is a dict; says how what it is goes into one."""
+    if isinstance(state, dict):
+        return
+    key = next((key for kind, key in _KEYS.items() if isinstance(state, kind)), "state")
+    cure = (
+        f'{call}(path, {{"{key}": {key}}})' if is_stateful(state) else f'{call}(path, {{"model": model, "step": step}})'
+    )
+    alone = f", or fabric.{call[7:]}_module(path, model) for its weights alone" if isinstance(state, nn.Module) else ""
+    raise ValueError(f"{call}(path, state): state is a dict, not a {type(state).__name__}: {cure}{alone}")
 
 
 def is_stateful(value: Any) -> bool:
