@@ -252,3 +252,29 @@ def test_compiles_as_one_graph() -> None:
     expected = function(x, y)
     for mine, theirs in zip(torch.compile(function, fullgraph=True, backend="eager")(x, y), expected, strict=True):
         assert mine.dtype is theirs.dtype and torch.equal(mine, theirs)
+
+
+class Tagged(dict):  # type: ignore[type-arg]
+    """A dict subclass with a keyword of its own and an attribute."""
+
+    def __init__(self, *, tag: str, **items: Any) -> None:
+        super().__init__(**items)
+        self.tag = tag
+
+
+@pytest.mark.usefixtures("true_modes_compile")
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.full)])
+def test_containers_made_in_a_compiled_forward_keep_all_their_entries(backend: str) -> None:
+    def function(x: Tensor, y: Tensor) -> Any:
+        tagged = Tagged(tag="t", y=y, x=x.to(BF16))
+        return cast(collections.OrderedDict(loss=x.sum(), x=x.to(BF16), y=y, z=[tagged, None]), F32)
+
+    torch.compiler.reset()
+    x, y = torch.tensor(VALUES), torch.tensor([1, 2])
+    output = torch.compile(function, backend=backend, fullgraph=True)(x, y)
+    tagged = output["z"][0]
+    assert (type(output), list(output)) == (collections.OrderedDict, ["loss", "x", "y", "z"])
+    assert (type(tagged), list(tagged), tagged.tag, output["z"][1]) == (Tagged, ["y", "x"], "t", None)
+    for new in (output["x"], tagged["x"]):
+        assert new.dtype is F32 and torch.equal(new, x.to(BF16).float())
+    assert torch.equal(output["loss"], x.sum()) and torch.equal(output["y"], y) and torch.equal(tagged["y"], y)

@@ -104,8 +104,8 @@ def _rebuild_mapping(tree: Any, new: dict[Any, Any]) -> Any:
     if type(tree) is dict or not isinstance(tree, MutableMapping):
         return type(tree)({**tree, **new})
     result = copy.copy(tree)  # OrderedDict, defaultdict, UserDict, ModelOutput: a copy keeps what else they hold
-    for key, value in new.items():
-        result[key] = value
+    for key, value in tree.items():  # all of them: what torch.compile makes of copy.copy has lost a subclass's items
+        result[key] = new.get(key, value)
     return result
 
 
