@@ -103,21 +103,22 @@ class Rotary(Model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_rotary_frequencies_stay_float32_unless_base_is_given(dtype: torch.dtype) -> None:
+def test_rotary_frequencies_stay_float32_by_cores_table(dtype: torch.dtype) -> None:
     model, plugin = Rotary().requires_grad_(False), BitsandbytesPrecision("nf4", dtype)
     frequencies = model.inv_freq
     with pytest.warns(UserWarning, match=r"running statistics: table\. To keep them") as caught:
         plugin.convert_module(model)
     assert model.inv_freq is frequencies and model.table.dtype is dtype
-    assert "inv_freq  kept in float32" in str(plugin.report)
+    assert "inv_freq  kept in float32: rotary frequencies" in str(plugin.report)
     assert [name for name, _ in model.named_buffers()] == ["inv_freq", "table"]
     base = re.search(r'BitsandbytesPrecision\(base="(.*)"\)$', str(caught[0].message))
     assert base is not None
     wide = BitsandbytesPrecision("nf4", dtype, base=base[1]).convert_module(Rotary().requires_grad_(False))
     assert wide.inv_freq.dtype is wide.table.dtype is torch.float32 and wide.body[1].weight.dtype is dtype
-    with pytest.warns(UserWarning, match=r"statistics: inv_freq\. To keep"):
-        BitsandbytesPrecision("nf4", dtype, base=str(plugin.policy)).convert_module(model)
-    assert model.inv_freq.dtype is dtype
+    given = Rotary().requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"statistics: table\. To keep"):
+        BitsandbytesPrecision("nf4", dtype, base=str(plugin.policy)).convert_module(given)
+    assert given.inv_freq.dtype is torch.float32
 
 
 def test_an_explicit_half_base_refuses_what_trains() -> None:

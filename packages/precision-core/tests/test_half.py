@@ -86,7 +86,7 @@ class Tables(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm1d(2)
         self.inner = nn.Module()
-        self.inner.register_buffer("inv_freq", 1 / 10000 ** (torch.arange(4) / 4))
+        self.inner.register_buffer("weights", 1 / 10000 ** (torch.arange(4) / 4))
         self.register_buffer("powers", 2.0 ** torch.arange(4))
         self.register_buffer("mean", torch.tensor([0.485, 0.456]))
         self.register_buffer("count", torch.tensor(70_001))
@@ -97,11 +97,11 @@ class Tables(nn.Module):
 def test_one_warning_names_exactly_the_buffers_that_lose_and_running_statistics(mode: str) -> None:
     model = Tables()
     (message,) = convert(HalfPrecision(mode), model)
-    assert named(message) == ["mean", "norm.running_mean", "norm.running_var", "inner.inv_freq"]
+    assert named(message) == ["mean", "inner.weights"]
     assert f"{mode} casts buffers to {str(MODES[mode])[6:]}" in message
     assert f'HalfPrecision("{mode}", buffers="float32"), or buffers={{name patterns}}' in message
-    assert model.count == 70_001 and model.wave.dtype is torch.complex64 and model.inner.inv_freq.dtype is MODES[mode]
-    (again,) = convert(HalfPrecision(mode), model)  # now only these can still be lost
+    assert model.count == 70_001 and model.wave.dtype is torch.complex64 and model.inner.weights.dtype is MODES[mode]
+    (again,) = convert(HalfPrecision(mode, buffers=MODES[mode]), model)  # now only these can still be lost
     assert named(again) == ["norm.running_mean", "norm.running_var"]
 
 
@@ -110,12 +110,13 @@ def test_one_warning_names_exactly_the_buffers_that_lose_and_running_statistics(
     [
         ("float32", []),
         (torch.float32, []),
-        pytest.param({"*.inv_freq", "mean", "norm"}, [], id="a set"),  # its text is in another order in each process
-        (["running_*"], ["mean", "inner.inv_freq"]),
-        (("inner",), ["mean", "norm.running_mean", "norm.running_var"]),
-        ("inv_freq", ["mean", "norm.running_mean", "norm.running_var"]),
+        pytest.param({"*.weights", "mean"}, [], id="a set"),  # its text is in another order in each process
+        (["running_*"], ["mean", "inner.weights"]),
+        (("inner",), ["mean"]),
+        ("weights", ["mean"]),
         ("*", []),
-        ((), ["mean", "norm.running_mean", "norm.running_var", "inner.inv_freq"]),
+        ((), ["mean", "inner.weights"]),
+        ("bfloat16", ["mean", "norm.running_mean", "norm.running_var", "inner.weights"]),
     ],
     ids=str,
 )
@@ -128,14 +129,14 @@ def test_the_ways_out(buffers: Any, still_named: list[str]) -> None:
         assert torch.equal(buffer.to(dict(plain.named_buffers())[name].dtype), plain.get_buffer(name)) != (
             lost and "running" not in name
         )
-        if name in ("mean", "norm.running_mean", "norm.running_var", "inner.inv_freq"):
+        if name in ("mean", "norm.running_mean", "norm.running_var", "inner.weights"):
             assert buffer.dtype is (BF16 if lost else F32)
 
 
 @pytest.mark.parametrize(
     ("buffers", "message"),
     [
-        ({"*.inv_frq"}, "the pattern '*.inv_frq' matches no buffer of this model; did you mean \"inner.inv_freq\"?"),
+        ({"*.weigths"}, "the pattern '*.weigths' matches no buffer of this model; did you mean \"inner.weights\"?"),
         ("mean2", "the pattern 'mean2' matches no buffer of this model; did you mean \"mean\"?"),
         ({"weight"}, "the pattern 'weight' matches no buffer of this model"),
         ({""}, "bad name pattern ''"),
@@ -154,14 +155,16 @@ def make_net() -> nn.Module:
     return nn.Sequential(nn.Conv1d(2, 8, 3, padding=1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 2, 1))
 
 
-@pytest.mark.parametrize("buffers", ["float32", {"*.running_*"}], ids=str)
+@pytest.mark.parametrize("buffers", ["float32", None], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_batch_norm_with_float32_statistics_trains(mode: str, buffers: Any) -> None:
     precision, model, exact = HalfPrecision(mode, buffers=buffers), make_net(), make_net().double()
     assert convert(precision, model) == []
     assert {tensor.dtype for tensor in model[1].parameters()} == {F32} and model[0].weight.dtype is MODES[mode]
-    assert [item.name for item in precision.report.skipped] == ["1"]
-    assert precision.report.skipped[0].detail.startswith("kept in float32: torch's batch norm wants weight and")
+    kept = ["1"] if buffers else ["1.weight", "1.bias", "1.running_mean", "1.running_var"]
+    reason = "torch's batch norm wants weight and" if buffers else "running statistics"
+    assert [item.name for item in precision.report.skipped] == kept
+    assert precision.report.skipped[0].detail.startswith(f"kept in float32: {reason}")
     means: list[Tensor] = []
     model[1].register_forward_hook(lambda norm, args, output: means.append(args[0].double().mean((0, 2)).detach()))
     data = torch.randn(20, 16, 2, 12, generator=torch.Generator().manual_seed(1)) * 3 + 5
@@ -193,7 +196,8 @@ def test_running_statistics_in_half_stand_still_as_the_warning_says() -> None:
         return norm.running_mean.item()
 
     assert update("float32") == pytest.approx(100 * (1 - 0.99**500), rel=1e-4)
-    assert update(None) < 80
+    assert update(None) == update("float32")
+    assert update("bfloat16") < 80
 
 
 def test_pure_half_loses_small_updates_that_float32_keeps() -> None:

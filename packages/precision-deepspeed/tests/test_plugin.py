@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from precision_core import Fabric, supports
 from precision_core.testing import PrecisionContract, run_in_ranks
@@ -149,6 +151,31 @@ def test_what_the_engine_does_is_not_done_twice() -> None:
         scaler.unscale(optimizer)
     with pytest.raises(RuntimeError, match=r"engine.step"):
         scaler.step(optimizer, None, str)
+
+
+class Marked(nn.Module):
+    _keep_in_fp32_modules_strict = ("head.weight",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        self.register_buffer("table", torch.linspace(0, 1, 4).sin(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.body(x) + self.table) + self.table)
+
+
+def test_buffers_stay_wide_by_cores_table_and_parameters_are_named_that_the_engine_casts() -> None:
+    torch.manual_seed(0)
+    plugin, model, x = DeepSpeedPrecision("bf16-true"), Marked(), torch.randn(8, 4)
+    exact = copy.deepcopy(model).double()(x.double())
+    with pytest.warns(UserWarning, match=r"DeepSpeedPrecision stores all parameters in bfloat16, .*: head\.weight\."):
+        plugin.convert_module(model)
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
+    assert model.table.dtype is model.norm.running_mean.dtype is torch.float32
+    with plugin.forward_context():
+        output = model(plugin.convert_input(x))
+    assert (output.double() - exact).abs().max() < 0.05 and model.norm.running_mean.any()
 
 
 def by_hand() -> list[float]:

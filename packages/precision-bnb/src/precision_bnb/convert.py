@@ -18,6 +18,7 @@ from precision_bnb.quantize import check_floating, check_values
 from precision_bnb.quantize import quantize as quantize_weight
 from precision_core.patterns import matches
 from precision_core.surgery import Replacement, Surgery, replace_layers
+from precision_core.wide import marks
 
 IGNORED = ("lm_head", "embed_out", "output_layer", "score", "classifier")
 """Modules that stay as they are where nothing else is said: heads, whose rounding reaches the result unaveraged."""
@@ -98,10 +99,8 @@ def _patterns(module: nn.Module, config: BitsAndBytesConfig, given: Iterable[str
 def _kept_wide(module: nn.Module) -> Iterator[str]:
     """Yields what transformers' models say must stay wide; T5 casts the input of such a layer to its weight's dtype."""
     for child in module.modules():
-        for key in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-            parts = getattr(child, key, None)
-            for part in {parts} if isinstance(parts, str) else parts or ():
-                yield part.removesuffix(".weight")
+        for part, _ in marks(child):
+            yield part.removesuffix(".weight")
 
 
 class _Maker:

@@ -22,9 +22,9 @@ from precision_bnb.layers import Quantized, QuantizedEmbedding, QuantizedLinear
 from precision_bnb.meta import parameters_on_meta
 from precision_bnb.support import DEVICES, compute_dtype
 from precision_core import HalfPrecision, MixedPrecision, Policy, Precision, Report
-from precision_core.patterns import check_pattern, matches
+from precision_core.patterns import check_pattern
 from precision_core.plugins import make_plugin
-from precision_core.report import Item, module_bytes
+from precision_core.report import module_bytes
 from precision_core.scaler import Scaler
 from precision_core.surgery import Surgery
 
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from precision_core import Strategy
 
 T = TypeVar("T")
-
-_WIDE = "*inv_freq"
-"""Buffers that stay float32 where `base` is not given: rotary frequencies, whose rounding turns far positions."""
 
 _TRUE = {torch.bfloat16: "bf16-true", torch.float32: "32-true", torch.float16: "16-true"}
 
@@ -190,14 +187,13 @@ class BitsandbytesPrecision(Precision):
         models = (module, *self._modules)  # a frozen one takes the scaler from none that trains
         self._choose_base(trains=any(param.requires_grad for model in models for param in model.parameters()))
         self._set_up_layers(module)
-        wide = self._wide_buffers(module)
-        with _hidden(module, wide):
+        with _hidden(module):
             self._base.convert_module(module)
         rest = self._base.report
         self.report = Report(
             self.mode,
             converted=report.converted + rest.converted,
-            skipped=report.skipped + rest.skipped + tuple(Item(name, "kept in float32") for name in wide),
+            skipped=report.skipped + rest.skipped,
             notes=notes + report.notes + rest.notes,
             bytes_before=before,
             bytes_after=module_bytes(module),
@@ -277,13 +273,6 @@ class BitsandbytesPrecision(Precision):
             if isinstance(layer, QuantizedLinear):
                 layer.fast_inference = self._config.fast_inference
 
-    def _wide_buffers(self, module: nn.Module) -> list[str]:
-        """Returns the float32 buffers that base, which nobody chose, is not to cast."""
-        if self._given_base is not None:
-            return []
-        buffers = module.named_buffers(remove_duplicate=False)
-        return [name for name, buffer in buffers if buffer.dtype is torch.float32 and matches(_WIDE, name)]
-
     def module_init_context(self) -> AbstractContextManager[Any]:
         """Context in which parameters are born on the meta device; `fabric.load_module` fills and quantises them.
 
@@ -329,17 +318,11 @@ def _checked(patterns: Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 @contextmanager
-def _hidden(module: nn.Module, buffers: Iterable[str]) -> Iterator[None]:
-    """Context in which packed weights and these buffers are none of the module's, so that no cast reaches them.
-
-    The order of parameters and buffers stays.
-    """
+def _hidden(module: nn.Module) -> Iterator[None]:
+    """Context in which packed weights are none of the module's, so that no cast reaches them; their order stays."""
     slots: list[tuple[dict[str, Any], str]] = [
         (layer._parameters, "weight") for _, layer in converted(module) if isinstance(layer, Quantized)
     ]
-    for name in buffers:
-        owner, _, key = name.rpartition(".")
-        slots.append((module.get_submodule(owner)._buffers, key))
     kept = [(table, key, table[key]) for table, key in slots]
     for table, key, _ in kept:
         table[key] = None

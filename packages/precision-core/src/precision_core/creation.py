@@ -25,6 +25,7 @@ from torch._C import (
 )
 from torch.overrides import TorchFunctionMode
 
+from precision_core.aligned import ALIGNED, aligned
 from precision_core.casting import cast_dtype
 
 T = TypeVar("T")
@@ -94,11 +95,15 @@ class created_as(TorchFunctionMode):
     Complex ones become complex128 under float64, and stay complex64 under any other. Thread-local, re-entrant, restored
     on exceptions, and traced by torch.compile from torch 2.12 on.
 
+    With `aligns`, for models that hold tensors of several dtypes, calls that torch refuses for operands of several
+    dtypes (matrix products, norms, writes to indices) cast them: to the dtype of the parameter among them, else to
+    `dtype`; what is written, to that of what it is written to. What torch takes as it is stays as it is.
+
     Raises:
         RuntimeError: in a call that an older torch compiles.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, aligns: bool = False) -> None:
         if not _IS_TRACED and _is_inside_compiled_call():
             raise RuntimeError(
                 f"torch.compile of torch {torch.__version__} leaves tensors that forward creates in the default dtype: "
@@ -106,11 +111,14 @@ class created_as(TorchFunctionMode):
             )
         super().__init__()
         self.dtype = dtype
+        self.aligns = aligns
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.aligns and func in ALIGNED:
+            args, kwargs = aligned(func, args, kwargs, self.dtype)
         if func in _FACTORIES and _leaves_dtype_open(func, args, kwargs):
             return func(*args, **{**kwargs, "dtype": self.dtype})
         out = func(*args, **kwargs)

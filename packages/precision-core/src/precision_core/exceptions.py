@@ -100,7 +100,7 @@ def apply_exceptions(root: nn.Module, policies: EffectivePolicies, device_type: 
         if policy != parent:
             make = _region(policy, parent, device_type)
         elif not policy.mixed and _is_layer(module):
-            make = _layer(policy.compute)
+            make = casting_inputs(policy.compute)
         else:
             continue
         done.add(module)
@@ -148,7 +148,9 @@ def _device_type(module: nn.Module) -> str:
     return "cpu" if param is None else param.device.type
 
 
-def _layer(dtype: torch.dtype) -> Callable[..., Callable[..., Any]]:
+def casting_inputs(dtype: torch.dtype) -> Callable[..., Callable[..., Any]]:
+    """Returns what `override` takes for a forward that casts its floating arguments to `dtype`."""
+
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             args, kwargs = cast((args, kwargs), dtype)

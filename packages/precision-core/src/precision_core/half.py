@@ -16,12 +16,14 @@ from torch.optim import Optimizer
 from precision_core.conversion import cast_buffers, cast_parameters
 from precision_core.creation import created_as
 from precision_core.dtypes import FLOATS, dtype_name, parse_dtype
-from precision_core.exceptions import EffectivePolicies, Restore, apply_exceptions
+from precision_core.exceptions import EffectivePolicies, Restore, apply_exceptions, casting_inputs
 from precision_core.fused import check_fused
+from precision_core.override import is_overridden, override
 from precision_core.patterns import check_all_used, check_pattern, covers
 from precision_core.policy import Policy
 from precision_core.precision import Precision
 from precision_core.report import Item, Report, module_bytes
+from precision_core.wide import Wide
 
 if TYPE_CHECKING:
     from precision_core.strategies.base import Strategy
@@ -35,9 +37,10 @@ class HalfPrecision(Precision):
     Args:
         precision: `"16-true"`, `"bf16-true"`, or a policy whose params and compute are the same half dtype; exceptions
             are applied.
-        buffers: None casts floating buffers as the policy says, with a warning that names those which lose by it.
-            `"float32"` (any float dtype) casts all of them to that; name patterns (`{"*.inv_freq"}`) keep those that
-            match in float32. Batch norms that keep float32 statistics keep their weight and bias in float32 too.
+        buffers: None casts floating buffers as the policy says, with a warning that names those which lose by it, and
+            keeps those in float32 that `precision_core.wide.RULES` lists. `"float32"` (any float dtype) casts all of
+            them to that; name patterns (`{"mean"}`) keep those that match in float32 as well. Batch norms that keep
+            float32 statistics keep their weight and bias in float32 too.
 
     Raises:
         ValueError: any other mode, 16 and "bf16" included, which mean mixed precision.
@@ -45,14 +48,17 @@ class HalfPrecision(Precision):
 
     _runs = (torch.float16, torch.bfloat16)
     _applies_exceptions = True
+    _keeps_params = True  # False where an engine stores all parameters in one dtype
 
     def __init__(
         self, precision: str | int | Policy = "16-true", *, buffers: str | torch.dtype | Iterable[str] | None = None
     ) -> None:
         super().__init__(policy=precision)
         self._float32_buffers: tuple[str, ...] = ()
+        self._keeps_buffers = True  # those of the table; False: the caller has said what becomes of all
         if isinstance(buffers, torch.dtype) or (isinstance(buffers, str) and buffers in FLOATS):
             self.policy = replace(self.policy, buffers=parse_dtype(buffers))
+            self._keeps_buffers = False
         elif isinstance(buffers, Iterable):
             patterns = [buffers] if isinstance(buffers, str) else buffers
             self._float32_buffers = tuple(check_pattern(pattern) for pattern in patterns)
@@ -60,32 +66,40 @@ class HalfPrecision(Precision):
             raise ValueError(f"HalfPrecision(buffers={buffers!r}): expected a float dtype, or name patterns of buffers")
         self._device_type: str | None = None
         self._restores: list[Restore] = []
+        self._aligns = False
 
     def connect(self, strategy: Strategy) -> None:
         """Takes the device type, which exceptions in mixed precision need."""
         self._device_type = strategy.device.type
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Casts parameters and buffers in place, applies the exceptions, and returns `module`.
+        """Casts parameters and buffers in place, but for those of `wide.RULES`; applies exceptions; returns `module`.
 
         Warns (once, `UserWarning`) of buffers whose values change by the cast, and of running statistics always: an
         average that is updated by less than the spacing of its dtype stands still.
         """
         policies = EffectivePolicies(module, self.policy)
+        wide = Wide(module, self.policy, params=self._keeps_params, buffers=self._keeps_buffers)
         names = [name for name, _ in module.named_buffers(remove_duplicate=False)]
         check_all_used(self._float32_buffers, names, "buffer", covers)
         before = module_bytes(module)
 
         def buffer_dtype(name: str, buffer: Tensor) -> torch.dtype:
-            if any(covers(pattern, name) for pattern in self._float32_buffers):
+            if name in wide or any(covers(pattern, name) for pattern in self._float32_buffers):
                 return torch.float32
             return policies.of(name).buffers
 
-        wide_norms = _norms_with_wide_statistics(module, policies, buffer_dtype)
+        wide_norms = {
+            name: dtype
+            for name, dtype in _norms_with_wide_statistics(module, policies, buffer_dtype).items()
+            if self._keeps_params and (f"{name}.running_mean" if name else "running_mean") not in wide
+        }
 
         def param_dtype(name: str, param: nn.Parameter) -> torch.dtype | None:
             if self.storage(param) is None:
                 return None
+            if name in wide:
+                return torch.float32
             return wide_norms.get(name.rpartition(".")[0], policies.of(name).params)
 
         items = cast_parameters(module, param_dtype)
@@ -95,15 +109,28 @@ class HalfPrecision(Precision):
             for name, buffer in module.named_buffers(remove_duplicate=False)
             if name.endswith(("running_mean", "running_var")) and buffer.dtype in self._runs
         ]
-        self._restores += apply_exceptions(module, policies, self._device_type)
+        restores = apply_exceptions(module, policies, self._device_type)
+        aligns = bool(wide.why or wide_norms or self._float32_buffers or restores)
+        if aligns:
+            restores += _align_recurrent(module, policies)
+        self._restores += restores
+        self._aligns = self._aligns or aligns
         self._warn_of_buffers([name for name in names if name in {*changed, *statistics}])
+        if wide.cast:
+            warnings.warn(
+                f"{type(self).__name__} stores all parameters in {dtype_name(self.policy.params)}, and the model marks "
+                f"these to stay float32: {', '.join(wide.cast[:10])}{', ...' * (len(wide.cast) > 10)}. A mixed mode "
+                "keeps them, and so do other strategies",
+                stacklevel=2,
+            )
         self.report = Report(
             self.mode,
             converted=tuple(items + buffers),
             skipped=tuple(
-                Item(name, f"kept in {dtype_name(wide)}: torch's batch norm wants weight and statistics alike")
-                for name, wide in wide_norms.items()
-            ),
+                Item(name, f"kept in {dtype_name(dtype)}: torch's batch norm wants weight and statistics alike")
+                for name, dtype in wide_norms.items()
+            )
+            + tuple(Item(name, why) for name, why in wide.why.items()),
             notes=self._what_is_lost(),
             bytes_before=before,
             bytes_after=module_bytes(module),
@@ -137,13 +164,22 @@ class HalfPrecision(Precision):
         super().register_optimizers(*optimizers)
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Context in which created tensors get the dtype."""
-        return created_as(self.policy.params)
+        """Context in which created tensors get the dtype, and products take what was kept wide beside what was not."""
+        return created_as(self.policy.params, aligns=self._aligns)
 
     def teardown(self) -> None:
         """Gives modules that are exceptions their own forward back."""
         while self._restores:
             self._restores.pop()()
+
+
+def _align_recurrent(module: nn.Module, policies: EffectivePolicies) -> list[Restore]:
+    """Lets torch's recurrent layers cast their inputs, whose dtype they compare before a call that aligns it."""
+    return [
+        override(child, "forward", casting_inputs(policies.by_name[name].params))
+        for name, child in module.named_modules()
+        if isinstance(child, nn.RNNBase) and not is_overridden(child, "forward")
+    ]
 
 
 def _norms_with_wide_statistics(

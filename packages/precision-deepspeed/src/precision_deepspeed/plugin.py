@@ -25,7 +25,8 @@ T = TypeVar("T")
 
 _HALF = (torch.float16, torch.bfloat16)
 
-_Half = type("DeepSpeedPrecision", (HalfPrecision,), {})  # its warnings name the class that users write
+# Its warnings name the class that users write. The engine casts all parameters alike, and leaves buffers as they are.
+_Half = type("DeepSpeedPrecision", (HalfPrecision,), {"_keeps_params": False})
 
 
 class DeepSpeedPrecision(Precision):

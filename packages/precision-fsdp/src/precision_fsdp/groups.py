@@ -91,7 +91,7 @@ def _settle_own(groups: dict[tuple[str, Casts | None], Group]) -> None:
             raise ValueError(
                 f"{', '.join(own)}: FSDP gathers what {group.name or 'the model'} holds itself together with the rest "
                 f"of it, and would cast it to {dtype_name(block.casts.gathered or block.casts.stored)} alike: hold it "
-                "in a module of its own, or as a buffer if it does not train"
+                "in a module of its own, or as a buffer if it does not train; a mixed mode stores all in float32"
             )
         groups[group.name, None] = replace(group, modules=block.modules, names=block.names, beside=False)
         del groups[key]
@@ -111,7 +111,9 @@ def _casts(precision: Precision, name: str, params: Mapping[nn.Parameter, str] |
             listed = ", ".join(f"{key} in {dtype_name(dtype)}" for dtype, key in trained.items())
             raise ValueError(
                 f"{name or 'the model'} ({kind}) trains parameters of several dtypes: {listed}. FSDP reduces the "
-                "gradients of a module in one: cast them alike, freeze some, or hold them in modules of their own"
+                "gradients of a module in one: cast them alike (where the model marks some to stay float32, by an "
+                f'exception such as "{name or "*"}: {policy}"), freeze some, hold them in modules of their own, or use '
+                "a mixed mode"
             )
         stored = next(iter(trained), stored)
     return Casts(stored, gathered, casts.reduce_dtype)
