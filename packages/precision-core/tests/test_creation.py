@@ -234,3 +234,42 @@ def test_a_function_may_run_outside() -> None:
         assert hook(own) == (F32, Own) and torch.zeros in seen
     with created_as(F64), Seeing():  # what forward itself entered sees what the hook does, so it all stays
         assert hook(own) == (F64, Own)
+
+
+HUGE = 1e300  # beyond float32, and so beyond every narrower default dtype
+
+BEYOND: dict[str, Callable[[], Tensor]] = {
+    "full": lambda: torch.full((2,), torch.finfo(F64).min),
+    "full by name": lambda: torch.full(size=(2,), fill_value=HUGE),
+    "full of numpy's float64": lambda: torch.full((2,), numpy.float64(HUGE)),
+    "full of a complex": lambda: torch.full((2,), complex(HUGE, 1)),
+    "scalar_tensor": lambda: torch.scalar_tensor(HUGE),
+    "tensor": lambda: torch.tensor([HUGE, -HUGE]),
+    "arange": lambda: torch.arange(0, HUGE, HUGE / 4),
+    "where": lambda: torch.where(ids() > 0, HUGE, 0.0),
+    "where of an int": lambda: torch.where(ids() > 0, HUGE, 0),
+    "where of integers": lambda: torch.where(ids() > 0, ids(), HUGE),
+    "Tensor.where": lambda: ids().where(ids() > 0, -HUGE),
+    "clamp": lambda: ids().clamp(max=HUGE),
+    "clamp_min": lambda: torch.clamp_min(ids(), HUGE),
+    "times": lambda: ids() * HUGE,
+    "power": lambda: HUGE ** ids(),
+    "difference": lambda: HUGE - ids(),
+}
+
+
+@pytest.mark.parametrize("default", [F32, torch.float16], ids=str)
+@pytest.mark.parametrize("make", BEYOND.values(), ids=BEYOND)
+def test_values_beyond_the_default_dtype_are_not_made_in_it_first(
+    make: Callable[[], Tensor], default: torch.dtype
+) -> None:
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(F64)
+        expected = make()
+        torch.set_default_dtype(default)
+        with created_as(F64):
+            actual = make()
+    finally:
+        torch.set_default_dtype(before)
+    assert actual.dtype is expected.dtype and torch.equal(actual, expected)

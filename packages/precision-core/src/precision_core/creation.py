@@ -67,6 +67,14 @@ _INFERRING = frozenset(
 )
 """Floating only when the values are."""
 
+_OF_NUMBERS = frozenset({torch.full, torch.scalar_tensor, torch.arange})
+"""Of those, the ones whose Python numbers alone say so: a value beyond the default dtype must not be made in that first."""
+
+_BOUNDS = frozenset(
+    getattr(owner, name) for owner in (torch, Tensor) for name in ("clamp", "clip", "clamp_min", "clamp_max")
+)
+"""Here torch makes the numbers tensors of the default dtype first, as it does for torch.where."""
+
 _EXPLICIT = frozenset(
     {
         torch.Tensor.double,
@@ -121,13 +129,19 @@ class created_as(TorchFunctionMode):
             args, kwargs = aligned(func, args, kwargs, self.dtype)
         if func in _FACTORIES and _leaves_dtype_open(func, args, kwargs):
             return func(*args, **{**kwargs, "dtype": self.dtype})
+        if func in _OF_NUMBERS and _leaves_dtype_open(func, args, kwargs):
+            if (number := _widest_number((*args, *kwargs.values()))) is not int:
+                return func(*args, **{**kwargs, "dtype": self._dtype_for(number)})
+        elif (func in _CONDITIONAL or func in _BOUNDS) and not (_any_floating(args) or _any_floating(kwargs)):
+            if _widest_number((*args, *kwargs.values())) is float:
+                return func(*self._widen(args, func), **self._widen(kwargs, func))
         out = func(*args, **kwargs)
         # Nearly always the result is in self.dtype already, and this comparison is all that the mode costs.
         if type(out) is not Tensor or out.dtype is self.dtype or not (out.is_floating_point() or out.is_complex()):
             return out
         if func in _EXPLICIT or type(func) not in _TORCH_CALLS or _any_dtype(args, kwargs):
             return out
-        wanted = cast_dtype(torch.complex64, self.dtype) if out.is_complex() else self.dtype
+        wanted = self._dtype_for(complex if out.is_complex() else float)
         if func in _INFERRING:
             return out if _typed_data(args, kwargs) else func(*args, **{**kwargs, "dtype": wanted})
         if _any_floating(args) or _any_floating(kwargs):
@@ -136,6 +150,9 @@ class created_as(TorchFunctionMode):
         if torch.promote_types(wanted, out.dtype) is wanted is not out.dtype:
             return func(*self._widen(args, func), **self._widen(kwargs, func)).to(wanted)
         return out.to(wanted)
+
+    def _dtype_for(self, number: type) -> torch.dtype:
+        return cast_dtype(torch.complex64, self.dtype) if number is complex else self.dtype
 
     def _widen(self, tree: Any, func: Callable[..., Any]) -> Any:
         """Returns the arguments with integers (for torch.where: its Python floats, not the condition) in self.dtype."""
@@ -199,6 +216,13 @@ def _typed_data(args: Any, kwargs: dict[str, Any]) -> bool:
         elif isinstance(value, (list, tuple)):
             values.extend(value[:1])  # the first element speaks for the list
     return False
+
+
+def _widest_number(values: tuple[Any, ...]) -> type:
+    """Returns complex, float or int: what is widest among the Python (and numpy's float64) numbers."""
+    if any(isinstance(value, complex) for value in values):
+        return complex
+    return float if any(isinstance(value, float) for value in values) else int
 
 
 def _any_dtype(args: Any, kwargs: dict[str, Any]) -> bool:
