@@ -327,3 +327,22 @@ def test_an_optimizer_with_state_for_a_layer_that_setup_replaced_is_refused() ->
 def test_a_compiled_model_that_is_replaced_as_a_whole_is_refused() -> None:
     with pytest.raises(ValueError, match="set it up first, then compile what"):
         Fabric(accelerator="cpu", precision=Doubles()).setup(torch.compile(nn.Linear(3, 1), backend="eager"))
+
+
+@pytest.mark.parametrize("mode", ["16-mixed", "bf16-mixed", "16-true", "32-true"])
+def test_unscaled_gradients_may_be_clipped_by_torch(mode: str) -> None:
+    fabric = Fabric(accelerator="cpu", precision=mode)
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    fabric.backward(model(torch.tensor([[0.75, 1.0]])).sum() / 2)
+    for _ in range(2):  # once per step, whoever asks
+        fabric.unscale_gradients(optimizer)
+    assert model.weight.grad.tolist() == [[0.375, 0.5]]
+    nn.utils.clip_grad_norm_(model.parameters(), 0.0625)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach().float(), torch.tensor([[-0.0375, -0.05]]), rtol=1e-3, atol=0)
+    optimizer.zero_grad()
+    fabric.backward(model(torch.tensor([[1.0, 0.0]])).sum() / 2)  # the next step starts anew
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach().float(), torch.tensor([[-0.5375, -0.05]]), rtol=1e-3, atol=0)

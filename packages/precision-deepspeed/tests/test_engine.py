@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from precision_core import Fabric
 from precision_core.testing import run_in_ranks
+from precision_core.testing.ranks import RankError
 from precision_deepspeed import DeepSpeedStrategy
 
 STAGES = (0, 1, 2, 3)
@@ -129,3 +130,30 @@ def passed_over(stage: int) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_the_engine_would_pass_over_is_refused(stage: int) -> None:
     run_in_ranks(1, passed_over, stage)
+
+
+def unscaled(stage: int, mode: str) -> float:
+    """Returns how far a gradient of norm 0.5 that torch clips to 0.125 moves the model."""
+    fabric = Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(stage), precision=mode)
+    model = nn.Linear(4, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    fabric.setup(model, optimizer)
+    fabric.backward(model(torch.full((1, 4), 0.5)).sum() / 2)
+    fabric.unscale_gradients(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.125)
+    optimizer.step()
+    norm = model.weight.detach().float().norm().item()
+    fabric.teardown()
+    return norm
+
+
+@pytest.mark.parametrize("mode", ["16-mixed", "bf16-mixed", "bf16-true"])
+def test_gradients_are_unscaled_at_stage_0(mode: str) -> None:
+    assert run_in_ranks(2, unscaled, 0, mode) == [pytest.approx(0.125, rel=1e-2)] * 2
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_gradients_that_the_engine_holds_are_not_unscaled(stage: int) -> None:
+    with pytest.raises(RankError, match=r"fabric\.clip_gradients\(model, optimizer.*safe_get_full_grad"):
+        run_in_ranks(1, unscaled, stage, "16-mixed")

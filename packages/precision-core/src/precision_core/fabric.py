@@ -324,6 +324,17 @@ class Fabric:
         """Runs backward from the loss; use it in place of `loss.backward()`. Arguments go to `Tensor.backward`."""
         self._strategy.backward(tensor, None if model is None else _uncompiled(model), *args, **kwargs)
 
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Makes the gradients of `optimizer` true, once per step, before your own code reads or changes `p.grad`.
+
+        `optimizer.step()` then steps them as they are. Where the loss is not scaled they are true already.
+
+        Raises:
+            RuntimeError: they come from no `fabric.backward`, or were changed while they carried the scale; under an
+                engine that keeps gradients to itself, what to do instead.
+        """
+        self._strategy.unscale_gradients(optimizer)
+
     def clip_gradients(
         self,
         model: nn.Module | None,

@@ -122,6 +122,14 @@ class Engine:
     def _reduce(self) -> None:
         self.vendor.allreduce_gradients()
 
+    def unscale(self) -> None:
+        """Makes the gradients in `param.grad` true, where they are there."""
+        raise RuntimeError(
+            "fabric.unscale_gradients: at stages 1 to 3 DeepSpeed's engine holds gradients in shards and unscales them in "
+            "its step. Clip with fabric.clip_gradients(model, optimizer, max_norm=...), read "
+            "deepspeed.utils.safe_get_full_grad(param), which fabric.precision_plugin.scale divides, or pass stage=0"
+        )
+
     def clip(self, clip: Clip) -> Tensor | None:
         """Clips the coming step; returns the true norm of all gradients for `max_norm` (float32), else None."""
         raise NotImplementedError

@@ -44,6 +44,9 @@ class PlainEngine(Engine):
             self._overflow = not all_finite(self._gradients)
             multiply(self._gradients, 1.0 / self._scale)
 
+    def unscale(self) -> None:
+        self.reduce()
+
     def clip(self, clip: Clip) -> Tensor | None:
         self.reduce()
         return clip_true_gradients(list(self._params()), clip)
@@ -80,6 +83,9 @@ class HalfEngine(Engine):
 
     def _backward(self, loss: Tensor, scale: float, retain_graph: bool) -> None:
         self.vendor.backward(loss, retain_graph=retain_graph)
+
+    def unscale(self) -> None:
+        self.reduce()
 
     def clip(self, clip: Clip) -> Tensor | None:
         self.reduce()

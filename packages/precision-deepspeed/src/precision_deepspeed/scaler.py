@@ -28,7 +28,10 @@ class EngineScaler(Scaler):
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Raises `RuntimeError`: gradients are shards that the engine holds."""
-        raise RuntimeError(_ENGINES.format("read true gradients with deepspeed.utils.safe_get_full_grad(param)"))
+        raise RuntimeError(_ENGINES.format(
+                "fabric.unscale_gradients(optimizer) at stage 0; at others deepspeed.utils.safe_get_full_grad(param) "
+                "divided by the scale"
+            ))
 
     def clip(
         self, optimizer: Optimizer | None, params: list[nn.Parameter], clip: Clip, name_of: NameOf

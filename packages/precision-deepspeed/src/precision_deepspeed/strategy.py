@@ -195,6 +195,20 @@ class DeepSpeedStrategy(Collectives, Strategy):
         engine = self._training("fabric.backward")
         engine.backward(tensor, self.precision.scaler.factor, bool(retain_graph))
 
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Makes gradients true and ends their accumulation, at stage 0.
+
+        Raises:
+            ValueError: another optimizer than the engine's.
+            RuntimeError: there are no gradients, or they are shards in the engine, which unscales them in its step.
+        """
+        engine = self._training("fabric.unscale_gradients")
+        if optimizer is not engine.optimizer:
+            raise ValueError("fabric.unscale_gradients: pass the optimizer that fabric.setup was given")
+        if not engine.has_gradients:
+            raise RuntimeError("fabric.unscale_gradients: there are no gradients; call fabric.backward(loss) first")
+        engine.unscale()
+
     def clip_gradients(self, module: nn.Module | None, optimizer: Optimizer | None, **clip: Any) -> Tensor | None:
         """Clips all gradients of the coming step; arguments and result as in `Precision.clip_gradients`.
 

@@ -214,6 +214,10 @@ class Strategy:
         precision.backward(tensor, module, *args, **kwargs)
         precision.post_backward(tensor, module)
 
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Makes the gradients of `optimizer` true, once per step."""
+        self.precision.unscale_gradients(optimizer)
+
     def clip_gradients(self, module: nn.Module | None, optimizer: Optimizer | None, **clip: Any) -> Tensor | None:
         """Clips true gradients; arguments and result as in `Precision.clip_gradients`."""
         return self.precision.clip_gradients(module, optimizer, **clip)
