@@ -37,8 +37,8 @@ def _script(main: ModuleType, count: int, by_hand: str) -> list[str]:
     """Returns Python's, or torchrun's, arguments for what Python was started with: a file, or `-m` and a module."""
     if getattr(main, "__spec__", None) is not None:
         return ["-m", main.__spec__.name.removesuffix(".__main__")]  # type: ignore[union-attr]
-    path = getattr(main, "__file__", None)
-    if path is None or not os.path.isfile(path):
+    path = _file(main)
+    if path is None:
         times = "again" if count == 1 else f"{count} times"
         raise RuntimeError(
             f"fabric.launch() has no script to start {times}: this one came from standard input, -c, or an "
@@ -47,17 +47,25 @@ def _script(main: ModuleType, count: int, by_hand: str) -> list[str]:
     return [os.path.abspath(path)]
 
 
+def _file(main: ModuleType) -> str | None:
+    """Returns the file of the running script; what came from standard input calls itself <stdin>, and has none."""
+    path = getattr(main, "__file__", None)
+    return path if path is not None and os.path.isfile(path) else None
+
+
 def run_function(function: Callable[..., Any], args: tuple[Any, ...], count: int, variables: Mapping[str, str]) -> Any:
     """Returns what `function(*args)` returns on rank zero of `count` new processes of this machine.
 
     They have the environment of this process, and `variables`.
 
-    In a script the processes are spawned, and `function` and `args` must pickle; in a notebook they are forked.
+    In a script the processes are spawned, and `function` and `args` must pickle. Without one (a notebook, -c, standard
+    input) they are forked.
 
     Raises:
         RuntimeError: a process failed; holds the traceback of the one that failed first.
     """
-    interactive = not hasattr(sys.modules["__main__"], "__file__")
+    main = sys.modules["__main__"]
+    interactive = getattr(main, "__spec__", None) is None and _file(main) is None
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
