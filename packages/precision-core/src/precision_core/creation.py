@@ -68,7 +68,7 @@ _INFERRING = frozenset(
 """Floating only when the values are."""
 
 _OF_NUMBERS = frozenset({torch.full, torch.scalar_tensor, torch.arange})
-"""Of those, the ones whose Python numbers alone say so: a value beyond the default dtype must not be made in that first."""
+"""Of those, the ones whose Python numbers alone say so; a value beyond the default dtype is not made in that first."""
 
 _BOUNDS = frozenset(
     getattr(owner, name) for owner in (torch, Tensor) for name in ("clamp", "clip", "clamp_min", "clamp_max")
@@ -132,9 +132,12 @@ class created_as(TorchFunctionMode):
         if func in _OF_NUMBERS and _leaves_dtype_open(func, args, kwargs):
             if (number := _widest_number((*args, *kwargs.values()))) is not int:
                 return func(*args, **{**kwargs, "dtype": self._dtype_for(number)})
-        elif (func in _CONDITIONAL or func in _BOUNDS) and not (_any_floating(args) or _any_floating(kwargs)):
-            if _widest_number((*args, *kwargs.values())) is float:
-                return func(*self._widen(args, func), **self._widen(kwargs, func))
+        elif (
+            (func in _CONDITIONAL or func in _BOUNDS)
+            and not (_any_floating(args) or _any_floating(kwargs))
+            and _widest_number((*args, *kwargs.values())) is float
+        ):
+            return func(*self._widen(args, func), **self._widen(kwargs, func))
         out = func(*args, **kwargs)
         # Nearly always the result is in self.dtype already, and this comparison is all that the mode costs.
         if type(out) is not Tensor or out.dtype is self.dtype or not (out.is_floating_point() or out.is_complex()):

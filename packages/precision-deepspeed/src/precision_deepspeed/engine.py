@@ -125,8 +125,8 @@ class Engine:
     def unscale(self) -> None:
         """Makes the gradients in `param.grad` true, where they are there."""
         raise RuntimeError(
-            "fabric.unscale_gradients: at stages 1 to 3 DeepSpeed's engine holds gradients in shards and unscales them in "
-            "its step. Clip with fabric.clip_gradients(model, optimizer, max_norm=...), read "
+            "fabric.unscale_gradients: at stages 1 to 3 DeepSpeed's engine holds gradients in shards and unscales them "
+            "in its step. Clip with fabric.clip_gradients(model, optimizer, max_norm=...), read "
             "deepspeed.utils.safe_get_full_grad(param), which fabric.precision_plugin.scale divides, or pass stage=0"
         )
 

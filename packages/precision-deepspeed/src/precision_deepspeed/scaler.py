@@ -28,10 +28,12 @@ class EngineScaler(Scaler):
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Raises `RuntimeError`: gradients are shards that the engine holds."""
-        raise RuntimeError(_ENGINES.format(
+        raise RuntimeError(
+            _ENGINES.format(
                 "fabric.unscale_gradients(optimizer) at stage 0; at others deepspeed.utils.safe_get_full_grad(param) "
                 "divided by the scale"
-            ))
+            )
+        )
 
     def clip(
         self, optimizer: Optimizer | None, params: list[nn.Parameter], clip: Clip, name_of: NameOf
