@@ -1,8 +1,8 @@
 """What all tests share: the two tiers, what each test costs, and a slice of the slow ones.
 
 The fast tier is `-m "not full"`. It runs ranks that are kept from one test to the next, says what was left to the full
-tier, and fails where a test that is not marked took more than five CPU seconds. `--slice-minutes 5 --slice-seed TEXT` with
-`-m full` runs as many of the marked tests as fit into the time, in an order that the text decides.
+tier, and fails where a test took longer than it lets one. `--slice-minutes 5 --slice-seed TEXT` with `-m full` runs as
+many of the marked tests as fit into the time, in an order that the text decides.
 """
 
 from __future__ import annotations
@@ -147,7 +147,10 @@ class Costs:
         """Returns a line for each of the slowest tests, and what all of them took."""
         order = sorted(self._taken.items(), key=lambda entry: -entry[1][0])[:SHOWN]
         total = sum(cpu for cpu, *_ in self._taken.values())
-        return [*(f"{cpu:6.1f} s  {test}" for test, (cpu, *_) in order), f"{total:6.1f} s  all {len(self._taken)} tests"]
+        return [
+            *(f"{cpu:6.1f} s  {test}" for test, (cpu, *_) in order),
+            f"{total:6.1f} s  all {len(self._taken)} tests",
+        ]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -209,7 +209,7 @@ def test_torchrun_with_another_number_is_refused_naming_both(folder: Path) -> No
     assert REFUSED in done.stderr
 
 
-# ---------------------------------------------------------------- functions
+# ---------------------------------------------------------------- functions, and what a strategy needs of its process
 
 
 FUNCTION = """
@@ -224,24 +224,58 @@ def train(fabric, factor, fail=False):
 
 if __name__ == "__main__":
     fabric = Fabric(accelerator="cpu", devices=2)
+    print("got", fabric.launch(train, 10, fail=False))
     try:
-        print("got", fabric.launch(train, 10, fail="--fail" in sys.argv))
+        fabric.launch(train, 1, fail=True)
     except RuntimeError as error:
-        print("rank 1 of 2 failed first" in str(error) and "ValueError: rank one fails" in str(error))
+        assert "rank 1 of 2 failed first" in str(error) and "ValueError: rank one fails" in str(error), error
+        print("failed as it should")
 """
 
 
 @pytest.mark.slow_start
-@pytest.mark.parametrize(
-    ("arguments", "said"), [([], "got 30.0\n"), pytest.param(["--fail"], "True\n", marks=pytest.mark.full)], ids=str
-)
-def test_a_function_runs_in_new_processes_and_returns_rank_zeros_value(
-    arguments: list[str], said: str, folder: Path
-) -> None:
+@pytest.mark.full
+def test_a_function_runs_in_new_processes_and_returns_rank_zeros_value(folder: Path) -> None:
     (folder / "function.py").write_text(FUNCTION)
-    done = run("function.py", *arguments, folder=folder)
+    done = run("function.py", folder=folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == said
+    assert done.stdout == "got 30.0\nfailed as it should\n"
+
+
+WITH_VARIABLES = """
+import os, sys
+from precision_core import Fabric, SingleDeviceStrategy
+
+class Picky(SingleDeviceStrategy):
+    def missing_variables(self):
+        return {} if os.environ.get("BEADS") == "7" else {"BEADS": "7"}
+
+def train(fabric, add):
+    return int(os.environ["BEADS"]) + add, fabric.world_size
+
+if __name__ == "__main__":
+    fabric = Fabric(strategy=Picky())
+    if sys.argv[1] == "function":
+        print(fabric.launch(train, add=1), "BEADS" in os.environ)
+        fabric.setup_dataloaders([1])
+    fabric.launch()
+    print(train(fabric, 2), sys.argv[1:])
+"""
+
+
+@pytest.mark.slow_start
+def test_a_function_runs_in_a_process_with_the_variables_that_a_strategy_needs(folder: Path) -> None:
+    (folder / "picky.py").write_text(WITH_VARIABLES)
+    done = run("picky.py", "function", folder=folder)
+    assert done.stdout == "(8, 1) False\n", done.stderr
+    assert "this run needs a process that was started with BEADS=7: call fabric.launch() right after" in done.stderr
+
+
+@pytest.mark.slow_start
+def test_a_script_starts_again_with_the_variables_that_a_strategy_needs(folder: Path) -> None:
+    (folder / "picky.py").write_text(WITH_VARIABLES)
+    done = run("picky.py", "script", folder=folder)
+    assert done.returncode == 0 and done.stdout == "(9, 1) ['script']\n", done.stderr
 
 
 # ---------------------------------------------------------------- without a script
@@ -256,8 +290,8 @@ class Picky(SingleDeviceStrategy):
     def missing_variables(self):
         return {"BEADS": "7"}
 
-def train(fabric):
-    return fabric.world_size
+def train(fabric, factor):
+    return fabric.all_reduce(torch.tensor([1.0 + fabric.global_rank]), "sum").item() * factor
 
 def hang_or_fail(fabric):
     if fabric.global_rank == 0:
@@ -275,7 +309,7 @@ def fabric():
 
 not_started, one = fabric(), torch.ones(1)
 said = {
-    "function": fabric().launch(train),
+    "function": fabric().launch(train, factor=10),
     "failure": refusal(fabric().launch, hang_or_fail),
     "script": refusal(fabric().launch),
     "variables": refusal(Fabric(strategy=Picky()).launch),
@@ -304,7 +338,7 @@ def test_what_was_typed_in_launches_functions_and_is_told_what_else_to_do(
     start: list[str], stdin: str, folder: Path
 ) -> None:
     said = said_by(*start, folder=folder, stdin=stdin)
-    assert said["function"] == 2
+    assert said["function"] == 30.0
     assert "rank 1 of 2 failed first" in said["failure"] and "ValueError: rank one fails" in said["failure"]
     assert said["script"].startswith("fabric.launch() has no script to start 2 times")
     assert "pass a function (fabric.launch(train))" in said["script"]
@@ -312,41 +346,3 @@ def test_what_was_typed_in_launches_functions_and_is_told_what_else_to_do(
     assert said["world"] == [2, 0, True]
     not_started = "this run has 2 processes, and they are not started yet: call fabric.launch() right after Fabric(...)"
     assert said["setup"] == said["barrier"] == said["all_reduce"] == not_started
-
-
-# ---------------------------------------------------------------- what a strategy needs of its process
-
-
-WITH_VARIABLES = """
-import os, sys
-from precision_core import Fabric, SingleDeviceStrategy
-
-class Picky(SingleDeviceStrategy):
-    def missing_variables(self):
-        return {} if os.environ.get("BEADS") == "7" else {"BEADS": "7"}
-
-def train(fabric, add):
-    return int(os.environ["BEADS"]) + add, fabric.world_size
-
-if __name__ == "__main__":
-    fabric = Fabric(strategy=Picky())
-    if "BEADS" not in os.environ:
-        print("function", fabric.launch(train, add=1), "BEADS" in os.environ)
-        try:
-            fabric.setup_dataloaders([1])
-        except RuntimeError as error:
-            print(error)
-    fabric.launch()
-    print("script", train(fabric, 2), sys.argv[1:])
-"""
-
-
-@pytest.mark.slow_start
-def test_a_process_is_started_with_the_variables_that_a_strategy_needs(folder: Path) -> None:
-    (folder / "picky.py").write_text(WITH_VARIABLES)
-    done = run("picky.py", "an argument", folder=folder)
-    assert done.returncode == 0, done.stderr
-    function, refused, script = done.stdout.splitlines()
-    assert function == "function (8, 1) False"
-    assert refused.startswith("this run needs a process that was started with BEADS=7: call fabric.launch()")
-    assert script == "script (9, 1) ['an argument']"
