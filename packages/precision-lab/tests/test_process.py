@@ -16,9 +16,10 @@ from precision_lab.cli import main
 from precision_lab.process import ChildFailed, _reason, run_child
 from precision_lab.train import Job, train
 
-# Its plugin says float32, and the second rank's fails in its sixth step.
+# Float32, and in its sixth step the second rank fails, once the losses of the five before have arrived.
 FAILING = """
-import os
+import os, time
+from pathlib import Path
 from precision_core import Precision
 
 class Failing(Precision):
@@ -29,19 +30,25 @@ class Failing(Precision):
 
     def optimizer_step(self, *args, **kwargs):
         if os.environ["RANK"] == "1" and self.steps == 5:
-            raise ArithmeticError("in the sixth step")
+            end = time.monotonic() + 30
+            while not Path("{arrived}").exists() and time.monotonic() < end:
+                time.sleep(0.01)
+            raise ArithmeticError("in the sixth step" if time.monotonic() < end else "lines are held back")
         return super().optimizer_step(*args, **kwargs)
 """
 
 
 @pytest.mark.slow_start
-def test_two_processes_train_as_one_does_until_a_rank_fails_and_says_why(install):
-    """Under torchrun and with a strategy that is named; all lines from before the failure come."""
-    install("failing", "[precision.plugins]\nfailing = failing_module:Failing\n", "failing_module", FAILING)
+def test_two_processes_train_as_one_does_until_a_rank_fails_and_says_why(install, tmp_path):
+    """Under torchrun and with a strategy that is named; each line comes when it is written."""
+    source = FAILING.format(arrived=tmp_path / "arrived")
+    install("failing", "[precision.plugins]\nfailing = failing_module:Failing\n", "failing_module", source)
     two = []
     with pytest.raises(ChildFailed, match=r"^ArithmeticError: in the sixth step$"):
         for event in run_child(Job("failing", 8, 0, "cpu", 2, "ddp")):
             two += [event["loss"]] if "loss" in event else []
+            if len(two) == 5:
+                (tmp_path / "arrived").touch()
     events = train(Job("32-true", 8, 0, "cpu"))
     one = list(islice((event["loss"] for event in events if "loss" in event), 5))
     assert len(two) == 5
