@@ -31,6 +31,7 @@ from precision_core.local_path import local_path
 from precision_core.override import is_overridden, override, undone_on_error
 from precision_core.policy import Policy
 from precision_core.precision import Precision
+from precision_core.presence import Presence
 from precision_core.processes import Ranks
 from precision_core.repoint import ParamMap, named_params, replaced_params, repoint
 from precision_core.resolve import resolve_precision, resolve_strategy
@@ -78,6 +79,7 @@ class Fabric:
         if self._joined:
             self._strategy.join(self._layout.ranks or Ranks())
             self._strategy.connect(self._precision)
+        self._presence = Presence(self._strategy) if self._joined else None
         self._restores: list[Callable[[], None]] = []
         self._replaced: ParamMap = WeakIdKeyDictionary()  # what setup replaced, for optimizers that are set up later
 
@@ -150,8 +152,11 @@ class Fabric:
         arguments = (self._arguments, function, args, kwargs)
         return self._strategy.start_processes(_run_launched, arguments, self._layout)
 
-    def _check_launched(self) -> None:
-        if self._joined:
+    def _check_launched(self, all_call: str = "") -> None:
+        """Raises where processes are not started yet; where all ranks must be in `all_call`, returns when they are."""
+        if self._presence is not None:
+            if all_call:
+                self._presence.all_call(all_call)
             return
         missing = " ".join(f"{name}={value}" for name, value in self._strategy.missing_variables().items())
         needs = (
@@ -413,11 +418,11 @@ class Fabric:
             ValueError: a value that `load` would refuse, a filter without its key; names the key. An address
                 ("s3://bucket/last.ckpt") for `path`; `~` and "file:///..." are paths.
             OSError: the file cannot be written; names the path. In both cases an old file at `path` stays.
-            CheckpointError: another rank failed, or is gone.
+            CheckpointError: another rank failed, or is gone, or has gone on without calling this.
         """
-        self._check_launched()
         place = local_path(path, "fabric.save")
         check_is_dict("fabric.save", state)
+        self._check_launched("fabric.save")
         if self._strategy.save_checkpoint(place, state, filter):
             return PendingSave(place)
         return saving.save(place, state, filter, self._strategy, wait)
@@ -445,9 +450,9 @@ class Fabric:
             CheckpointError: damaged, foreign, newer, or does not fit; an object that did not load, by its name.
             FileNotFoundError: there is no such file.
         """
-        self._check_launched()
         place = local_path(path, "fabric.load")
         check_is_dict("fabric.load", {} if state is None else state)
+        self._check_launched("" if state is None else "fabric.load")  # without one each rank may read for itself
         loaded = self._strategy.load_checkpoint(place, state, strict, filter, trust)
         if loaded is not None:
             return loaded
@@ -465,8 +470,8 @@ class Fabric:
         """
         from precision_core.module_files import save_module
 
-        self._check_launched()
         place, target = local_path(path, "fabric.save_module"), _uncompiled(module)
+        self._check_launched("fabric.save_module")
         with agreed(self._strategy, "save"), self._strategy.whole(target):
             save_module(place, target, max_shard_size=max_shard_size, keep=self.is_global_zero)
 
@@ -483,8 +488,8 @@ class Fabric:
         """
         from precision_core.module_files import load_module
 
-        self._check_launched()
         place, target = local_path(path, "fabric.load_module"), _uncompiled(module)
+        self._check_launched("fabric.load_module" if any(map(is_sharded, target.parameters())) else "")
         if any(param.is_meta for param in target.parameters()):
             self._precision.before_load(target)
         with self._strategy.whole(target, writes=True):
@@ -497,6 +502,8 @@ class Fabric:
         """Gives the objects that were set up their own methods back; dtypes stay."""
         while self._restores:
             self._restores.pop()()
+        if self._presence is not None:
+            self._presence.close()
         forget(self._strategy)  # waits for a save that is under way
         self._precision.teardown()
         self._strategy.teardown()

@@ -21,7 +21,7 @@ _SUFFIX = ".partial"
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-z]{16}\.partial", re.DOTALL)
 
 
-def replace_file(path: Path, fill: Callable[[BinaryIO], None]) -> None:
+def replace_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """Has `fill` write a new file beside `path`, then puts it in place; removes what dead processes left of theirs.
 
     Raises:
