@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 
@@ -14,6 +15,12 @@ from precision_core import Fabric, MixedPrecision
 
 STEPS = 500
 FULL = pytest.mark.full
+
+
+def put(index: int, value: float, param: nn.Parameter) -> None:
+    """Puts a value into the gradient, in backward, as a kernel that overflows would."""
+    assert param.grad is not None
+    param.grad.view(-1)[index] = value
 
 
 def inject(optimizer_type: type[SGD | AdamW], where: str, steps: int, seed: int = 0) -> tuple[int, int]:
@@ -36,11 +43,14 @@ def inject(optimizer_type: type[SGD | AdamW], where: str, steps: int, seed: int 
         optimizer.zero_grad()
         loss = (model(x) - target).pow(2).mean()
         losses.append(loss.item())
-        fabric.backward(loss * bad if bad is not None and where == "loss" else loss)
         if bad is not None and where == "gradient":
             param = dice.choice(list(model.parameters()))
-            assert param.grad is not None
-            param.grad.view(-1)[dice.randrange(param.numel())] = bad
+            index = dice.randrange(param.numel())
+            hook = param.register_post_accumulate_grad_hook(functools.partial(put, index, bad))
+            fabric.backward(loss)
+            hook.remove()
+        else:
+            fabric.backward(loss * bad if bad is not None else loss)
         optimizer.step()
         injected += bad is not None
         unchanged = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

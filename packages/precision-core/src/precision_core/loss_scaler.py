@@ -12,6 +12,8 @@ has stepped since the last scaling, else at the next scaling, `state_dict` or re
 gradients that still carry the old one are rescaled; when a loss is scaled while true gradients lie there (a backward
 after a clip, no zero_grad after a step), these are scaled first, so that the sum is right.
 
+Steps of others and changes by others, while gradients carry the scale, raise before anything moves (see guard.py).
+
 Sources: torch.amp.GradScaler; P. Micikevicius et al., Mixed Precision Training (arXiv 1710.03740).
 """
 
@@ -19,8 +21,10 @@ from __future__ import annotations
 
 import enum
 import math
+import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +44,7 @@ from precision_core.gradients import (
     takes_flag,
     unscale_plain,
 )
+from precision_core.guard import Snapshot, StepHook, Unheld, stepping, wraps
 from precision_core.override import original
 from precision_core.scaler import NameOf, Scaler
 
@@ -68,6 +73,7 @@ class _Record:
         self.stepped = False  # since the last scaling
         self.found_inf: bool | Tensor = False  # in gradients that are TRUE; a tensor where the host must not wait
         self.counted = True  # found_inf has gone into an update of the scale
+        self.snapshot: Snapshot | None = None  # of gradients that are SCALED, where the end of backward was seen
 
 
 class LossScaler(Scaler):
@@ -78,9 +84,20 @@ class LossScaler(Scaler):
         max_skips: so many skipped steps in a row raise `FloatingPointError`.
         lazy: leave the flag "inf or NaN found" on its device where the optimizer can skip there (fused ones), so that
             the host does not wait for it.
+        models: returns the models of the run, whose gradients no other optimizer may step while they are scaled.
+        name_of: gives a parameter's name, for messages.
     """
 
-    def __init__(self, torch_scaler: GradScaler, *, min_scale: float, max_skips: int, lazy: bool) -> None:
+    def __init__(
+        self,
+        torch_scaler: GradScaler,
+        *,
+        min_scale: float,
+        max_skips: int,
+        lazy: bool,
+        models: Callable[[], Collection[nn.Module]] = tuple,
+        name_of: NameOf = str,
+    ) -> None:
         super().__init__()
         self.torch_scaler = torch_scaler
         self._min_scale = min_scale
@@ -94,6 +111,12 @@ class LossScaler(Scaler):
         self._inverse: tuple[float, Tensor] | None = None  # a scale, and a tensor of 1 / scale
         self._due = False  # a step's found_inf waits for the update of the scale
         self._last_loss: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None  # scaled, and as it was
+        self._models = models
+        self._name_of = name_of
+        self._hook: StepHook[LossScaler] | None = None
+        self._unheld = Unheld(models)
+        self._found: tuple[int, int] | None = None  # how many optimizers and models there were when it last looked
+        self._warned = False
 
     # ---------------------------------------------------------------- optimizers
 
@@ -105,7 +128,9 @@ class LossScaler(Scaler):
         """
         for optimizer in optimizers:
             if id(optimizer) not in self._records:
-                self._new_record(optimizer)
+                record = self._new_record(optimizer)
+                if self._unheld.carrying(params_of(optimizer)) is not None:  # set up between backward and step
+                    record.gradients = _Gradients.SCALED
             self._records[id(optimizer)].of_the_run = True
 
     def _record(self, optimizer: Optimizer) -> _Record:
@@ -114,13 +139,16 @@ class LossScaler(Scaler):
             record = self._new_record(optimizer)
             if self._issued is not None:  # its gradients came from a scaled loss
                 record.gradients = _Gradients.SCALED
-                _rescale(gradients_of(optimizer), self._issued, self._value())
+                followed = {id(gradient) for gradient in self._unheld.gradients()}
+                late = [gradient for gradient in gradients_of(optimizer) if id(gradient) not in followed]
+                _rescale(late, self._issued, self._value())
         return record
 
     def _new_record(self, optimizer: Optimizer) -> _Record:
         self._check(optimizer)
         key, records = id(optimizer), self._records
         record = records[key] = _Record(weakref.ref(optimizer, lambda _: records.pop(key, None)))
+        self._found = None
         return record
 
     def _live(self) -> list[tuple[Optimizer, _Record]]:
@@ -153,8 +181,11 @@ class LossScaler(Scaler):
         """Returns `loss` (any shape) times the scale."""
         live = self._live()
         for optimizer, record in live:
-            if record.gradients is _Gradients.TRUE:
+            if self._is_scaled(optimizer, record):
+                self._check_unchanged(optimizer, record)
+            elif record.gradients is _Gradients.TRUE:
                 self._withdraw(optimizer, record)
+        self._watch(live)
         self._update_if_due()
         factor = self.torch_scaler._scale
         if self._is_plain and factor is not None and loss.is_cpu:
@@ -166,9 +197,33 @@ class LossScaler(Scaler):
             if record.gradients is not _Gradients.SCALED:
                 _rescale(gradients_of(optimizer), 1.0, self._issued)
                 record.gradients = _Gradients.SCALED
-            record.stepped = False
+            record.stepped, record.snapshot = False, None
+        if self._unheld:
+            self._unheld.before_backward()
         self._last_loss = (weakref.ref(scaled), weakref.ref(loss))
         return scaled
+
+    def after_backward(self) -> None:
+        """Takes note that the backward of the scaled loss has ended: gradients that change from now on are seen."""
+        for record in self._records.values():
+            optimizer = record.reference()
+            if record.gradients is _Gradients.SCALED and optimizer is not None:
+                record.snapshot = Snapshot(optimizer)
+        if self._unheld:
+            self._unheld.after_backward()
+
+    @contextmanager
+    def replacing(self) -> Iterator[None]:
+        """Context in which an engine, not the user, may put equal gradients in the place of those that are there."""
+        right = [
+            (optimizer, record)
+            for optimizer, record in self._live()
+            if record.snapshot is not None and not record.snapshot.changed(optimizer)
+        ]
+        yield
+        for optimizer, record in right:
+            if record.snapshot is not None:
+                record.snapshot = Snapshot(optimizer)
 
     def unscaled(self, scaled: Tensor) -> Tensor:
         """Returns the loss that `scale` was given."""
@@ -221,8 +276,118 @@ class LossScaler(Scaler):
         for optimizer, record in self._live():
             record.counted = True
             if record.gradients is _Gradients.SCALED:
+                is_known = record.snapshot is not None and not record.snapshot.changed(optimizer)
                 _rescale(gradients_of(optimizer), old, new)
-        _rescale(self.held_back(), old, new)  # they always carry the scale
+                if is_known:  # else its step is to raise
+                    record.snapshot = Snapshot(optimizer)
+        _rescale([*self.held_back(), *self._unheld.gradients()], old, new)  # they always carry the scale
+
+    # ---------------------------------------------------------------- steps and changes of others
+
+    def _watch(self, live: list[tuple[Optimizer, _Record]]) -> None:
+        """Has every step be seen from now on, until no gradients carry the scale."""
+        self._find_unheld(live)
+        if not self._warned:
+            self._check_left(live)
+        if self._unheld and self._unheld.trains():  # a closure runs after the hook of the step that calls it
+            for optimizer in stepping():
+                if id(optimizer) not in self._records:
+                    self._check_foreign(optimizer, self._unheld.in_models)
+        if self._hook is None:
+            self._hook = StepHook(self, LossScaler._before_step)
+        self._hook.add()
+
+    def _find_unheld(self, live: list[tuple[Optimizer, _Record]]) -> None:
+        found = (len(live), len(self._models()))
+        if self._found != found:
+            self._found = found
+            self._unheld.find({id(param) for optimizer, _ in live for param in params_of(optimizer)})
+
+    def _rest(self) -> None:
+        """Ends `_watch` where no gradients are known to carry the scale."""
+        if self._hook is None or any(record.gradients is _Gradients.SCALED for record in self._records.values()):
+            return
+        if self._found is None:  # an optimizer has come, which may hold them now
+            self._find_unheld(self._live())
+        if not self._unheld or not self._unheld.gradients():
+            self._hook.remove()
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """Raises `RuntimeError` where `optimizer`, anybody's, is about to step gradients that carry the scale."""
+        record = self._records.get(id(optimizer))
+        if record is None:
+            self._check_foreign(optimizer, self._unheld.carrying)
+        elif record.gradients is _Gradients.SCALED and self._is_scaled(optimizer, record) and gradients_of(optimizer):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} was about to step gradients that carry the loss scale, by a call that "
+                "went past what fabric.setup(model, optimizer) put on it: call optimizer.step() of the very object, or "
+                "without Fabric precision.optimizer_step(optimizer, model, None)"
+            )
+
+    def _check_foreign(
+        self, optimizer: Optimizer, find: Callable[[Iterable[nn.Parameter]], nn.Parameter | None]
+    ) -> None:
+        """Raises `RuntimeError` where others hold parameters of `optimizer`, or `find` returns one of the rest."""
+        holders = {id(param): (holder, record) for holder, record in self._live() for param in params_of(holder)}
+        params = list(params_of(optimizer))
+        for param in params:
+            holder, record = holders.get(id(param), (None, None))
+            if holder is None or record is None or param.grad is None or wraps(optimizer, holder):
+                continue
+            if self._is_scaled(holder, record):
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} was about to step gradients that carry the loss scale. "
+                    f"{type(holder).__name__}, which fabric.setup was given, holds the same parameters: call its "
+                    f"step, or fabric.unscale_gradients on it before {type(optimizer).__name__} steps"
+                )
+        scaled = find(param for param in params if id(param) not in holders)
+        if scaled is not None:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} was not set up, and was about to step gradients that carry the loss "
+                f"scale, such as that of {self._name_of(scaled)}: give it to fabric.setup(model, optimizer), or to "
+                "fabric.setup_optimizers(optimizer) where it is made later; without Fabric call "
+                "precision.optimizer_step(optimizer, model, None)"
+            )
+
+    def _is_scaled(self, optimizer: Optimizer, record: _Record) -> bool:
+        """Whether its gradients carry the scale, and nobody has called `unscale_` of torch's scaler on it."""
+        if record.gradients is _Gradients.SCALED:
+            state = self.torch_scaler._per_optimizer_states.get(id(optimizer))
+            if state is not None and state["stage"] is OptState.UNSCALED:
+                self._now_true(optimizer, record)
+        return record.gradients is _Gradients.SCALED
+
+    def _check_unchanged(self, optimizer: Optimizer, record: _Record) -> None:
+        changed = record.snapshot.changed(optimizer) if record.snapshot is not None else ()
+        if changed:
+            raise RuntimeError(
+                f"the gradients of {_first(map(self._name_of, changed))} were changed after fabric.backward, while "
+                f"they carried the loss scale ({self.torch_scaler.get_scale():g}). Call "
+                "fabric.unscale_gradients(optimizer) before anything reads or changes p.grad, or clip with "
+                f"fabric.clip_gradients(model, optimizer, max_norm=...); zero_grad() of {type(optimizer).__name__} "
+                "drops them"
+            )
+
+    def _check_left(self, live: list[tuple[Optimizer, _Record]]) -> None:
+        """Warns once of updates that no hook has seen, where what they leave behind tells of them."""
+        updated, unstepped = self._unheld.left() if self._unheld else ([], [])
+        for optimizer, record in live:
+            if record.gradients is _Gradients.SCALED and record.snapshot is not None:
+                updated += record.snapshot.updated(optimizer)
+        if not updated and not unstepped:
+            return
+        self._warned = True
+        what = (
+            f"{_first(map(self._name_of, updated))} changed while their gradients carried the loss scale, and no step "
+            "that the precision knows of did that. An update by hand, or a method such as first_step, reads gradients "
+            f"that are {self.torch_scaler.get_scale():g} times too large: call fabric.unscale_gradients(optimizer) "
+            "before it"
+            if updated
+            else f"{_first(map(self._name_of, unstepped))} have gradients that carry the loss scale, and that nobody "
+            "stepped or dropped: no optimizer that was set up holds them. Give it to fabric.setup(model, optimizer) or "
+            "fabric.setup_optimizers(optimizer), or call requires_grad_(False) on what does not train"
+        )
+        warnings.warn(what, stacklevel=7)
 
     # ---------------------------------------------------------------- true gradients
 
@@ -231,8 +396,10 @@ class LossScaler(Scaler):
         record = self._record(optimizer)
         gradients = gradients_of(optimizer)
         self._check_scaled(optimizer, record, gradients)
-        if record.gradients is _Gradients.SCALED:
+        if self._is_scaled(optimizer, record):
+            self._check_unchanged(optimizer, record)
             self._unscale(optimizer, record, gradients)
+            self._rest()
 
     def _unscale(self, optimizer: Optimizer, record: _Record, gradients: list[Tensor]) -> None:
         if self._is_plain and is_plain(gradients) and gradients[0].is_cpu:
@@ -255,7 +422,7 @@ class LossScaler(Scaler):
             record.found_inf = torch.stack([each.to(flags[0].device) for each in flags]).sum()
         else:
             record.found_inf = sum([each.item() for each in flags]) != 0
-        record.gradients, record.counted = _Gradients.TRUE, not flags
+        record.gradients, record.counted, record.snapshot = _Gradients.TRUE, not flags, None
 
     def _check_scaled(self, optimizer: Optimizer, record: _Record, gradients: list[Tensor]) -> None:
         if record.gradients is _Gradients.NONE and gradients:
@@ -276,6 +443,8 @@ class LossScaler(Scaler):
         held = {each: gradients_of(each) for each in optimizers}
         for each, gradients in held.items():
             self._check_scaled(each, self._record(each), gradients)
+            if self._is_scaled(each, self._record(each)):
+                self._check_unchanged(each, self._record(each))
         gradients = [param.grad for param in params if param.grad is not None]
         at_once = (
             clip.max_norm is not None
@@ -289,6 +458,7 @@ class LossScaler(Scaler):
             if result is not None:
                 for each in optimizers:
                     self._now_true(each, self._record(each), result[1].clone())
+                self._rest()
                 return result[0]
         for each in optimizers:
             self.unscale(each)
@@ -335,14 +505,16 @@ class LossScaler(Scaler):
                 "optimizer.step() before any backward: there are no gradients yet. Call fabric.backward(loss) first"
             )
         if gradients:
-            if record.gradients is _Gradients.SCALED:
+            if self._is_scaled(optimizer, record):
+                self._check_unchanged(optimizer, record)
                 self._unscale(optimizer, record, gradients)
             returned = self._step_or_skip(optimizer, record, kwargs)
             result = returned if closure is None else result
             self._due = self._due or not record.counted
         else:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
-        record.gradients, record.stepped = _Gradients.NONE, True
+        record.gradients, record.stepped, record.snapshot = _Gradients.NONE, True, None
+        self._rest()
         if self._due and (len(self._records) == 1 or self._all_stepped()):
             self._update_if_due()
         if self.counter.skipped_in_a_row:
@@ -391,6 +563,17 @@ class LossScaler(Scaler):
             f"{_first(bad) or 'parameters whose gradients are gone by now'}. Look for NaN in the data or the loss, "
             'lower the learning rate, or use precision="bf16-mixed", which needs no scaling'
         )
+
+    def teardown(self) -> None:
+        """Unscales what was not stepped: from now on nobody knows of the scale."""
+        for optimizer, record in self._live():
+            if record.gradients is _Gradients.SCALED:
+                _rescale(gradients_of(optimizer), self._value(), 1.0)
+                record.gradients, record.snapshot = _Gradients.NONE, None
+        _rescale(self._unheld.gradients(), self._value(), 1.0)
+        self._unheld = Unheld(self._models)
+        if self._hook is not None:
+            self._hook.remove()
 
     # ---------------------------------------------------------------- state
 

@@ -193,11 +193,18 @@ class MixedPrecision(Precision):
             return Scaler()
         # Reading a value waits for any device but the CPU.
         return LossScaler(
-            self.setup_scaler(), min_scale=self._min_scale, max_skips=self._max_skips, lazy=self.device_type != "cpu"
+            self.setup_scaler(),
+            min_scale=self._min_scale,
+            max_skips=self._max_skips,
+            lazy=self.device_type != "cpu",
+            models=self._known_modules,
+            name_of=self._name_of,
         )
 
     def teardown(self) -> None:
-        """Gives modules that are exceptions their own forward back."""
+        """Gives modules that are exceptions their own forward back, and unscales gradients that were not stepped."""
+        if "scaler" in vars(self):
+            self.scaler.teardown()
         while self._restores:
             self._restores.pop()()
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -175,6 +175,7 @@ class Precision:
         Gradients stay scaled until the first of `unscale_gradients`, `clip_gradients` and `optimizer_step` needs them
         true, so that accumulation is right. To read `p.grad` before the step, call `unscale_gradients(optimizer)`.
         """
+        self.scaler.after_backward()
         return self.scaler.unscaled(tensor)
 
     # ---------------------------------------------------------------- step
@@ -298,6 +299,9 @@ class Precision:
     @cached_property
     def _modules(self) -> weakref.WeakSet[nn.Module]:
         return weakref.WeakSet()
+
+    def _known_modules(self) -> Collection[nn.Module]:
+        return self._modules
 
     def _remember(self, module: nn.Module) -> None:
         self._modules.add(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +37,13 @@ class Scaler:
         """Returns the loss to call backward on."""
         return loss
 
+    def after_backward(self) -> None:
+        """Takes note that the backward of a loss that `scale` returned has ended."""
+
+    def replacing(self) -> AbstractContextManager[Any]:
+        """Context in which an engine, not the user, may put equal gradients in the place of those that are there."""
+        return nullcontext()
+
     def unscaled(self, scaled: Tensor) -> Tensor:
         """Returns the loss that `scale` was given."""
         return scaled
@@ -58,6 +66,9 @@ class Scaler:
 
     def check_skips(self, name_of: NameOf) -> None:
         """Raises `FloatingPointError` when too many steps in a row were skipped."""
+
+    def teardown(self) -> None:
+        """Ends what watches over scaled gradients."""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the scale and what its growth depends on; empty when there is none."""

@@ -58,14 +58,16 @@ class DDPStrategy(Collectives, Strategy):
 
     def make_outer_forward(self, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
         """Returns what lets a method of `module` run in its engine."""
-        engines = self._engines
+        engines, precision = self._engines, self.precision
+        has_views = bool(self._options.get("gradient_as_bucket_view"))  # DDP replaces those where it rebuilds buckets
 
         def make(function: Callable[..., Any]) -> Callable[..., Any]:
             def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 engine = engines.get(self._modules.get("_orig_mod") or self)
                 if engine is None or not torch.is_grad_enabled():
                     return function(self, *args, **kwargs)
-                return engine(function, self, *args, **kwargs)
+                with precision.scaler.replacing() if has_views else nullcontext():
+                    return engine(function, self, *args, **kwargs)
 
             return forward
 
