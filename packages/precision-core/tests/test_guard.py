@@ -446,3 +446,136 @@ def test_accumulation_says_nothing() -> None:
         fabric.backward(frozen(model(X)).sum())
     optimizer.step()
     assert model.weight.item() == pytest.approx(0.7, abs=1e-3)
+
+
+# -------------------------------------------------------------------- closures
+
+
+class Twice(SGD):
+    """Looks at the loss once more than it has to, as line searches do."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        assert closure is not None, "this optimizer needs its closure"
+        closure()
+        return super().step(closure)
+
+
+class SAMByClosure(SAM):
+    """SAM's other public form."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        assert closure is not None, "this optimizer needs its closure"
+        self.first_step()
+        closure()
+        self.second_step()
+
+
+def closure_of(fabric: Fabric, model: nn.Module, factors: Any = None, drops: bool = True) -> Callable[[], torch.Tensor]:
+    def closure() -> torch.Tensor:
+        if drops:
+            model.zero_grad()
+        loss = model(X).square().sum() / 2
+        fabric.backward(loss * (1.0 if factors is None else next(factors)))
+        return loss
+
+    return closure
+
+
+def test_a_closure_reaches_an_optimizer_that_evaluates_it_itself() -> None:
+    fabric, model = make_fabric(), weight()
+    optimizer = Twice(model.parameters(), lr=0.1)
+    fabric.setup(model, optimizer)
+    for expected in (1.0, 0.9):
+        loss = optimizer.step(closure_of(fabric, model))
+        assert loss.item() == pytest.approx(expected**2 / 2, abs=1e-3)
+        assert model.weight.item() == pytest.approx(0.9 * expected, abs=1e-3)
+    assert fabric.precision_plugin.steps == 2
+
+
+def test_a_closure_of_sam() -> None:
+    fabric, model = make_fabric(), weight()
+    optimizer = SAMByClosure(model.parameters(), SGD, lr=0.1)
+    fabric.setup(model, optimizer)
+    closure = closure_of(fabric, model, drops=False)
+    closure()
+    optimizer.step(closure)
+    assert model.weight.item() == pytest.approx(1 - 0.1 * 1.05, abs=1e-3)
+
+
+def test_an_overflow_before_anything_moved_skips_the_step() -> None:
+    fabric, model = make_fabric(), weight()
+    optimizer = Twice(model.parameters(), lr=0.1)
+    fabric.setup(model, optimizer)
+    loss = optimizer.step(closure_of(fabric, model, iter([float("inf")])))
+    plugin = fabric.precision_plugin
+    assert (model.weight.item(), loss.item(), plugin.scale) == (1.0, 0.5, SCALE / 2)
+    assert (plugin.skipped_steps, fabric.last_step_skipped) == (1, True)
+    optimizer.step(closure_of(fabric, model))
+    assert model.weight.item() == RIGHT
+
+
+def test_an_overflow_between_two_halves_of_a_step_is_evaluated_again() -> None:
+    fabric, model = make_fabric(), weight()
+    optimizer = SAMByClosure(model.parameters(), SGD, lr=0.1)
+    fabric.setup(model, optimizer)
+    closure = closure_of(fabric, model, iter([1.0, float("inf"), float("nan"), 1.0]), drops=False)
+    closure()
+    optimizer.step(closure)
+    assert model.weight.item() == pytest.approx(1 - 0.1 * 1.05, abs=1e-3)
+    assert (fabric.precision_plugin.scale, fabric.precision_plugin.steps) == (SCALE / 4, 1)
+    closure_of(fabric, model)()
+    with pytest.raises(FloatingPointError, match="SAMByClosure: inf or NaN in its closure's"):
+        optimizer.step(closure_of(fabric, model, iter([float("nan")] * 100), drops=False))
+
+
+def test_gradients_that_overflowed_before_a_step_with_a_closure_skip_it() -> None:
+    fabric, model = make_fabric(), weight()
+    optimizer = SAMByClosure(model.parameters(), SGD, lr=0.1)
+    fabric.setup(model, optimizer)
+    closure_of(fabric, model, iter([float("inf")]))()
+    assert optimizer.step(closure_of(fabric, model)) is None
+    assert (model.weight.item(), fabric.precision_plugin.skipped_steps) == (1.0, 1)
+
+
+# -------------------------------------------------------------------- gradients that torch does not unscale
+
+
+def thawed(fabric: Fabric, model: nn.Sequential) -> Optimizer:
+    model[0].requires_grad_(False)
+    optimizer = sgd(model)
+    fabric.setup(model, optimizer)
+    model[0].requires_grad_(True)
+    return optimizer
+
+
+def added(fabric: Fabric, model: nn.Sequential) -> Optimizer:
+    optimizer = sgd(model[1])
+    model[0].requires_grad_(False)
+    fabric.setup(model, optimizer)
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    return optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("start", [thawed, added])
+@pytest.mark.parametrize("clips", [True, False])
+def test_parameters_that_cannot_be_unscaled_are_named(start: Any, dtype: torch.dtype, clips: bool) -> None:
+    fabric, model = make_fabric(), nn.Sequential(weight(), weight())
+    model[0].weight = nn.Parameter(model[0].weight.to(dtype))
+    optimizer = start(fabric, model)
+    fabric.backward((model[0].weight.abs().float() * model[1].weight).sum())
+    with pytest.raises(ValueError, match=r"0\.weight \((b?float16|complex64)\).*requires_grad_\(False\)"):
+        fabric.clip_gradients(model, optimizer, max_norm=1.0) if clips else optimizer.step()
+    assert model[1].weight.item() == 1.0
+
+
+def test_complex_parameters_that_train_are_refused_at_setup() -> None:
+    model = nn.Sequential(weight())
+    model[0].register_parameter("phase", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
+    with pytest.raises(
+        ValueError, match=r"complex gradients, those of 0\.phase \(complex64\): use precision=\"bf16-mixed\""
+    ):
+        make_fabric().setup(model)
+    model[0].phase.requires_grad_(False)
+    make_fabric().setup(model)

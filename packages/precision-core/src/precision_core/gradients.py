@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from precision_core.clipping import Clip, whole
+from precision_core.override import original
 
 
 def params_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:
@@ -81,6 +82,12 @@ def clip_scaled(gradients: list[Tensor], scale: float | Tensor, clip: Clip) -> t
         return None
     torch._foreach_mul_(gradients, min(clip.max_norm / (value + 1e-6), 1.0) / scale)
     return total / scale, torch.zeros((), device=total.device)
+
+
+def runs_closure_first(optimizer: Optimizer) -> bool:
+    """Whether its `step` runs a closure once, before anything else, so that it may as well be run before it."""
+    module = getattr(original(optimizer, "step"), "__module__", None) or ""
+    return takes_flag(optimizer) or module.partition(".")[0] == "torch"
 
 
 def takes_flag(optimizer: Optimizer) -> bool:

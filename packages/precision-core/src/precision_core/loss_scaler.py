@@ -23,7 +23,7 @@ import enum
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +40,7 @@ from precision_core.gradients import (
     is_plain,
     multiply,
     params_of,
+    runs_closure_first,
     skips_on_device,
     takes_flag,
     unscale_plain,
@@ -61,6 +62,10 @@ class _Gradients(enum.Enum):
     NONE = enum.auto()
     SCALED = enum.auto()
     TRUE = enum.auto()
+
+
+class _SkippedError(Exception):
+    """Leaves a step whose closure has overflowed."""
 
 
 class _Record:
@@ -85,6 +90,7 @@ class LossScaler(Scaler):
         lazy: leave the flag "inf or NaN found" on its device where the optimizer can skip there (fused ones), so that
             the host does not wait for it.
         models: returns the models of the run, whose gradients no other optimizer may step while they are scaled.
+        refused: dtypes in which no gradient may be.
         name_of: gives a parameter's name, for messages.
     """
 
@@ -96,6 +102,7 @@ class LossScaler(Scaler):
         max_skips: int,
         lazy: bool,
         models: Callable[[], Collection[nn.Module]] = tuple,
+        refused: Container[torch.dtype] = (torch.float16,),
         name_of: NameOf = str,
     ) -> None:
         super().__init__()
@@ -112,6 +119,7 @@ class LossScaler(Scaler):
         self._due = False  # a step's found_inf waits for the update of the scale
         self._last_loss: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None  # scaled, and as it was
         self._models = models
+        self._refused = refused
         self._name_of = name_of
         self._hook: StepHook[LossScaler] | None = None
         self._unheld = Unheld(models)
@@ -402,6 +410,8 @@ class LossScaler(Scaler):
             self._rest()
 
     def _unscale(self, optimizer: Optimizer, record: _Record, gradients: list[Tensor]) -> None:
+        if not is_plain(gradients):
+            self._check_dtypes(optimizer)
         if self._is_plain and is_plain(gradients) and gradients[0].is_cpu:
             scale = self._value()
             assert isinstance(scale, float)
@@ -411,6 +421,20 @@ class LossScaler(Scaler):
         else:
             self.torch_scaler.unscale_(optimizer)
             self._now_true(optimizer, record)
+
+    def _check_dtypes(self, optimizer: Optimizer) -> None:
+        """Raises `ValueError` for gradients that setup would have refused: they began to train after it."""
+        wrong = [
+            f"{self._name_of(param)} ({str(param.grad.dtype).removeprefix('torch.')})"
+            for param in params_of(optimizer)
+            if param.grad is not None and (param.grad.dtype in self._refused or param.grad.is_complex())
+        ]
+        if wrong:
+            raise ValueError(
+                f"16-mixed scales the loss, and unscales no half and no complex gradients: {_first(wrong)}. They train "
+                "since fabric.setup, or came with add_param_group: freeze them with requires_grad_(False), cast "
+                'them to float32 before setup, or use precision="bf16-mixed", which does not scale'
+            )
 
     def _now_true(self, optimizer: Optimizer, record: _Record, flag: Tensor | None = None) -> None:
         """Notes what the check of the gradients found; `flag` is given when it was not torch's scaler that checked."""
@@ -486,8 +510,8 @@ class LossScaler(Scaler):
     def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, name_of: NameOf, **kwargs: Any) -> Any:
         """Steps `optimizer` on true gradients, or skips the step when they have inf or NaN.
 
-        Returns the closure's result (it runs once, before the step) when there is one, else what the optimizer
-        returns, None on a skip.
+        Returns the closure's result when there is one, else what the optimizer returns, None on a skip. Steps of
+        torch's optimizers have their closure run once, before them; to others it is handed on, with true gradients.
 
         Raises:
             RuntimeError: no loss was ever scaled, or the gradients come from one that was not.
@@ -496,6 +520,8 @@ class LossScaler(Scaler):
         record = self._record(optimizer)
         result = None
         if closure is not None:
+            if not runs_closure_first(optimizer):
+                return self._step_with(closure, optimizer, record, name_of, kwargs)
             with torch.enable_grad():
                 result = closure()
         gradients = gradients_of(optimizer)
@@ -513,13 +539,68 @@ class LossScaler(Scaler):
             self._due = self._due or not record.counted
         else:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
+        self._after_step(record, name_of)
+        return result
+
+    def _after_step(self, record: _Record, name_of: NameOf) -> None:
         record.gradients, record.stepped, record.snapshot = _Gradients.NONE, True, None
         self._rest()
         if self._due and (len(self._records) == 1 or self._all_stepped()):
             self._update_if_due()
         if self.counter.skipped_in_a_row:
             self.check_skips(name_of)
-        return result
+
+    def _step_with(
+        self,
+        closure: Callable[[], Any],
+        optimizer: Optimizer,
+        record: _Record,
+        name_of: NameOf,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Steps an optimizer that calls the closure itself, as often as it wants; each call leaves true gradients.
+
+        The step is skipped when the first call overflows and no parameter has moved. Else parameters lie between two
+        steps, and the closure is run again with a lower scale.
+        """
+        results: list[Any] = []
+        gradients = gradients_of(optimizer)
+        if gradients and self._is_scaled(optimizer, record):  # of a backward before the step, as SAM wants
+            self.unscale(optimizer)
+        before = [param._version for param in params_of(optimizer)]
+
+        def evaluate() -> Any:
+            for _ in range(self._max_skips):
+                had = {id(param) for param in params_of(optimizer) if param.grad is not None}
+                with torch.enable_grad():
+                    results.append(closure())
+                self.unscale(optimizer)
+                if not record.found_inf:
+                    return results[-1]
+                if before == [param._version for param in params_of(optimizer)]:
+                    raise _SkippedError
+                self._due = True
+                self._update_if_due()
+                for param in params_of(optimizer):
+                    if id(param) not in had:  # else the closure drops them itself
+                        param.grad = None
+            raise FloatingPointError(
+                f"{type(optimizer).__name__}: inf or NaN in its closure's gradients {self._max_skips} times in a row, "
+                f"the loss scale is {self.torch_scaler.get_scale():g}. Look for NaN in the data or the loss, lower the "
+                'learning rate, or use precision="bf16-mixed", which needs no scaling'
+            )
+
+        skipped = bool(record.found_inf) and record.gradients is _Gradients.TRUE
+        if not skipped:
+            try:
+                original(optimizer, "step")(evaluate, **kwargs)
+            except _SkippedError:
+                skipped = True
+        self.counter.add(skipped)
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        self._due = self._due or not record.counted
+        self._after_step(record, name_of)
+        return results[0] if results else None
 
     def _all_stepped(self) -> bool:
         records = [record for _, record in self._live()]

@@ -113,6 +113,7 @@ class MixedPrecision(Precision):
             if param.dtype in FLOAT_DTYPES and policies.of(name).params is torch.float32 is not param.dtype
         ]
         self._check_trainable([(name, param) for name, param in wrong if param.requires_grad])
+        self._check_complex(module)
         frozen = {name for name, param in wrong if not param.requires_grad}
         if self._upcast:  # a norm takes weight and bias of one dtype; products are cast by autocast
             trained = {name.rpartition(".")[0] for name, param in module.named_parameters() if param.requires_grad}
@@ -146,6 +147,20 @@ class MixedPrecision(Precision):
                 f"{self.policy.flat} trains float32 parameters, these are not: {names}{more}. Pass "
                 f'MixedPrecision("{self.policy}", device="{self.device_type}", upcast=True) to cast them to float32, '
                 "load the model in float32, or freeze them with requires_grad_(False)"
+            )
+
+    def _check_complex(self, module: nn.Module) -> None:
+        names = [
+            f"{name} ({str(param.dtype).removeprefix('torch.')})"
+            for name, param in module.named_parameters()
+            if param.is_complex() and param.requires_grad
+        ]
+        if names and self.policy.scale:
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            raise ValueError(
+                f"{self.policy.flat} scales the loss, and torch unscales no complex gradients, those of "
+                f'{", ".join(names[:10])}{more}: use precision="bf16-mixed", which does not scale, hold them as real '
+                "parameters (torch.view_as_real), or freeze them with requires_grad_(False)"
             )
 
     # ---------------------------------------------------------------- forward
@@ -191,6 +206,7 @@ class MixedPrecision(Precision):
         """The loss scaler; one that does nothing where the loss is not scaled."""
         if not self.policy.scale:
             return Scaler()
+        by_exception = {exception.params for _, exception in self.policy.exceptions}
         # Reading a value waits for any device but the CPU.
         return LossScaler(
             self.setup_scaler(),
@@ -198,6 +214,7 @@ class MixedPrecision(Precision):
             max_skips=self._max_skips,
             lazy=self.device_type != "cpu",
             models=self._known_modules,
+            refused={torch.float16, torch.bfloat16} - by_exception,
             name_of=self._name_of,
         )
 
