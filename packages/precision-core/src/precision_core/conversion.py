@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from precision_core.casting import cast_dtype, cast_tensor
 from precision_core.report import Item
@@ -19,21 +20,41 @@ BufferDtype = Callable[[str, Tensor], torch.dtype | None]
 
 
 def cast_parameters(module: nn.Module, dtype_of: ParamDtype) -> list[Item]:
-    """Casts every parameter, and its gradient if there is one, to `dtype_of(name, param)`; None leaves it as it is."""
+    """Casts every parameter, and its gradient if there is one, to `dtype_of(name, param)`; None leaves it as it is.
+
+    So does a tensor subclass that has one dtype only, as torchao's packed weights.
+    """
     items = []
     for name, param in module.named_parameters():
         dtype = dtype_of(name, param)
         if dtype is None or cast_dtype(param.dtype, dtype) is param.dtype:
             continue
+        new = cast_tensor(param.data, dtype)
+        if new.dtype is param.dtype:
+            continue
         items.append(Item(name, _change(param, dtype)))
         gradient, param.grad = param.grad, None
-        param.data = cast_tensor(param.data, dtype)
+        if is_traceable_wrapper_subclass(param):  # which holds others: setting .data leaves those as they were
+            swapped = nn.Parameter(new, requires_grad=param.requires_grad)
+            vars(swapped).update(vars(param))
+            torch.utils.swap_tensors(param, swapped)
+        else:
+            param.data = new
         if gradient is not None:
             param.grad = cast_tensor(gradient, dtype)
     for child in module.modules():
         if isinstance(child, nn.RNNBase):
             child.flatten_parameters()  # cuDNN wants them in one block again
     return items
+
+
+def packed_parameters(module: nn.Module, dtype_of: ParamDtype) -> list[Item]:
+    """Returns those that `cast_parameters` was to cast and that have stayed as they were."""
+    return [
+        Item(name, f"{type(param).__name__} has one dtype, {str(param.dtype).removeprefix('torch.')}")
+        for name, param in module.named_parameters()
+        if (dtype := dtype_of(name, param)) is not None and cast_dtype(param.dtype, dtype) is not param.dtype
+    ]
 
 
 def cast_buffers(module: nn.Module, dtype_of: BufferDtype) -> tuple[list[Item], list[str]]:

@@ -68,7 +68,7 @@ _INFERRING = frozenset(
 """Floating only when the values are."""
 
 _OF_NUMBERS = frozenset({torch.full, torch.scalar_tensor, torch.arange})
-"""Of those, the ones whose Python numbers alone say so; a value beyond the default dtype is not made in that first."""
+"""Of those, the ones whose numbers alone say so: one beyond the default dtype must not be made in that first."""
 
 _BOUNDS = frozenset(
     getattr(owner, name) for owner in (torch, Tensor) for name in ("clamp", "clip", "clamp_min", "clamp_max")
@@ -132,11 +132,7 @@ class created_as(TorchFunctionMode):
         if func in _OF_NUMBERS and _leaves_dtype_open(func, args, kwargs):
             if (number := _widest_number((*args, *kwargs.values()))) is not int:
                 return func(*args, **{**kwargs, "dtype": self._dtype_for(number)})
-        elif (
-            (func in _CONDITIONAL or func in _BOUNDS)
-            and not (_any_floating(args) or _any_floating(kwargs))
-            and _widest_number((*args, *kwargs.values())) is float
-        ):
+        elif (func in _CONDITIONAL or func in _BOUNDS) and _only_numbers_float(args, kwargs):
             return func(*self._widen(args, func), **self._widen(kwargs, func))
         out = func(*args, **kwargs)
         # Nearly always the result is in self.dtype already, and this comparison is all that the mode costs.
@@ -226,6 +222,10 @@ def _widest_number(values: tuple[Any, ...]) -> type:
     if any(isinstance(value, complex) for value in values):
         return complex
     return float if any(isinstance(value, float) for value in values) else int
+
+
+def _only_numbers_float(args: Any, kwargs: dict[str, Any]) -> bool:
+    return _widest_number((*args, *kwargs.values())) is float and not (_any_floating(args) or _any_floating(kwargs))
 
 
 def _any_dtype(args: Any, kwargs: dict[str, Any]) -> bool:

@@ -23,4 +23,4 @@ class DoublePrecision(Precision):
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Context in which created tensors are float64."""
-        return created_as(torch.float64)
+        return created_as(torch.float64, aligns=self._aligns)

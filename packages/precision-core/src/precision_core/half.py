@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from precision_core.conversion import cast_buffers, cast_parameters
+from precision_core.conversion import cast_buffers, cast_parameters, packed_parameters
 from precision_core.creation import created_as
 from precision_core.dtypes import FLOATS, dtype_name, parse_dtype
 from precision_core.exceptions import EffectivePolicies, Restore, apply_exceptions, casting_inputs
@@ -66,7 +66,6 @@ class HalfPrecision(Precision):
             raise ValueError(f"HalfPrecision(buffers={buffers!r}): expected a float dtype, or name patterns of buffers")
         self._device_type: str | None = None
         self._restores: list[Restore] = []
-        self._aligns = False
 
     def connect(self, strategy: Strategy) -> None:
         """Takes the device type, which exceptions in mixed precision need."""
@@ -103,6 +102,7 @@ class HalfPrecision(Precision):
             return wide_norms.get(name.rpartition(".")[0], policies.of(name).params)
 
         items = cast_parameters(module, param_dtype)
+        packed = packed_parameters(module, param_dtype)
         buffers, changed = cast_buffers(module, buffer_dtype)
         statistics = [
             name
@@ -110,7 +110,7 @@ class HalfPrecision(Precision):
             if name.endswith(("running_mean", "running_var")) and buffer.dtype in self._runs
         ]
         restores = apply_exceptions(module, policies, self._device_type)
-        aligns = bool(wide.why or wide_norms or self._float32_buffers or restores)
+        aligns = bool(packed or wide.why or wide_norms or self._float32_buffers or restores)
         if aligns:
             restores += _align_recurrent(module, policies)
         self._restores += restores
@@ -126,7 +126,8 @@ class HalfPrecision(Precision):
         self.report = Report(
             self.mode,
             converted=tuple(items + buffers),
-            skipped=tuple(
+            skipped=tuple(packed)
+            + tuple(
                 Item(name, f"kept in {dtype_name(dtype)}: torch's batch norm wants weight and statistics alike")
                 for name, dtype in wide_norms.items()
             )

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from precision_core.casting import cast, map_tensors
 from precision_core.clipping import make_clip
-from precision_core.conversion import cast_buffers, cast_parameters
+from precision_core.conversion import cast_buffers, cast_parameters, packed_parameters
 from precision_core.dtypes import FLOAT_DTYPES
 from precision_core.formats import FORMATS, by_dtypes
 from precision_core.parameter_init import parameters_in
@@ -70,6 +70,7 @@ class Precision:
 
     _runs: tuple[torch.dtype, ...] = (torch.float32,)  # what params and compute may be, alike
     _applies_exceptions = False
+    _aligns = False  # whether products are to take operands of several dtypes, since a model holds such
 
     def _check_policy(self, policy: Policy) -> Policy:
         """Returns `policy`; raises `ValueError` when this class cannot run it, naming what does."""
@@ -110,7 +111,11 @@ class Precision:
         before = module_bytes(module)
         items = cast_parameters(module, lambda _, param: self.storage(param))
         items += cast_buffers(module, lambda *_: self.policy.buffers)[0]
-        self.report = Report(self.mode, converted=tuple(items), bytes_before=before, bytes_after=module_bytes(module))
+        packed = packed_parameters(module, lambda _, param: self.storage(param))
+        self._aligns = self._aligns or bool(packed)
+        self.report = Report(
+            self.mode, tuple(items), tuple(packed), bytes_before=before, bytes_after=module_bytes(module)
+        )
         self._remember(module)
         return module
 

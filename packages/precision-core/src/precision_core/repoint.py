@@ -4,28 +4,41 @@
     ...                                                # a conversion that makes new parameters
     repoint(optimizer, replaced_params(before, model))
 
-Nothing here keeps an old parameter alive: each can be freed as soon as its layer is converted.
+Nothing here keeps an old parameter alive: each can be freed as soon as its layer is converted. But torch swaps the
+contents of parameters that are tensor subclasses, or all under `torch.__future__.set_swap_module_params_on_conversion`,
+and refuses that for tensors that somebody refers to weakly: those are held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 ParamMap = MutableMapping[nn.Parameter, nn.Parameter]
+ParamRef = Callable[[], nn.Parameter | None]
 
 _SHOWN = 10
 
 
-def named_params(module: nn.Module) -> dict[str, WeakIdRef]:
-    """Returns weak references to all parameters by name; a tied one stands under each of its names."""
-    return {name: WeakIdRef(param) for name, param in module.named_parameters(remove_duplicate=False)}
+def named_params(module: nn.Module) -> dict[str, ParamRef]:
+    """Returns references to all parameters by name, weak ones where torch allows; a tied one stands under each name."""
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    return {
+        name: _held(param) if swaps or is_traceable_wrapper_subclass(param) else WeakIdRef(param)
+        for name, param in module.named_parameters(remove_duplicate=False)
+    }
 
 
-def replaced_params(before: Mapping[str, WeakIdRef], module: nn.Module) -> ParamMap:
+def _held(param: nn.Parameter) -> ParamRef:
+    return lambda: param
+
+
+def replaced_params(before: Mapping[str, ParamRef], module: nn.Module) -> ParamMap:
     """Returns old -> new, where the parameter of that name in `module` is another object now; old ones held weakly."""
     now = dict(module.named_parameters(remove_duplicate=False))
     params: ParamMap = WeakIdKeyDictionary()

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+from torch.utils.weak import WeakIdKeyDictionary
 
 from precision_core.hooks import move_hooks
-from precision_core.repoint import ParamMap, named_params, replaced_params
+from precision_core.repoint import ParamMap, ParamRef, named_params, replaced_params
 from precision_core.report import Item, Report, module_bytes
 from precision_core.surgery_layers import Layer, Replacement, find_layers, shown
 from precision_core.surgery_plan import Plan, make_plan
@@ -141,7 +141,7 @@ def _keep_flags(
                 setattr(new, key, value)  # what users and sharding libraries note on parameters
 
 
-def _tie(layer: Layer, new: nn.Module, before: Mapping[str, WeakIdRef], plan: Plan, stands: ParamMap) -> None:
+def _tie(layer: Layer, new: nn.Module, before: Mapping[str, ParamRef], plan: Plan, stands: ParamMap) -> None:
     """Puts one parameter wherever one old parameter was: that of the first layer which holds it."""
     moves = []
     params = _params(new)
