@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import SGD
 
-from precision_core import MixedPrecision, Precision
+from precision_core import Fabric, MixedPrecision, Precision
 from precision_core.loss_scaler import LossScaler
 
 MODES = ("32-true", "16-mixed", "16-mixed on a device that blocks")
@@ -146,3 +146,81 @@ def test_an_optimizer_over_more_than_the_model_is_unscaled_whole() -> None:
     assert plugin.clip_gradients(a, None, max_norm=1.0) == 8.0
     assert a.weight.grad is not None and b.weight.grad is not None
     assert (a.weight.grad.item(), b.weight.grad.item()) == (pytest.approx(1.0), 2.0)
+
+
+# -------------------------------------------------------------------- norms beyond the dtype's range
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "norm_type"),
+    [
+        ("16-true", [1000.0] * 40000, 2.0),
+        ("16-true", [1000.0] * 40000, 1.0),
+        ("16-true", [6e4] * 3, 2.0),
+        ("16-true", [6e4] * 40000, float("inf")),
+        ("bf16-true", [0.1] * 1_000_000, 2.0),
+        ("bf16-true", [1e30] * 4, 2.0),
+        ("bf16-mixed", [1e38] * 100, 2.0),
+        ("32-true", [2e38] * 100, 2.0),
+        ("32-true", [1e-25] * 100, 2.0),
+        ("64-true", [1e300] * 100, 2.0),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"foreach": True}])
+def test_norms_beyond_the_range_clip_and_do_not_zero(
+    mode: str, values: list[float], norm_type: float, options: dict[str, bool]
+) -> None:
+    fabric = Fabric(accelerator="cpu", precision=mode)
+    dtype = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "64-true": torch.float64}.get(mode, torch.float32)
+    model = nn.ParameterList([torch.zeros(len(values) // 2 or 1), torch.zeros(len(values) - (len(values) // 2 or 1))])
+    model, optimizer = fabric.setup(model, SGD(model.parameters(), lr=1.0, **options))
+    true = torch.tensor(values, dtype=torch.float64).to(dtype)
+    for param, gradient in zip(model, true.split([param.numel() for param in model]), strict=True):
+        param.grad = gradient.clone()
+    norm = fabric.clip_gradients(model, optimizer, max_norm=1.0, norm_type=norm_type)
+    expected = torch.linalg.vector_norm((true.double() / true.double().max()), norm_type) * true.double().max()
+    assert norm.item() == pytest.approx(expected.item(), rel=1e-3)  # float32 sums lose some of a million
+    assert norm.dtype is not dtype or dtype in (torch.float32, torch.float64)
+    clipped = torch.cat([param.grad.double() for param in model])
+    unit = true.double() * min(1.0, 1 / (expected.item() + 1e-6))
+    torch.testing.assert_close(clipped, unit, rtol=2e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-3, atol=0)
+
+
+def test_infinite_gradients_have_an_infinite_norm() -> None:
+    fabric = Fabric(accelerator="cpu", precision="16-true")
+    model = nn.Linear(2, 1, bias=False)
+    fabric.setup(model, SGD(model.parameters(), lr=1.0))
+    for bad in (float("inf"), float("nan")):
+        model.weight.grad = torch.tensor([[bad, 1.0]], dtype=torch.float16)
+        norm = fabric.clip_gradients(model, max_norm=1.0)
+        assert norm is not None and not torch.isfinite(norm)
+        model.weight.grad = torch.tensor([[bad, 1.0]], dtype=torch.float16)
+        with pytest.raises(RuntimeError, match="non-finite"):
+            fabric.clip_gradients(model, max_norm=1.0, error_if_nonfinite=True)
+
+
+@pytest.mark.parametrize("mode", ["32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed"])
+@pytest.mark.parametrize("whole_model", [True, False])
+def test_sparse_gradients_are_clipped(mode: str, whole_model: bool) -> None:
+    fabric = Fabric(accelerator="cpu", precision=mode)
+    model = nn.Sequential(nn.Embedding(4, 2, sparse=True), nn.Linear(2, 1, bias=False))
+    optimizer = SGD(model.parameters(), lr=1.0)
+    fabric.setup(model, optimizer)
+    before = model[0].weight.detach().clone()
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        fabric.backward(model[0](torch.tensor([1, 1, 2])).sum() / 4)  # row 1 twice: 0.5, row 2 once: 0.25
+
+    arguments = (model, None) if whole_model else (model, optimizer)
+    backward()
+    norm = fabric.clip_gradients(*arguments, max_norm=0.125)
+    assert norm is not None and norm.item() == pytest.approx(0.625**0.5, rel=1e-3)
+    optimizer.step()
+    moved = (before - model[0].weight.detach()).double()
+    wanted = torch.tensor([[0.0], [0.5], [0.25], [0.0]]).double().expand(4, 2) * 0.125 / 0.625**0.5
+    torch.testing.assert_close(moved, wanted, rtol=0, atol=0.01)
+    backward()
+    fabric.clip_gradients(*arguments, clip_val=0.3)
+    assert model[0].weight.grad is not None
+    assert model[0].weight.grad.to_dense()[:, 0].tolist() == pytest.approx([0.0, 0.3, 0.25, 0.0], rel=1e-2)

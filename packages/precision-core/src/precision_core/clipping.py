@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
 class Clip(NamedTuple):
@@ -39,37 +40,100 @@ def make_clip(max_norm: float | None, clip_val: float | None, norm_type: float, 
 
 
 def clip_true_gradients(params: Sequence[nn.Parameter], clip: Clip) -> Tensor | None:
-    """Clips unscaled gradients in place with torch's own functions.
+    """Clips unscaled gradients in place.
 
-    Returns the norm before clipping (a float tensor of no dimensions) for `max_norm`, None for `clip_val`. Of sharded
-    gradients it is the norm over all ranks; whole ones beside them count once, as on each rank.
+    Returns the norm before clipping (float32 of no dimensions, float64 for float64 and where float32 does not hold it)
+    for `max_norm`, None for `clip_val`. Of sharded gradients it is the norm over all ranks; whole ones beside them
+    count once, as on each rank. Sparse gradients are coalesced.
+
+    Raises:
+        RuntimeError: `clip.error_if_nonfinite` and the norm is not finite.
     """
-    kinds = _by_mesh(params)
+    kinds = [[_Gradient(param) for param in kind] for kind in _by_mesh(params)]
     if clip.clip_val is not None:
-        for kind in kinds:
-            clip_grad_value_(kind, clip.clip_val)
+        for each in [each for kind in kinds for each in kind]:
+            each.values.clamp_(-clip.clip_val, clip.clip_val)
         return None
     assert clip.max_norm is not None
-    if len(kinds) == 1:  # as torch's clip_grad_norm_, which torch_xla replaces by one that reads values from the device
-        gradients = [_summed_in(param.grad) for param in kinds[0] if param.grad is not None]
-        norm = get_total_norm(gradients, clip.norm_type, clip.error_if_nonfinite)
-        clip_grads_with_norm_(kinds[0], clip.max_norm, norm)
-        return whole(norm)
-    parts = [[param.grad for param in kind if param.grad is not None] for kind in kinds]
-    norms = [whole(get_total_norm(each, clip.norm_type)) for each in parts]
-    norm = get_total_norm([each.to(norms[0].device) for each in norms], clip.norm_type, clip.error_if_nonfinite)
+    norm = _total([_norm([each.values for each in kind], clip.norm_type) for kind in kinds], clip.norm_type)
+    if (
+        kinds != [[]] and norm.is_cpu and not _SMALL < norm.item() < math.inf
+    ):  # a sum of squares may have left the dtype's range
+        wide = _total([_wide_norm([each.values for each in kind], clip.norm_type) for kind in kinds], clip.norm_type)
+        fits = norm.dtype is torch.float32 and wide.item() <= torch.finfo(torch.float32).max
+        norm = wide.float() if fits else wide
+    if clip.error_if_nonfinite and not torch.isfinite(norm):
+        raise RuntimeError(
+            f"clip_gradients(error_if_nonfinite=True): the {clip.norm_type:g}-norm of the gradients is non-finite, "
+            f"{norm.item()}: look for NaN in the data or the loss"
+        )
     for kind in kinds:
-        clip_grads_with_norm_(kind, clip.max_norm, norm)
+        _multiply(kind, clip.max_norm, norm)
     return norm
 
 
-def _summed_in(gradient: Tensor) -> Tensor:
-    """Returns the gradient as its norm is taken of it: XLA sums in the dtype itself, and the others in float32.
+_SMALL = 1e-15
+"""Where squares of float32 begin to be lost."""
 
-    Of 1,000,000 bfloat16 gradients the norm was half of what it is. In XLA's program the cast is part of the sum.
-    """
-    is_half = gradient.dtype in (torch.bfloat16, torch.float16)
-    return gradient.float() if is_half and gradient.device.type == "xla" else gradient
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class _Gradient:
+    """A parameter's gradient; of a sparse one, which is coalesced, the values."""
+
+    def __init__(self, param: nn.Parameter) -> None:
+        assert param.grad is not None
+        self.param = param
+        self.is_sparse = param.grad.is_sparse
+        if self.is_sparse:
+            param.grad = param.grad.coalesce()  # else one row may be there twice
+        self.values = param.grad._values() if self.is_sparse else param.grad
+
+
+def _norm(gradients: list[Tensor], norm_type: float) -> Tensor:
+    """Returns the norm, summed in float32 where gradients are half: a float16 norm ends at 65504."""
+    halves = [each for each in gradients if each.dtype in _HALF]
+    norms = []
+    if len(halves) < len(gradients) or not gradients:
+        # As torch's clip_grad_norm_, which torch_xla replaces by one that reads values from the device.
+        norms.append(get_total_norm([each for each in gradients if each.dtype not in _HALF], norm_type))
+    on_cpu = [each for each in halves if each.device.type in ("cpu", "xla")]  # there casts are faster, or free
+    norms += [torch.linalg.vector_norm(each.float(), norm_type) for each in on_cpu]
+    others = [each for each in halves if each.device.type not in ("cpu", "xla")]
+    if others:
+        norms += torch._foreach_norm(others, norm_type, dtype=torch.float32)
+    return whole(_total(norms, norm_type))
+
+
+def _total(norms: list[Tensor], norm_type: float) -> Tensor:
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]), norm_type)
+
+
+def _wide_norm(gradients: list[Tensor], norm_type: float) -> Tensor:
+    """Returns the norm in float64; of float64 gradients with those powers of two before them that it takes."""
+    norm = torch.zeros((), dtype=torch.float64)
+    for exponent in (0, -600, 600):
+        norms = [torch.linalg.vector_norm(each.double() * 2.0**exponent, norm_type) for each in gradients]
+        norm = whole(_total(norms, norm_type)) / 2.0**exponent
+        if 0 < norm.item() < math.inf or not any(each.dtype is torch.float64 for each in gradients):
+            break
+    return norm
+
+
+def _multiply(gradients: list[_Gradient], max_norm: float, norm: Tensor) -> None:
+    """Multiplies gradients by max_norm / norm where that is below 1."""
+    dense = [each.param for each in gradients if not each.is_sparse and each.values.dtype not in _HALF]
+    if dense:
+        clip_grads_with_norm_(dense, max_norm, norm)
+    rest = [each.values for each in gradients if each.is_sparse or each.values.dtype in _HALF]
+    if rest:
+        # In two factors: the one may be too small for the gradients' dtype, in which devices take it.
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        first = factor.clamp(min=2.0**-13)
+        for each in rest:
+            each.mul_(first.to(each.device, each.dtype)).mul_((factor / first).to(each.device, each.dtype))
 
 
 def whole(value: Tensor) -> Tensor:
