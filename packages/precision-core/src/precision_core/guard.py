@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 from weakref import ref
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -51,14 +52,20 @@ class StepHook(Generic[T]):
 
 
 class Snapshot:
-    """Gradients of an optimizer as a backward left them; holds none of them alive."""
+    """Gradients of an optimizer as a backward left them; holds none of them alive.
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    torch counts no versions where it changes several sharded gradients at once, as its clip_grad_norm_ does. With
+    `shards` a few values of each are kept. To compare them the host waits for the device, so that is for a run's first
+    steps: a loop clips in each step, or in none.
+    """
+
+    def __init__(self, optimizer: Optimizer, shards: bool = False) -> None:
         self._seen = [
             (ref(gradient), gradient._version, param._version) if (gradient := param.grad) is not None else None
             for group in optimizer.param_groups
             for param in group["params"]
         ]
+        self._samples = [_sample(param.grad) for param in params_of(optimizer)] if shards else []
 
     def changed(self, optimizer: Optimizer) -> list[nn.Parameter]:
         """Returns the parameters whose gradients are others now; dropped ones and zeros are right at any scale."""
@@ -68,12 +75,24 @@ class Snapshot:
             if (gradient := param.grad) is not None
             and (seen is None or seen[0]() is not gradient or seen[1] != gradient._version)  # type: ignore[union-attr]
         ]
+        for param, sample in zip(params_of(optimizer), self._samples, strict=False):
+            now = None if sample is None else _sample(param.grad)
+            if now is not None and sample is not None and not torch.equal(now, sample):
+                changed.append(param)
         return [param for param in changed if not _is_zero(param.grad)] if changed else changed
 
     def updated(self, optimizer: Optimizer) -> list[nn.Parameter]:
         """Returns the parameters that had a gradient, and whose values were changed since."""
         pairs = zip(params_of(optimizer), self._seen, strict=False)
         return [param for param, seen in pairs if seen is not None and seen[2] != param._version]
+
+
+def _sample(gradient: Tensor | None) -> Tensor | None:
+    """Returns the bits of a few values of this rank's shard; None where it has none, or is no shard."""
+    if gradient is None or not hasattr(gradient, "to_local"):
+        return None
+    values = gradient.to_local().detach().reshape(-1)
+    return values[:: max(1, len(values) // 16)].clone().view(torch.uint8)
 
 
 def _is_zero(gradient: Tensor | None) -> bool:

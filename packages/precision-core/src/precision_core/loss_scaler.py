@@ -58,6 +58,10 @@ _SCALER_KEYS = {
 }
 
 
+_FIRST_STEPS = 3
+"""In so many steps the values of sharded gradients are looked at, which tell of changes that no version tells of."""
+
+
 class _Gradients(enum.Enum):
     NONE = enum.auto()
     SCALED = enum.auto()
@@ -78,6 +82,7 @@ class _Record:
         self.stepped = False  # since the last scaling
         self.found_inf: bool | Tensor = False  # in gradients that are TRUE; a tensor where the host must not wait
         self.counted = True  # found_inf has gone into an update of the scale
+        self.steps = 0
         self.snapshot: Snapshot | None = None  # of gradients that are SCALED, where the end of backward was seen
 
 
@@ -216,7 +221,7 @@ class LossScaler(Scaler):
         for record in self._records.values():
             optimizer = record.reference()
             if record.gradients is _Gradients.SCALED and optimizer is not None:
-                record.snapshot = Snapshot(optimizer)
+                record.snapshot = Snapshot(optimizer, shards=record.steps < _FIRST_STEPS)
         if self._unheld:
             self._unheld.after_backward()
 
@@ -231,7 +236,7 @@ class LossScaler(Scaler):
         yield
         for optimizer, record in right:
             if record.snapshot is not None:
-                record.snapshot = Snapshot(optimizer)
+                record.snapshot = Snapshot(optimizer, shards=record.steps < _FIRST_STEPS)
 
     def unscaled(self, scaled: Tensor) -> Tensor:
         """Returns the loss that `scale` was given."""
@@ -287,7 +292,7 @@ class LossScaler(Scaler):
                 is_known = record.snapshot is not None and not record.snapshot.changed(optimizer)
                 _rescale(gradients_of(optimizer), old, new)
                 if is_known:  # else its step is to raise
-                    record.snapshot = Snapshot(optimizer)
+                    record.snapshot = Snapshot(optimizer, shards=record.steps < _FIRST_STEPS)
         _rescale([*self.held_back(), *self._unheld.gradients()], old, new)  # they always carry the scale
 
     # ---------------------------------------------------------------- steps and changes of others
@@ -543,6 +548,7 @@ class LossScaler(Scaler):
         return result
 
     def _after_step(self, record: _Record, name_of: NameOf) -> None:
+        record.steps += 1
         record.gradients, record.stepped, record.snapshot = _Gradients.NONE, True, None
         self._rest()
         if self._due and (len(self._records) == 1 or self._all_stepped()):
