@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from precision_core.creation import created_as
 from precision_core.dtypes import FLOATS, dtype_name, parse_dtype
 from precision_core.exceptions import EffectivePolicies, Restore, apply_exceptions, casting_inputs
 from precision_core.fused import check_fused
+from precision_core.hyperparameters import check_hyperparameters
 from precision_core.override import is_overridden, override
 from precision_core.patterns import check_all_used, check_pattern, covers
 from precision_core.policy import Policy
@@ -160,9 +161,38 @@ class HalfPrecision(Precision):
         return f'{name}("{self.mode}", buffers="float32"), or buffers={{name patterns}} for some of them'
 
     def register_optimizers(self, *optimizers: Optimizer) -> None:
-        """Takes note of the optimizers; raises `ValueError` for a fused one that does not step the dtype here."""
+        """Takes note of the optimizers.
+
+        Raises:
+            ValueError: a fused one that does not step the dtype here; an `eps` or a decay that is 0 or infinite in it,
+                here or in a later `add_param_group`.
+        """
         check_fused(optimizers, self.policy.params, self._device_type or "cpu")
+        for optimizer in optimizers:
+            check_hyperparameters(optimizer, range(len(optimizer.param_groups)), self._dtypes_in_steps())
+        for optimizer in optimizers:
+            if not is_overridden(optimizer, "add_param_group"):
+                self._restores.append(override(optimizer, "add_param_group", self._make_add_param_group))
         super().register_optimizers(*optimizers)
+
+    def _make_add_param_group(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        dtypes = self._dtypes_in_steps
+
+        def add_param_group(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+            before = len(self.param_groups)
+            function(self, *args, **kwargs)
+            try:
+                check_hyperparameters(self, range(before, len(self.param_groups)), dtypes())
+            except ValueError:
+                del self.param_groups[before:]
+                raise
+
+        return add_param_group
+
+    def _dtypes_in_steps(self) -> Callable[[nn.Parameter], torch.dtype]:
+        """Returns what gives a parameter's dtype, or the one that it will be cast to."""
+        converted = {id(param) for module in self._modules for param in module.parameters()}
+        return lambda param: param.dtype if id(param) in converted else self.storage(param) or param.dtype
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Context in which created tensors get the dtype, and products take what was kept wide beside what was not."""
