@@ -165,6 +165,7 @@ class SimulatedRanks(SingleDeviceStrategy):
         for param, *gradients in zip(self._params, *self._gradients, strict=True):
             param.grad = (torch.stack(gradients).sum(0) / self.ranks).to(param.dtype)
         self._gradients.clear()
+        self.precision.scaler.after_backward()  # what a reduction in the last backward would have left
         return super().optimizer_step(*args, **kwargs)
 
 
