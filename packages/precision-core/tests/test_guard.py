@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 
 from precision_core import DDPStrategy, Fabric, MixedPrecision
 from precision_core.guard import stepping
@@ -277,6 +277,32 @@ def test_whose_step_this_is() -> None:
     inner.step = lambda: SGD.step(inner, lambda: found.extend(stepping()))  # type: ignore
     outer.step()
     assert found == [inner, outer]  # by a name of torch's own
+
+
+def test_a_fabric_that_is_collected_during_a_step_does_no_harm() -> None:
+    fabric, model = make_fabric(), weight()
+    fabric.setup(model)
+    train(fabric, model)
+    cycle = [fabric]
+    cycle.append(cycle)  # type: ignore[arg-type]
+    gc.disable()
+    handle = register_optimizer_step_pre_hook(lambda *_: gc.collect() and None)
+    try:
+        del fabric, model, cycle
+        other = weight()
+        other(X).sum().backward()
+        sgd(other).step()
+        assert other.weight.item() == RIGHT
+        assert len(_global_optimizer_pre_hooks) == 2
+    finally:
+        handle.remove()
+        gc.enable()
+    fabric, other = make_fabric(), weight()
+    optimizer = sgd(other)
+    fabric.setup(other, optimizer)
+    train(fabric, other)
+    optimizer.step()
+    assert not _global_optimizer_pre_hooks
 
 
 # -------------------------------------------------------------------- changes of scaled gradients

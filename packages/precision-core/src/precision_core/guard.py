@@ -24,6 +24,15 @@ from precision_core.gradients import params_of
 T = TypeVar("T")
 
 
+_left: list[RemovableHandle] = []
+"""Hooks whose owners went while a step was under way; the next hook that is added removes them."""
+
+
+def _remove_left() -> None:
+    while _left:
+        _left.pop().remove()
+
+
 class StepHook(Generic[T]):
     """Has `check(owner, optimizer)` called before each optimizer step of the process, from `add` to `remove`.
 
@@ -34,9 +43,10 @@ class StepHook(Generic[T]):
         self._owner = ref(owner)
         self._check = check
         self._handle: RemovableHandle | None = None
-        weakref.finalize(owner, self.remove).atexit = False
+        weakref.finalize(owner, self._end).atexit = False
 
     def add(self) -> None:
+        _remove_left()
         if self._handle is None:
             self._handle = register_optimizer_step_pre_hook(self._before_step)
 
@@ -44,6 +54,14 @@ class StepHook(Generic[T]):
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+
+    def _end(self) -> None:
+        """Removes the hook, not while torch may be going through its hooks: garbage is collected at any time."""
+        if self._handle is not None:
+            _left.append(self._handle)
+            self._handle = None
+            if next(stepping(), None) is None:
+                _remove_left()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         owner = self._owner()
