@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precision_core.casting import cast, cast_dtype, map_tensors
+from precision_core.casting import cast, cast_dtype, map_tensors, move
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 VALUES = [0.1, -3.0, 1000.5]
@@ -278,3 +278,35 @@ def test_containers_made_in_a_compiled_forward_keep_all_their_entries(backend: s
     for new in (output["x"], tagged["x"]):
         assert new.dtype is F32 and torch.equal(new, x.to(BF16).float())
     assert torch.equal(output["loss"], x.sum()) and torch.equal(output["y"], y) and torch.equal(tagged["y"], y)
+
+
+class Graph:
+    """A batch that knows how to move, as other libraries have them."""
+
+    def __init__(self, x: Tensor, device: Any = None) -> None:
+        self.x, self.device = x, device
+
+    def to(self, device: torch.device) -> Graph:
+        return Graph(self.x.to(device), device)
+
+
+class Ragged(Graph):
+    def to(self, device: Any, non_blocking: bool = False) -> Graph:
+        return Ragged(self.x, (device, non_blocking))
+
+
+class Anything(Graph):
+    def to(self, *args: Any, **kwargs: Any) -> Graph:
+        return Anything(self.x, (args, kwargs))
+
+
+def test_batches_that_know_how_to_move_are_moved() -> None:
+    meta, x, layer = torch.device("meta"), torch.tensor(VALUES), nn.Linear(1, 1)
+    moved = move({"a": [Graph(x), Ragged(x)], "b": (Anything(x), x, layer, "text", torch.float32, Graph)}, meta)
+    graph, ragged = moved["a"]
+    assert (graph.device, graph.x.device, ragged.device) == (meta, meta, (meta, True))
+    anything, tensor, *rest = moved["b"]
+    assert anything.device == ((meta,), {"non_blocking": True}) and tensor.device == meta
+    assert rest == [layer, "text", torch.float32, Graph] and layer.weight.device.type == "cpu"
+    graph = Graph(x)
+    assert cast(graph, BF16) is graph  # casts are not its business

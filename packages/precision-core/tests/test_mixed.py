@@ -366,3 +366,37 @@ def test_loading_a_scale_rescales_gradients_that_are_held() -> None:
     plugin.load_state_dict(state)
     plugin.optimizer_step(optimizer, None, None)
     assert param.item() == -3.0
+
+
+class Dates(nn.Module):
+    """As it comes from numpy: float64 features, and timestamps that no narrower dtype holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.convolution, self.weight = nn.Linear(4, 2), nn.Conv1d(1, 2, 1), nn.Parameter(torch.ones(4, 2))
+        self.register_buffer("mean", torch.full((4,), 0.5, dtype=torch.float64))
+        self.register_buffer("phase", torch.tensor([1j], dtype=torch.complex128))
+
+    def forward(self, x: torch.Tensor, when: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = x - self.mean
+        return {"y": self.layer(x), "z": self.convolution(x[:, None]), "w": x @ self.weight, "when": when}
+
+
+@pytest.mark.parametrize("mode", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: torch.from_numpy(x.numpy())], ids=["torch", "numpy"])
+def test_float64_batches_run_and_timestamps_keep_their_values(mode: str, wrap: Any) -> None:
+    torch.manual_seed(0)
+    plain = Dates()
+    model = Fabric(accelerator="cpu", precision=mode).setup(copy.deepcopy(plain))
+    assert (model.mean.dtype, model.phase.dtype) == (torch.float32, torch.complex64)
+    x, when = (
+        torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4),
+        torch.tensor([1.7e9 + 0.123], dtype=torch.float64),
+    )
+    output = model(wrap(x), when=when)
+    assert output["when"] is when
+    exact = plain.double()(x, when)
+    for key in "yzw":
+        assert output[key].dtype is torch.float32 and torch.allclose(output[key].double(), exact[key], atol=0.02)
+    sum(output[key].sum() for key in "yzw").backward()
+    assert {param.grad.dtype for param in model.parameters()} == {torch.float32}

@@ -63,7 +63,7 @@ def aligned(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], dtype: 
     Floating tensors of several dtypes are cast to that of the parameter among them, else to `dtype`; what is written,
     to that of what it is written to; the weights of a norm with running statistics, to theirs.
     """
-    floats = [tensor for tensor in _tensors((args, kwargs)) if tensor.dtype in FLOAT_DTYPES]
+    floats = [tensor for tensor in tensors((args, kwargs)) if tensor.dtype in FLOAT_DTYPES]
     if len({tensor.dtype for tensor in floats}) < 2:
         return args, kwargs
     if func in _WRITES:
@@ -77,18 +77,20 @@ def aligned(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], dtype: 
             **kwargs,
             **{key: kwargs[key].to(wanted) for key in ("weight", "bias") if kwargs.get(key) is not None},
         }
-        narrows = torch.promote_types(args[0].dtype, wanted) is not wanted
-        return (args[0].to(wanted), *args[1:]) if narrows else args, kwargs
-    if func in _NORMS:
-        input = args[0] if args else kwargs["input"]
-        if wanted is torch.float32 and input.dtype in (torch.float16, torch.bfloat16):
-            return args, kwargs
+        return args if _norm_takes(args[0], wanted) else (args[0].to(wanted), *args[1:]), kwargs
+    if func in _NORMS and _norm_takes(args[0] if args else kwargs["input"], wanted):
+        return args, kwargs
     return map_tensors((args, kwargs), lambda tensor: tensor.to(wanted) if tensor.dtype in FLOAT_DTYPES else tensor)
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def _norm_takes(input: Tensor, weights: torch.dtype) -> bool:
+    return input.dtype is weights or (weights is torch.float32 and input.dtype in (torch.float16, torch.bfloat16))
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Yields the tensors among the arguments of a call."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (list, tuple, dict)):
         for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(value)
+            yield from tensors(value)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from precision_core.dtypes import FLOAT_DTYPES
 
@@ -53,7 +54,49 @@ def map_tensors(tree: T, function: Callable[[Tensor], Tensor]) -> T:
     return _map(tree, function, {})[0]
 
 
-def _map(tree: Any, function: Callable[[Tensor], Tensor], done: dict[Tensor, Tensor]) -> tuple[Any, bool]:
+def holds(tree: Any, dtype: torch.dtype) -> bool:
+    """Whether a tensor of this dtype is in `tree`."""
+    if isinstance(tree, Tensor):
+        return tree.dtype is dtype
+    if isinstance(tree, (list, tuple)):
+        return any(holds(value, dtype) for value in tree)
+    if type(tree) is dict or isinstance(tree, Mapping):
+        return any(holds(value, dtype) for value in tree.values())
+    if dataclasses.is_dataclass(type(tree)):
+        return any(holds(getattr(tree, field.name, None), dtype) for field in dataclasses.fields(tree))
+    return False
+
+
+def move(tree: T, device: torch.device) -> T:
+    """Returns `tree` with its tensors on `device`, and with whatever else is not known here and has a `to` of its own.
+
+    That is how batches of other libraries move (graphs, ragged tensors). Modules stay where they are.
+    """
+    return _map(tree, lambda tensor: tensor.to(device, non_blocking=True), {}, lambda leaf: _move_leaf(leaf, device))[0]
+
+
+def _move_leaf(leaf: Any, device: torch.device) -> Any:
+    to = getattr(leaf, "to", None)
+    if isinstance(leaf, (type, nn.Module)) or not callable(to):
+        return leaf
+    takes = _parameters(to)
+    return to(device, non_blocking=True) if "non_blocking" in takes or "kwargs" in takes else to(device)
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # written in C, and it does not say
+        return set()
+    return {"kwargs" if parameter.kind is parameter.VAR_KEYWORD else parameter.name for parameter in parameters}
+
+
+def _map(
+    tree: Any,
+    function: Callable[[Tensor], Tensor],
+    done: dict[Tensor, Tensor],
+    other: Callable[[Any], Any] | None = None,
+) -> tuple[Any, bool]:
     """Returns the new tree and whether it is one: torch.compile cannot tell two containers apart by `is`."""
     if isinstance(tree, Tensor):
         if done and tree in done:  # tensors hash by identity
@@ -66,24 +109,28 @@ def _map(tree: Any, function: Callable[[Tensor], Tensor], done: dict[Tensor, Ten
     if tree is None or isinstance(tree, (str, int, float)):
         return tree, False
     if isinstance(tree, (list, tuple)):
-        pairs = [_map(value, function, done) for value in tree]
+        pairs = [_map(value, function, done, other) for value in tree]
         changed = any(is_new for _, is_new in pairs)
         return (_rebuild_sequence(tree, [value for value, _ in pairs]), True) if changed else (tree, False)
     if type(tree) is dict or isinstance(tree, Mapping):
-        items = _map_items(tree.items(), function, done)
+        items = _map_items(tree.items(), function, done, other)
         return (_rebuild_mapping(tree, items), True) if items else (tree, False)
     if dataclasses.is_dataclass(type(tree)):
         fields = [field.name for field in dataclasses.fields(tree) if hasattr(tree, field.name)]
-        items = _map_items([(name, getattr(tree, name)) for name in fields], function, done)
+        items = _map_items([(name, getattr(tree, name)) for name in fields], function, done, other)
         return (_rebuild_dataclass(tree, items), True) if items else (tree, False)
-    return tree, False
+    new = tree if other is None else other(tree)
+    return new, new is not tree
 
 
 def _map_items(
-    items: Iterable[tuple[Any, Any]], function: Callable[[Tensor], Tensor], done: dict[Tensor, Tensor]
+    items: Iterable[tuple[Any, Any]],
+    function: Callable[[Tensor], Tensor],
+    done: dict[Tensor, Tensor],
+    other: Callable[[Any], Any] | None,
 ) -> dict[Any, Any]:
     """Returns the new values of those keys whose value is new."""
-    pairs = {key: _map(value, function, done) for key, value in items}
+    pairs = {key: _map(value, function, done, other) for key, value in items}
     return {key: value for key, (value, is_new) in pairs.items() if is_new}
 
 

@@ -109,6 +109,8 @@ def apply_exceptions(root: nn.Module, policies: EffectivePolicies, device_type: 
 
 
 def _has_forward(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):  # whose class has none to look at
+        return True
     return "forward" in module.__dict__ or type(module).forward is not nn.Module.forward
 
 

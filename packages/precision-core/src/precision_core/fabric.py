@@ -521,5 +521,7 @@ def _run_launched(
 
 def _uncompiled(model: nn.Module) -> nn.Module:
     """Returns the module inside `torch.compile(module)`, where an override is traced; any other as it is."""
+    if isinstance(model, torch.jit.ScriptModule):  # whose modules have no `get`
+        return model
     inner = model._modules.get("_orig_mod")  # no getattr: a module takes long to say that it has no such attribute
     return model if inner is None else inner

@@ -113,7 +113,7 @@ class HalfPrecision(Precision):
         restores = apply_exceptions(module, policies, self._device_type)
         aligns = bool(packed or wide.why or wide_norms or self._float32_buffers or restores)
         if aligns:
-            restores += _align_recurrent(module, policies)
+            restores += _cast_for_unseen_products(module, policies)
         self._restores += restores
         self._aligns = self._aligns or aligns
         self._warn_of_buffers([name for name in names if name in {*changed, *statistics}])
@@ -204,12 +204,15 @@ class HalfPrecision(Precision):
             self._restores.pop()()
 
 
-def _align_recurrent(module: nn.Module, policies: EffectivePolicies) -> list[Restore]:
-    """Lets torch's recurrent layers cast their inputs, whose dtype they compare before a call that aligns it."""
+def _cast_for_unseen_products(module: nn.Module, policies: EffectivePolicies) -> list[Restore]:
+    """Lets layers cast their inputs whose products are not aligned: scripted ones, and torch's recurrent ones.
+
+    Those compare dtypes before their product.
+    """
     return [
         override(child, "forward", casting_inputs(policies.by_name[name].params))
         for name, child in module.named_modules()
-        if isinstance(child, nn.RNNBase) and not is_overridden(child, "forward")
+        if isinstance(child, (nn.RNNBase, torch.jit.ScriptModule)) and not is_overridden(child, "forward")
     ]
 
 

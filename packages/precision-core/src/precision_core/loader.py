@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from precision_core.casting import map_tensors
+from precision_core.casting import move
 from precision_core.loader_state import capture, keeps_own_state, length, recall, stateful_sampler
 
 _KEYS: dict[str, Any] = {
@@ -22,7 +22,7 @@ _KEYS: dict[str, Any] = {
 
 
 class DeviceLoader:
-    """Iterates over `loader` and moves each batch's tensors to `device`, dtypes untouched; else it is `loader`.
+    """Iterates over `loader` and moves each batch to `device`, dtypes untouched; else it is `loader`.
 
     Its state is the position within the epoch and what the epoch's order was drawn from. The first pass after
     `load_state_dict` goes on with the very next batch: it draws the same order, and loads and drops what was handed out
@@ -62,7 +62,7 @@ class DeviceLoader:
     def _moved(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yields the batches on the device; a strategy's own loader may bring them there in another way."""
         for batch in batches:
-            yield map_tensors(batch, lambda tensor: tensor.to(self._device, non_blocking=True))
+            yield move(batch, self._device)
 
     def _go_on(self) -> Iterator[Any]:
         now = capture(self._loader)

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from precision_core.conversion import cast_buffers, cast_parameters
@@ -123,9 +123,7 @@ class MixedPrecision(Precision):
             module,
             lambda name, param: None if name in frozen or self.storage(param) is None else policies.of(name).params,
         )
-        items += cast_buffers(
-            module, lambda name, _: None if policies.of(name).buffers is torch.float32 else policies.of(name).buffers
-        )[0]
+        items += cast_buffers(module, lambda name, buffer: _buffer_dtype(policies.of(name).buffers, buffer))[0]
         self._restores += apply_exceptions(module, policies, self.device_type)
         self.report = Report(
             self.mode,
@@ -224,6 +222,11 @@ class MixedPrecision(Precision):
             self.scaler.teardown()
         while self._restores:
             self._restores.pop()()
+
+
+def _buffer_dtype(dtype: torch.dtype, buffer: Tensor) -> torch.dtype | None:
+    """Returns what a buffer is cast to: under float32 a half one stays, since nothing is won by widening it."""
+    return None if dtype is torch.float32 and buffer.dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _check_scaler(

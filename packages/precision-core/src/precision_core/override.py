@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 _ORIGINAL = "_precision_original"
@@ -87,6 +88,13 @@ def original(obj: Any, name: str) -> Callable[..., Any]:
 
 def _unbound(obj: Any, name: str) -> Callable[..., Any]:
     method = getattr(obj, name)
+    if isinstance(obj, torch.jit.ScriptModule):  # its methods are no functions, and a copy is to run its own
+
+        @functools.wraps(method)
+        def scripted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return self.__getattr__(name)(*args, **kwargs)
+
+        return scripted
     if getattr(method, "__self__", None) is obj:
         return method.__func__
 

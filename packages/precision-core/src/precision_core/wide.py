@@ -69,7 +69,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "a table that the model computes itself and does not save (not persistent)",
-        lambda slot: slot.is_buffer and slot.key in slot.module._non_persistent_buffers_set,
+        lambda slot: slot.is_buffer and slot.key in getattr(slot.module, "_non_persistent_buffers_set", ()),
         False,
     ),
 )
@@ -110,7 +110,7 @@ class Wide:
 def _has_statistics(module: nn.Module) -> bool:
     if isinstance(module, _NormBase):
         return module.running_mean is not None
-    return any(module._buffers.get(key) is not None for key in _STATISTICS)
+    return any(key in module._buffers and module._buffers[key] is not None for key in _STATISTICS)
 
 
 def _slots(root: nn.Module, policy: Policy) -> Iterator[Slot]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from precision_core.casting import map_tensors
+from precision_core.casting import holds, map_tensors
+from precision_core.creation import created_as
 from precision_core.devices import ACCELERATORS
 from precision_core.dtypes import FLOAT_DTYPES
 from precision_core.layout import Layout, make_layout
@@ -192,10 +193,13 @@ class Strategy:
     def make_forward(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a module's method, `function(module, ...)`, as it runs under the precision's forward hooks."""
         precision = self.precision
+        mixed, params = precision.policy.mixed, precision.policy.params
 
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             args, kwargs = precision.convert_input((args, kwargs))
-            with precision.forward_context():
+            # autocast leaves float64 as it is, which layers do not take; and targets and timestamps keep their values.
+            aligns = mixed and holds((args, kwargs), torch.float64)
+            with precision.forward_context(), created_as(params, aligns=True) if aligns else nullcontext():
                 output = function(module, *args, **kwargs)
             return precision.convert_output(output)
 

@@ -63,7 +63,7 @@ class DDPStrategy(Collectives, Strategy):
 
         def make(function: Callable[..., Any]) -> Callable[..., Any]:
             def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                engine = engines.get(self._modules.get("_orig_mod") or self)
+                engine = engines.get(_uncompiled(self))
                 if engine is None or not torch.is_grad_enabled():
                     return function(self, *args, **kwargs)
                 with precision.scaler.replacing() if has_views else nullcontext():
@@ -86,6 +86,11 @@ class DDPStrategy(Collectives, Strategy):
         if self._made_group and dist.is_initialized():
             dist.destroy_process_group()
         self._made_group = False
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    scripted = isinstance(module, torch.jit.ScriptModule)  # whose modules have no `get`
+    return module if scripted else module._modules.get("_orig_mod") or module
 
 
 class _Caller(nn.Module):
