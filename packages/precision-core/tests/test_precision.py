@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from precision_core import DoublePrecision, HalfPrecision, MixedPrecision, Policy, Precision
+from precision_core import DoublePrecision, Fabric, HalfPrecision, MixedPrecision, Policy, Precision
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -173,3 +173,23 @@ def test_a_policy_for_another_plugin_is_refused_by_the_name_of_that_plugin(plugi
     runner = type(PLUGINS[mode]()).__name__
     message = f"{plugin.__name__}({mode!r}): this plugin runs {runs}; for this policy there is {runner}"
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_created_tensors_do_not_follow_the_process_default_dtype(default: torch.dtype) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.layer(x), torch.arange(4) / 3, torch.zeros(2), torch.tensor([0.1]), torch.full((1,), 1e30)
+
+    expected = Model()(torch.ones(1))[1:]
+    torch.set_default_dtype(default)
+    try:
+        _, *created = Fabric(accelerator="cpu").setup(Model())(torch.ones(1))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for mine, theirs in zip(created, expected, strict=True):
+        assert mine.dtype is torch.float32 and torch.equal(mine, theirs)

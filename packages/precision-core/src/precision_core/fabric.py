@@ -33,6 +33,7 @@ from precision_core.policy import Policy
 from precision_core.precision import Precision
 from precision_core.presence import Presence
 from precision_core.processes import Ranks
+from precision_core.recast import following_casts, forget_cast
 from precision_core.repoint import ParamMap, named_params, replaced_params, repoint
 from precision_core.resolve import resolve_precision, resolve_strategy
 from precision_core.state import check_is_dict
@@ -210,6 +211,10 @@ class Fabric:
         self._replaced.update(replaced_params(before, converted))
         outer = model if converted is target else converted
         self._override_method(converted, outer, "forward")
+        policy = self._precision.policy
+        forget_cast(converted)
+        if not policy.mixed:
+            self._restores.append(override(converted, "_apply", following_casts(policy.params)))
         return outer
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:

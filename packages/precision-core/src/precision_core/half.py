@@ -20,6 +20,7 @@ from precision_core.exceptions import EffectivePolicies, Restore, apply_exceptio
 from precision_core.fused import check_fused
 from precision_core.hyperparameters import check_hyperparameters
 from precision_core.override import is_overridden, override
+from precision_core.parametrized import check_parametrized
 from precision_core.patterns import check_all_used, check_pattern, covers
 from precision_core.policy import Policy
 from precision_core.precision import Precision
@@ -82,6 +83,8 @@ class HalfPrecision(Precision):
         wide = Wide(module, self.policy, params=self._keeps_params, buffers=self._keeps_buffers)
         names = [name for name, _ in module.named_buffers(remove_duplicate=False)]
         check_all_used(self._float32_buffers, names, "buffer", covers)
+        for name, child in module.named_modules():
+            check_parametrized(name, child, policies.by_name[name], self.policy)
         before = module_bytes(module)
 
         def buffer_dtype(name: str, buffer: Tensor) -> torch.dtype:

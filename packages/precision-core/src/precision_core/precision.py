@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from precision_core.casting import cast, map_tensors
 from precision_core.clipping import make_clip
 from precision_core.conversion import cast_buffers, cast_parameters, packed_parameters
+from precision_core.creation import created_as
 from precision_core.dtypes import FLOAT_DTYPES
 from precision_core.formats import FORMATS, by_dtypes
 from precision_core.parameter_init import parameters_in
@@ -147,8 +148,8 @@ class Precision:
         return cast(data, self.policy.compute)
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Context in which forward runs."""
-        return nullcontext()
+        """Context in which forward runs; the process may have another default dtype than float32."""
+        return nullcontext() if torch.get_default_dtype() is torch.float32 else created_as(torch.float32)
 
     def convert_output(self, data: T) -> T:
         """Returns `data` with tensors of the params and compute dtypes in `policy.output`; others come as they are."""

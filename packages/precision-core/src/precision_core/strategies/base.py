@@ -23,13 +23,16 @@ from precision_core.dtypes import FLOAT_DTYPES
 from precision_core.layout import Layout, make_layout
 from precision_core.loader import DeviceLoader
 from precision_core.plugins import make_plugin
-from precision_core.policy import Policy
+from precision_core.policy import MODES, Policy
 from precision_core.precision import Precision
 from precision_core.processes import Ranks
+from precision_core.recast import cast_to
 from precision_core.state import Filter
 from precision_core.strategies.collectives import reduce_op
 
 T = TypeVar("T")
+
+_TRUE = {policy.params: policy for policy in MODES.values() if not policy.mixed}
 
 
 class Strategy:
@@ -192,14 +195,19 @@ class Strategy:
 
     def make_forward(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a module's method, `function(module, ...)`, as it runs under the precision's forward hooks."""
-        precision = self.precision
-        mixed, params = precision.policy.mixed, precision.policy.params
+        mine = self.precision
+        mixed, params = mine.policy.mixed, mine.policy.params
+        plugins = {
+            dtype: mine if dtype is params else make_plugin(mode, self.device.type) for dtype, mode in _TRUE.items()
+        }
 
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            cast = cast_to(module)
+            precision = mine if cast is None else plugins[cast]
             args, kwargs = precision.convert_input((args, kwargs))
             # autocast leaves float64 as it is, which layers do not take; and targets and timestamps keep their values.
-            aligns = mixed and holds((args, kwargs), torch.float64)
-            with precision.forward_context(), created_as(params, aligns=True) if aligns else nullcontext():
+            aligns = cast is not None or (mixed and holds((args, kwargs), torch.float64))
+            with precision.forward_context(), created_as(cast or params, aligns=True) if aligns else nullcontext():
                 output = function(module, *args, **kwargs)
             return precision.convert_output(output)
 
