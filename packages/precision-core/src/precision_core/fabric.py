@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from precision_core import loading, rng, saving
+from precision_core import loading, rng, saving, unmarked
 from precision_core.agreement import agreed
 from precision_core.background import PendingSave, forget
 from precision_core.composition import check_composition
@@ -215,6 +215,10 @@ class Fabric:
         forget_cast(converted)
         if not policy.mixed:
             self._restores.append(override(converted, "_apply", following_casts(policy.params)))
+        for name in unmarked.methods(converted) if policy.mixed else ():
+            if name not in vars(converted):  # not what the user has put there
+                watch = unmarked.watching(name, self.device.type, self._precision.mode)
+                self._restores.append(override(converted, name, watch))
         return outer
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
@@ -280,7 +284,7 @@ class Fabric:
         method = getattr(target, name, None) if isinstance(name, str) else None
         if not callable(method) or isinstance(method, nn.Module):
             raise ValueError(f"fabric.mark_forward_method: {type(target).__name__} has no method {name!r}")
-        if is_overridden(target, name):
+        if is_overridden(target, name) and not unmarked.is_watched(target, name):
             raise ValueError(f"fabric.mark_forward_method: {name!r} is marked already")
         self._override_method(target, model, name)
 

@@ -1,0 +1,76 @@
+"""Methods other than forward, which run in float32 under mixed modes unless they are marked: said once a class.
+
+Each public method of the model's own classes is watched from outside: while one runs, a hook looks whether a part of
+the model computes without autocast. A forward through the model meets none of this.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+_NOT_THE_USERS = ("torch.", "transformers.modeling_utils", "transformers.generation", "transformers.utils")
+_WATCH = "_precision_watch"
+
+_said: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+def methods(module: nn.Module) -> Iterator[str]:
+    """Yields the names of the public methods of a model's own classes, forward and what nn.Module has left out."""
+    seen = set(dir(nn.Module))
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith(_NOT_THE_USERS) or kind in (nn.Module, object):
+            continue
+        for name, value in vars(kind).items():
+            is_plain = isinstance(value, FunctionType) and not inspect.isgeneratorfunction(value)
+            if is_plain and not inspect.iscoroutinefunction(value) and not name.startswith("_") and name not in seen:
+                seen.add(name)
+                yield name
+
+
+def watching(name: str, device_type: str, mode: str) -> Callable[..., Callable[..., Any]]:
+    """Returns what `override` takes for the method `name` of a model that is set up in `mode`."""
+
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or type(self) in _said or torch.is_autocast_enabled(device_type):
+                return function(self, *args, **kwargs)
+            parts = {id(module) for module in self.modules()} - {id(self)}
+            outside = False
+
+            def look(module: nn.Module, inputs: Any) -> None:
+                nonlocal outside
+                outside = outside or (id(module) in parts and not torch.is_autocast_enabled(device_type))
+
+            handle = register_module_forward_pre_hook(look)
+            try:
+                return function(self, *args, **kwargs)
+            finally:
+                handle.remove()
+                if outside and type(self) not in _said:
+                    _said.add(type(self))
+                    warnings.warn(
+                        f"{type(self).__name__}.{name} runs its layers in float32, since only forward runs in {mode}: "
+                        f'call fabric.mark_forward_method(model, "{name}") after setup, or run it in '
+                        "`with fabric.autocast():`",
+                        stacklevel=2,
+                    )
+
+        setattr(watched, _WATCH, watched)  # itself: who wraps it takes over its attributes
+        return watched
+
+    return make
+
+
+def is_watched(module: nn.Module, name: str) -> bool:
+    """Whether the method `name` stands there only to be watched."""
+    function = getattr(module.__dict__.get(name), "__func__", None)
+    return function is not None and getattr(function, _WATCH, None) is function
