@@ -23,8 +23,6 @@ where it is marked slow_start."""
 YARDSTICK = 0.2
 """CPU seconds of `_yardstick` on the idle machine that LIMIT is meant for: 2 cores of an AMD EPYC of 2021."""
 SHOWN = 15
-ONE_PROCESS = ("precision-deepspeed",)
-"""Packages whose tests share one process of pytest-xdist, since what they import takes longer than most tests."""
 
 COSTS = pytest.StashKey["Costs"]()
 DEADLINE = pytest.StashKey[float]()
@@ -49,9 +47,6 @@ def _is_fast(config: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if package := next((name for name in ONE_PROCESS if name in item.path.parts), None):
-            item.add_marker(pytest.mark.xdist_group(package))
     if DEADLINE in config.stash:  # whole files, as their fixtures and caches are theirs
         seed = config.getoption("slice_seed")
         files = sorted({item.path for item in items})

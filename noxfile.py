@@ -168,7 +168,7 @@ def _run_in_env(session: nox.Session, *command: str) -> None:
 
 def _on_both_cores(session: nox.Session, *options: str) -> None:
     paths = [path for row in SHARED.values() for path in _paths(row)]
-    _run_in_env(session, "pytest", "-n", "2", "--dist", "loadgroup", *options, *(session.posargs or paths))
+    _run_in_env(session, "pytest", "-n", "2", "--dist", "loadfile", *options, *(session.posargs or paths))
 
 
 @nox.session(python=False, requires=["env"])

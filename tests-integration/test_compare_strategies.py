@@ -75,10 +75,8 @@ def compare_in_processes(folder: Path) -> Compare:
     return compare
 
 
-FORKED = pytest.param("forked", marks=pytest.mark.xdist_group("compare strategies, forked"))
-STARTED = pytest.param(
-    "started", marks=[pytest.mark.full, pytest.mark.slow_start, pytest.mark.xdist_group("compare strategies, started")]
-)
+FORKED = "forked"
+STARTED = pytest.param("started", marks=[pytest.mark.full, pytest.mark.slow_start])
 
 
 @pytest.fixture(scope="module", params=[FORKED, STARTED])

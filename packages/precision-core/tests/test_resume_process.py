@@ -124,7 +124,6 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], list[T
 
 
 @pytest.mark.slow_start
-@pytest.mark.xdist_group("a new process resumes")
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, marks=[pytest.mark.full] * tier) for tier, cases in enumerate(TIERS) for case in cases],

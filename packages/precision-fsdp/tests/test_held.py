@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -141,3 +142,12 @@ def step_too_early(mode: str, with_closure: bool) -> tuple[str, int, bool]:
 def test_a_step_that_would_leave_them_out_is_an_error(mode: str, with_closure: bool) -> None:
     for message, steps, moved in run_in_ranks(2, step_too_early, mode, with_closure):
         assert message == MESSAGE and steps == 1 and moved
+
+
+def test_a_strategy_goes_to_processes_that_are_started_with_it() -> None:
+    strategy = FSDPStrategy(wrap="Block", mesh=(1, 2), reshard_after_forward=False, state_dict_type="full")
+    copy = pickle.loads(pickle.dumps(strategy))
+    assert {name: vars(copy)[name] for name in ("_wrap", "_mesh", "_reshard_after_forward", "sharded")} == {
+        name: vars(strategy)[name] for name in ("_wrap", "_mesh", "_reshard_after_forward", "sharded")
+    }
+    assert list(copy._held_back.roots) == []

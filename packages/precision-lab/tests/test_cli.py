@@ -45,10 +45,8 @@ def fork_compare(forked):
     return fork_compare
 
 
-FORKED = pytest.param("forked", marks=pytest.mark.xdist_group("lab: compare, forked"))
-STARTED = pytest.param(
-    "started", marks=[pytest.mark.full, pytest.mark.slow_start, pytest.mark.xdist_group("lab: compare, started")]
-)
+FORKED = "forked"
+STARTED = pytest.param("started", marks=[pytest.mark.full, pytest.mark.slow_start])
 
 
 @pytest.fixture(scope="module", params=[FORKED, STARTED])

@@ -27,6 +27,9 @@ class HeldBack:
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._expected = False  # that there are any: else nobody has to look for them
 
+    def __reduce__(self) -> tuple[type[HeldBack], tuple[()]]:
+        return HeldBack, ()  # in a process that is started with the strategy nothing is held yet
+
     def expect(self, scaler: Scaler) -> None:
         """Takes note that there will be some, which `scaler` brings to another scale as it does `p.grad`."""
         self._expected = True
