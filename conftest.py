@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+# A compiler that starts processes of its own has each import torch: for kernels as small as the tests' that is all.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 LIMIT, STARTING = 5.0, 20.0
 """CPU seconds, of the process and its children, that a test of the fast tier may take on an idle machine; the second
 where it is marked slow_start."""

@@ -74,7 +74,7 @@ def make(
 ) -> tuple[Fabric, Any, torch.optim.Optimizer]:
     fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(**options), precision=precision)
     model = Net() if model is None else model
-    optimizer = AdamW(model.parameters(), lr=lr)
+    optimizer = AdamW(model.parameters(), lr=lr, eps=1e-4 if precision == "16-true" else 1e-8)  # 1e-8 is 0 in float16
     fabric.setup(model, optimizer)
     return fabric, model, optimizer
 
@@ -418,8 +418,9 @@ def kept_after_an_overflow() -> tuple[float, float, bool]:
     optimizer = SGD(model.parameters(), lr=0.01)
     fabric.setup(model, optimizer)
     fabric.backward(model(*data(fabric.global_rank)).pow(2).mean())
-    if fabric.global_rank == 1:
-        model.blocks[0].up.weight.grad.to_local()[0, 0] = float("inf")  # type: ignore[union-attr, operator]
+    with fabric.precision_plugin.scaler.replacing():  # as if the reduction had made it
+        if fabric.global_rank == 1:
+            model.blocks[0].up.weight.grad.to_local()[0, 0] = float("inf")  # type: ignore[union-attr, operator]
     fabric.clip_gradients(model, optimizer, max_norm=1.0)
     fabric.backward(model(*data(fabric.global_rank)).pow(2).mean())
     between = fabric.precision_plugin.scale
