@@ -165,6 +165,7 @@ def test_compiled_with_fullgraph_it_computes_what_it_computes_eagerly(mode: str,
 
 
 @needs_compiler
+@pytest.mark.slow_start  # of the C++ compiler: with cold caches it compiles torch's headers first
 @pytest.mark.filterwarnings(
     "ignore:.*torch.jit.script_method.*:DeprecationWarning"
 )  # torch's own, at inductor's import
