@@ -346,3 +346,44 @@ def test_unscaled_gradients_may_be_clipped_by_torch(mode: str) -> None:
     fabric.backward(model(torch.tensor([[1.0, 0.0]])).sum() / 2)  # the next step starts anew
     optimizer.step()
     torch.testing.assert_close(model.weight.detach().float(), torch.tensor([[-0.5375, -0.05]]), rtol=1e-3, atol=0)
+
+
+# ---------------------------------------------------------------- small methods
+
+
+def test_repr_says_the_precision_the_strategy_and_the_device() -> None:
+    host = fabric("bf16-mixed")
+    assert repr(host) == "<Fabric precision='bf16-mixed' strategy='single_device' device='cpu', one process>"
+    assert repr(host.precision_plugin) == "<MixedPrecision bf16-mixed>"
+    unlaunched = repr(Fabric(accelerator="cpu", devices=2))
+    assert unlaunched == "<Fabric precision='32-true' strategy='ddp' device='cpu', 2, not launched>"
+
+
+def test_to_device_keeps_dtypes_and_moves_a_module_in_place() -> None:
+    host = Fabric(strategy=SingleDeviceStrategy("meta"), precision="bf16-true")
+    moved = host.to_device({"x": torch.ones(2, dtype=torch.float64), "n": [torch.tensor([3]), "text"]})
+    assert (moved["x"].device.type, moved["x"].dtype) == ("meta", torch.float64)
+    assert (moved["n"][0].device.type, moved["n"][0].dtype, moved["n"][1]) == ("meta", torch.int64, "text")
+    model = Net()
+    assert host.to_device(model) is model and model.layer.weight.device.type == "meta"
+    assert model.layer.weight.dtype is torch.float32
+
+
+def test_on_one_process_rank_zero_first_runs_the_body_and_hands_its_error_on() -> None:
+    host, seen = fabric(), []
+    with host.rank_zero_first(), host.rank_zero_first(local=True):
+        seen.append(host.node_rank)
+    assert seen == [0]
+    with pytest.raises(KeyError), host.rank_zero_first():
+        raise KeyError("mine")
+
+
+def test_an_operation_has_two_names_and_takes_one() -> None:
+    host, tensor = fabric(), torch.tensor([3])
+    assert host.all_reduce(tensor, reduce_op="sum").dtype is torch.int64
+    assert host.all_reduce(tensor, "sum", reduce_op=torch.distributed.ReduceOp.SUM).item() == 3
+    assert host.all_reduce(tensor, op="avg").dtype is torch.float32
+    with pytest.raises(ValueError, match=r"all_reduce\(op='sum', reduce_op='max'\): pass one of them"):
+        host.all_reduce(tensor, "sum", reduce_op="max")
+    with pytest.raises(ValueError, match=r"all_reduce\(reduce_op='product'\): allowed are mean, sum, min, max"):
+        host.all_reduce(tensor, reduce_op="product")

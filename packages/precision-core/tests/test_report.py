@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from precision_core import DoublePrecision, HalfPrecision, Precision, Report
+from precision_core import DoublePrecision, Fabric, HalfPrecision, Precision, Report
 from precision_core.report import Item, module_bytes
 
 
@@ -95,3 +95,40 @@ def test_pure_half_says_that_small_updates_are_lost_and_it_is_true() -> None:
             module.weight.data.fill_(value)
             assert (module.weight + value * spacing * 0.49).item() == value
             assert (module.weight + value * spacing * 1.01).item() > value
+
+
+LINES = {
+    "64-true": "parameters and computation are float64",
+    "32-true": "parameters and computation are float32",
+    "bf16-mixed": "parameters are float32, layers compute in bfloat16 under autocast",
+    "16-mixed": "parameters are float32, layers compute in float16 under autocast",
+    "bf16-true; 1: 32-true": "parameters and computation are bfloat16, but in 1",
+}
+
+
+@pytest.mark.parametrize("mode", LINES)
+def test_before_setup_it_says_what_will_be_computed_in_what(mode: str) -> None:
+    precision = Fabric(accelerator="cpu", precision=mode).precision_plugin
+    assert str(precision.report) == f"{mode}: {LINES[mode]}; no model is set up yet"
+
+
+def test_a_model_that_needs_no_cast_is_not_called_unconverted() -> None:
+    host = Fabric(accelerator="cpu", precision="bf16-mixed")
+    host.setup(nn.Linear(2, 2))
+    assert str(host.precision_plugin.report).splitlines()[:2] == [
+        f"bf16-mixed: {LINES['bf16-mixed']}",
+        "  no parameter or buffer had to be cast, 0.0 KiB",
+    ]
+    host.setup(nn.Linear(2, 2).double().requires_grad_(False))
+    lines = str(host.precision_plugin.report).splitlines()
+    assert lines[1] == "  2 converted, 0 skipped, 0.0 KiB -> 0.0 KiB"
+    assert lines[2].split() == ["converted", "weight", "float64", "->", "float32"]
+
+
+def test_a_plugin_of_another_mode_says_what_is_around_its_layers() -> None:
+    class Quantised(HalfPrecision):
+        mode = "nf4"
+
+    assert str(Quantised("bf16-true").report) == (
+        "nf4: around its own layers, parameters and computation are bfloat16; no model is set up yet"
+    )

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from precision_core import loading, rng, saving, unmarked
+from precision_core import lightning_names, loading, rng, saving, unmarked
 from precision_core.agreement import agreed
 from precision_core.background import PendingSave, forget
+from precision_core.casting import move
 from precision_core.composition import check_composition
 from precision_core.fit import is_sharded
 from precision_core.local_path import local_path
@@ -38,6 +39,7 @@ from precision_core.repoint import ParamMap, named_params, replaced_params, repo
 from precision_core.resolve import resolve_precision, resolve_strategy
 from precision_core.state import check_is_dict
 from precision_core.strategies import Strategy
+from precision_core.strategies.collectives import operation_name
 
 if TYPE_CHECKING:
     from precision_core.module_layers import Loaded
@@ -84,7 +86,19 @@ class Fabric:
         self._restores: list[Callable[[], None]] = []
         self._replaced: ParamMap = WeakIdKeyDictionary()  # what setup replaced, for optimizers that are set up later
 
+    def __repr__(self) -> str:
+        ranks = f"rank {self.global_rank} of {self.world_size}" if self._joined else f"{self.world_size}, not launched"
+        where = f"device={str(self.device)!r}, {ranks if self.world_size > 1 else 'one process'}"
+        strategy = self._strategy.name or type(self._strategy).__name__
+        return f"<Fabric precision={self._precision.mode!r} strategy={strategy!r} {where}>"
+
     # ---------------------------------------------------------------- what there is
+
+    if not TYPE_CHECKING:  # which reports an unknown name itself
+
+        def __getattr__(self, name: str) -> Any:
+            """Says what Lightning Fabric's names are called here; only reached by names that are not there."""
+            raise AttributeError(lightning_names.missing(name), name=name, obj=self)
 
     @property
     def device(self) -> torch.device:
@@ -115,6 +129,12 @@ class Fabric:
     def world_size(self) -> int:
         """How many processes the run has."""
         return self._strategy.world_size if self._joined else self._layout.world_size
+
+    @property
+    def node_rank(self) -> int:
+        """This machine's number among the machines of the run."""
+        ranks = self._layout.ranks or Ranks()
+        return ranks.rank // ranks.local_world_size
 
     @property
     def is_global_zero(self) -> bool:
@@ -313,6 +333,10 @@ class Fabric:
         moved = tuple(self._strategy.make_loader(loader) if move_to_device else loader for loader in loaders)
         return moved[0] if len(moved) == 1 else moved
 
+    def to_device(self, data: T) -> T:
+        """Returns `data` on this process's device, dtypes untouched: tensors in any nesting, or a module, in place."""
+        return data.to(self.device) if isinstance(data, nn.Module) else move(data, self.device)
+
     @contextmanager
     def init_module(self) -> Iterator[None]:
         """Context in which modules are built where the strategy wants them, with parameters in the precision's dtype.
@@ -378,20 +402,47 @@ class Fabric:
         self._check_launched()
         return self._strategy.all_gather(data)
 
-    def all_reduce(self, data: T, op: str = "mean") -> T:
-        """Returns `data`, any nesting, with each tensor's "mean", "sum", "min" or "max" over all ranks."""
+    def all_reduce(self, data: T, op: Any = "mean", *, reduce_op: Any = None) -> T:
+        """Returns `data`, any nesting, with each tensor's "mean", "sum", "min" or "max" over all ranks.
+
+        `reduce_op` is another name for `op`, as Lightning Fabric has it; "avg" and torch's `ReduceOp` are understood.
+
+        Raises:
+            ValueError: another operation, or two.
+        """
         self._check_launched()
-        return self._strategy.all_reduce(data, op)
+        name = operation_name(op)
+        if reduce_op is not None:
+            if name not in ("mean", operation_name(reduce_op, "reduce_op")):
+                raise ValueError(f"all_reduce(op={op!r}, reduce_op={reduce_op!r}): pass one of them")
+            name = operation_name(reduce_op, "reduce_op")
+        return self._strategy.all_reduce(data, name)
 
     def broadcast(self, data: T, src: int = 0) -> T:
         """Returns rank `src`'s `data` on every rank: any object that pickles, its tensors on the rank's device."""
         self._check_launched()
         return self._strategy.broadcast(data, src)
 
-    def barrier(self) -> None:
-        """Waits until every process is here."""
+    def barrier(self, name: str | None = None) -> None:
+        """Waits until every process is here; `name` is for the reader."""
         self._check_launched()
         self._strategy.barrier()
+
+    @contextmanager
+    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
+        """Context that rank 0 runs before the others, to download data say; with `local`, rank 0 of each machine.
+
+        The others wait for it at a barrier, as long as the strategy's `timeout` allows, and go on where it raises.
+        """
+        self._check_launched()
+        is_first = (self.local_rank if local else self.global_rank) == 0
+        if not is_first:
+            self._strategy.barrier()
+        try:
+            yield
+        finally:
+            if is_first:
+                self._strategy.barrier()
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Prints on the first rank only."""
@@ -409,8 +460,8 @@ class Fabric:
         self,
         path: str | PathLike[str],
         state: dict[str, Any],
-        *,
         filter: dict[str, Any] | None = None,
+        *,
         wait: bool = True,
     ) -> PendingSave:
         """Writes a checkpoint, all or nothing; with several processes call it on all of them, rank 0 writes.

@@ -63,7 +63,7 @@ class Precision:
     """
 
     policy: Policy = MODES["32-true"]
-    report: Report = Report("32-true")
+    _report: Report | None = None
 
     def __init__(self, *, policy: Policy | str | int | None = None) -> None:
         if policy is not None:
@@ -87,7 +87,19 @@ class Precision:
             raise ValueError(f"{name}: this plugin applies no exceptions; bf16-true, 16-true and the mixed modes do")
         return policy
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.mode}>"
+
     # ---------------------------------------------------------------- set-up
+
+    @property
+    def report(self) -> Report:
+        """What the last `convert_module` did; before that, what will be computed in what."""
+        return self._report or Report(self.mode, policy=self.policy, is_set_up=False)
+
+    @report.setter
+    def report(self, report: Report) -> None:
+        self._report = report if report.policy is not None else replace(report, policy=self.policy)
 
     @property
     def mode(self) -> str:

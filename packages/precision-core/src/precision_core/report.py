@@ -8,6 +8,9 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from precision_core.dtypes import dtype_name
+from precision_core.policy import Policy
+
 _ROWS = 20
 
 
@@ -28,16 +31,43 @@ class Report:
     notes: tuple[str, ...] = ()
     bytes_before: int = 0
     bytes_after: int = 0
+    policy: Policy | None = None
+    """What is computed in what, where the plugin says it; the report begins with it."""
+    is_set_up: bool = True
+    """False: no model was converted yet."""
 
     def __str__(self) -> str:
-        size = f"{_mib(self.bytes_before)} -> {_mib(self.bytes_after)}"
-        lines = [f"{self.mode}: {len(self.converted)} converted, {len(self.skipped)} skipped, {size}"]
+        lines = self._head()
         for title, items in (("converted", self.converted), ("skipped", self.skipped)):
             width = max((len(item.name) for item in items[:_ROWS]), default=0)
             lines += [f"  {title:9}  {item.name:{width}}  {item.detail}" for item in items[:_ROWS]]
             if len(items) > _ROWS:
                 lines.append(f"  {title:9}  ... and {len(items) - _ROWS} more")
         return "\n".join(lines + [f"  note       {note}" for note in self.notes])
+
+    def _head(self) -> list[str]:
+        computes = [] if self.policy is None else [_computes(self.policy, self.mode)]
+        if not self.is_set_up:
+            return [f"{self.mode}: {'; '.join([*computes, 'no model is set up yet'])}"]
+        size = f"{_mib(self.bytes_before)} -> {_mib(self.bytes_after)}"
+        counts = f"{len(self.converted)} converted, {len(self.skipped)} skipped, {size}"
+        if not computes:
+            return [f"{self.mode}: {counts}"]
+        if not self.converted and not self.skipped and self.bytes_before == self.bytes_after:
+            counts = f"no parameter or buffer had to be cast, {_mib(self.bytes_after)}"
+        return [f"{self.mode}: {computes[0]}", f"  {counts}"]
+
+
+def _computes(policy: Policy, mode: str) -> str:
+    params, compute = dtype_name(policy.params), dtype_name(policy.compute)
+    if policy.mixed:
+        text = f"parameters are {params}, layers compute in {compute} under autocast"
+    else:
+        text = f"parameters and computation are {params}"
+    if policy.exceptions:
+        text += f", but in {', '.join(pattern for pattern, _ in policy.exceptions)}"
+    is_base = mode.partition(";")[0].strip() == str(policy).partition(";")[0].strip()
+    return text if is_base else f"around its own layers, {text}"
 
 
 def module_bytes(module: nn.Module) -> int:

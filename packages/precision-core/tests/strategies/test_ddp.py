@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,8 +228,10 @@ def collected() -> Any:
     rank = fabric.global_rank
     tree = {"a": torch.tensor([rank, 10]), "b": [torch.tensor(float(rank), requires_grad=True)]}
     reduced = {op: fabric.all_reduce(tree, op) for op in ("mean", "sum", "min", "max")}
-    with pytest.raises(ValueError, match=r"all_reduce\(op='avg'\): allowed are mean, sum, min, max"):
-        fabric.all_reduce(tree, "avg")
+    with pytest.raises(ValueError, match=r"all_reduce\(op='product'\): allowed are mean, sum, min, max"):
+        fabric.all_reduce(tree, "product")
+    by_other_names = [fabric.all_reduce(tree, reduce_op=op) for op in ("avg", dist.ReduceOp.MAX, dist.ReduceOp.AVG)]
+    assert [each["a"].tolist() for each in by_other_names] == [[0.5, 10.0], [1, 10], [0.5, 10.0]]
     gathered = fabric.all_gather(tree)
     sent = fabric.broadcast({"from": rank, "t": torch.full((2,), rank)}, src=1)
     assert (fabric.world_size, fabric.is_global_zero, fabric.local_rank) == (2, rank == 0, rank)
@@ -244,6 +248,27 @@ def test_collectives_by_value() -> None:
         assert reduced["mean"] == ([0.5, 10.0], 0.5) and reduced["sum"] == ([1, 20], 1.0)
         assert reduced["min"] == ([0, 10], 0.0) and reduced["max"] == ([1, 10], 1.0)
         assert gathered == ([[0, 10], [1, 10]], [0.0, 1.0]) and sent == (1, [1, 1])
+
+
+def in_order(path: Path, local: bool, fails: bool) -> list[str]:
+    fabric = Fabric(accelerator="cpu", devices=2)
+    try:
+        with fabric.rank_zero_first(local):
+            time.sleep(0.3 * fabric.is_global_zero)
+            seen = path.read_text().split() if path.exists() else []
+            path.write_text(" ".join([*seen, str(fabric.global_rank)]))
+            if fails and fabric.is_global_zero:
+                raise OSError("no such dataset")
+    except OSError:
+        seen.append("failed")
+    fabric.barrier()
+    return [*seen, str(fabric.node_rank)]
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_rank_zero_runs_first_and_the_others_go_on_where_it_fails(local: bool, tmp_path: Path) -> None:
+    assert run_in_ranks(2, in_order, tmp_path / "order", local, False) == [["0"], ["0", "0"]]
+    assert run_in_ranks(2, in_order, tmp_path / "failing", local, True) == [["failed", "0"], ["0", "0"]]
 
 
 def backends(given: str | None) -> str:

@@ -20,13 +20,22 @@ _OPERATIONS = {
     "min": dist.ReduceOp.MIN,
     "max": dist.ReduceOp.MAX,
 }
+_TORCHS = (dist.ReduceOp, dist.ReduceOp.RedOpType)
+
+
+def operation_name(op: Any, argument: str = "op") -> str:
+    """Returns "mean", "sum", "min" or "max" for that name, "avg", or torch's `ReduceOp`; `ValueError` for another."""
+    name = str(op).removeprefix("RedOpType.").lower() if isinstance(op, _TORCHS) else op
+    name = "mean" if name == "avg" else name
+    if name not in _OPERATIONS:
+        hint = nearest(str(name), _OPERATIONS)
+        raise ValueError(f"all_reduce({argument}={op!r}): allowed are {', '.join(_OPERATIONS)}{hint}")
+    return str(name)
 
 
 def reduce_op(op: str) -> Any:
     """Returns torch's operation for "mean", "sum", "min" or "max"; raises `ValueError` for another."""
-    if op not in _OPERATIONS:
-        raise ValueError(f"all_reduce(op={op!r}): allowed are {', '.join(_OPERATIONS)}{nearest(str(op), _OPERATIONS)}")
-    return _OPERATIONS[op]
+    return _OPERATIONS[operation_name(op)]
 
 
 class Collectives:
