@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from precision_core.discovery import KNOWN
+
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "packages" / "precision-core"
 BOUND = re.compile(r'"(precision-core>=[\d.]+,<([\d.]+))"')
@@ -17,6 +19,11 @@ SIBLINGS = {
     path.parent.name: BOUND.findall(path.read_text()) for path in sorted(ROOT.glob("packages/*/pyproject.toml"))
 }
 SIBLINGS.pop(CORE.name)
+
+
+def test_what_a_hint_says_to_install_is_a_package_of_the_checkout() -> None:
+    extras = {extra for known in KNOWN.values() for extra in known}
+    assert extras and {f"precision-{extra}" for extra in extras} <= SIBLINGS.keys()
 
 
 def uv(*arguments: object, cwd: Path, code: int = 0) -> str:

@@ -84,13 +84,13 @@ def test_a_claim_on_a_strategy_of_core_is_an_error(install: Install) -> None:
 @pytest.mark.parametrize(
     ("argument", "name", "message"),
     [
-        ("precision", "nf4", 'precision "nf4" needs precision-bnb: pip install "precision-core[bnb]"'),
+        ("precision", "nf4", 'precision "nf4" needs precision-bnb: pip install ./packages/precision-bnb in a'),
         (
             "precision",
             "fp8-reference",
-            'precision "fp8-reference" needs precision-te: pip install "precision-core[te]"',
+            'precision "fp8-reference" needs precision-te: pip install ./packages/precision-te',
         ),
-        ("strategy", "fsdp", 'strategy "fsdp" needs precision-fsdp: pip install "precision-core[fsdp]"'),
+        ("strategy", "fsdp", 'strategy "fsdp" needs precision-fsdp: pip install ./packages/precision-fsdp'),
         ("strategy", "deepspeed", 'strategy "deepspeed" needs precision-deepspeed: pip install'),
     ],
 )
@@ -104,7 +104,7 @@ def test_every_known_name_says_what_to_install() -> None:
     for group, extras in KNOWN.items():
         for extra, known in extras.items():
             for name in known:
-                assert f'needs precision-{extra}: pip install "precision-core[{extra}]"' in missing(group, name)
+                assert f"needs precision-{extra}: pip install ./packages/precision-{extra} in" in missing(group, name)
 
 
 def test_an_unknown_name_lists_what_is_installed_and_the_nearest(install: Install) -> None:

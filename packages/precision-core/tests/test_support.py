@@ -10,6 +10,7 @@ from torch import nn
 
 from precision_core import MODES, Fabric, Policy, SingleDeviceStrategy, Support, SupportRow, formats, supports
 from precision_core.devices import ACCELERATORS, is_available
+from precision_core.discovery import how_to_install
 from precision_core.formats import FORMATS
 from precision_core.support_table import read_table
 
@@ -111,9 +112,9 @@ def test_what_nobody_knows_is_an_error(arguments: tuple[object, ...], message: s
 
 def test_what_is_known_but_not_installed_is_a_no_that_says_what_to_install() -> None:
     answer = supports("nf4", "cpu")
-    assert answer == Support("no", 'precision "nf4" needs precision-bnb: pip install "precision-core[bnb]"')
+    assert answer == Support("no", f'precision "nf4" needs precision-bnb: {how_to_install("bnb")}')
     answer = supports("bf16-mixed", "cpu", "fsdp")
-    assert answer == Support("no", 'strategy "fsdp" needs precision-fsdp: pip install "precision-core[fsdp]"')
+    assert answer == Support("no", f'strategy "fsdp" needs precision-fsdp: {how_to_install("fsdp")}')
 
 
 ROWS = """

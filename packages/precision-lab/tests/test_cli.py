@@ -295,7 +295,7 @@ def test_a_mode_that_is_not_installed_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(KNOWN[PLUGINS], "half", ("my-half",))
     result = CliRunner().invoke(main, ["compare", "--modes", "32-true,my-half", "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
-    message = 'precision "my-half" needs precision-half: pip install "precision-core[half]"'
+    message = 'precision "my-half" needs precision-half: pip install ./packages/precision-half in a checkout'
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
 

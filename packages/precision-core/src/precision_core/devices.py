@@ -58,7 +58,8 @@ def choose_type(accelerator: str) -> str:
     here = ", ".join(name for name, types in ACCELERATORS.items() if any(map(is_available, types)))
     if accelerator == "tpu":
         raise ValueError(
-            'Fabric(accelerator="tpu") needs precision-xla: pip install precision-xla; it runs under strategy="xla". '
+            'Fabric(accelerator="tpu") needs precision-xla, and runs under strategy="xla": pip install '
+            "./packages/precision-xla in a checkout of the project (it is on no package index yet). "
             f"Here are: {here}"
         )
     wanted = " or ".join(ACCELERATORS[accelerator])

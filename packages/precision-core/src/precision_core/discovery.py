@@ -87,11 +87,16 @@ def missing(group: str, name: str, core: Iterable[str] = ()) -> str:
     """
     extra = extra_of(group, name)
     if extra is not None:
-        return f'{_CALLS[group]} "{name}" needs precision-{extra}: pip install "precision-core[{extra}]"'
+        return f'{_CALLS[group]} "{name}" needs precision-{extra}: {how_to_install(extra)}'
     there = {"core has": list(core), "installed packages bring": names(group)}
     listing = "; ".join(f"{who} {', '.join(each)}" for who, each in there.items() if each)
     hint = nearest(name, [*core, *known(group)])
     return f'{_CALLS[group]} "{name}" is unknown{": " * bool(listing)}{listing}{hint}'
+
+
+def how_to_install(extra: str) -> str:
+    """Returns how the package is installed that an extra of precision-core brings."""
+    return f"pip install ./packages/precision-{extra} in a checkout of the project (it is on no package index yet)"
 
 
 def extra_of(group: str, name: str) -> str | None:

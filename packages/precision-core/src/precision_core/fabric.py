@@ -522,7 +522,7 @@ class Fabric:
         """Writes a module's parameters and buffers as safetensors, as Hugging Face libraries read and write them.
 
         Above `max_shard_size` it is several files and an index beside them. All or nothing; with several processes call
-        it on all of them, rank zero writes. Needs `pip install "precision-core[safetensors]"`.
+        it on all of them, rank zero writes. Needs `pip install safetensors`.
 
         Raises:
             OSError: the file cannot be written; what was there stays.

@@ -35,7 +35,7 @@ def library() -> ModuleType:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError('module files need safetensors: pip install "precision-core[safetensors]"') from error
+        raise ImportError("module files need safetensors: pip install safetensors") from error
     return safetensors
 
 

@@ -13,7 +13,7 @@ from importlib.metadata import Distribution, distributions
 from packaging.requirements import Requirement  # matplotlib needs it, so it is here
 
 from precision_core import ALIASES, MODES
-from precision_core.discovery import KNOWN, PLUGINS, STRATEGIES, SUPPORT, find, names
+from precision_core.discovery import KNOWN, PLUGINS, STRATEGIES, SUPPORT, find, how_to_install, names
 from precision_core.strategies import STRATEGIES as CORES_STRATEGIES
 
 VENDORS = (
@@ -79,7 +79,7 @@ def find_vendors(installed: dict[str, Distribution]) -> dict[str, str | None]:
 def find_missing() -> list[Missing]:
     """Returns the modes and strategies that are known but that no installed package brings."""
     missing = [
-        Missing([name for name in known if name not in names(group)], f"precision-{extra}", _install(extra))
+        Missing([name for name in known if name not in names(group)], f"precision-{extra}", how_to_install(extra))
         for group, extras in KNOWN.items()
         for extra, known in extras.items()
     ]
@@ -119,10 +119,6 @@ def _unmet(package: str, requirement: Requirement, installed: dict[str, Distribu
 
 def _brought(each: Distribution, group: str) -> list[str]:
     return sorted(entry.name for entry in each.entry_points if entry.group == group)
-
-
-def _install(extra: str) -> str:
-    return f'pip install "precision-core[{extra}]"'
 
 
 def _version(name: str, installed: dict[str, Distribution]) -> str | None:

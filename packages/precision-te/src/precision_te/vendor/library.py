@@ -13,8 +13,8 @@ INSTALL = (
     '"transformer-engine[core_cu13,pytorch]>=2.20,<2.21"` (core_cu12 for a torch with CUDA 12)'
 )
 INSTALL_RECIPES = (
-    f'{INSTALL}; the recipes alone need no GPU and no compiler: `pip install "precision-te[vendor]"`, and '
-    "NVTE_PROJECT_BUILDING=1 in the environment that Python is started in"
+    f'{INSTALL}; the recipes alone need no GPU and no compiler: `pip install "./packages/precision-te[vendor]"` in a '
+    "checkout, and NVTE_PROJECT_BUILDING=1 in the environment that Python is started in"
 )
 
 
