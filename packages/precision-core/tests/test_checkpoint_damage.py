@@ -62,6 +62,22 @@ def test_a_record_marked_as_a_folder_is_found(path: Path) -> None:
         read(path)
 
 
+def test_bytes_between_the_last_record_and_the_directory_are_found(path: Path) -> None:
+    whole = path.read_bytes()
+    directory = whole.index(b"PK\x01\x02")
+    widened = bytearray(whole[:directory] + bytes(8) + whole[directory:])
+    for signature, at, size in ((b"PK\x05\x06", 16, 4), (b"PK\x06\x06", 48, 8), (b"PK\x06\x07", 8, 8)):
+        start = widened.rfind(signature)  # the ends of the directory, of 32 bits and of 64, say where things begin
+        if start >= 0:
+            field = slice(start + at, start + at + size)
+            widened[field] = (int.from_bytes(widened[field], "little") + 8).to_bytes(size, "little")
+    path.write_bytes(widened)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None  # to others it is whole
+    with pytest.raises(CheckpointError, match="its records do not fill it"):
+        read(path)
+
+
 def test_a_cut_file_is_found_at_every_length(path: Path) -> None:
     whole = path.read_bytes()
     for length in [*range(0, len(whole), 41), *range(len(whole) - 30, len(whole))]:

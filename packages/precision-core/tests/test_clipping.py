@@ -47,7 +47,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize(("max_norm", "norm_type"), [(0.1, 2.0), (1e6, 2.0), (0.1, 1.0), (0.1, float("inf"))])
 def test_max_norm(mode: str, whole_model: bool, max_norm: float, norm_type: float) -> None:
     plugin, (model, twin) = make(mode), model_and_twin()
-    optimizer = SGD(model.parameters(), lr=0.1)
+    optimizer = SGD([{"params": [param]} for param in model.parameters()], lr=0.1)  # over all groups
     plugin.register_optimizers(optimizer)
     backward(plugin, model, twin)
     norm = plugin.clip_gradients(model, None if whole_model else optimizer, max_norm=max_norm, norm_type=norm_type)

@@ -6,6 +6,7 @@ import collections
 import json
 import os
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,12 @@ def test_the_vendors_reader_reads_the_tensors(path: Path) -> None:
 def test_no_tensors_at_all(tmp_path: Path) -> None:
     write_folder(tmp_path / "x", {"step": 3})
     assert read_folder(tmp_path / "x") == {"step": 3}
+
+
+def test_a_digest_is_of_the_whole_file(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 4 * 1024 * 3  # three pieces of those that it is read in
+    (tmp_path / "file").write_bytes(data + b"end")
+    assert folder_manifest.digest(tmp_path / "file") == (len(data) + 3, zlib.crc32(data + b"end"))
 
 
 def test_the_manifest_says_what_is_there(path: Path) -> None:

@@ -45,12 +45,13 @@ def test_every_handler_runs_in_the_order_of_the_signals() -> None:
     def count(number: int, frame: object) -> None:
         seen.append(number)
 
-    old = signal.signal(signal.SIGTERM, count)
+    old, before = signal.signal(signal.SIGTERM, count), signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(KeyboardInterrupt), InterruptsHeld():
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGTERM)
             assert seen == []
+        assert signal.getsignal(signal.SIGTERM) is count and signal.getsignal(signal.SIGINT) is before
     finally:
         signal.signal(signal.SIGTERM, old)
     assert seen == [signal.SIGTERM]
