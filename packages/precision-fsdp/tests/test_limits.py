@@ -135,3 +135,60 @@ def expanded() -> list[list[float]]:
 
 def test_expanded_buffers_get_rank_zeros_values() -> None:
     assert run_in_ranks(2, expanded) == [[[1.0, 1.0]] * 3] * 2
+
+
+def added(how: str) -> list[list[float]]:
+    model = Net()
+    fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(), precision="32-true")
+    optimizer = SGD(model.parameters(), lr=0.1)
+    fabric.setup(model, optimizer)
+    torch.manual_seed(fabric.global_rank)
+    model.head = nn.Sequential(model.head, nn.Linear(4, 4))
+    if how == "a group":
+        optimizer.add_param_group({"params": list(model.head[1].parameters())})
+    before = [param.detach().clone() for param in optimizer.param_groups[0]["params"]]
+    fabric.backward(model(torch.ones(2, 4)).sum())
+    with pytest.raises(ValueError, match=r"added to a model after fabric\.setup: head\.1\.weight, head\.1\.bias\."):
+        if how == "a group":
+            optimizer.step()
+        else:
+            fabric.setup_optimizers(SGD(model.head[1].parameters(), lr=0.1))
+    now = optimizer.param_groups[0]["params"]
+    pairs = zip(before, now, strict=True)
+    return [[float((old - new.detach()).full_tensor().abs().max()) for old, new in pairs]]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("how", ["a group", "an optimizer"])
+def test_layers_that_were_added_after_setup_are_not_stepped(how: str) -> None:
+    for (moved,) in run_in_ranks(2, added, how):
+        assert moved == [0.0] * len(moved)
+
+
+def unfrozen() -> list[float]:
+    model = Net()
+    model.head.requires_grad_(False)
+    fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(), precision="64-true")
+    optimizer = SGD(model.parameters(), lr=0.1)
+    fabric.setup(model, optimizer)
+    for step in range(2):
+        model.head.requires_grad_(step == 1)
+        optimizer.zero_grad()
+        fabric.backward(model(BATCHES[step].chunk(2)[fabric.global_rank]).pow(2).mean())
+        optimizer.step()
+    return model.head.weight.full_tensor().flatten().tolist()  # type: ignore[operator, no-any-return]
+
+
+BATCHES = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def test_what_is_unfrozen_after_setup_is_averaged() -> None:
+    model = Net().double()
+    model.head.requires_grad_(False)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for step in range(2):
+        model.head.requires_grad_(step == 1)
+        optimizer.zero_grad()
+        model(BATCHES[step]).pow(2).mean().backward()
+        optimizer.step()
+    for weight in run_in_ranks(2, unfrozen):
+        torch.testing.assert_close(torch.tensor(weight), model.head.weight.flatten().float(), rtol=1e-6, atol=0)

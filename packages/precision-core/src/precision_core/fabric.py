@@ -82,7 +82,7 @@ class Fabric:
         if self._joined:
             self._strategy.join(self._layout.ranks or Ranks())
             self._strategy.connect(self._precision)
-        self._presence = Presence(self._strategy) if self._joined else None
+        self._presence = self._strategy.presence = Presence(self._strategy) if self._joined else None
         self._restores: list[Callable[[], None]] = []
         self._replaced: ParamMap = WeakIdKeyDictionary()  # what setup replaced, for optimizers that are set up later
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
+from weakref import WeakKeyDictionary
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Optimizer, Rprop, SparseAdam
 
@@ -48,3 +49,34 @@ def check_members(optimizer: Optimizer, inside: Container[Tensor], name_of: Call
             f"gradients would differ from rank to rank: {names}. Put them into the model, or into an optimizer "
             "of their own"
         )
+
+
+class Members:
+    """What optimizers hold, looked at again where it became more, before a step of it."""
+
+    def __init__(self) -> None:
+        self._counts: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[type[Members], tuple[()]]:
+        return Members, ()  # in a process that is started with the strategy there are no optimizers yet
+
+    def check(self, optimizer: Optimizer, roots: Iterable[nn.Module], name_of: Callable[[Tensor], str]) -> None:
+        """Raises `ValueError` for parameters that FSDP does not average, those of the sharded `roots` among them."""
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        if self._counts.get(optimizer) == count:
+            return
+        held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        added = [
+            name
+            for root in roots
+            for name, param in root.named_parameters()
+            if id(param) in held and param.requires_grad and not isinstance(param, DTensor)
+        ]
+        if added:
+            raise ValueError(
+                f"this {type(optimizer).__name__} holds parameters that were added to a model after fabric.setup: "
+                f"{', '.join(added[:5])}{', ...' * (len(added) > 5)}. FSDP shards and averages what the model had "
+                "then, so each rank would step gradients of its own: add layers before fabric.setup"
+            )
+        check_members(optimizer, (), name_of)
+        self._counts[optimizer] = count

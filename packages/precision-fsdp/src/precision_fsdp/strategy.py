@@ -38,7 +38,7 @@ from precision_fsdp.held import HeldBack, drop, dropping, followed_by
 from precision_fsdp.limits import check_can_shard
 from precision_fsdp.materialise import InitFn, check_can_initialise, is_on_meta, materialise
 from precision_fsdp.notes import notes_of
-from precision_fsdp.optimizers import check_members, check_optimizer
+from precision_fsdp.optimizers import Members, check_members, check_optimizer
 from precision_fsdp.policies import check_fsdp_policy, overridden
 from precision_fsdp.precision import FSDPPrecision
 from precision_fsdp.recompute import recompute, to_recompute
@@ -125,6 +125,7 @@ class FSDPStrategy(Collectives, Strategy):
         self._restores: list[Restore] = []
         self._device_mesh: DeviceMesh | None = None
         self._held_back = HeldBack()
+        self._members = Members()
 
     # ---------------------------------------------------------------- processes
 
@@ -181,9 +182,10 @@ class FSDPStrategy(Collectives, Strategy):
         """Brings the optimizer's state to its parameters, and returns it.
 
         Raises:
-            ValueError: it holds parameters of a sharded model and others, whose gradients nobody would reduce.
+            ValueError: it holds parameters of a sharded model and others, or some that were added to one after its
+                setup, whose gradients nobody would reduce.
         """
-        check_members(optimizer, (), self.precision._name_of)
+        self._members.check(optimizer, self._held_back.roots, self.precision._name_of)
         self._restores.append(override(optimizer, "zero_grad", dropping(self._held_back.drop)))
         return super().setup_optimizer(optimizer)
 
@@ -265,7 +267,9 @@ class FSDPStrategy(Collectives, Strategy):
 
         Raises:
             RuntimeError: gradients of its parameters are held back: no backward has reduced them.
+            ValueError: it has got parameters since its setup whose gradients nobody reduces.
         """
+        self._members.check(optimizer, self._held_back.roots, self.precision._name_of)
         check = functools.partial(self._held_back.check_reduced, optimizer, self.precision._name_of)
         if closure is None:
             check()

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from precision_core.recast import cast_to
 from precision_core.state import Filter
 from precision_core.strategies.collectives import reduce_op
 
+if TYPE_CHECKING:
+    from precision_core.presence import Presence
+
 T = TypeVar("T")
 
 _TRUE = {policy.params: policy for policy in MODES.values() if not policy.mixed}
@@ -46,6 +49,8 @@ class Strategy:
     """Whether checkpoints are folders, to which each rank writes its shards; else rank zero writes a whole file."""
     device: torch.device = torch.device("cpu")
     precision: Precision
+    presence: Presence | None = None
+    """What ranks know of each other in calls that are for all of them; Fabric gives it."""
 
     # ---------------------------------------------------------------- processes
 

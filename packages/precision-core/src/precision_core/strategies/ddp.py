@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -16,13 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 from precision_core.processes import Ranks, join
 from precision_core.strategies.base import Strategy
 from precision_core.strategies.collectives import Collectives
+from precision_core.strategies.reducer import Reducer
 
 
 class DDPStrategy(Collectives, Strategy):
     """One process a device, each with the whole model; gradients are averaged in `policy.reduce`.
 
     The model keeps its class, attributes and keys: the engine is looked up for the very instance that was set up, so
-    copies and pickles of it are plain models. Outside of training (`torch.no_grad()`) no process waits for the others.
+    copies and pickles of it are plain models. Gradients of parameters that begin to train later are averaged from the
+    next forward on; added ones start from rank 0's values. Outside of training (`torch.no_grad()`) no process waits
+    for the others.
 
     Args:
         backend: of torch.distributed ("gloo", "nccl", ...); None is torch's own choice for the devices it finds.
@@ -42,7 +46,7 @@ class DDPStrategy(Collectives, Strategy):
     def join(self, ranks: Ranks) -> None:
         """Joins the other processes of the run."""
         self.ranks = ranks
-        self._engines: WeakKeyDictionary[nn.Module, DistributedDataParallel] = WeakKeyDictionary()
+        self._reducers: WeakKeyDictionary[nn.Module, Reducer] = WeakKeyDictionary()
         self._made_group = join(ranks, self.device, self.backend, self.timeout)
 
     # ---------------------------------------------------------------- set-up
@@ -50,21 +54,27 @@ class DDPStrategy(Collectives, Strategy):
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Moves the module to the device and makes its engine; all ranks get rank 0's parameters and buffers."""
         module = super().setup_module(module)
-        if any(param.requires_grad for param in module.parameters()):
-            engine = DistributedDataParallel(_Caller(module), **self._options)
-            _set_reduction(engine, self.precision.policy.params, self.precision.policy.reduce)
-            self._engines[module] = engine
+        superset = bool(self._options.get("find_unused_parameters"))
+        make = functools.partial(self._make_engine, module)
+        self._reducers[module] = Reducer(module, make, superset=superset, presence=self.presence)
         return module
+
+    def _make_engine(self, module: nn.Module, init_sync: bool) -> DistributedDataParallel:
+        options = self._options if init_sync else self._options | {"init_sync": False}
+        engine = DistributedDataParallel(_Caller(module), **options)
+        _set_reduction(engine, self.precision.policy.params, self.precision.policy.reduce)
+        return engine
 
     def make_outer_forward(self, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
         """Returns what lets a method of `module` run in its engine."""
-        engines, precision = self._engines, self.precision
+        reducers, precision = self._reducers, self.precision
         has_views = bool(self._options.get("gradient_as_bucket_view"))  # DDP replaces those where it rebuilds buckets
 
         def make(function: Callable[..., Any]) -> Callable[..., Any]:
             def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                engine = engines.get(_uncompiled(self))
-                if engine is None or not torch.is_grad_enabled():
+                reducer = reducers.get(_uncompiled(self)) if torch.is_grad_enabled() else None
+                engine = None if reducer is None else reducer.engine()
+                if engine is None:
                     return function(self, *args, **kwargs)
                 with precision.scaler.replacing() if has_views else nullcontext():
                     return engine(function, self, *args, **kwargs)
@@ -77,12 +87,12 @@ class DDPStrategy(Collectives, Strategy):
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
         """Context in which backward reduces no gradients; forward belongs into it, too."""
-        engine = self._engines.get(module)
-        return engine.no_sync() if enabled and engine is not None else nullcontext()
+        reducer = self._reducers.get(module)
+        return reducer.no_sync() if enabled and reducer is not None else nullcontext()
 
     def teardown(self) -> None:
         """Lets the engines go, and ends the process group if it was made here."""
-        self._engines.clear()
+        self._reducers.clear()
         if self._made_group and dist.is_initialized():
             dist.destroy_process_group()
         self._made_group = False
