@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from precision_core.checkpoint import CheckpointError
 from precision_core.clipping import Clip
+from precision_deepspeed.direct import check_fills_no_gradients, on_gradients_of
 from precision_deepspeed.placing import Place, fill
 from precision_deepspeed.saved import Saved
 
@@ -56,6 +57,7 @@ class Engine:
         """What `names.describe` says of the model."""
         self.has_gradients = False
         self._reduced = self._failed = False
+        self._running = self._begun = False  # `backward`, and the first gradient in it
         self._frozen = [(name, param) for name, param in module.named_parameters() if not param.requires_grad]
         vendor.set_gradient_accumulation_boundary(False)
         vendor.module_forward_pre_hook.remove()  # `forward` does what they do: with them no module can be pickled
@@ -65,8 +67,6 @@ class Engine:
 
     def forward(self, run: Callable[[], T]) -> T:
         """Returns what `run` does, a forward of the module: what the vendor's `engine.forward` does around it."""
-        from deepspeed.runtime.utils import register_output_backward_hooks
-
         trains = torch.is_grad_enabled()
         if trains:
             self._before_forward()
@@ -76,8 +76,25 @@ class Engine:
         finally:
             self.vendor._forward_epilogue()
         if trains:
-            register_output_backward_hooks(output, preprocess_once_fn=self.vendor._backward_prologue)
+            on_gradients_of(output, self._watch())
         return output
+
+    def _watch(self) -> Callable[[Tensor], Tensor]:
+        """Returns what one forward's outputs are watched by."""
+        return self._arrived
+
+    def _arrived(self, gradient: Tensor) -> Tensor:
+        """Runs where a gradient reaches an output of the model, whoever called autograd."""
+        if not self._running:
+            self._check_direct(gradient)
+        elif not self._begun:
+            self._begun = True
+            self.vendor._backward_prologue()
+        return gradient
+
+    def _check_direct(self, gradient: Tensor) -> None:
+        """Raises `RuntimeError` for a call of autograd, not by `backward`, that this stage cannot run."""
+        check_fills_no_gradients(self.module)
 
     def _before_forward(self) -> None:
         """Tells the vendor's optimizer of a new forward that trains."""
@@ -88,8 +105,12 @@ class Engine:
             raise RuntimeError(TWICE)
         self._check_whole()
         self._check_frozen()
-        self._failed = True
-        self._backward(loss, scale, retain_graph)
+        self._failed = self._running = True
+        self._begun = False
+        try:
+            self._backward(loss, scale, retain_graph)
+        finally:
+            self._running = False
         self.has_gradients, self._failed = True, False
 
     def _backward(self, loss: Tensor, scale: float, retain_graph: bool) -> None:

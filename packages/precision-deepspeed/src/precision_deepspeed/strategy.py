@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
@@ -23,6 +24,7 @@ from precision_deepspeed import checkpoint, vendor
 from precision_deepspeed.arguments import check_optimizer, check_together, config_of
 from precision_deepspeed.binding import bind, unbind
 from precision_deepspeed.config import deepspeed_config, stage_of
+from precision_deepspeed.direct import check_in_shards, check_not_transformed, on_gradients_of, once
 from precision_deepspeed.engine import Engine
 from precision_deepspeed.engines import make_engine
 from precision_deepspeed.names import describe
@@ -164,9 +166,15 @@ class DeepSpeedStrategy(Collectives, Strategy):
         def make(function: Callable[..., Any]) -> Callable[..., Any]:
             def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 engine = strategy._engine
-                if engine is None or not engine.is_model(self):
-                    return function(self, *args, **kwargs)
-                return engine.forward(lambda: function(self, *args, **kwargs))
+                if engine is not None and engine.is_model(self):
+                    return engine.forward(lambda: function(self, *args, **kwargs))
+                shards = next((each for each in strategy._evaluated if each.module is self), None)
+                if shards is not None:
+                    check_not_transformed()
+                output = function(self, *args, **kwargs)
+                if shards is not None and torch.is_grad_enabled():
+                    on_gradients_of(output, once(functools.partial(check_in_shards, shards.optimizer)))
+                return output
 
             return forward
 
@@ -183,10 +191,16 @@ class DeepSpeedStrategy(Collectives, Strategy):
         """Runs the engine's backward; gradients accumulate until the step.
 
         Raises:
-            ValueError: arguments of `Tensor.backward` other than `retain_graph`, which the engine does not take; a loss
-                that is not one number.
+            ValueError: arguments of `Tensor.backward` other than `retain_graph`, which the engine does not take, and
+                `create_graph=True` among them; a loss that is not one number.
         """
         retain_graph = kwargs.pop("retain_graph", False)
+        if kwargs.pop("create_graph", False):
+            raise ValueError(
+                "fabric.backward(loss, create_graph=True): DeepSpeed's engine passes that on to no backward. For "
+                "second-order gradients (gradient penalties) take the inner ones with torch.autograd.grad(loss, x, "
+                "create_graph=True), at stage 0, 1 or 2, and call fabric.backward of what you compute from them"
+            )
         if args or kwargs or tensor.numel() != 1:
             raise ValueError(
                 "fabric.backward under DeepSpeed takes a loss of one number and retain_graph: its engine passes "

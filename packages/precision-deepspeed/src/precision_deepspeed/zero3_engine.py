@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,12 @@ from torch.optim import Optimizer
 
 from precision_core.creation import outside_created_as
 from precision_deepspeed import vendor
+from precision_deepspeed.direct import check_in_shards, check_not_transformed, once
 from precision_deepspeed.placing import Place
 from precision_deepspeed.saved import Saved
 from precision_deepspeed.zero_engine import ZeroEngine
+
+T = TypeVar("T")
 
 
 class Zero3Engine(ZeroEngine):
@@ -30,6 +33,17 @@ class Zero3Engine(ZeroEngine):
             for handle in (*offload.forward_hooks, *offload.backward_hooks):  # they call torch thirty times a layer
                 hooks = handle.hooks_dict_ref()
                 hooks[handle.id] = outside_created_as(hooks[handle.id])
+
+    def forward(self, run: Callable[[], T]) -> T:
+        check_not_transformed()
+        return super().forward(run)
+
+    def _watch(self) -> Callable[[Tensor], Tensor]:
+        return once(super()._watch())
+
+    def _check_direct(self, gradient: Tensor) -> None:
+        super()._check_direct(gradient)
+        check_in_shards(self._zero.parameter_offload, gradient)
 
     def _norms(self) -> list[Any]:
         norms: list[Any] = self._zero._get_norm_groups()
