@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from precision_core.casting import map_tensors
+
 PLAIN_BACKWARD = (
     "loss.backward() on a model that fabric.setup gave to DeepSpeed, whose engine steps only the gradients of "
     "fabric.backward(loss): call that. For gradients of inputs alone: torch.autograd.grad(loss, x), or "
@@ -104,10 +106,10 @@ def check_in_shards(offload: Any, gradient: Tensor) -> Tensor:
 
 def on_gradients_of(output: Any, function: Callable[[Tensor], Tensor]) -> None:
     """Has `function` called with each gradient that reaches a tensor in `output`, before autograd enters the model."""
-    from deepspeed.runtime.utils import register_output_backward_hooks
 
-    register_output_backward_hooks(output, preprocess_once_fn=_nothing, preprocess_per_tensor_fn=function)
+    def watch(tensor: Tensor) -> Tensor:
+        if tensor.grad_fn is not None:
+            tensor.register_hook(function)
+        return tensor
 
-
-def _nothing() -> None:
-    pass
+    map_tensors(output, watch)

@@ -43,6 +43,7 @@ from precision_fsdp.policies import check_fsdp_policy, overridden
 from precision_fsdp.precision import FSDPPrecision
 from precision_fsdp.recompute import recompute, to_recompute
 from precision_fsdp.recovery import begin_anew, check_not_lost
+from precision_fsdp.second_order import check_first_order, first_order
 from precision_fsdp.selection import Selection, check_selection, repeated_blocks, select
 from precision_fsdp.start import send
 
@@ -240,6 +241,7 @@ class FSDPStrategy(Collectives, Strategy):
 
         def make(function: Callable[..., Any]) -> Callable[..., Any]:
             name = function.__name__
+            function = first_order(function)
             if name != "forward":
                 function = _gathering(module, name, function)
 
@@ -254,7 +256,12 @@ class FSDPStrategy(Collectives, Strategy):
     # ---------------------------------------------------------------- step
 
     def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
-        """Runs backward from the loss; after an exception in it, the gradients of this step are lost."""
+        """Runs backward from the loss; after an exception in it, the gradients of this step are lost.
+
+        Raises:
+            ValueError: `create_graph=True`, for second-order gradients.
+        """
+        check_first_order(kwargs)
         try:
             super().backward(tensor, module, *args, **kwargs)
         except BaseException:
