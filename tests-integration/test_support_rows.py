@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from precision_core import Fabric, SupportRow
+from precision_core import Fabric, SupportRow, discovery
 from precision_core.devices import ACCELERATORS, is_available
 from precision_core.support_table import read_table
 from precision_core.testing import run_in_ranks
@@ -48,3 +52,19 @@ def check(row: SupportRow) -> None:
     losses = train(fabric, model, optimizer, range(20))
     fabric.teardown()
     assert sum(losses[-5:]) < sum(losses[:5]) and fabric.precision_plugin.steps > 0
+
+
+VENDORS = ("bitsandbytes", "deepspeed", "torch_xla", "torchao", "transformer_engine", "transformers", "peft")
+
+
+@pytest.mark.slow_start
+def test_doctor_imports_no_vendor_of_the_packages_that_are_installed() -> None:
+    """precision-lab's own test has made-up packages; these are ours, with their libraries."""
+    code = (
+        "import sys; from precision_lab.cli import main; main(['doctor', '--json'], standalone_mode=False);"
+        f"print(sorted(set({VENDORS!r}) & set(sys.modules)), file=sys.stderr)"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert finished.stderr == "[]\n"
+    support = {name for package in json.loads(finished.stdout)["packages"] for name in package["support"]}
+    assert support >= set(discovery.names(discovery.SUPPORT)) > set()

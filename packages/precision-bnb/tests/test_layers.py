@@ -445,7 +445,7 @@ def test_embeddings_that_write_to_themselves_stay() -> None:
 def test_compiled_layers_are_the_same(mode: str, comes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = pickle.dumps(ours(linear(), mode))
     monkeypatch.setattr(
-        importlib.import_module("precision_bnb.quantize"), "_codes", {}
+        importlib.import_module("precision_bnb.quantizing"), "_codes", {}
     )  # as in a process that has quantised nothing
     layer = pickle.loads(saved) if comes == "unpickled" else ours(linear(), mode)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

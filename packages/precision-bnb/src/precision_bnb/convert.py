@@ -14,8 +14,8 @@ from precision_bnb.adapters import ADAPTERS, tell_peft_of_conv1d, trains_in_peft
 from precision_bnb.config import BitsAndBytesConfig
 from precision_bnb.layers import Int8TrainingLinear, Quantized, QuantizedEmbedding, QuantizedLinear
 from precision_bnb.packed import Format, Layout
-from precision_bnb.quantize import check_floating, check_values
-from precision_bnb.quantize import quantize as quantize_weight
+from precision_bnb.quantizing import check_floating, check_values
+from precision_bnb.quantizing import quantize as quantize_weight
 from precision_core.patterns import matches
 from precision_core.surgery import Replacement, Surgery, replace_layers
 from precision_core.wide import marks

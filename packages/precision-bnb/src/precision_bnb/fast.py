@@ -14,7 +14,7 @@ from torch import Tensor
 
 from precision_bnb.config import BitsAndBytesConfig
 from precision_bnb.packed import Layout
-from precision_bnb.quantize import code_of, scales_of
+from precision_bnb.quantizing import code_of, scales_of
 
 _ROWS, _COLUMNS = 32, 64
 """The kernel takes multiples of these."""

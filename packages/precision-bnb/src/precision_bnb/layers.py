@@ -14,7 +14,7 @@ from precision_bnb import fast
 from precision_bnb.loading import load_packed
 from precision_bnb.packed import Format, Layout
 from precision_bnb.products import product, training_product
-from precision_bnb.quantize import code_of, dequantize, make_codes, nested_code
+from precision_bnb.quantizing import code_of, dequantize, make_codes, nested_code
 
 
 class Quantized(nn.Module):

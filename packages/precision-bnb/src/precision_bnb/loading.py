@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from precision_bnb.packed import Layout, check_label, layout_of
-from precision_bnb.quantize import quantize
+from precision_bnb.quantizing import quantize
 from precision_core.fit import is_sharded
 from precision_core.shards import cut
 

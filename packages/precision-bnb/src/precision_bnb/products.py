@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from precision_bnb.packed import Layout
-from precision_bnb.quantize import code_of, dequantize, nested_code, quantize_rows
+from precision_bnb.quantizing import code_of, dequantize, nested_code, quantize_rows
 
 _FLOAT_PRODUCTS = ("cpu", "xpu")
 """Where bitsandbytes trains 8-bit weights by dequantising them; elsewhere inputs are quantised in training, too."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from precision_bnb import quantize as package_quantize
 from precision_bnb.packed import Format, Layout, layout_of
-from precision_bnb.quantize import dequantize, quantize
+from precision_bnb.quantizing import dequantize, quantize
 
 SHAPES = [(32, 64), (24, 48), (7, 5), (64, 1008), (3, 130), (16, 32), (700, 512), (1, 1), (130, 2048)]
 """Whole blocks in a row, blocks across rows, odd numbers of weights, several chunks."""
