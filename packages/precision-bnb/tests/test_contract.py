@@ -44,6 +44,10 @@ class TestFloat16(TestNF4):
     settings: ClassVar[dict[str, Any]] = {"mode": "nf4", "dtype": torch.float16}
 
 
+class TestBfloat16(TestNF4):
+    settings: ClassVar[dict[str, Any]] = {"mode": "nf4", "dtype": torch.bfloat16}
+
+
 class TestStoredAsBfloat16(TestNF4):
     config: ClassVar[dict[str, Any]] = {
         "load_in_4bit": True,

@@ -25,6 +25,10 @@ class Model(nn.Module):
         self.head = nn.Linear(64, 8)
         self.lm_head = nn.Linear(64, 8)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        return self.lm_head(x) + self.head(x)
+
 
 def kinds(model: nn.Module) -> dict[str, str]:
     return {name: type(child).__name__ for name, child in model.named_modules() if isinstance(child, nn.Linear)}
@@ -68,7 +72,7 @@ def test_the_default_compute_dtype_is_what_the_device_computes_fast() -> None:
 @pytest.mark.parametrize(
     ("dtype", "mode", "params"),
     [
-        (torch.bfloat16, "bf16-true", torch.bfloat16),
+        (torch.bfloat16, "bf16-mixed", torch.float32),
         (torch.float32, "32-true", torch.float32),
         (torch.float16, "16-mixed", torch.float32),
     ],
@@ -82,17 +86,75 @@ def test_base_follows_the_compute_dtype(dtype: torch.dtype, mode: str, params: t
     assert plugin.forward_context() is not None and (plugin.scale > 1) is (mode == "16-mixed")
 
 
-def test_float16_without_anything_to_train_is_true_until_adapters_come() -> None:
-    fabric = Fabric(accelerator="cpu", precision=BitsandbytesPrecision("nf4", torch.float16))
+@pytest.mark.parametrize("native", [True, False], ids=["native bfloat16", "no native bfloat16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_trains_by_default_is_float32_whatever_the_cpu_is_fast_in(
+    mode: str, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms, biases, a head and a float layer by name train, whatever dtype they arrive in; no note warns."""
+    dtype = torch.bfloat16 if native else torch.float32
+    monkeypatch.setattr("precision_bnb.plugin.compute_dtype", lambda device_type: dtype)
+    for arrives in (torch.float32, torch.bfloat16, torch.float16):
+        plugin = BitsandbytesPrecision(mode, ignore_modules={"body.0", "lm_head"})
+        fabric, model = Fabric(accelerator="cpu", precision=plugin), Model().to(arrives)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        fabric.setup(model, optimizer)
+        trains = {name: param.dtype for name, param in model.named_parameters() if param.requires_grad}
+        assert set(trains.values()) == {torch.float32} and {"body.0.weight", "body.1.weight", "lm_head.weight"} <= {
+            *trains
+        }
+        assert str(plugin.policy) == ("bf16-mixed" if native else "32-true") and plugin.report.notes == ()
+        assert plugin.setup_bnb_config().bnb_4bit_compute_dtype is dtype
+        before = model.body[1].bias.detach().clone()  # type: ignore[union-attr]
+        fabric.backward(model(torch.ones(2, 64)).square().sum())
+        optimizer.step()
+        assert not torch.equal(model.body[1].bias, before)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "frozen", "training"),
+    [(torch.float16, "16-true", "16-mixed"), (torch.bfloat16, "bf16-true", "bf16-mixed")],
+    ids=str,
+)
+def test_half_without_anything_to_train_is_true_until_adapters_come(
+    dtype: torch.dtype, frozen: str, training: str
+) -> None:
+    fabric = Fabric(accelerator="cpu", precision=BitsandbytesPrecision("nf4", dtype))
     plugin, model = fabric.precision_plugin, Model().requires_grad_(False)
     plugin.convert_module(model)
-    assert str(plugin.policy) == "16-true" and model.body[1].weight.dtype is torch.float16
-    model.adapter = nn.Linear(64, 64, dtype=torch.float16)  # type: ignore[assignment]
+    assert str(plugin.policy) == frozen and model.body[1].weight.dtype is model.lm_head.weight.dtype is dtype
+    assert plugin.report.notes == ()  # nothing trains, and nobody chose it
+    model.adapter = nn.Linear(64, 64, dtype=dtype)  # type: ignore[assignment]
     packed = model.head.weight.clone()
     fabric.setup(model, SGD(model.adapter.parameters(), lr=0.1))
-    assert str(plugin.policy) == "16-mixed" and plugin.scale == 2.0**16
+    assert str(plugin.policy) == training and plugin.scale == (2.0**16 if dtype is torch.float16 else 1.0)
     assert model.adapter.weight.dtype is torch.float32 and type(model.adapter) is nn.Linear
-    assert model.body[1].weight.dtype is torch.float16 and torch.equal(model.head.weight, packed)
+    assert model.lm_head.weight.dtype is dtype and torch.equal(model.head.weight, packed)
+    assert model.body[1].weight.dtype is torch.float32  # a half norm takes no float32 input
+    assert "body.1.weight" in {item.name for item in plugin.report.converted}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_frozen_model_that_begins_with_a_norm_runs_beside_one_that_trains(dtype: torch.dtype) -> None:
+    class Normed(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.LayerNorm(64), nn.Linear(64, 64), nn.GroupNorm(4, 64), nn.Linear(64, 8))
+
+    fabric = Fabric(accelerator="cpu", precision=BitsandbytesPrecision("nf4", dtype))
+    teacher, x = fabric.setup(Normed().requires_grad_(False)), torch.randn(4, 64)
+    before = teacher(x)
+    student = fabric.setup(Normed())
+    assert (teacher(x) - before).norm() < 0.02 * before.norm() and student(x).dtype is torch.float32
+
+
+def test_a_base_by_choice_takes_what_arrives_in_half() -> None:
+    plugin = BitsandbytesPrecision("nf4", torch.bfloat16, base="bf16-mixed")
+    model = plugin.convert_module(Model().bfloat16())
+    assert {param.dtype for param in model.parameters() if param.requires_grad} == {torch.float32}
+    plugin = BitsandbytesPrecision("nf4", torch.bfloat16, base="bf16-true")
+    model = plugin.convert_module(Model())
+    assert {param.dtype for param in model.parameters() if param.requires_grad} == {torch.bfloat16}
+    assert "pure bfloat16 loses updates" in str(plugin.report)
 
 
 class Rotary(Model):

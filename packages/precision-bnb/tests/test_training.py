@@ -85,6 +85,114 @@ def test_adapters_are_not_quantised_and_learn(before: bool) -> None:
     assert all(torch.equal(mine, other) for mine, other in zip(packed, after, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["peft", "own"])
+def test_every_entry_of_an_adapter_moves_at_a_small_learning_rate(kind: str) -> None:
+    """In bfloat16, whose spacing is 1/256 of a value, AdamW's steps of 1e-4 are lost in three entries of four."""
+
+    class Own(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base, self.lora_A, self.lora_B = base, nn.Linear(48, 4, bias=False), nn.Linear(4, 96, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.lora_B(self.lora_A(x))
+
+    moved = {}
+    for base in (None, "bf16-true"):
+        fabric = Fabric(accelerator="cpu", precision=BitsandbytesPrecision("nf4", torch.bfloat16, base=base))
+        model: Any = with_lora(Body()) if kind == "peft" else Body().requires_grad_(False)
+        if kind == "own":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                model.up = Own(model.up)
+        adapters = {name: param for name, param in model.named_parameters() if "lora_A" in name}
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
+        fabric.setup(model, optimizer)
+        before = {name: param.detach().clone() for name, param in adapters.items()}
+        x = torch.randn(16, 48, generator=torch.Generator().manual_seed(3))
+        for _ in range(50):
+            optimizer.zero_grad()
+            fabric.backward((model(x) - x).square().mean())
+            optimizer.step()
+        changes = [param.detach() != before[name] for name, param in adapters.items()]
+        moved[base] = sum(int(each.sum()) for each in changes) / sum(each.numel() for each in changes)
+    assert moved[None] == 1.0 and moved["bf16-true"] < 0.6
+
+
+def tiny_llama() -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "vocab_size": 50}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+        return transformers.LlamaForCausalLM(config).bfloat16()
+
+
+@pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")  # peft
+@pytest.mark.parametrize("prepared", [False, True], ids=["as it comes", "prepared"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+def test_peft_prepares_and_checkpoints_and_the_losses_are_float32s(prepared: bool, checkpointing: bool) -> None:
+    """A model from a bfloat16 file, its head in `modules_to_save`, beside the same with float32 compute throughout."""
+    peft, losses = pytest.importorskip("peft"), {}
+    for dtype in (torch.bfloat16, torch.float32):
+        fabric = Fabric(accelerator="cpu", precision=BitsandbytesPrecision("nf4", dtype))
+        model = fabric.precision_plugin.convert_module(tiny_llama())
+        if prepared:
+            model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = peft.get_peft_model(
+                model, peft.LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"])
+            )
+        if checkpointing and not prepared:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-3)
+        fabric.setup(model, optimizer)
+        assert {param.dtype for param in model.parameters() if param.requires_grad} == {torch.float32}
+        ids, losses[dtype] = torch.arange(16).view(2, 8), []
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = model.train()(input_ids=ids, labels=ids).loss
+            fabric.backward(loss)
+            optimizer.step()
+            losses[dtype].append(loss.item())
+    mine, exact = losses[torch.bfloat16], losses[torch.float32]
+    assert mine == pytest.approx(exact, abs=0.01) and mine[-1] < mine[0] - 0.2
+
+
+def test_a_checkpoint_with_bfloat16_adapters_loads_into_float32_ones(tmp_path: Path) -> None:
+    def trained(base: str | None, steps: int) -> tuple[Fabric, Any, Any]:
+        fabric = Fabric(accelerator="cpu", precision=BitsandbytesPrecision("nf4", torch.bfloat16, base=base))
+        model = with_lora(Body())
+        optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-2)
+        fabric.setup(model, optimizer)
+        for step in range(steps):
+            optimizer.zero_grad()
+            fabric.backward(model(torch.full((4, 48), 0.1 * step)).square().mean())
+            optimizer.step()
+        return fabric, model, optimizer
+
+    fabric, old, optimizer = trained("bf16-true", 3)
+    fabric.save(tmp_path / "old.ckpt", {"model": old, "optimizer": optimizer})
+    fabric.save_module(tmp_path / "old.safetensors", old)
+    fabric, new, optimizer = trained(None, 2)
+    fabric.load_module(tmp_path / "old.safetensors", new)
+    assert all(
+        torch.equal(mine, value.to(mine.dtype)) for mine, value in zip(new.parameters(), old.parameters(), strict=True)
+    )
+    fabric, new, optimizer = trained(None, 1)
+    fabric.load(tmp_path / "old.ckpt", {"model": new, "optimizer": optimizer})
+    assert all(
+        torch.equal(mine, value.to(mine.dtype)) for mine, value in zip(new.parameters(), old.parameters(), strict=True)
+    )
+    assert {param.dtype for param in new.parameters() if param.requires_grad} == {torch.float32}
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.float32}
+    assert {int(state["step"]) for state in optimizer.state.values()} == {3}
+    fabric.backward(new(torch.ones(2, 48)).square().mean())
+    optimizer.step()
+
+
 @pytest.mark.filterwarnings("ignore:`(is_gradient_checkpointing|past_key_values)` is deprecated")  # peft
 @pytest.mark.parametrize("kind", ["PromptEncoderConfig", "PrefixTuningConfig"])
 def test_prompt_encoders_stay_and_train(kind: str) -> None:

@@ -22,9 +22,10 @@ from precision_bnb.layers import Quantized, QuantizedEmbedding, QuantizedLinear
 from precision_bnb.meta import parameters_on_meta
 from precision_bnb.support import DEVICES, compute_dtype
 from precision_core import HalfPrecision, MixedPrecision, Policy, Precision, Report
+from precision_core.conversion import cast_parameters
 from precision_core.patterns import check_pattern
 from precision_core.plugins import make_plugin
-from precision_core.report import module_bytes
+from precision_core.report import Item, module_bytes
 from precision_core.scaler import Scaler
 from precision_core.surgery import Surgery
 
@@ -33,7 +34,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_TRUE = {torch.bfloat16: "bf16-true", torch.float32: "32-true", torch.float16: "16-true"}
+_DEFAULT_BASES = {  # compute dtype -> the base where something trains, which is float32 then, and where nothing does
+    torch.float32: ("32-true", "32-true"),
+    torch.bfloat16: ("bf16-mixed", "bf16-true"),
+    torch.float16: ("16-mixed", "16-true"),
+}
 
 
 class _Half(HalfPrecision):
@@ -52,8 +57,8 @@ class BitsandbytesPrecision(Precision):
             device computes fast.
         ignore_modules: name patterns of modules that stay as they are ({"lm_head", "*.mlp"}). None: as the config says,
             else the heads that `precision_bnb.convert.IGNORED` names.
-        base: the mode of norms, heads, embeddings and adapters. None: "bf16-true", "32-true" or "16-true" by the
-            compute dtype; with float16, and parameters that train, it is "16-mixed".
+        base: the mode of norms, heads, embeddings and adapters. None: what trains is float32, and the base is
+            "bf16-mixed", "16-mixed" or "32-true" by the compute dtype; where nothing trains, "bf16-true" or "16-true".
         embeddings: whether `nn.Embedding` is quantised, too.
 
     Raises:
@@ -117,11 +122,10 @@ class BitsandbytesPrecision(Precision):
     def _make_base(self, device_type: str, trains: bool) -> Precision:
         """Returns the plugin for what is not quantised."""
         dtype = self._compute_dtype(device_type)
-        policy = self._given_base
-        if policy is None:
-            policy = Policy.parse("16-mixed" if trains and dtype is torch.float16 else _TRUE[dtype])
-            if policy.mixed:  # adapters that were added after the model was cast may be float16
-                return MixedPrecision(policy, device=device_type, upcast=True)
+        mixed, true = _DEFAULT_BASES[dtype]
+        policy = self._given_base or Policy.parse(mixed if trains else true)
+        if policy.mixed:  # a model may come in the dtype of its file, or have been cast before adapters were added
+            return MixedPrecision(policy, device=device_type, upcast=True)
         is_half = not policy.mixed and policy.params in (torch.float16, torch.bfloat16)
         return _Half(policy) if is_half else make_plugin(policy, device_type)
 
@@ -187,14 +191,15 @@ class BitsandbytesPrecision(Precision):
         models = (module, *self._modules)  # a frozen one takes the scaler from none that trains
         self._choose_base(trains=any(param.requires_grad for model in models for param in model.parameters()))
         self._set_up_layers(module)
+        vectors = [item for model in models if self.policy.mixed for item in self._widen_vectors(model)]
         with _hidden(module):
             self._base.convert_module(module)
         rest = self._base.report
         self.report = Report(
             self.mode,
-            converted=report.converted + rest.converted,
+            converted=(*report.converted, *vectors, *rest.converted),
             skipped=report.skipped + rest.skipped,
-            notes=notes + report.notes + rest.notes,
+            notes=notes + report.notes + (rest.notes if self._given_base is not None else ()),
             bytes_before=before,
             bytes_after=module_bytes(module),
         )
@@ -255,10 +260,22 @@ class BitsandbytesPrecision(Precision):
         )
 
     def _choose_base(self, trains: bool) -> None:
-        """Float16 parameters are for models in which nothing trains."""
+        """Half parameters are for models in which nothing trains."""
         wanted = self._make_base(self._device_type, trains)
         if wanted.policy != self.policy:
             self._use(wanted)
+
+    def _widen_vectors(self, module: nn.Module) -> list[Item]:
+        """Casts half vectors that were frozen to base's dtype: torch's norms take no half weight with a float32 input.
+
+        Such come from files, and from a time when nothing trained yet.
+        """
+
+        def wide(_: str, param: nn.Parameter) -> torch.dtype | None:
+            is_half = param.dim() < 2 and param.dtype in (torch.float16, torch.bfloat16)
+            return self.policy.params if is_half and self.storage(param) is not None else None
+
+        return cast_parameters(module, wide)
 
     def _set_up_layers(self, module: nn.Module) -> None:
         """Brings layers that were quantised by others, or before, to the settings of now."""
