@@ -114,7 +114,6 @@ class TransformerEnginePrecision(Precision):
         self._base = make_plugin(policy, self._device_type)
         self.policy = policy
         self._stays = (*name_patterns(exclude), *(pattern for pattern, _ in policy.exceptions))
-        self.report = Report(self.mode)
 
     def _make_engine(self, engine: str, pad: bool) -> Engine:
         if engine == "te":
