@@ -154,9 +154,9 @@ def test_an_exception_of_the_user_wins(precision: str, narrow: set[str]) -> None
     model: nn.Module = Parts()
     if "inner" in precision:
         model = nn.ModuleDict({"inner": model, "other": Parts()})
-    precision_core = HalfPrecision(precision)
-    precision_core.convert_module(model)
-    why = {name for name, _ in precision_core.report.skipped if name in dtypes(model)}
+    plugin = HalfPrecision(precision)
+    plugin.convert_module(model)
+    why = {name for name, _ in plugin.report.skipped if name in dtypes(model)}
     every = set(KEPT) if isinstance(model, Parts) else {f"{part}.{name}" for part in model for name in KEPT}
     assert why == every - narrow
 
