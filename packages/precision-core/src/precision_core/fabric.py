@@ -29,6 +29,7 @@ from precision_core.casting import move
 from precision_core.composition import check_composition
 from precision_core.fit import is_sharded
 from precision_core.local_path import local_path
+from precision_core.loss_check import check_loss
 from precision_core.override import is_overridden, override, undone_on_error
 from precision_core.policy import Policy
 from precision_core.precision import Precision
@@ -359,7 +360,12 @@ class Fabric:
         return self._precision.forward_context()
 
     def backward(self, tensor: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        """Runs backward from the loss; use it in place of `loss.backward()`. Arguments go to `Tensor.backward`."""
+        """Runs backward from the loss; use it in place of `loss.backward()`. Arguments go to `Tensor.backward`.
+
+        Raises:
+            ValueError: no tensor, or one without a graph, or of several values and without their gradient.
+        """
+        check_loss(tensor, has_gradient=(bool(args) and args[0] is not None) or kwargs.get("gradient") is not None)
         self._strategy.backward(tensor, None if model is None else _uncompiled(model), *args, **kwargs)
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:

@@ -20,6 +20,7 @@ from precision_core.casting import holds, map_tensors
 from precision_core.creation import created_as
 from precision_core.devices import ACCELERATORS
 from precision_core.dtypes import FLOAT_DTYPES
+from precision_core.integer_inputs import explained
 from precision_core.layout import Layout, make_layout
 from precision_core.loader import DeviceLoader
 from precision_core.plugins import make_plugin
@@ -213,7 +214,16 @@ class Strategy:
             # autocast leaves float64 as it is, which layers do not take; and targets and timestamps keep their values.
             aligns = cast is not None or (mixed and holds((args, kwargs), torch.float64))
             with precision.forward_context(), created_as(cast or params, aligns=True) if aligns else nullcontext():
-                output = function(module, *args, **kwargs)
+                if torch.compiler.is_compiling():  # a graph that breaks in a `try` is no graph
+                    output = function(module, *args, **kwargs)
+                else:
+                    try:
+                        output = function(module, *args, **kwargs)
+                    except (RuntimeError, ValueError) as error:
+                        clearer = explained(error, module, mine.policy)
+                        if clearer is None:
+                            raise
+                        raise clearer from error
             return precision.convert_output(output)
 
         return forward
