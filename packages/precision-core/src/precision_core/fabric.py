@@ -30,6 +30,7 @@ from precision_core.composition import check_composition
 from precision_core.fit import is_sharded
 from precision_core.local_path import local_path
 from precision_core.loss_check import check_loss
+from precision_core.loss_watch import LossWatch
 from precision_core.override import is_overridden, override, undone_on_error
 from precision_core.policy import Policy
 from precision_core.precision import Precision
@@ -84,6 +85,7 @@ class Fabric:
             self._strategy.join(self._layout.ranks or Ranks())
             self._strategy.connect(self._precision)
         self._presence = self._strategy.presence = Presence(self._strategy) if self._joined else None
+        self._losses = LossWatch(self._precision.mode)
         self._restores: list[Callable[[], None]] = []
         self._replaced: ParamMap = WeakIdKeyDictionary()  # what setup replaced, for optimizers that are set up later
 
@@ -278,10 +280,13 @@ class Fabric:
                 raise ValueError(f"this {type(optimizer).__name__} is set up already")
 
     def _make_step(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        run = self._strategy.optimizer_step
+        run, losses = self._strategy.optimizer_step, self._losses
+        losses.sees_steps = True
 
         def step(self: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-            return run(self, closure, **kwargs)
+            result = run(self, closure, **kwargs)
+            losses.stepped()
+            return result
 
         def plain(optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
             return function(optimizer, **kwargs) if closure is None else function(optimizer, closure, **kwargs)
@@ -366,6 +371,8 @@ class Fabric:
             ValueError: no tensor, or one without a graph, or of several values and without their gradient.
         """
         check_loss(tensor, has_gradient=(bool(args) and args[0] is not None) or kwargs.get("gradient") is not None)
+        if not self._precision.policy.scale:  # else the scaler skips such steps, and counts them
+            self._losses.backward(tensor)
         self._strategy.backward(tensor, None if model is None else _uncompiled(model), *args, **kwargs)
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
