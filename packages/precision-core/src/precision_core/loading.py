@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from precision_core import left_out, rng
+from precision_core import engine_checkpoint, left_out, rng
 from precision_core.agreement import agreed
 from precision_core.alignment import aligned, replaced
 from precision_core.background import settle
@@ -51,6 +51,7 @@ def load(
             content = replaced(content, keys, position)
         content = _filled_up(state, content, filter or {})
         origin = f"{path} (policy {header.get('policy')}, torch {header.get('torch')})"
+        refuse(origin, engine_checkpoint.refused(state, source.refused))
         content, dtypes, problems, notes = aligned(state, content, header, strict=strict)
         check_fits(state, content, strict=strict, dtypes=dtypes, origin=origin)
         refuse(origin, problems)

@@ -7,8 +7,10 @@ its turn, so that a layer which quantises as it loads is the only one whose floa
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Iterable
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from precision_core import safetensors_files
+from precision_core.checkpoint import CheckpointError
 from precision_core.fit import is_sharded, refuse
+from precision_core.folder_manifest import MANIFEST
 from precision_core.local_path import local_path
 from precision_core.module_layers import (
     VERSIONS,
@@ -94,6 +98,16 @@ def _memory(tensor: Tensor) -> Any:
 # ---------------------------------------------------------------- loading
 
 
+def check_no_checkpoint(path: Path) -> None:
+    """Raises `CheckpointError` for what `fabric.save` wrote, a folder (whatever engine's) or a file."""
+    is_file = path.is_file() and zipfile.is_zipfile(path)
+    if is_file or (path.is_dir() and (path / MANIFEST).exists()):
+        raise CheckpointError(
+            f"{path} is a checkpoint of fabric.save, and fabric.load_module reads safetensors: read its weights with "
+            f'fabric.load({str(path)!r}, {{"model": model}}), under the key that they were saved with'
+        )
+
+
 def load_module(
     path: str | PathLike[str], module: nn.Module, strict: bool = True, *, agree: Callable[[], None] = lambda: None
 ) -> Loaded:
@@ -110,7 +124,9 @@ def load_module(
         FileNotFoundError: there is no such file.
         ImportError: safetensors is not installed.
     """
-    with safetensors_files.opened(local_path(path, "load_module")) as files:
+    place = local_path(path, "load_module")
+    check_no_checkpoint(place)
+    with safetensors_files.opened(place) as files:
         layers = list(layers_of(module))
         versions = versions_of(files, path)
         aliases = {name: first for name, first in files.metadata.items() if first in files.names}

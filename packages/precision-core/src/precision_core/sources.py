@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from precision_core import checkpoint, folder_manifest
+from precision_core import checkpoint, engine_checkpoint, folder_manifest
 from precision_core.checkpoint import RESERVED
 from precision_core.folder_tree import Path as Place
 from precision_core.folder_tree import map_leaves
@@ -26,6 +26,8 @@ class Source(Protocol):
     """What a checkpoint holds. The tensors in `content`, its header included, stand for their values until `fetch`."""
 
     content: dict[str, Any]
+    refused: Mapping[Place, str]
+    """Places of objects for which it has no values that any strategy reads, and why."""
 
     def verify(self, rank: int = 0, ranks: int = 1) -> None:
         """Raises `CheckpointError` if it is damaged; `ranks` look at all of it together."""
@@ -49,6 +51,9 @@ def open_checkpoint(path: Path, trust: bool) -> Source:
         CheckpointError: damaged, foreign or newer.
         FileNotFoundError: there is none.
     """
+    engines = engine_checkpoint.folder_of(path)
+    if engines is not None:
+        return _EngineSource(engines, trust)
     if folder_manifest.is_folder(path):
         from precision_core.folder_checkpoint import Folder  # takes seconds to import
 
@@ -58,6 +63,8 @@ def open_checkpoint(path: Path, trust: bool) -> Source:
 
 class _FileSource:
     """Its tensors are mapped from the file."""
+
+    refused: Mapping[Place, str] = {}
 
     def __init__(self, path: Path, trust: bool) -> None:
         self.content = checkpoint.read(path, trust=trust)
@@ -81,7 +88,16 @@ class _FileSource:
         return deep_copied(_less_header(self.content))
 
 
+class _EngineSource(_FileSource):
+    """A folder with an engine's own files, of which the package that wrote them makes values."""
+
+    def __init__(self, path: Path, trust: bool) -> None:
+        self.content, self.refused = engine_checkpoint.read(path, trust)
+
+
 class _FolderSource:
+    refused: Mapping[Place, str] = {}
+
     def __init__(self, path: Path, folder: Folder) -> None:
         checkpoint.check_header(path, folder.structure)
         self._folder, self.content = folder, folder.structure

@@ -28,7 +28,7 @@ from precision_core.checkpoint import CheckpointError
 from precision_core.folder_manifest import Manifest
 from precision_core.state import Filter
 from precision_deepspeed.engine import Engine
-from precision_deepspeed.export import read_consolidated
+from precision_deepspeed.export import read_plain
 from precision_deepspeed.pickles import check_pickles
 from precision_deepspeed.saved import Saved
 
@@ -129,7 +129,7 @@ def load(
             check_pickles(folder / name for name in manifest.files if name.endswith(".pt"))
     if state is None:
         content = loading.load(folder / STATE, None, strict, filter, trust, strategy)
-        return {key: _whole(value, folder, trust) for key, value in content.items()}
+        return read_plain(folder, content, trust)[0]
     if engine is None:
         raise CheckpointError(
             f"{path} holds a model in DeepSpeed's shards, and none was set up with an optimizer: call "
@@ -240,15 +240,6 @@ def _records(content: Any) -> Iterator[dict[str, Any]]:
         else:
             for value in content.values():
                 yield from _records(value)
-
-
-def _whole(value: Any, folder: Path, trust: bool) -> Any:
-    """Returns `value` with the float32 parameters in place of the record of a model; the optimizer's record stays."""
-    if not isinstance(value, dict):
-        return value
-    if value.get(RECORD) == "model":
-        return read_consolidated(folder, value, trust=trust)
-    return {key: _whole(each, folder, trust) for key, each in value.items()}
 
 
 def _place(state: dict[str, Any], stand_ins: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from precision_deepspeed.config import deepspeed_config, stage_of
 from precision_deepspeed.direct import check_in_shards, check_not_transformed, on_gradients_of, once
 from precision_deepspeed.engine import Engine
 from precision_deepspeed.engines import make_engine
+from precision_deepspeed.export import read_plain
 from precision_deepspeed.names import describe
 from precision_deepspeed.plugin import DeepSpeedPrecision
 
@@ -317,6 +318,13 @@ class DeepSpeedStrategy(Collectives, Strategy):
         if not checkpoint.is_checkpoint(path):
             return None
         return checkpoint.load(path, state, strict, filter, trust, self, self._engine)
+
+    @staticmethod
+    def read_engine_checkpoint(
+        folder: Path, content: dict[str, Any], trust: bool
+    ) -> tuple[dict[str, Any], dict[tuple[Any, ...], str]]:
+        """Returns `content` with the model's float32 values, and how the optimizer's state is converted."""
+        return read_plain(folder, content, trust)
 
     def teardown(self) -> None:
         """Lets the engines go, undoes what they changed in torch, and ends the process group if it was made here."""

@@ -280,6 +280,16 @@ class Strategy:
         """Returns what `Fabric.load` is to return, where `save_checkpoint` wrote `path`; None: it is core's to do."""
         return None
 
+    @staticmethod
+    def read_engine_checkpoint(
+        folder: Path, content: dict[str, Any], trust: bool
+    ) -> tuple[dict[str, Any], dict[tuple[Any, ...], str]]:
+        """Returns `content`, of a folder that this strategy's engine wrote, for others to load.
+
+        Models in it have their values; the second dict says of other objects, by place, why they have none.
+        """
+        return content, {}
+
     def teardown(self) -> None:
         """Ends what the engine started."""
 
