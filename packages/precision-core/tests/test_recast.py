@@ -85,3 +85,65 @@ def test_torchs_own_averages_of_several_tensors_want_one_dtype() -> None:
     ema.update_parameters(model)
     with pytest.raises(RuntimeError):
         ema.update_parameters(model)
+
+
+def train(mode: str, kind: Any) -> tuple[Fabric, Net, Any]:
+    torch.manual_seed(0)
+    fabric, model = Fabric(accelerator="cpu", precision=mode), Net()
+    _, optimizer = fabric.setup(model, kind(model.parameters(), lr=0.01))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        fabric.backward(model(X).pow(2).mean())
+        optimizer.step()
+
+    return fabric, model, step
+
+
+@pytest.mark.parametrize("cast", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["bf16-mixed", "16-mixed"])
+def test_a_mixed_mode_does_not_train_what_was_cast_since(mode: str, cast: torch.dtype) -> None:
+    _, model, step = train(mode, torch.optim.SGD)
+    step()
+    model.to(cast)
+    before = [param.detach().clone() for param in model.parameters()]
+    name = str(cast).removeprefix("torch.")
+    message = rf"this Net was cast to {name} after fabric\.setup, and {mode} trains float32 parameters: cast it back"
+    with pytest.raises(RuntimeError, match=message):
+        step()
+    assert all(map(torch.equal, before, model.parameters()))
+    plain = Net().eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():  # an export, or an evaluation of it
+        assert torch.allclose(model.eval()(X).double(), plain(X).double(), atol=0.02)
+    model.to(torch.float32).train()
+    step()
+
+
+@pytest.mark.parametrize("mode", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("cast", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_cast_copy_of_a_mixed_model_runs(mode: str, cast: torch.dtype) -> None:
+    _, model, step = train(mode, torch.optim.SGD)
+    twin = copy.deepcopy(model).to(cast)
+    assert (twin(X) - model(X)).abs().max() < 0.05
+    step()
+    assert all(param.dtype is cast for param in twin.parameters())
+
+
+@pytest.mark.parametrize(
+    ("mode", "cast", "state"),
+    [("32-true", torch.float16, "float32"), ("bf16-true", torch.float32, "bfloat16")],
+    ids=str,
+)
+def test_a_true_mode_does_not_step_with_state_of_another_dtype(mode: str, cast: torch.dtype, state: str) -> None:
+    _, model, step = train(mode, torch.optim.AdamW)
+    step()
+    model.to(cast)
+    before = [param.detach().clone() for param in model.parameters()]
+    with pytest.raises(RuntimeError, match=f"and AdamW's state is in {state}: cast it back"):
+        step()
+    assert all(map(torch.equal, before, model.parameters()))
+    _, model, step = train(mode, torch.optim.AdamW)
+    model.to(cast)
+    step()  # there was no state yet
+    assert model.first.weight.dtype is cast

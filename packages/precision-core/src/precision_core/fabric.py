@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,9 @@ class Fabric:
             self._strategy.join(self._layout.ranks or Ranks())
             self._strategy.connect(self._precision)
         self._presence = self._strategy.presence = Presence(self._strategy) if self._joined else None
+        self._optimizers: WeakSet[Optimizer] = WeakSet()
+        if self._joined:
+            self._strategy.optimizers = self._optimizers
         self._losses = LossWatch(self._precision.mode)
         self._restores: list[Callable[[], None]] = []
         self._replaced: ParamMap = WeakIdKeyDictionary()  # what setup replaced, for optimizers that are set up later
@@ -207,6 +211,7 @@ class Fabric:
             model = self._setup_module(model, optimizers)
             self._setup_optimizers(*optimizers)
             self._strategy.setup_together(_uncompiled(model), optimizers)
+            forget_cast(_uncompiled(model))  # that was the engine
         return (model, *optimizers) if optimizers else model
 
     def setup_module(self, model: nn.Module) -> nn.Module:
@@ -236,8 +241,7 @@ class Fabric:
         self._override_method(converted, outer, "forward")
         policy = self._precision.policy
         forget_cast(converted)
-        if not policy.mixed:
-            self._restores.append(override(converted, "_apply", following_casts(policy.params)))
+        self._restores.append(override(converted, "_apply", following_casts(policy.params)))
         for name in unmarked.methods(converted) if policy.mixed else ():
             if name not in vars(converted):  # not what the user has put there
                 watch = unmarked.watching(name, self.device.type, self._precision.mode)
@@ -258,6 +262,7 @@ class Fabric:
         for optimizer in optimizers:
             repoint(optimizer, self._replaced)
             self._strategy.setup_optimizer(optimizer)
+            self._optimizers.add(optimizer)
             self._restores.append(override(optimizer, "step", self._make_step))
 
     @contextmanager

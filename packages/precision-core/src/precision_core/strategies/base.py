@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,7 +27,7 @@ from precision_core.plugins import make_plugin
 from precision_core.policy import MODES, Policy
 from precision_core.precision import Precision
 from precision_core.processes import Ranks
-from precision_core.recast import cast_to
+from precision_core.recast import cast_to, check_trains
 from precision_core.state import Filter
 from precision_core.strategies.collectives import reduce_op
 
@@ -52,6 +52,8 @@ class Strategy:
     precision: Precision
     presence: Presence | None = None
     """What ranks know of each other in calls that are for all of them; Fabric gives it."""
+    optimizers: Collection[Optimizer] = ()
+    """Those that were set up, as far as they live; Fabric gives them."""
 
     # ---------------------------------------------------------------- processes
 
@@ -209,6 +211,8 @@ class Strategy:
 
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             cast = cast_to(module)
+            if cast is not None:
+                check_trains(module, cast, mine.policy, self.optimizers)
             precision = mine if cast is None else plugins[cast]
             args, kwargs = precision.convert_input((args, kwargs))
             # autocast leaves float64 as it is, which layers do not take; and targets and timestamps keep their values.
