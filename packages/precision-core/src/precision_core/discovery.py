@@ -17,6 +17,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from precision_core.dtypes import nearest
+from precision_core.hints import hint
 
 PLUGINS = "precision.plugins"
 STRATEGIES = "precision.strategies"
@@ -90,8 +91,9 @@ def missing(group: str, name: str, core: Iterable[str] = ()) -> str:
         return f'{_CALLS[group]} "{name}" needs precision-{extra}: {how_to_install(extra)}'
     there = {"core has": list(core), "installed packages bring": names(group)}
     listing = "; ".join(f"{who} {', '.join(each)}" for who, each in there.items() if each)
-    hint = nearest(name, [*core, *known(group)])
-    return f'{_CALLS[group]} "{name}" is unknown{": " * bool(listing)}{listing}{hint}'
+    there_are = [*core, *known(group)]
+    meant = hint(name, there_are, package_of) if group == PLUGINS else nearest(name, there_are)
+    return f'{_CALLS[group]} "{name}" is unknown{": " * bool(listing)}{listing}{meant}'
 
 
 def how_to_install(extra: str) -> str:
@@ -102,6 +104,12 @@ def how_to_install(extra: str) -> str:
 def extra_of(group: str, name: str) -> str | None:
     """Returns the extra of precision-core that brings `name`; None: we know of none."""
     return next((extra for extra, known_names in KNOWN[group].items() if name in known_names), None)
+
+
+def package_of(mode: str) -> str | None:
+    """Returns the package of ours that brings a mode; None: we know of none."""
+    extra = extra_of(PLUGINS, mode)
+    return None if extra is None else f"precision-{extra}"
 
 
 def known(group: str) -> list[str]:

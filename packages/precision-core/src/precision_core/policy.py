@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from precision_core.dtypes import dtype_name, nearest, parse_dtype
+from precision_core.hints import hint
 from precision_core.patterns import check_pattern, covers
 
 _KEYS = ("params", "compute", "reduce", "output", "buffers", "master", "scale")
@@ -176,9 +177,7 @@ def _parse_flat(text: str) -> Policy:
         name = ALIASES.get(text, text)
         if name in MODES:
             return MODES[name]
-        known = _ELSEWHERE.get(text.lower())
-        hint = f'; did you mean "{known}"?' if known else nearest(text, MODES)
-        raise ValueError(f"precision={text!r} is no mode: {_allowed()}{hint}")
+        raise ValueError(f"precision={text!r} is no mode: {_allowed()}{hint(text, MODES)}")
     fields: dict[str, str | bool | None] = {}
     for item in text.split(","):
         key, equals, raw = (part.strip() for part in item.partition("="))
@@ -233,20 +232,3 @@ ALIASES: dict[str | int, str] = {
 }
 
 _NAMES = {policy: name for name, policy in MODES.items()}
-
-# What other libraries call them: only ever a hint in an error message, since half of these names are ambiguous.
-_ELSEWHERE = {
-    "no": "32-true",
-    "fp32": "32-true",
-    "float32": "32-true",
-    "fp16": "16-mixed",
-    "amp": "16-mixed",
-    "amp_fp16": "16-mixed",
-    "amp_bf16": "bf16-mixed",
-    "float16": "16-true",
-    "half": "16-true",
-    "bfloat16": "bf16-true",
-    "fp64": "64-true",
-    "double": "64-true",
-    "float64": "64-true",
-}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from precision_core import discovery
 from precision_core.devices import choose_type
-from precision_core.dtypes import nearest
+from precision_core.hints import hint
 from precision_core.layout import Layout, make_layout
 from precision_core.policy import ALIASES, MODES, Policy
 from precision_core.precision import Precision
@@ -108,6 +108,7 @@ def _unknown(mode: str, base: str) -> str:
     except ValueError as error:
         here = discovery.names(discovery.PLUGINS)
         brought = f"; installed packages bring {', '.join(here)}" if here else ""
-        hint = "" if "did you mean" in str(error) else nearest(base, discovery.known(discovery.PLUGINS))
-        return f"{error}{brought}{hint}"
+        there_are = [*MODES, *discovery.known(discovery.PLUGINS)]
+        without = str(error).removesuffix(hint(base, MODES))
+        return f"{without}{brought}{hint(base, there_are, discovery.package_of)}"
     raise AssertionError(f"{mode!r} is no mode of core")
