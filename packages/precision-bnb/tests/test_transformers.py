@@ -108,3 +108,81 @@ def test_far_positions_are_as_near_ones() -> None:
     cosine, _ = rotary(torch.zeros(1, dtype=torch.float32), torch.tensor([[1900]]))
     exact, _ = llama().model.rotary_emb(torch.zeros(1, dtype=torch.float32), torch.tensor([[1900]]))
     assert torch.equal(cosine, exact)
+
+
+# ---------------------------------------------------------------- models that look at a layer's weight themselves
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
+ATTENTION = {"intermediate_size": 128, "num_attention_heads": 4}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
+WAVES = {
+    "conv_dim": (32, 32),
+    "conv_stride": (2, 2),
+    "conv_kernel": (3, 3),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+}
+NARROW = {"embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32}
+JAMBA = {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "num_experts": 2, "mamba_d_state": 8}
+SPARSE = {"num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+
+READERS: dict[str, tuple[str, str, dict[str, Any], str]] = {  # class, config's class, its values, a layer that is read
+    "mamba": ("MambaModel", "MambaConfig", SIZES, "layers.0.mixer.dt_proj"),
+    "jamba": ("JambaModel", "JambaConfig", SIZES | ATTENTION | JAMBA, "layers.0.mamba.dt_proj"),
+    "rwkv": ("RwkvModel", "RwkvConfig", SIZES | {"rescale_every": 1}, "blocks.1.attention.output"),
+    "wavlm": ("WavLMModel", "WavLMConfig", WAVES | ATTENTION, "encoder.layers.0.attention.q_proj"),
+    "mobilebert": (
+        "MobileBertForMaskedLM",
+        "MobileBertConfig",
+        SIZES | ATTENTION | NARROW,
+        "cls.predictions.dense",
+    ),
+    "switch": (
+        "SwitchTransformersModel",
+        "SwitchTransformersConfig",
+        T5 | SPARSE,
+        "encoder.block.1.layer.1.mlp.experts.expert_0.wo",
+    ),
+    "longt5": ("LongT5Model", "LongT5Config", T5 | {"local_radius": 8}, "encoder.block.0.layer.1.DenseReluDense.wo"),
+    "falcon": ("FalconModel", "FalconConfig", SIZES | {"num_attention_heads": 4}, ""),
+}
+
+
+def built(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    kind, config, values, _ = READERS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, kind)(getattr(transformers, config)(**values)).eval()
+    ids = torch.arange(3, 19).view(2, 8)
+    if name == "wavlm":
+        return model, {"input_values": torch.linspace(0, 40, 400).sin().view(1, -1)}
+    return model, {"input_ids": ids} | (
+        {"decoder_input_ids": ids[:, :5]} if "T5" in READERS[name][0] or name == "switch" else {}
+    )
+
+
+@pytest.mark.parametrize("evaluated", [False, pytest.param(True, marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", READERS)
+def test_a_model_that_reads_weights_is_the_dequantised_one(name: str, evaluated: bool) -> None:
+    model, inputs = built(name)
+    with torch.no_grad():
+        if evaluated:  # RWKV rescales weights in its first evaluation, and back in training
+            model(**inputs)
+        plugin = BitsandbytesPrecision("nf4", torch.float32)
+        plugin.convert_module(model)
+        plain = dequantize(copy.deepcopy(model))
+        for training in (False, True, False):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                mine = model.train(training)(**inputs)[0]
+                torch.manual_seed(1)
+                exact = plain.train(training)(**inputs)[0]
+            assert mine.isfinite().all() and torch.allclose(mine, exact, rtol=1e-4, atol=1e-5)
+    layer = READERS[name][3]
+    if layer:
+        assert type(model.get_submodule(layer)) is torch.nn.Linear
+        assert dict(plugin.report.skipped)[layer].startswith("its weight is read by ")
+    assert sum(isinstance(each, QuantizedLinear) for each in model.modules()) >= 2

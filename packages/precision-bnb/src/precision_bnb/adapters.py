@@ -18,7 +18,11 @@ def trains_in_peft(module: nn.Module) -> Iterator[str]:
     """Yields the linear layers that train in a model which peft has frozen: they are its own, by whatever name."""
     if not any(hasattr(child, "peft_config") for child in module.modules()):
         return
-    linears = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
+    linears = {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and not isinstance(layer, QuantizedLinear)
+    }
     trains = [name for name, layer in linears.items() if layer.weight.requires_grad]
     if len(trains) < len(linears):
         yield from (name for name in trains if not any(covers(pattern, name) for pattern in ADAPTERS))

@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from precision_bnb import adopt, fast
 from precision_bnb.adapters import ADAPTERS, tell_peft_of_conv1d, trains_in_peft
 from precision_bnb.config import BitsAndBytesConfig
 from precision_bnb.layers import Int8TrainingLinear, Quantized, QuantizedEmbedding, QuantizedLinear
+from precision_bnb.lookalikes import differs_from_linear, linear_kinds
 from precision_bnb.packed import Format, Layout
 from precision_bnb.quantizing import check_floating, check_values
 from precision_bnb.quantizing import quantize as quantize_weight
+from precision_bnb.reading import weight_readers
 from precision_core.patterns import matches
 from precision_core.surgery import Replacement, Surgery, replace_layers
 from precision_core.wide import marks
@@ -47,7 +50,9 @@ def quantize(
     """
     fast.check(config)
     check_embeddings(config, embeddings)
-    table = _Maker(config, compute_dtype).table(embeddings)
+    maker = _Maker(config, compute_dtype)
+    table = maker.table(embeddings, module)
+    maker.find_readers(module, table)
     return _replaced(module, table, config, ignore_modules, dry_run)
 
 
@@ -60,7 +65,10 @@ def adopt_raw(
     dry_run: bool = False,
 ) -> Surgery:
     """Takes over bitsandbytes' own layers, as `quantize` does, and leaves all others as they are."""
-    return _replaced(module, _Maker(config, compute_dtype).theirs(), config, ignore_modules, dry_run)
+    maker = _Maker(config, compute_dtype)
+    table = maker.theirs()
+    maker.find_readers(module, table)
+    return _replaced(module, table, config, ignore_modules, dry_run)
 
 
 def check_embeddings(config: BitsAndBytesConfig, embeddings: bool) -> None:
@@ -109,17 +117,27 @@ class _Maker:
     def __init__(self, config: BitsAndBytesConfig, compute_dtype: torch.dtype) -> None:
         self.config, self.compute_dtype = config, compute_dtype
         self.format = format_of(config)
+        self.read: Mapping[nn.Module, str] = {}  # layers whose weight is read by other code than their own, and by what
 
-    def table(self, embeddings: bool) -> dict[type[nn.Module], Replacement]:
-        """Returns how each type of layer is replaced."""
+    def table(self, embeddings: bool, module: nn.Module) -> dict[type[nn.Module], Replacement]:
+        """Returns how each type of layer is replaced that `module` may have."""
         packs = self.format is not None
-        table: dict[type[nn.Module], Replacement] = {nn.Linear: Replacement(self.linear, self._check, packs=packs)}
+        known = (*adopt.THEIRS, QuantizedLinear, Int8TrainingLinear)
+        like_linear = Replacement(self.linear, self._check_like, packs=packs)
+        table = dict.fromkeys(linear_kinds(module, known), like_linear)
+        table[nn.Linear] = Replacement(self.linear, self._check, packs=packs)
         conv1d = _conv1d()
         if conv1d is not None:
             table[conv1d] = Replacement(self.conv1d, self._check, packs=packs)
         if embeddings:
             table[nn.Embedding] = Replacement(self.embedding, self._check_embedding, packs=True)
         return table | self.theirs()
+
+    def find_readers(self, module: nn.Module, table: Mapping[type[nn.Module], Replacement]) -> None:
+        """Looks for code that reads the weights of the layers in `table`; where they stay floats, it may."""
+        layers = [layer for layer in module.modules() if type(layer) in table]
+        if self.format is not None and layers:
+            self.read = weight_readers(module, layers)
 
     def theirs(self) -> dict[type[nn.Module], Replacement]:
         """Returns how bitsandbytes' own layers are replaced."""
@@ -183,12 +201,21 @@ class _Maker:
         """Raises `ValueError` for one that is quantised in another way, while nothing is changed yet."""
         assert isinstance(layer, nn.Linear)
         adopt.check_theirs(name, layer, self.format, self.config.mode)
-        return self._check(name, layer) if adopt.format_of_theirs(layer) is None else None
+        if adopt.format_of_theirs(layer) is None:
+            return self._check(name, layer)
+        if layer in self.read:
+            raise ValueError(
+                f"{name}: its weight is read by {self.read[layer]}, and bitsandbytes has packed it: load the model "
+                f"with that layer as it is, llm_int8_skip_modules=[{name!r}], and name it in ignore_modules here"
+            )
+        return None
 
     def _check(self, name: str, layer: nn.Module) -> str | None:
         """Returns why a layer is left alone; raises `ValueError` for values that cannot be quantised."""
         weight = layer.weight
         assert isinstance(weight, Tensor)
+        if layer in self.read:
+            return f"its weight is read by {self.read[layer]}"
         if not weight.numel():
             return "it has no weights"
         if not weight.is_floating_point():
@@ -198,6 +225,11 @@ class _Maker:
         except ValueError as error:
             raise ValueError(f"{name or 'the model'} cannot be converted, and nothing was: {error}") from error
         return None
+
+    def _check_like(self, name: str, layer: nn.Module) -> str | None:
+        if parametrize.is_parametrized(layer):
+            return None  # which is refused
+        return differs_from_linear(layer) or self._check(name, layer)
 
     def _check_embedding(self, name: str, layer: nn.Module) -> str | None:
         assert isinstance(layer, nn.Embedding)

@@ -17,6 +17,11 @@ from precision_bnb.products import product, training_product
 from precision_bnb.quantizing import code_of, dequantize, make_codes, nested_code
 
 
+def _shown(layer: Any) -> str:
+    """Returns what errors call a layer: its type, and its name in the model that it was set up in."""
+    return layer.shown or type(layer).__name__
+
+
 class Quantized(nn.Module):
     """What both layers are: a module whose `weight` is packed, `layout` says how.
 
@@ -31,6 +36,7 @@ class Quantized(nn.Module):
     """Whether float checkpoints have (columns, rows), as Hugging Face's Conv1D does."""
     loads_whole = ("weight",)
     """What `fabric.load_module` hands over whole, to be checked, or quantised, before it is cut into shards."""
+    shown = ""
     _repacked: fast.Repacked | None = None
 
     @property
@@ -58,14 +64,14 @@ class Quantized(nn.Module):
         weight, storage = self.weight, self.layout.format.storage
         if weight.dtype is not storage:
             raise RuntimeError(
-                f"the packed weight of this {type(self).__name__} was cast from {storage} to {weight.dtype}, which "
+                f"the packed weight of this {_shown(self)} was cast from {storage} to {weight.dtype}, which "
                 "destroys it: load it again, and cast by module.to(dtype), not by param.data. peft's "
                 'prepare_model_for_kbit_training casts so where bnb_4bit_quant_storage is "bfloat16" or "float16": '
                 "leave it out, or freeze and cast what it would by hand"
             )
         if weight.shape != self.layout.shape:
             raise RuntimeError(
-                f"the packed weight of this {type(self).__name__} has shape {tuple(weight.shape)} in place of "
+                f"the packed weight of this {_shown(self)} has shape {tuple(weight.shape)} in place of "
                 f"{self.layout.shape}: it was overwritten, load it again"
             )
         return weight
@@ -111,12 +117,12 @@ class Quantized(nn.Module):
         super()._load_from_state_dict(own, prefix, *args)
 
 
-def _rows(x: Tensor, layer: nn.Linear) -> Tensor:
+def _rows(x: Tensor, layer: QuantizedLinear | Int8TrainingLinear) -> Tensor:
     """Returns `x` (..., in) as (n, in); raises `RuntimeError` for what `nn.Linear` cannot take either."""
     columns, rows = layer.in_features, layer.out_features
     if not x.is_floating_point():
         raise RuntimeError(
-            f"this {type(layer).__name__} expects floats, and was given {x.dtype}. A model that casts its input to the "
+            f"this {_shown(layer)} expects floats, and was given {x.dtype}. A model that casts its input to the "
             "dtype of the layer's weight needs that layer as it is: name it in ignore_modules"
         )
     if not x.dim() or x.shape[-1] != columns:
@@ -246,6 +252,7 @@ class Int8TrainingLinear(nn.Linear):
     compute_dtype: torch.dtype
     threshold: float
     transposed: bool = False
+    shown = ""
 
     def __init__(
         self,

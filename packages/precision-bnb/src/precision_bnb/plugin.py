@@ -20,6 +20,7 @@ from precision_bnb.config import COMPUTE_DTYPES, BitsAndBytesConfig
 from precision_bnb.convert import adopt_raw, check_embeddings, converted, format_of, quantize
 from precision_bnb.layers import Quantized, QuantizedEmbedding, QuantizedLinear
 from precision_bnb.meta import parameters_on_meta
+from precision_bnb.share import left_out, quantised_share
 from precision_bnb.support import DEVICES, compute_dtype
 from precision_core import HalfPrecision, MixedPrecision, Policy, Precision, Report
 from precision_core.conversion import cast_parameters
@@ -91,7 +92,6 @@ class BitsandbytesPrecision(Precision):
         self._device_type = "cuda" if torch.cuda.is_available() else "cpu"
         self._base = self._make_base(self._device_type, trains=True)
         self.policy = self._base.policy
-        self.report = Report(self.mode)
 
     @cached_property
     def _packed(self) -> WeakIdKeyDictionary:
@@ -194,14 +194,15 @@ class BitsandbytesPrecision(Precision):
         vectors = [item for model in models if self.policy.mixed for item in self._widen_vectors(model)]
         with _hidden(module):
             self._base.convert_module(module)
-        rest = self._base.report
+        rest, experts = self._base.report, left_out(module)
         self.report = Report(
             self.mode,
             converted=(*report.converted, *vectors, *rest.converted),
-            skipped=report.skipped + rest.skipped,
+            skipped=(*experts, *report.skipped, *rest.skipped),
             notes=notes + report.notes + (rest.notes if self._given_base is not None else ()),
             bytes_before=before,
             bytes_after=module_bytes(module),
+            lead=quantised_share(module),
         )
         self._remember(module)
         return module
@@ -225,9 +226,11 @@ class BitsandbytesPrecision(Precision):
         surgery = self._surgery(module, dry_run)
         if not surgery.report.converted:
             skipped = "; ".join(f"{name}: {reason}" for name, reason in surgery.report.skipped[:10])
+            derived = any("a subclass of Linear" in reason for _, reason in surgery.report.skipped)
             raise ValueError(
                 f"{self.mode}: this {type(module).__name__} has no layer to quantise. Linear layers are"
                 f"{', and embeddings' if self._embeddings else ''}; left alone: {skipped or 'none'}"
+                f"{'. To quantise a subclass, put nn.Linear in its place' * derived}"
             )
         return surgery
 
@@ -279,7 +282,8 @@ class BitsandbytesPrecision(Precision):
 
     def _set_up_layers(self, module: nn.Module) -> None:
         """Brings layers that were quantised by others, or before, to the settings of now."""
-        for _, layer in converted(module):
+        for name, layer in converted(module):
+            layer.shown = f"{type(layer).__name__}{f' {name!r}' * bool(name)}"
             if isinstance(layer, Quantized):
                 self._packed[layer.weight] = True
             # What base's own embeddings would return; linear layers return what they are given.

@@ -35,6 +35,8 @@ class Report:
     """What is computed in what, where the plugin says it; the report begins with it."""
     is_set_up: bool = True
     """False: no model was converted yet."""
+    lead: str = ""
+    """What the table says first, how much of a model was converted for example."""
 
     def __str__(self) -> str:
         lines = self._head()
@@ -49,13 +51,14 @@ class Report:
         computes = [] if self.policy is None else [_computes(self.policy, self.mode)]
         if not self.is_set_up:
             return [f"{self.mode}: {'; '.join([*computes, 'no model is set up yet'])}"]
+        lead = f"{self.lead}; " if self.lead else ""
         size = f"{_mib(self.bytes_before)} -> {_mib(self.bytes_after)}"
         counts = f"{len(self.converted)} converted, {len(self.skipped)} skipped, {size}"
         if not computes:
-            return [f"{self.mode}: {counts}"]
+            return [f"{self.mode}: {lead}{counts}"]
         if not self.converted and not self.skipped and self.bytes_before == self.bytes_after:
             counts = f"no parameter or buffer had to be cast, {_mib(self.bytes_after)}"
-        return [f"{self.mode}: {computes[0]}", f"  {counts}"]
+        return [f"{self.mode}: {lead}{computes[0]}", f"  {counts}"]
 
 
 def _computes(policy: Policy, mode: str) -> str:
