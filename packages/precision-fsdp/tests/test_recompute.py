@@ -113,3 +113,64 @@ def with_keywords() -> float:
 
 def test_a_blocks_own_keywords_are_its_own() -> None:
     assert run_in_ranks(2, with_keywords) == [8.0, 8.0]
+
+
+class Cache:
+    """Keys of all layers so far, as decoders hand it from block to block."""
+
+    def __init__(self) -> None:
+        self.keys: dict[int, torch.Tensor] = {}
+        self.updated: list[int] = []
+
+
+class Attending(nn.Module):
+    """Adds to a cache and to a list, and returns a bias that the first block makes for all."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.key, self.up = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.bias = nn.Parameter(torch.ones(4)) if number == 0 else None
+
+    def forward(self, x: Any, bias: Any, *, cache: Cache, seen: list[Any], scale: float = 1.0) -> Any:
+        if bias is None:
+            bias = self.bias * 2
+        old = cache.keys.get(self.number)
+        key = self.key(x) if old is None else torch.cat((old, self.key(x)))
+        if self.number not in cache.updated:
+            cache.keys[self.number] = key
+            cache.updated.append(self.number)
+        seen.append(x)
+        out = x + self.up(torch.tanh(key.sum(0) + bias * scale)) + sum(seen) / len(seen)
+        return out, bias + 0, {"cache": cache, "count": len(seen)}  # FSDP2 warns of views
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Attending(number) for number in range(3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Cache]:
+        bias, cache, seen = None, Cache(), []  # type: ignore[var-annotated]
+        for block in self.blocks:
+            x, bias, extra = block(x, bias, cache=cache, seen=seen, scale=0.5)
+        assert extra["count"] == 3
+        return x, cache
+
+
+def with_a_cache(again: Any) -> tuple[float, dict[str, torch.Tensor], list[int]]:
+    model = Decoder()
+    fabric = Fabric(accelerator="cpu", strategy=FSDPStrategy(activation_checkpointing=again))
+    fabric.setup(model)
+    out, cache = model(torch.linspace(-1, 1, 12).view(3, 4))
+    loss = out.pow(2).mean()
+    fabric.backward(loss)
+    found = {name: param.grad.full_tensor() for name, param in model.named_parameters()}  # type: ignore[union-attr]
+    return loss.item(), found, cache.updated
+
+
+def test_blocks_that_change_what_they_are_given() -> None:
+    for mine, plain in zip(run_in_ranks(2, with_a_cache, True), run_in_ranks(2, with_a_cache, None), strict=True):
+        assert mine[0] == plain[0] and mine[2] == plain[2] == [0, 1, 2]
+        assert all(torch.equal(mine[1][name], value) for name, value in plain[1].items())

@@ -37,7 +37,7 @@ def t5() -> Any:
     """One table for encoder, decoder and head."""
     config = transformers.T5Config(
         vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0,
-        decoder_start_token_id=0, use_cache=False,
+        decoder_start_token_id=0,
     )  # fmt: skip
     return transformers.T5ForConditionalGeneration(config)
 

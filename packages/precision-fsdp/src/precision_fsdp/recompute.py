@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,6 +14,7 @@ from precision_core import Precision
 from precision_core.creation import created_as
 from precision_core.exceptions import Restore
 from precision_core.override import override
+from precision_fsdp.given import unchanged
 from precision_fsdp.selection import One, select
 
 Context = Callable[[], AbstractContextManager[Any]]
@@ -61,7 +61,15 @@ def _make(context: Context) -> Callable[..., Any]:
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return function(self, *args, **kwargs)
-            run = functools.partial(function, **kwargs)  # else checkpoint takes what is called as its own options
+            before = unchanged((args, kwargs))
+            is_repeated = False
+
+            def run(self: nn.Module, *args: Any) -> Any:  # else checkpoint takes what is called as its own options
+                nonlocal is_repeated
+                given, named = unchanged(before) if is_repeated else (args, kwargs)
+                is_repeated = True
+                return function(self, *given, **named)
+
             return checkpoint(run, self, *args, use_reentrant=False, context_fn=contexts)
 
         return forward
