@@ -119,7 +119,8 @@ def test_a_model_that_needs_no_cast_is_not_called_unconverted() -> None:
         f"bf16-mixed: {LINES['bf16-mixed']}",
         "  no parameter or buffer had to be cast, 0.0 KiB",
     ]
-    host.setup(nn.Linear(2, 2).double().requires_grad_(False))
+    host = Fabric(accelerator="cpu", precision="bf16-mixed", upcast=True)
+    host.setup(nn.Linear(2, 2).double())
     lines = str(host.precision_plugin.report).splitlines()
     assert lines[1] == "  2 converted, 0 skipped, 0.0 KiB -> 0.0 KiB"
     assert lines[2].split() == ["converted", "weight", "float64", "->", "float32"]

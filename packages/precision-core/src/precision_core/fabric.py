@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
@@ -39,10 +40,12 @@ from precision_core.presence import Presence
 from precision_core.processes import Ranks
 from precision_core.recast import following_casts, forget_cast
 from precision_core.repoint import ParamMap, named_params, replaced_params, repoint
+from precision_core.report import module_bytes
 from precision_core.resolve import resolve_precision, resolve_strategy
 from precision_core.state import check_is_dict
 from precision_core.strategies import Strategy
 from precision_core.strategies.collectives import operation_name
+from precision_core.upcast import check_upcast, upcast
 
 if TYPE_CHECKING:
     from precision_core.module_layers import Loaded
@@ -59,9 +62,11 @@ class Fabric:
             are several processes, "xla" where accelerator is "tpu".
         devices: how many processes on this machine, one a device: a number, a list of device indices, or "auto",
             which is all GPUs, or one process on a CPU, or what torchrun started.
-        num_nodes: how many machines; start them with torchrun.
         precision: a mode ("bf16-mixed", or one that an installed package brings), an alias (16), a policy or its
             spelling, or a plugin.
+        num_nodes: how many machines; start them with torchrun.
+        upcast: under a mixed mode, cast trainable parameters that are not float32 to float32 at setup, instead of
+            refusing them: for checkpoints that arrive in bfloat16 or float16.
 
     Raises:
         ValueError: an argument that is unknown, a device that is missing, or a plugin and strategy that do not fit.
@@ -75,11 +80,15 @@ class Fabric:
         precision: str | int | Policy | Precision = "32-true",
         *,
         num_nodes: int = 1,
+        upcast: bool = False,
     ) -> None:
         self._strategy, self._layout = resolve_strategy(strategy, accelerator, devices, num_nodes)
         self._precision = resolve_precision(precision, self._strategy)
         check_composition(self._precision, self._strategy)
-        self._arguments = (accelerator, strategy, devices, precision, num_nodes)
+        self._upcast = upcast
+        if upcast:
+            check_upcast(self._precision.policy, self._precision.mode)
+        self._arguments = (accelerator, strategy, devices, precision), {"num_nodes": num_nodes, "upcast": upcast}
         is_started = self._layout.ranks is not None or not self._strategy.multiprocess
         self._joined = is_started and not self._strategy.missing_variables()
         if self._joined:
@@ -230,7 +239,14 @@ class Fabric:
             raise ValueError(f"this {type(target).__name__} is set up already; a copy of it needs no setup either")
         self._strategy.check_together(target, optimizers)
         before = named_params(target)
-        converted = self._strategy.setup_module(self._precision.convert_module(target))
+        bytes_before = module_bytes(target) if self._upcast else 0
+        items = upcast(target, self._precision.policy, self._precision.storage) if self._upcast else []
+        converted = self._precision.convert_module(target)
+        if items:
+            report = self._precision.report
+            both = (*items, *report.converted)
+            self._precision.report = replace(report, converted=both, bytes_before=bytes_before)
+        converted = self._strategy.setup_module(converted)
         if converted is not target is not model:  # torch.compile holds on to the one that it was given
             raise ValueError(
                 f"{self._precision.mode} replaced the whole compiled {type(target).__name__}: set it up first, then "
@@ -588,10 +604,13 @@ class Fabric:
 
 
 def _run_launched(
-    arguments: tuple[Any, ...], function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """What `launch` runs in each new process, where torchrun's variables are set now."""
-    fabric = Fabric(*arguments[:-1], num_nodes=arguments[-1])
+    fabric = Fabric(*arguments[0], **arguments[1])
     result = function(fabric, *args, **kwargs)
     fabric.teardown()  # not after an error: other ranks would fail of the closed connection, and perhaps say so first
     return result

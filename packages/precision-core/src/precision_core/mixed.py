@@ -142,9 +142,10 @@ class MixedPrecision(Precision):
             names = ", ".join(f"{name} ({dtype_name(param.dtype)})" for name, param in wrong[:10])
             more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
             raise ValueError(
-                f"{self.policy.flat} trains float32 parameters, these are not: {names}{more}. Pass "
-                f'MixedPrecision("{self.policy}", device="{self.device_type}", upcast=True) to cast them to float32, '
-                "load the model in float32, or freeze them with requires_grad_(False)"
+                f"{self.policy.flat} trains float32 parameters, these are not: {names}{more}. To cast them to float32 "
+                f'pass Fabric(precision="{self.policy}", upcast=True), or without Fabric MixedPrecision('
+                f'"{self.policy}", device="{self.device_type}", upcast=True); or load the model in float32 '
+                "(transformers: dtype=torch.float32), or freeze them with requires_grad_(False)"
             )
 
     def _check_complex(self, module: nn.Module) -> None:
