@@ -92,7 +92,7 @@ class Reader:
             if isinstance(method, types.FunctionType):
                 return self.call(method, [[value.__self__], *args], keywords)
         if isinstance(value, types.FunctionType) and any((*args, *(keywords or {}).values())):
-            function = inspect.unwrap(value)
+            function: Any = inspect.unwrap(value)
             return self.call(function, args, keywords) if isinstance(function, types.FunctionType) else []
         if isinstance(value, nn.Module) and value not in self.layers and any(map(holds_module, args)):
             forward = _static(value, "forward")
