@@ -88,9 +88,9 @@ class Reader:
         if isinstance(value, Bound):
             return self.call(value.function, [[value.owner], *args], keywords)
         if isinstance(value, types.MethodType):
-            method: Any = inspect.unwrap(value.__func__)
-            if isinstance(method, types.FunctionType):
-                return self.call(method, [[value.__self__], *args], keywords)
+            owner, method = value.__self__, inspect.unwrap(value.__func__)
+            if type(method) is types.FunctionType:
+                return self.call(method, [[owner], *args], keywords)
         if isinstance(value, types.FunctionType) and any((*args, *(keywords or {}).values())):
             function: Any = inspect.unwrap(value)
             return self.call(function, args, keywords) if isinstance(function, types.FunctionType) else []

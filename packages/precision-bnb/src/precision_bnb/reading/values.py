@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ class Bound(NamedTuple):
     """A function with the object that it is a method of."""
 
     owner: Any
-    function: types.FunctionType
+    function: Any  # a function; not typed so, since type checkers would bind it
 
 
 class Super(NamedTuple):
