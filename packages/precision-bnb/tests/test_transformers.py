@@ -126,7 +126,13 @@ WAVES = {
     "num_hidden_layers": 2,
 }
 NARROW = {"embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32}
-JAMBA = {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "num_experts": 2, "mamba_d_state": 8}
+JAMBA = {
+    "attn_layer_offset": 1,
+    "attn_layer_period": 2,
+    "expert_layer_offset": 1,
+    "num_experts": 2,
+    "num_key_value_heads": 4,
+}
 SPARSE = {"num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
 
 READERS: dict[str, tuple[str, str, dict[str, Any], str]] = {  # class, config's class, its values, a layer that is read
@@ -159,9 +165,7 @@ def built(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
     ids = torch.arange(3, 19).view(2, 8)
     if name == "wavlm":
         return model, {"input_values": torch.linspace(0, 40, 400).sin().view(1, -1)}
-    return model, {"input_ids": ids} | (
-        {"decoder_input_ids": ids[:, :5]} if "T5" in READERS[name][0] or name == "switch" else {}
-    )
+    return model, {"input_ids": ids} | ({"decoder_input_ids": ids[:, :5]} if "d_ff" in READERS[name][2] else {})
 
 
 @pytest.mark.parametrize("evaluated", [False, pytest.param(True, marks=pytest.mark.full)])
