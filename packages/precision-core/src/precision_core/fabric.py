@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from precision_core import lightning_names, loading, rng, saving, unmarked
+from precision_core import lightning_names, loading, membership, rng, saving, unmarked
 from precision_core.agreement import agreed
 from precision_core.background import PendingSave, forget
 from precision_core.casting import move
 from precision_core.composition import check_composition
 from precision_core.fit import is_sharded
+from precision_core.gradients import params_of
 from precision_core.local_path import local_path
 from precision_core.loss_check import check_loss
 from precision_core.loss_watch import LossWatch
@@ -96,6 +97,7 @@ class Fabric:
             self._strategy.connect(self._precision)
         self._presence = self._strategy.presence = Presence(self._strategy) if self._joined else None
         self._optimizers: WeakSet[Optimizer] = WeakSet()
+        self._models: WeakSet[nn.Module] = WeakSet()
         if self._joined:
             self._strategy.optimizers = self._optimizers
         self._losses = LossWatch(self._precision.mode)
@@ -214,6 +216,8 @@ class Fabric:
             ValueError: something that was set up before, or that the precision refuses; nothing was set up.
         """
         self._check_optimizers(optimizers)
+        if isinstance(model, nn.Module):
+            membership.check_together(_uncompiled(model), optimizers, *self._known_params())
         self._strategy.check_optimizers(*optimizers)
         self._precision.register_optimizers(*optimizers)  # before the model is converted: it may refuse one
         with self._undone_on_error():
@@ -253,6 +257,7 @@ class Fabric:
                 "compile what fabric.setup returns"
             )
         self._replaced.update(replaced_params(before, converted))
+        self._models.add(converted)
         outer = model if converted is target else converted
         self._override_method(converted, outer, "forward")
         policy = self._precision.policy
@@ -267,6 +272,7 @@ class Fabric:
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Sets up optimizers apart from their model; returns the one, or a tuple of them."""
         self._check_optimizers(optimizers)
+        membership.warn_apart(optimizers, list(self._models), *self._known_params())
         self._strategy.check_optimizers(*optimizers)
         self._precision.register_optimizers(*optimizers)
         with self._undone_on_error():
@@ -299,6 +305,14 @@ class Fabric:
                 raise ValueError(f"fabric.setup expected a torch optimizer, got a {type(optimizer).__name__}")
             if is_overridden(optimizer, "step") or any(optimizer is other for other in optimizers[:index]):
                 raise ValueError(f"this {type(optimizer).__name__} is set up already")
+
+    def _known_params(self) -> tuple[WeakIdKeyDictionary, set[int]]:
+        """Returns the parameters of models that were set up, as they were and are, and ids of what optimizers hold."""
+        known = WeakIdKeyDictionary()
+        known.update(self._replaced)
+        for model in self._models:
+            known.update({param: param for param in model.parameters()})
+        return known, {id(param) for optimizer in self._optimizers for param in params_of(optimizer)}
 
     def _make_step(self, function: Callable[..., Any]) -> Callable[..., Any]:
         run, losses = self._strategy.optimizer_step, self._losses

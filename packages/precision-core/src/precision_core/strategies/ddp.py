@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
+from precision_core.gradients import params_of
 from precision_core.processes import Ranks, join
 from precision_core.strategies.base import Strategy
 from precision_core.strategies.collectives import Collectives
@@ -47,6 +50,7 @@ class DDPStrategy(Collectives, Strategy):
         """Joins the other processes of the run."""
         self.ranks = ranks
         self._reducers: WeakKeyDictionary[nn.Module, Reducer] = WeakKeyDictionary()
+        self._stepped: WeakSet[Optimizer] = WeakSet()
         self._made_group = join(ranks, self.device, self.backend, self.timeout)
 
     # ---------------------------------------------------------------- set-up
@@ -84,6 +88,26 @@ class DDPStrategy(Collectives, Strategy):
         return make
 
     # ---------------------------------------------------------------- step
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
+        """Steps the optimizer as the precision says; before its first step, warns of what DDP does not average."""
+        if optimizer not in self._stepped:
+            self._stepped.add(optimizer)
+            self._warn_of_others(optimizer)
+        return super().optimizer_step(optimizer, closure, **kwargs)
+
+    def _warn_of_others(self, optimizer: Optimizer) -> None:
+        others = [param for param in params_of(optimizer) if param.grad is not None]
+        for reducer in self._reducers.values() if others else ():
+            others = [param for param in others if not reducer.has(param)]
+        if others and self.world_size > 1:
+            shapes = ", ".join(str(tuple(param.shape)) for param in others[:5]) + ", ..." * (len(others) > 5)
+            warnings.warn(
+                f"this {type(optimizer).__name__} steps {len(others)} parameters of no model that was set up, of "
+                f"shapes {shapes}, whose gradients nobody averages over ranks: each rank will have values of its own. "
+                "Set their module up too, with fabric.setup(module)",
+                stacklevel=4,
+            )
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
         """Context in which backward reduces no gradients; forward belongs into it, too."""

@@ -72,6 +72,10 @@ class Reducer:
                 self._begin(trained)
         return self._engine if self._census.trained else None
 
+    def has(self, param: Tensor) -> bool:
+        """Whether the model had the parameter at its last forward that trained."""
+        return id(param) in self._census.params
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Context in which no gradients are averaged; as DDP's own, but for any engine that is made in it."""
