@@ -20,11 +20,14 @@ from precision_core.state import stateful_objects
 STATE = "state.ckpt"
 
 
-def folder_of(path: Path) -> Path | None:
-    """Returns the folder of the engine's checkpoint at `path`, which may name its `state.ckpt`; None: it is another."""
-    if path.name == STATE and (path.parent / folder_manifest.MANIFEST).exists():
-        return path.parent
-    return path if folder_manifest.is_folder(path) and (folder_manifest.find(path) / STATE).exists() else None
+def folder_of(path: Path) -> Path:
+    """Returns the folder, where `path` names an engine's `state.ckpt` in it; else `path`."""
+    return path.parent if path.name == STATE and (path.parent / folder_manifest.MANIFEST).exists() else path
+
+
+def is_engines(path: Path) -> bool:
+    """Whether there is an engine's checkpoint folder to read for `path`."""
+    return folder_manifest.is_folder(path) and (folder_manifest.find(path) / STATE).exists()
 
 
 def read(path: Path, trust: bool) -> tuple[dict[str, Any], dict[Place, str]]:

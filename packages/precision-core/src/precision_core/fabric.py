@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from precision_core import lightning_names, loading, membership, rng, saving, unmarked
+from precision_core import engine_checkpoint, lightning_names, loading, membership, rng, saving, unmarked
 from precision_core.agreement import agreed
 from precision_core.background import PendingSave, forget
 from precision_core.casting import move
@@ -558,7 +558,7 @@ class Fabric:
             CheckpointError: damaged, foreign, newer, or does not fit; an object that did not load, by its name.
             FileNotFoundError: there is no such file.
         """
-        place = local_path(path, "fabric.load")
+        place = engine_checkpoint.folder_of(local_path(path, "fabric.load"))
         check_is_dict("fabric.load", {} if state is None else state)
         self._check_launched("" if state is None else "fabric.load")  # without one each rank may read for itself
         loaded = self._strategy.load_checkpoint(place, state, strict, filter, trust)

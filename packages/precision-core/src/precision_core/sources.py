@@ -51,9 +51,8 @@ def open_checkpoint(path: Path, trust: bool) -> Source:
         CheckpointError: damaged, foreign or newer.
         FileNotFoundError: there is none.
     """
-    engines = engine_checkpoint.folder_of(path)
-    if engines is not None:
-        return _EngineSource(engines, trust)
+    if engine_checkpoint.is_engines(path):
+        return _EngineSource(path, trust)
     if folder_manifest.is_folder(path):
         from precision_core.folder_checkpoint import Folder  # takes seconds to import
 
