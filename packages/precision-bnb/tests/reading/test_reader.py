@@ -304,6 +304,25 @@ def test_a_forward_of_its_own_and_hooks_are_followed() -> None:
     assert {*weight_readers(model, [model.read, model.called])} == {model.called}
 
 
+class Packing(Base):
+    """Packs and unpacks over and over, as encoders do with their outputs: what a name may be must not grow with it."""
+
+    def reading(self, x: Tensor) -> Tensor:
+        pair, rest = (self.read, self.reads), [self.reads]
+        for _ in range(3):
+            pair, rest = (pair, rest), [rest, pair]
+            pair, rest = (rest, pair), [pair, rest]
+            pair, rest = (pair, rest), [rest, pair]
+            pair, rest = (rest, pair), [pair, rest]
+            pair, rest = (pair, rest), [rest, pair]
+        return x
+
+
+def test_values_do_not_grow_with_every_tuple() -> None:
+    model = Packing()
+    assert weight_readers(model, [model.read, model.called]) == {}
+
+
 SOURCE = """
 class Made(Base):
     def reading(self, x):

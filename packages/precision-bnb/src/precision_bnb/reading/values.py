@@ -36,14 +36,39 @@ class Nested(NamedTuple):
 
 
 def new(values: list[Any], held: list[Any]) -> list[Any]:
-    """Returns the values that are not held yet, without tensors and plain ones."""
-    ids = {id(value) for value in held}
-    return [value for value in values if id(value) not in ids and not isinstance(value, (Tensor, *Plain))]
+    """Returns values not held yet, without tensors and plain ones; each element of a container in one of its own.
+
+    So a variable holds no more than there are modules and functions, however often it is packed and unpacked.
+    """
+    known = {identity(value) for value in held}
+    found = []
+    for value in values:
+        if isinstance(value, (Tensor, *Plain)):
+            continue
+        if _is_sequence(value):
+            inner = {identity(each): each for each in _flat(value)}
+            parts = [each for mark, each in inner.items() if frozenset((mark,)) not in known]
+            known |= {frozenset((identity(each),)) for each in parts}
+            found += [(each,) for each in parts]
+        elif identity(value) not in known:
+            known.add(identity(value))
+            found.append(value)
+    return found
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set)) and not isinstance(value, (Bound, Super, First, Nested))
+
+
+def _flat(value: Any) -> list[Any]:
+    if _is_sequence(value):
+        return [each for part in value for each in _flat(part)]
+    return [] if isinstance(value, (Tensor, *Plain)) else [value]
 
 
 def identity(value: Any) -> Any:
     """Returns what tells values apart: containers by what is in them, for they are made anew each time."""
-    if isinstance(value, (list, tuple, set)) and not isinstance(value, (Bound, Super, First, Nested)):
+    if _is_sequence(value):
         return frozenset(map(identity, value))
     return tuple(map(id, value)) if isinstance(value, tuple) else id(value)
 
