@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from precision_core import MODES, Fabric
-from precision_core.composition import refusal
-from precision_core.discovery import PLUGINS, names
-from precision_core.discovery import STRATEGIES as GROUP
-from precision_core.resolve import resolve_precision, resolve_strategy
 from precision_core.strategies import STRATEGIES
+from precision_core.support.composition import refusal
+from precision_core.support.discovery import PLUGINS, names
+from precision_core.support.discovery import STRATEGIES as GROUP
+from precision_core.support.resolve import resolve_precision, resolve_strategy
 from precision_core.testing import run_in_ranks
 from precision_core.testing.checks_loop import train
 from precision_core.testing.net import Net

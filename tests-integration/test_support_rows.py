@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 
-from precision_core import Fabric, SupportRow, discovery
+from precision_core import Fabric, SupportRow
 from precision_core.devices import ACCELERATORS, is_available
-from precision_core.support_table import read_table
+from precision_core.support import discovery
+from precision_core.support.table import read_table
 from precision_core.testing import run_in_ranks
 from precision_core.testing.checks_loop import train
 from precision_core.testing.net import Net

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from precision_core import discovery
+from precision_core.support import discovery
 
 # The tests' tensors are tiny, and on a busy machine threads that wait for each other take minutes.
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam
 
 from precision_core import MODES, Fabric, HalfPrecision, MixedPrecision, Precision, SingleDeviceStrategy
-from precision_core.surgery import Replacement, replace_layers
+from precision_core.surgery.replace import Replacement, replace_layers
 
 
 class Batch(NamedTuple):

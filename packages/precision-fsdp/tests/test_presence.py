@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from precision_core import CheckpointError, Fabric, presence
+from precision_core import CheckpointError, Fabric
+from precision_core.checkpoint import presence
 from precision_core.testing.ranks import run_in_ranks
 
 

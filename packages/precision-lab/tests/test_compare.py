@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from precision_core import MODES
-from precision_core.formats import FORMATS
+from precision_core.hardware import FORMATS
 from precision_lab.compare import make_rows, refusal_of
 from precision_lab.modes import default_modes, parse_modes
 

@@ -55,7 +55,7 @@ def test_the_references_modes_are_entry_points_and_train(mode: str, recipe: str)
 
 
 def test_the_bare_mode_is_over_bf16_mixed_and_the_class_over_16_mixed() -> None:
-    from precision_core.resolve import load_plugin
+    from precision_core.support.resolve import load_plugin
 
     plugin: Any = load_plugin("transformer-engine")
     assert (plugin.engine, plugin.recipe, str(plugin.policy)) == ("te", Delayed(), "bf16-mixed")

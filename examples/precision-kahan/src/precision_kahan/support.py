@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from precision_core import MODES, SupportRow, discovery
-from precision_core.formats import FORMATS, by_dtypes
+from precision_core import MODES, SupportRow
+from precision_core.hardware import FORMATS, by_dtypes
 from precision_core.strategies import STRATEGIES
+from precision_core.support import discovery
 
 MODE = "bf16-kahan"
 ONE_DEVICE = "bf16-kahan runs on one device: every process would keep a compensation of its own; use bf16-mixed there"

@@ -7,7 +7,7 @@ import torch
 from precision_bnb.config import MODES
 from precision_core import SupportRow
 from precision_core.devices import is_available
-from precision_core.formats import FORMATS, Level
+from precision_core.hardware import FORMATS, Level
 
 DEVICES = ("cpu", "cuda", "xpu")
 """What bitsandbytes 0.50 has kernels for and its tests run on."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from precision_core.dtypes import nearest
+from precision_core.policy.dtypes import nearest
 
 ACCELERATORS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu",),

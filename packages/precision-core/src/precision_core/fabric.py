@@ -24,32 +24,37 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from precision_core import engine_checkpoint, lightning_names, loading, membership, rng, saving, unmarked
-from precision_core.agreement import agreed
-from precision_core.background import PendingSave, forget
-from precision_core.casting import move
-from precision_core.composition import check_composition
-from precision_core.fit import is_sharded
-from precision_core.gradients import params_of
-from precision_core.local_path import local_path
-from precision_core.loss_check import check_loss
-from precision_core.loss_watch import LossWatch
+from precision_core import lightning_names
+from precision_core.checkpoint import load as loading
+from precision_core.checkpoint import save as saving
+from precision_core.checkpoint.agreement import agreed
+from precision_core.checkpoint.background import PendingSave, forget
+from precision_core.checkpoint.live.fit import is_sharded
+from precision_core.checkpoint.live.state import check_is_dict
+from precision_core.checkpoint.paths import local_path
+from precision_core.checkpoint.presence import Presence
+from precision_core.checkpoint.storage import engine as engine_checkpoint
+from precision_core.data import rng
 from precision_core.override import is_overridden, override, undone_on_error
-from precision_core.policy import Policy
-from precision_core.precision import Precision
-from precision_core.presence import Presence
-from precision_core.processes import Ranks
-from precision_core.recast import following_casts, forget_cast
-from precision_core.repoint import ParamMap, named_params, replaced_params, repoint
-from precision_core.report import module_bytes
-from precision_core.resolve import resolve_precision, resolve_strategy
-from precision_core.state import check_is_dict
-from precision_core.strategies import Strategy
+from precision_core.policy.casting import move
+from precision_core.policy.policy import Policy
+from precision_core.precision.base import Precision
+from precision_core.precision.loss_check import check_loss
+from precision_core.precision.loss_watch import LossWatch
+from precision_core.precision.model import unmarked
+from precision_core.precision.model.recast import following_casts, forget_cast
+from precision_core.precision.model.remap import ParamMap, named_params, replaced_params, repoint
+from precision_core.precision.model.report import module_bytes
+from precision_core.precision.model.upcast import check_upcast, upcast
+from precision_core.scaling.gradients import params_of
+from precision_core.strategies import Strategy, membership
 from precision_core.strategies.collectives import operation_name
-from precision_core.upcast import check_upcast, upcast
+from precision_core.strategies.processes import Ranks
+from precision_core.support.composition import check_composition
+from precision_core.support.resolve import resolve_precision, resolve_strategy
 
 if TYPE_CHECKING:
-    from precision_core.module_layers import Loaded
+    from precision_core.checkpoint.weights.layers import Loaded
 
 T = TypeVar("T")
 
@@ -368,7 +373,7 @@ class Fabric:
         """
         self._check_launched()
         if use_distributed_sampler and self.world_size > 1:
-            from precision_core.shared_loader import share_out  # so does torch.utils.data
+            from precision_core.data.sharing import share_out  # so does torch.utils.data
 
             loaders = tuple(share_out(loader, self.global_rank, self.world_size) for loader in loaders)
         moved = tuple(self._strategy.make_loader(loader) if move_to_device else loader for loader in loaders)
@@ -576,7 +581,7 @@ class Fabric:
             OSError: the file cannot be written; what was there stays.
             CheckpointError: rank zero could not write it.
         """
-        from precision_core.module_files import save_module
+        from precision_core.checkpoint.weights.files import save_module
 
         place, target = local_path(path, "fabric.save_module"), _uncompiled(module)
         self._check_launched("fabric.save_module")
@@ -594,7 +599,7 @@ class Fabric:
             CheckpointError: damaged, or does not fit, here or on another rank; nothing was changed.
             FileNotFoundError: there is no such file.
         """
-        from precision_core.module_files import load_module
+        from precision_core.checkpoint.weights.files import load_module
 
         place, target = local_path(path, "fabric.load_module"), _uncompiled(module)
         self._check_launched("fabric.load_module" if any(map(is_sharded, target.parameters())) else "")

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from precision_core import checkpoint, folder_manifest
-from precision_core.checkpoint import RESERVED, CheckpointError
-from precision_core.local_path import local_path
+from precision_core.checkpoint.paths import local_path
+from precision_core.checkpoint.storage import file as checkpoint
+from precision_core.checkpoint.storage import manifest as folder_manifest
+from precision_core.checkpoint.storage.file import RESERVED, CheckpointError
 from precision_deepspeed.saved import Saved
 
 _STATE, _RECORD = "state.ckpt", "deepspeed"

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from precision_core import Policy, Precision, Strategy
-from precision_core.clipping import make_clip
+from precision_core.checkpoint.live.state import Filter, stateful_objects
 from precision_core.override import original
-from precision_core.processes import Ranks, join
-from precision_core.resolve import is_core_mode
-from precision_core.state import Filter, stateful_objects
+from precision_core.scaling.clipping import make_clip
 from precision_core.strategies.collectives import Collectives
+from precision_core.strategies.processes import Ranks, join
+from precision_core.support.resolve import is_core_mode
 from precision_deepspeed import checkpoint, vendor
 from precision_deepspeed.arguments import check_optimizer, check_together, config_of
 from precision_deepspeed.binding import bind, unbind

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from precision_core.dtypes import nearest
-from precision_core.patterns import check_pattern, matches
+from precision_core.policy.dtypes import nearest
+from precision_core.policy.patterns import check_pattern, matches
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 One: TypeAlias = type[nn.Module] | str | Predicate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from precision_core import MODES, SupportRow
-from precision_core.formats import FORMATS, by_dtypes
+from precision_core.hardware import FORMATS, by_dtypes
 
 _NO_MPS = "torch.distributed has no collectives on mps: use one device, or the CPU"
 

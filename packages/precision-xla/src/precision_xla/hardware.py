@@ -6,7 +6,7 @@ import torch
 
 from precision_core import Policy
 from precision_core.devices import MODULES
-from precision_core.formats import LEVELS, Answer
+from precision_core.hardware import LEVELS, Answer
 from precision_xla import vendor
 
 ACCELERATORS = {"cpu": "CPU", "tpu": "TPU"}

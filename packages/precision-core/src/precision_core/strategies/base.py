@@ -16,23 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from precision_core.casting import holds, map_tensors
-from precision_core.creation import created_as
+from precision_core.checkpoint.live.state import Filter
+from precision_core.data.loader import DeviceLoader
 from precision_core.devices import ACCELERATORS
-from precision_core.dtypes import FLOAT_DTYPES
-from precision_core.integer_inputs import explained
-from precision_core.layout import Layout, make_layout
-from precision_core.loader import DeviceLoader
-from precision_core.plugins import make_plugin
-from precision_core.policy import MODES, Policy
-from precision_core.precision import Precision
-from precision_core.processes import Ranks
-from precision_core.recast import cast_to, check_trains
-from precision_core.state import Filter
+from precision_core.policy.casting import holds, map_tensors
+from precision_core.policy.dtypes import FLOAT_DTYPES
+from precision_core.policy.policy import MODES, Policy
+from precision_core.precision.base import Precision
+from precision_core.precision.model.default_dtype import created_as
+from precision_core.precision.model.integer_inputs import explained
+from precision_core.precision.model.recast import cast_to, check_trains
+from precision_core.precision.plugins import make_plugin
 from precision_core.strategies.collectives import reduce_op
+from precision_core.strategies.layout import Layout, make_layout
+from precision_core.strategies.processes import Ranks
 
 if TYPE_CHECKING:
-    from precision_core.presence import Presence
+    from precision_core.checkpoint.presence import Presence
 
 T = TypeVar("T")
 
@@ -82,7 +82,10 @@ class Strategy:
 
         Returns what the function returned on rank zero; raises as `Fabric.launch` does.
         """
-        from precision_core.launch import restart_script, run_function  # torch's launcher takes long to import
+        from precision_core.strategies.launch import (  # torch's launcher takes long to import
+            restart_script,
+            run_function,
+        )
 
         missing = self.missing_variables()
         if function is None:

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from precision_core.casting import map_tensors
-from precision_core.dtypes import nearest
-from precision_core.processes import Ranks
+from precision_core.policy.casting import map_tensors
+from precision_core.policy.dtypes import nearest
+from precision_core.strategies.processes import Ranks
 
 T = TypeVar("T")
 

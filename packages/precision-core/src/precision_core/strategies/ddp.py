@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from precision_core.gradients import params_of
-from precision_core.processes import Ranks, join
+from precision_core.scaling.gradients import params_of
 from precision_core.strategies.base import Strategy
 from precision_core.strategies.collectives import Collectives
+from precision_core.strategies.processes import Ranks, join
 from precision_core.strategies.reducer import Reducer
 
 

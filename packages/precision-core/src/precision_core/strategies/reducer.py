@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
-    from precision_core.presence import Presence
+    from precision_core.checkpoint.presence import Presence
 
 _requires_grad = attrgetter("requires_grad")
 
@@ -138,7 +138,7 @@ class Reducer:
         changed = {name for name, param in by_name.items() if (id(param) in trained) != (id(param) in before)}
         what = f"{_list(changed)} of this {type(self._module).__name__}" if changed else "layers that were replaced"
         if self._presence is not None:
-            from precision_core.checkpoint import CheckpointError
+            from precision_core.checkpoint.storage.file import CheckpointError
 
             try:
                 self._presence.all_call("a forward of a model in which other parameters train")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from precision_core.report import module_bytes
+from precision_core.precision.model.report import module_bytes
 from precision_core.testing.checks_loop import train
 from precision_core.testing.checks_state import assert_equal
 from precision_core.testing.net import loss_of, make_batch

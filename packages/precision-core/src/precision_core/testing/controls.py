@@ -18,8 +18,8 @@ from torch.amp import GradScaler
 from torch.func import functional_call
 
 from precision_core.fabric import Fabric
-from precision_core.mixed import MixedPrecision
-from precision_core.policy import MODES, Policy
+from precision_core.policy.policy import MODES, Policy
+from precision_core.precision.mixed import MixedPrecision
 from precision_core.strategies import SingleDeviceStrategy
 from precision_core.testing.problem import BATCHES, ROWS, Problem, mean_curve, sgd, train
 

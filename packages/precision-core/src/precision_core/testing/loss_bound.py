@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from precision_core.policy import Policy
+from precision_core.policy.policy import Policy
 
 
 @dataclass(frozen=True)

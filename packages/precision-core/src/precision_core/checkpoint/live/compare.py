@@ -1,0 +1,151 @@
+"""Does a checkpoint fit: modules and optimizers are compared by keys, shapes and dtypes before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from precision_core.checkpoint.live.fit import misfit, refuse
+from precision_core.checkpoint.live.optimizer_state import is_torchs, wanted_dtype
+from precision_core.checkpoint.live.state import Path, is_stateful, plain_name, state_of
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+"""What torch's own optimizers keep in the shape of each parameter."""
+_ENGINE = "torch.distributed.fsdp."
+Dtypes = Mapping[Path, list[torch.dtype]]
+
+
+def check_fits(
+    tree: dict[str, Any],
+    content: dict[str, Any],
+    *,
+    strict: bool,
+    dtypes: Dtypes | None = None,
+    origin: str = "the checkpoint",
+) -> None:
+    """Compares the objects in `tree` with their states in `content`, and changes nothing.
+
+    `strict` wants every key of `tree` in `content`, modules to have the same keys, and no value to be rounded. `dtypes`
+    are those of the optimizers' parameters when they were saved; `origin` says who wrote the checkpoint.
+
+    Raises:
+        CheckpointError: `content` does not fit; names where, ten places at most.
+    """
+    refuse(origin, _differences(tree, content, (), strict, dtypes or {}))
+
+
+def loads_its_own_way(module: nn.Module) -> bool:
+    """Whether this very module may rename, reshape or refuse what it is given; only it knows what fits."""
+    methods = (type(module)._load_from_state_dict, type(module).load_state_dict)
+    is_torchs = all(method.__module__.startswith("torch.") for method in methods)
+    hooks = hooks_of_others(module._load_state_dict_pre_hooks)
+    hooks -= hasattr(module, "_load_hook")  # a lazy layer's: any shape fits
+    return hooks > 0 or not is_torchs or "load_state_dict" in vars(module)
+
+
+def hooks_of_others(hooks: Mapping[Any, Any]) -> int:
+    """Returns how many hooks are not FSDP2's, which only see to it that the shards are in their place."""
+    functions = [getattr(hook, "hook", hook) for hook in hooks.values()]
+    return sum(not str(getattr(function, "__module__", "")).startswith(_ENGINE) for function in functions)
+
+
+def _differences(tree: Any, content: Any, path: Path, strict: bool, dtypes: Dtypes) -> Iterator[str]:
+    for key, value in tree.items():
+        name = ".".join(map(str, (*path, key)))
+        if key not in content:
+            if strict:
+                yield f"{name}: missing in the checkpoint, which has {sorted(map(str, content))[:10]}"
+            continue
+        saved = content[key]
+        if (is_stateful(value) or type(value) is dict) and not isinstance(saved, dict):
+            expected = "dict" if type(value) is dict else f"{type(value).__name__}'s state"
+            yield f"{name}: a {type(saved).__name__} in the checkpoint, a {expected} is expected"
+        elif isinstance(value, nn.Module):
+            yield from _module_differences(value, saved, name, strict)
+        elif isinstance(value, Optimizer):
+            yield from _optimizer_differences(value, saved, name, strict, dtypes.get((*path, key)))
+        elif type(value) is dict:
+            yield from _differences(value, saved, (*path, key), strict, dtypes)
+
+
+def _module_differences(module: nn.Module, saved: dict[str, Any], name: str, strict: bool) -> Iterator[str]:
+    own_way = tuple(
+        f"{plain_name(child_name)}." if plain_name(child_name) else ""
+        for child_name, child in module.named_modules()
+        if loads_its_own_way(child)
+    )
+    live = {key: value for key, value in state_of(module).items() if not key.startswith(own_way)}
+    saved = {key: value for key, value in saved.items() if not str(key).startswith(own_way)}
+    if strict:
+        yield from (f"{name}.{key}: missing in the checkpoint" for key in live if key not in saved)
+        yield from (f"{name}.{key}: unexpected in the checkpoint" for key in saved if key not in live)
+    for key, mine in live.items():
+        if key not in saved or not isinstance(mine, Tensor) or is_lazy(mine):
+            continue
+        theirs = saved[key]
+        if not isinstance(theirs, Tensor):
+            yield f"{name}.{key}: a {type(theirs).__name__} in the checkpoint, a tensor is expected"
+        elif problem := misfit(theirs, mine, strict=strict):
+            yield f"{name}.{key}: {problem}"
+
+
+def _optimizer_differences(
+    optimizer: Optimizer, saved: dict[str, Any], name: str, strict: bool, dtypes: list[torch.dtype] | None
+) -> Iterator[str]:
+    if not is_torchs(optimizer):
+        return  # it has a way of its own to load; only it knows what fits
+    try:
+        theirs = [len(group["params"]) for group in saved["param_groups"]]
+        indices = [index for group in saved["param_groups"] for index in group["params"]]
+        states = [dict(saved["state"].get(index, {})) for index in indices]
+    except (KeyError, TypeError, AttributeError, ValueError):
+        yield f"{name}: the checkpoint holds no state of an optimizer"
+        return
+    mine = [len(group["params"]) for group in optimizer.param_groups]
+    if mine != theirs:
+        yield f"{name}: parameter groups of {theirs} parameters in the checkpoint, {mine} in the optimizer"
+        return
+    if not strict:
+        return
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if type(optimizer).__module__.startswith("torch.optim."):
+        of_another = _of_another(optimizer, saved, name)
+        if of_another:
+            yield of_another
+            return
+        yield from _shape_differences(params, indices, states, name)
+    for number, (param, state) in enumerate(zip(params, states, strict=True)):
+        for key, value in state.items():
+            if key == "step" or not isinstance(value, Tensor):
+                continue
+            dtype = wanted_dtype(value, param, dtypes[number] if dtypes else None)
+            if torch.promote_types(value.dtype, dtype) is not dtype:
+                yield (
+                    f"{name}: {key} of parameter {indices[number]}: {value.dtype} in the checkpoint, {param.dtype} is "
+                    "the parameter's now; strict=False rounds the values"
+                )
+
+
+def _of_another(optimizer: Optimizer, saved: dict[str, Any], name: str) -> str | None:
+    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        unknown, absent = saved_group.keys() - group.keys(), optimizer.defaults.keys() - saved_group.keys()
+        if unknown and absent:  # one of them alone is another version of torch
+            return (
+                f"{name}: the checkpoint has the options {sorted(unknown)} and not {sorted(absent)}, "
+                f"so it is of another optimizer than {type(optimizer).__name__}"
+            )
+    return None
+
+
+def _shape_differences(params: list[Tensor], indices: list[Any], states: list[Any], name: str) -> Iterator[str]:
+    for index, param, state in zip(indices, params, states, strict=True):
+        for key in _MOMENTS:
+            value = state.get(key)
+            if isinstance(value, Tensor) and value.shape != param.shape:
+                shapes = f"{tuple(value.shape)} in the checkpoint, {tuple(param.shape)} in the optimizer"
+                yield f"{name}: {key} of parameter {index} has shape {shapes}"

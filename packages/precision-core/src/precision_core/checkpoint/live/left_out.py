@@ -1,0 +1,85 @@
+"""Left out: what a load with `strict=False` did not find, or found no place for, said before anything is written.
+
+One text an object. Where warnings are errors, this one takes everything back as any other does.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from precision_core.checkpoint.live.state import Path as Place
+from precision_core.checkpoint.live.state import is_stateful, plain_name, state_of
+
+_SHOWN = 10
+
+
+def absent(tree: dict[str, Any], content: dict[str, Any]) -> Iterator[str]:
+    """Yields what is to be said of objects and plain values in `tree` that `content` has nothing for."""
+    values: list[str] = []
+    yield from _absent(tree, content, (), values)
+    if values:
+        yield f"these are not in the checkpoint and keep their values: {_listed(values)}"
+
+
+def _absent(tree: dict[str, Any], content: Any, path: Place, values: list[str]) -> Iterator[str]:
+    for key, value in tree.items():
+        place = (*path, key)
+        name = ".".join(map(str, place))
+        found = isinstance(content, dict) and key in content
+        if type(value) is dict:
+            yield from _absent(value, content[key] if found else {}, place, values)
+        elif not found and is_stateful(value):
+            others = sorted(map(str, content))[:_SHOWN] if isinstance(content, dict) else []
+            yield f"{_nothing(name, value)}: it has no {str(key)!r}, but {others}"
+        elif not found:
+            values.append(name)
+
+
+def of_module(place: Place, module: nn.Module, saved: dict[str, Any], result: Any = None) -> str:
+    """Returns what is to be said of a module, or an empty string; `result` is what its `load_state_dict` returned."""
+    if result is None:
+        live = state_of(module)
+        missing, unexpected = [key for key in live if key not in saved], [key for key in saved if key not in live]
+    else:
+        missing, unexpected = (list(map(plain_name, keys)) for keys in (result.missing_keys, result.unexpected_keys))
+    missing = _less_tied(module, missing)
+    if not missing and not unexpected:
+        return ""
+    name = ".".join(map(str, place))
+    fits_in_part = len(saved) > len(unexpected)
+    head = f"the checkpoint fits {name} ({type(module).__name__}) in part" if fits_in_part else _nothing(name, module)
+    lists = (("missing", missing), ("unexpected", unexpected))
+    return "; ".join([head, *(f"{word} in the checkpoint: {_listed(names)}" for word, names in lists if names)])
+
+
+def warn(path: Path, text: str) -> None:
+    """Warns of a load from `path`, at the line that called us."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "precision_core":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"fabric.load({str(path)!r}, strict=False): {text}", UserWarning, stacklevel=level)
+
+
+def _nothing(name: str, live: Any) -> str:
+    return f"nothing in the checkpoint fits {name} ({type(live).__name__}), which stays as it is"
+
+
+def _less_tied(module: nn.Module, missing: list[str]) -> list[str]:
+    """Returns the names whose tensors are loaded under none of their other names either."""
+    if not missing:
+        return missing
+    params, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    tensors = {plain_name(name): id(tensor) for name, tensor in (*params, *buffers)}
+    loaded = {identity for name, identity in tensors.items() if name not in missing}
+    return [name for name in missing if tensors.get(name) not in loaded]
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(map(str, names))
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -1,0 +1,184 @@
+"""Restoring: from a checkpoint's content back into the live objects, all or nothing.
+
+Objects whose loading runs somebody's code (schedulers, samplers, modules and optimizers with hooks, ...) come first,
+each from a snapshot, to which all go back if one of them raises. Plain modules and optimizers follow. They were
+compared, and their memory is there, so that copying is all that is left; they cost no snapshot. Plain values come last.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from precision_core.checkpoint.live import left_out
+from precision_core.checkpoint.live.compare import Dtypes, hooks_of_others, loads_its_own_way
+from precision_core.checkpoint.live.optimizer_state import is_torchs, prepare, runs_others_code
+from precision_core.checkpoint.live.state import (
+    is_plain,
+    is_stateful,
+    leads_to,
+    look_up,
+    named_as,
+    plain_name,
+    stateful_objects,
+)
+from precision_core.checkpoint.live.subclass_copies import deep_copied
+from precision_core.checkpoint.live.transaction import Step, Transaction
+from precision_core.checkpoint.live.undo import is_copied_into, undo_groups, undo_of
+
+
+def restore(
+    tree: dict[str, Any],
+    content: dict[str, Any],
+    *,
+    strict: bool,
+    dtypes: Dtypes | None = None,
+    host: Iterable[Step] = (),
+    agree: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda _: None,
+    origin: str = "the checkpoint",
+) -> dict[str, Any]:
+    """Brings the objects in `tree` to the states in `content`, and its plain values to those there.
+
+    Returns what of `content` has no place in `tree`; nothing in it depends on `content`. Call `check_fits` first.
+    `host` are steps that follow the objects with code of their own; `agree` is called, and may raise, before anything
+    is written that has no snapshot. Without `strict`, `say` is called before that, with a text for each object that
+    some entries are missing for or unexpected by; it may raise, too.
+
+    Raises:
+        CheckpointError: an object's own loading raised; names the object. Every object is as it was before.
+    """
+    saved = {path: look_up(content, path) for path, _ in stateful_objects(tree) if leads_to(path, content)}
+    parts = {path: live for path, live in stateful_objects(tree) if path in saved}
+    strangers = {path: live for path, live in parts.items() if _runs_others_code(live)}
+    results: dict[Any, Any] = {}  # of modules' load_state_dict
+    dtypes = dtypes or {}
+    with Transaction(origin) as transaction:
+        for step, _, undo in host:
+            transaction.undo_by(step, undo)
+        for path, live in parts.items():
+            transaction.at(path)
+            if isinstance(live, Optimizer):
+                transaction.undo_by(path, undo_groups(live))
+        for path, live in strangers.items():
+            transaction.at(path)
+            transaction.undo_by(path, undo_of(live))
+        for path, live in strangers.items():
+            transaction.at(path)
+            load = _loader(live, _independent_where_needed(live, saved[path]), strict, dtypes.get(path))
+            results[path] = load()
+        for step, act, _ in host:
+            transaction.at(step)
+            act()
+        loads = {}
+        for path, live in parts.items():
+            transaction.at(path)
+            if path not in strangers:
+                loads[path] = _loader(live, saved[path], strict, dtypes.get(path))
+        transaction.at("the plain values")
+        plain = _plain_values(tree, content, {})
+        if not strict:
+            transaction.at("what the checkpoint lacks")
+            _say_what_is_left_out(tree, content, parts, saved, results, say)
+        agree()
+        transaction.commit()
+        for path, load in loads.items():
+            transaction.at(path)
+            load()
+        return _place(tree, plain)
+
+
+def _runs_others_code(live: Any) -> bool:
+    """Whether loading `live` may raise, or change what a snapshot has to bring back."""
+    if isinstance(live, nn.Module):
+        own = any(map(_has_own_code, live.modules()))
+        return own or not all(map(is_copied_into, live.state_dict().values()))
+    return not isinstance(live, Optimizer) or runs_others_code(live)
+
+
+def _has_own_code(module: nn.Module) -> bool:
+    extra = type(module).set_extra_state is not nn.Module.set_extra_state
+    return loads_its_own_way(module) or extra or hooks_of_others(module._load_state_dict_post_hooks) > 0
+
+
+def _loader(live: Any, saved: Any, strict: bool, dtypes: list[torch.dtype] | None) -> Callable[[], Any]:
+    """Returns what brings `live` to `saved`."""
+    if isinstance(live, nn.Module):
+        return functools.partial(_load_module, live, named_as(live, saved), strict)
+    if isinstance(live, Optimizer) and is_torchs(live):
+        return prepare(live, saved, dtypes)
+    return functools.partial(live.load_state_dict, saved)
+
+
+def _load_module(module: nn.Module, state: dict[str, Any], strict: bool) -> Any:
+    return module.load_state_dict(state, strict=strict)
+
+
+def _say_what_is_left_out(
+    tree: dict[str, Any],
+    content: dict[str, Any],
+    parts: dict[Any, Any],
+    saved: dict[Any, Any],
+    results: dict[Any, Any],
+    say: Callable[[str], None],
+) -> None:
+    texts = list(left_out.absent(tree, content))
+    for path, live in parts.items():
+        result = results.get(path)
+        is_known = path not in results or hasattr(result, "missing_keys")  # else its own way did not say
+        if isinstance(live, nn.Module) and is_known:
+            texts.append(left_out.of_module(path, live, saved[path], result))
+    for text in filter(None, texts):
+        say(text)
+
+
+def _independent_where_needed(live: Any, saved: Any) -> Any:
+    """Returns `saved`; what others' code may keep is copied out of the file that it is mapped from."""
+    if not isinstance(live, nn.Module):
+        return deep_copied(saved)
+    own = tuple(
+        f"{name}." if name else ""
+        for name, child in ((plain_name(name), child) for name, child in live.named_modules())
+        if _has_own_code(child)
+    )
+    kept = {name: deep_copied(value) if name.startswith(own) else value for name, value in saved.items()}
+    state = OrderedDict(kept)
+    state._metadata = getattr(saved, "_metadata", {})  # type: ignore[attr-defined]
+    return state
+
+
+# ---------------------------------------------------------------- plain values
+
+
+def _plain_values(tree: dict[str, Any], content: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
+    """Returns a copy of `content` without the states of the objects in `tree`."""
+    plain = {}
+    for key, value in content.items():
+        mine = tree.get(key)
+        if type(mine) is dict:
+            plain[key] = _plain_values(mine, value, memo)
+        elif not is_stateful(mine):
+            plain[key] = deep_copied(value, memo)
+    return plain
+
+
+def _place(tree: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """Puts the values of `plain` into `tree` in place, and returns those that have no place there."""
+    rest = {key: value for key, value in plain.items() if key not in tree}
+    for key, value in plain.items():
+        mine = tree.get(key)
+        if type(mine) is dict:
+            left = _place(mine, value)
+            if is_plain(mine):
+                mine.update(left)
+            elif left:
+                rest[key] = left
+        elif key in tree:
+            tree[key] = value
+    return rest

@@ -1,0 +1,128 @@
+"""What Fabric.load does: a checkpoint's values, read into host memory, compared and agreed on, into the live objects.
+
+No rank begins to write values into live objects before all of them have compared theirs. Nothing in between is a
+collective, so that an error on any rank is one on all.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from precision_core.checkpoint.agreement import agreed
+from precision_core.checkpoint.background import settle
+from precision_core.checkpoint.live import left_out
+from precision_core.checkpoint.live.alignment import aligned, replaced
+from precision_core.checkpoint.live.compare import check_fits
+from precision_core.checkpoint.live.fit import refuse
+from precision_core.checkpoint.live.restore import restore
+from precision_core.checkpoint.live.state import Filter, check_filter, is_plain, select, state_of
+from precision_core.checkpoint.live.transaction import Step
+from precision_core.checkpoint.live.undo import undo_of
+from precision_core.checkpoint.shards import shardings
+from precision_core.checkpoint.storage import engine as engine_checkpoint
+from precision_core.checkpoint.storage.file import RESERVED
+from precision_core.checkpoint.storage.source import open_checkpoint
+from precision_core.data import rng
+from precision_core.strategies import Strategy
+
+_NOBODYS: dict[str, Any] = {"rng": None, "loaders": {}}
+
+
+def load(
+    path: Path, state: dict[str, Any] | None, strict: bool, filter: Filter | None, trust: bool, strategy: Strategy
+) -> dict[str, Any]:
+    """Reads the checkpoint, into the live objects by choice; see `Fabric.load`."""
+    settle(strategy)
+    if state is None:
+        return open_checkpoint(path, trust).everything()
+    all_ranks = agreed(strategy, "load")
+    with all_ranks:
+        check_filter(state, filter)
+        source = open_checkpoint(path, trust)
+        content = dict(source.content)
+        header = content.pop(RESERVED)
+        mine = _of_rank(header, strategy)
+        for keys, position in mine["loaders"].items():
+            content = replaced(content, keys, position)
+        content = _filled_up(state, content, filter or {})
+        origin = f"{path} (policy {header.get('policy')}, torch {header.get('torch')})"
+        refuse(origin, engine_checkpoint.refused(state, source.refused))
+        content, dtypes, problems, notes = aligned(state, content, header, strict=strict)
+        check_fits(state, content, strict=strict, dtypes=dtypes, origin=origin)
+        refuse(origin, problems)
+    with all_ranks:
+        source.verify(strategy.global_rank, strategy.world_size)
+    with all_ranks:
+        host = source.fetch({"rng": mine["rng"], "precision": header["precision"]})
+        shards = shardings(state, content)
+        is_lean = strategy.sharded or bool(shards)
+        content = source.fetch(content, shards, leave=lambda place: is_lean and not _has_place(state, place))
+    with all_ranks:
+        steps = [_precision_step(host["precision"], notes, strategy)]
+        if host["rng"] is not None:  # a rank that the saving run did not have keeps its own
+            steps.insert(0, _rng_step(host["rng"], strategy.device))
+        say = partial(left_out.warn, path) if strategy.is_global_zero else (lambda _: None)
+        reach = all_ranks.reach
+        return restore(state, content, strict=strict, dtypes=dtypes, host=steps, agree=reach, say=say, origin=origin)
+
+
+def _of_rank(header: dict[str, Any], strategy: Strategy) -> dict[str, Any]:
+    """Returns this rank's random generators and loaders' positions; these only of as many ranks."""
+    ranks = header.get("ranks") or [{"rng": header["rng"], "loaders": {}}]
+    mine = ranks[strategy.global_rank] if strategy.global_rank < len(ranks) else _NOBODYS
+    return mine if len(ranks) == strategy.world_size else {**mine, "loaders": {}}
+
+
+def _has_place(tree: Any, place: tuple[Any, ...]) -> bool:
+    """Whether an object or a plain value of `tree` takes what stands at `place`."""
+    for depth, key in enumerate(place):
+        if type(tree) is not dict:
+            return True
+        if key not in tree:
+            return depth > 0 and is_plain(tree)  # a dict of plain values takes all there are
+        tree = tree[key]
+    return True
+
+
+def _rng_step(state: dict[str, Any], device: torch.device) -> Step:
+    before = rng.rng_state(device)
+    state = copy.deepcopy(state)
+    return (
+        "the random generators",
+        partial(rng.set_rng_state, state, device),
+        partial(rng.set_rng_state, before, device),
+    )
+
+
+def _precision_step(state: dict[str, Any], notes: list[str], strategy: Strategy) -> Step:
+    precision, state = strategy.precision, copy.deepcopy(state)
+
+    def act() -> None:
+        precision.load_state_dict(state)
+        new = tuple(note for note in notes if note not in precision.report.notes)
+        precision.report = replace(precision.report, notes=(*precision.report.notes, *new))
+
+    return "the precision", act, undo_of(precision)
+
+
+def _filled_up(tree: dict[str, Any], content: dict[str, Any], filter: Filter) -> dict[str, Any]:
+    """Returns `content` with those entries of modules that `filter` says no to as they are in the live module."""
+    filled = dict(content)
+    for key, choose in filter.items():
+        live, saved = tree[key], content.get(key)
+        if isinstance(choose, dict) and isinstance(saved, dict):
+            filled[key] = _filled_up(live, saved, choose)
+        elif not isinstance(live, nn.Module):
+            raise ValueError(f"fabric.load(filter={{{key!r}: ...}}): only of modules a part can be loaded")
+        elif isinstance(saved, dict):
+            kept = {name: value for name, value in state_of(live).items() if not choose(name, value)}
+            filled[key] = select(saved, choose)
+            filled[key].update(kept)
+    return filled

@@ -1,0 +1,66 @@
+"""Engine checkpoints: folders that a strategy's engine wrote in files of its own, as other strategies read them.
+
+Such a folder has core's file in it, `state.ckpt`, and a manifest. Where the engine's objects were, it has records
+which say what the engine's files are: `{strategy's name: "model" or "optimizer", ...}`. The package that wrote them
+makes values of them; it is asked for by that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from precision_core.checkpoint.live.state import stateful_objects
+from precision_core.checkpoint.storage import file as checkpoint
+from precision_core.checkpoint.storage import manifest as folder_manifest
+from precision_core.checkpoint.storage.file import CheckpointError
+from precision_core.checkpoint.tree import Path as Place
+from precision_core.support import discovery
+from precision_core.support.discovery import STRATEGIES
+
+STATE = "state.ckpt"
+
+
+def folder_of(path: Path) -> Path:
+    """Returns the folder, where `path` names an engine's `state.ckpt` in it; else `path`."""
+    return path.parent if path.name == STATE and (path.parent / folder_manifest.MANIFEST).exists() else path
+
+
+def is_engines(path: Path) -> bool:
+    """Whether there is an engine's checkpoint folder to read for `path`."""
+    return folder_manifest.is_folder(path) and (folder_manifest.find(path) / STATE).exists()
+
+
+def read(path: Path, trust: bool) -> tuple[dict[str, Any], dict[Place, str]]:
+    """Returns what the folder `path` holds, models with their values; and why others have none, by their places.
+
+    Raises:
+        CheckpointError: torn, damaged, or what wrote it is not installed; says what to install.
+    """
+    folder = folder_manifest.find(path.absolute())
+    manifest = folder_manifest.read(folder)
+    folder_manifest.verify(folder, manifest, sorted(manifest.files))
+    content = checkpoint.read(folder / STATE, trust=trust)
+    name = next(_engines(content), None)
+    if name is None:
+        return content, {}
+    try:
+        strategy = discovery.load(STRATEGIES, name)
+    except (ValueError, ImportError) as error:
+        raise CheckpointError(f"{path} was written by the engine of {name}, and only that reads it: {error}") from error
+    return strategy.read_engine_checkpoint(folder, content, trust)
+
+
+def refused(state: dict[str, Any], why: Mapping[Place, str]) -> list[str]:
+    """Returns the problems of loading into `state`: its objects at places that have no values."""
+    there = (place for place, _ in stateful_objects(state) if place in why)
+    return [f"{'.'.join(map(str, place))}: {why[place]}" for place in there]
+
+
+def _engines(content: Any) -> Iterator[str]:
+    """Yields the names of the strategies whose records are in `content`."""
+    if isinstance(content, dict):
+        yield from (key for key in discovery.known(STRATEGIES) if isinstance(content.get(key), str))
+        for value in content.values():
+            yield from _engines(value)

@@ -1,0 +1,176 @@
+"""Checkpoint files: written all or nothing, verified before they are read, never executed.
+
+A checkpoint is a torch zip file whose top-level dict is the user's state, plus one reserved key with the format's
+version, the policy that wrote it, the precision plugin's state and the random generators. `torch.load(path,
+weights_only=True)` reads it too.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import pickle
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+from torch.serialization import get_crc32_options, set_crc32_options
+
+from precision_core.checkpoint.storage.archive import verify, verify_storages
+from precision_core.checkpoint.storage.atomic import replace_file
+
+RESERVED = "__precision__"
+FORMAT_VERSION = 1
+
+_PLAIN = (
+    Tensor,
+    nn.Parameter,
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+)
+_MAX_INT_BITS = 2000
+"""From about 255 bytes on, integers have a pickle opcode that a safe load refuses."""
+
+_CONTAINERS: tuple[type, ...] = (dict, list, tuple, OrderedDict)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, foreign, or does not fit what it is loaded into; nothing was changed."""
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Writes `content` to a new file beside `path`, then puts it in place, so that `path` is whole at any moment.
+
+    Raises:
+        ValueError: a value that a safe load would refuse; names its key. The old file stays.
+        OSError: the file cannot be written (a full disk, a folder in the way); names the path. The old file stays.
+    """
+    check_saveable(content)
+    replace_file(path, functools.partial(save_with_checksums, content))
+
+
+_WITH_CHECKSUMS = threading.Lock()
+_saving: list[bool] = []
+"""For each save under way, in any thread: whether torch was to write checksums before it began."""
+
+
+def save_with_checksums(content: Any, file: BinaryIO) -> None:
+    """Calls torch.save, with the checksums that `read` verifies even where torch is told to write none."""
+    with _WITH_CHECKSUMS:
+        _saving.append(get_crc32_options())
+        set_crc32_options(True)
+    try:
+        torch.save(content, file)
+    finally:
+        with _WITH_CHECKSUMS:
+            before = _saving[0]
+            _saving.pop()
+            if not _saving:
+                set_crc32_options(before)
+
+
+def read(path: Path, *, trust: bool = False) -> dict[str, Any]:
+    """Returns the content of a checkpoint, verified before anything is unpickled; executed only if `trust`.
+
+    Its tensors lie in the file, mapped, and cost no memory of the process until they are read. Copy what is to last
+    (`copy.deepcopy`): should somebody truncate the file in place, reading them would end the process (SIGBUS). A save
+    to the same path does not: it puts a new file in place, and the old one lasts as long as it is mapped.
+
+    Raises:
+        CheckpointError: damaged, truncated, not a checkpoint of Fabric.save, or of a newer format.
+        FileNotFoundError: there is no such file.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; a checkpoint of one device is a file")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    content, is_current = _read(path, trust)
+    while not is_current:  # a new file was put in place just now
+        content, is_current = _read(path, trust)
+    check_header(path, content)
+    return content
+
+
+def check_header(path: Path, content: Any) -> None:
+    """Raises `CheckpointError` unless `content` is what `Fabric.save` wrote, in a format that this version reads."""
+    header = content.get(RESERVED) if isinstance(content, dict) else None
+    if not isinstance(header, dict) or not isinstance(header.get("version"), int):
+        raise CheckpointError(
+            f"{path} was not written by Fabric.save: it has no {RESERVED!r} record. "
+            "Read it with torch.load(path, weights_only=True) and pass the parts to load_state_dict"
+        )
+    if header["version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {header['version']}, written by a newer precision-core; this one reads {FORMAT_VERSION}"
+        )
+    if not {"precision", "rng"} <= header.keys():
+        raise CheckpointError(f"{path} is incomplete: its {RESERVED!r} record has only {sorted(header)}")
+
+
+def _read(path: Path, trust: bool) -> tuple[Any, bool]:
+    """Returns what the file holds, and whether `path` still is the file that was verified."""
+    with open(path, "rb") as file:  # outside the try: a missing permission is not a damaged file
+        try:
+            sizes = verify(file)
+            content = torch.load(path, map_location="cpu", weights_only=not trust, mmap=True)
+            is_current = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            if is_current:
+                verify_storages(content, sizes)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path} was not written by Fabric.save: it holds objects that a safe load refuses. "
+                "trust=True loads them, and runs whatever code the file names"
+            ) from error
+        except Exception as error:  # damage shows anywhere: zip structure, checksums, tensor sizes
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise CheckpointError(f"{path} is damaged, or no checkpoint: {reason}") from error
+        return content, is_current
+
+
+def check_saveable(tree: Any, key: str = "", inside: tuple[int, ...] = ()) -> None:
+    """Raises `ValueError` naming the key of the first value that `torch.load(weights_only=True)` would refuse."""
+    kind = type(tree)
+    if isinstance(tree, Tensor) and tree.is_meta:
+        raise ValueError(f"cannot save {key or 'the state'}: it is on the meta device and has no values")
+    if kind in _CONTAINERS or kind in _PLAIN:  # what was set on a tensor or an OrderedDict is saved with it
+        for name, value in getattr(tree, "__dict__", {}).items():
+            check_saveable(value, f"{key}.{name}", (*inside, id(tree)))
+    if kind in _PLAIN and not (kind is int and tree.bit_length() > _MAX_INT_BITS):
+        return
+    if kind in _CONTAINERS:
+        if id(tree) in inside:
+            raise ValueError(f"cannot save {key}: it contains itself")
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for name, value in items:
+            if type(name) not in (str, int, float, bool, bytes, type(None)):
+                check_saveable(name, f"the key {name!r} of {key or 'the state'}")
+            check_saveable(value, f"{key}[{name!r}]", (*inside, id(tree)))
+        return
+    try:  # whatever else: try it, so that types which were registered as safe, and tensor subclasses, are accepted
+        buffer = io.BytesIO()
+        torch.save(tree, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        way_out = (
+            "Objects with state_dict are saved from dicts only: put it under a key of its own"
+            if hasattr(tree, "state_dict")
+            else "Save plain values (float(x), str(path), vars(args), array.tolist()), or give the object state_dict "
+            "and load_state_dict"
+        )
+        raise ValueError(
+            f"cannot save {key or 'the state'}: a {kind.__module__}.{kind.__qualname__} would be refused by a safe "
+            f"load, which takes tensors, numbers, strings and containers of them. {way_out}"
+        ) from error

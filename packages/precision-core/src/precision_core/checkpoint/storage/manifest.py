@@ -1,0 +1,210 @@
+"""The manifest of a checkpoint folder, and how a folder is put in place.
+
+The manifest is written last: a folder without it is torn. It lists every file with its size and CRC-32. They find
+damage and are no defence: who can change a file can change its digest. (CRC-32 reads 2.1 GB/s here, SHA-256 0.9,
+BLAKE2b 0.5.)
+
+A folder cannot be replaced in one step: the old one is renamed to `.NAME.old`, the new one to NAME, and then the old
+one is deleted. After a crash between the two renames NAME is missing, and `.NAME.old`, which is whole, is read in its
+place until the next save. After a crash before them a `.NAME.TOKEN.partial` is left, which nobody reads: delete it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from precision_core.checkpoint.storage.file import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+_CHUNK = 1 << 20
+
+
+class Entry(NamedTuple):
+    """Size in bytes and CRC-32 of a file."""
+
+    size: int
+    crc: int
+
+
+class Manifest(NamedTuple):
+    """What a checkpoint folder says of itself."""
+
+    policy: str
+    world_size: int
+    files: dict[str, Entry]
+
+
+def digest(path: Path) -> Entry:
+    """Returns the size and CRC-32 of a file."""
+    crc = size = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            crc = zlib.crc32(chunk, crc)
+            size += len(chunk)
+    return Entry(size, crc)
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest, which makes the folder whole, to disk.
+
+    Raises:
+        CheckpointError: the folder has not the files that the ranks wrote, so they do not share it.
+    """
+    sizes = _sizes(folder)
+    if sizes != {name: entry.size for name, entry in manifest.files.items()}:
+        other = sorted(sizes.keys() ^ manifest.files.keys())
+        raise CheckpointError(f"rank 0 does not see what all ranks wrote to {folder}, do they share it? {other[:10]}")
+    body = {
+        "version": FORMAT_VERSION,
+        "policy": manifest.policy,
+        "torch": str(torch.__version__),
+        "world_size": manifest.world_size,
+        "files": manifest.files,
+        "complete": True,
+    }
+    with open(folder / MANIFEST, "x", encoding="utf-8") as file:
+        json.dump({**body, "crc": _crc(body)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(folder)
+
+
+def read(folder: Path) -> Manifest:
+    """Returns the manifest, once the folder has the files that it lists, in their sizes, and no others.
+
+    Raises:
+        CheckpointError: the folder is torn, damaged, foreign, or of a newer format.
+    """
+    try:
+        body = json.loads((folder / MANIFEST).read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}: its save was not finished, or it was not written by Fabric.save "
+            "(torch.distributed.checkpoint.load reads folders of its own)"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error
+    if not isinstance(body, dict) or body.pop("crc", None) != _crc(body):
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: it does not match its checksum")
+    try:
+        if body["version"] > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder} has format {body['version']}, written by a newer precision-core; "
+                f"this one reads {FORMAT_VERSION}"
+            )
+        files = {name: Entry(*entry) for name, entry in body["files"].items()}
+        manifest = Manifest(body["policy"], body["world_size"], files)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is no manifest of a checkpoint") from error
+    sizes = _sizes(folder)
+    sizes.pop(MANIFEST, None)
+    for problem, names in (
+        ("is missing", files.keys() - sizes.keys()),
+        ("does not belong to it", sizes.keys() - files.keys()),
+        ("has another size", {name for name in files.keys() & sizes.keys() if files[name].size != sizes[name]}),
+    ):
+        if names:
+            raise CheckpointError(f"the checkpoint {folder} is damaged: {', '.join(sorted(names)[:10])} {problem}")
+    return manifest
+
+
+def version(folder: Path) -> tuple[int, ...]:
+    """Returns what differs once another checkpoint is put in the folder's place."""
+    found = os.stat(folder / MANIFEST) if (folder / MANIFEST).exists() else None
+    return () if found is None else (found.st_dev, found.st_ino, found.st_mtime_ns)
+
+
+def read_file(folder: Path, name: str, manifest: Manifest) -> bytes:
+    """Returns the bytes of a small file, which match the manifest.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    data = (folder / name).read_bytes() if name in manifest.files else b""
+    if name not in manifest.files or Entry(len(data), zlib.crc32(data)) != manifest.files[name]:
+        raise CheckpointError(f"the checkpoint {folder} is damaged: {name} does not match its checksum")
+    return data
+
+
+def verify(folder: Path, manifest: Manifest, names: list[str]) -> None:
+    """Raises `CheckpointError` unless the files `names` match the manifest."""
+    for name in names:
+        if digest(folder / name) != manifest.files[name]:
+            raise CheckpointError(f"the checkpoint {folder} is damaged: {name} does not match its checksum")
+
+
+def _crc(body: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Returns the size of each file; a link or folder has -1, which no file has."""
+    stats = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
+    return {name: found.st_size if stat.S_ISREG(found.st_mode) else -1 for name, found in stats.items()}
+
+
+# ---------------------------------------------------------------- in place
+
+
+def find(path: Path) -> Path:
+    """Returns the folder to read for the checkpoint `path`: the old one where a save was cut off between two renames.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it is a file.
+    """
+    if not path.exists() and _old(path).is_dir():
+        return _old(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; a checkpoint of several ranks is a folder")
+    return path
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder, with anything in it, to read for the checkpoint `path`."""
+    folder = path if path.exists() else _old(path)
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises `ValueError` when `path` is something else than a checkpoint folder, which a save would delete."""
+    if path.is_dir() and not path.is_symlink() and ((path / MANIFEST).exists() or not any(path.iterdir())):
+        return
+    if path.exists() or path.is_symlink():
+        raise ValueError(f"cannot save to {path}: there is something that is no checkpoint folder. Name a new folder")
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Renames the whole folder `temporary` to `path`; an older checkpoint there is deleted."""
+    old = _old(path)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)  # of a save that was cut off after its second rename
+        os.rename(path, old)
+    os.rename(temporary, path)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "nt":  # which cannot open folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,225 @@
+"""The layers of a module as they are loaded from a file: which tensors each has, where they come from, what fits.
+
+A plain layer's tensors are copied one by one. A layer with a way of its own to load (`_load_from_state_dict`, hooks,
+extra state: layers that quantise) gets its tensors through `load_state_dict`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from precision_core.checkpoint.live.compare import hooks_of_others
+from precision_core.checkpoint.live.fit import is_sharded, misfit
+from precision_core.checkpoint.storage.file import CheckpointError
+from precision_core.checkpoint.weights.safetensors import Files
+
+_COMPILED = "_orig_mod."
+VERSIONS = "precision.versions"
+"""The key of a file's metadata with the versions of the modules in it, as JSON, by their prefixes."""
+
+
+class Loaded(NamedTuple):
+    """The names that only the model has, and those that only the file has; both are empty when `strict`."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+@dataclass
+class Layer:
+    """What is loaded at a time: a module's own tensors, or everything in a module that loads in a way of its own."""
+
+    prefix: str
+    module: nn.Module
+    own_way: bool
+    slots: dict[str, Tensor] = field(default_factory=dict)
+    """Full plain name -> live tensor."""
+
+
+def layers_of(module: nn.Module, prefix: str = "") -> Iterator[Layer]:
+    """Yields the layers of a module whose tensors' names start with `prefix`, in order."""
+    if _has_own_way(module) or (not prefix and has_own_load_state_dict(module)):
+        yield Layer(prefix, module, True)
+        return
+    buffers = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
+    slots = {f"{prefix}{key}": value for key, value in {**module._parameters, **buffers}.items() if value is not None}
+    yield Layer(prefix, module, False, slots)
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from layers_of(child, prefix + prefix_of(key))
+
+
+def versions_of(files: Files, path: object) -> dict[str, int]:
+    """Returns the versions of the modules that were saved, by their prefixes; files of others have none."""
+    try:
+        versions = json.loads(files.metadata.get(VERSIONS, "{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: its metadata has {VERSIONS!r} that is no JSON") from error
+    return versions if isinstance(versions, dict) else {}
+
+
+def has_own_load_state_dict(module: nn.Module) -> bool:
+    """Whether `module.load_state_dict` is the user's: it is what loads a root, and nobody calls a part's."""
+    method = type(module).load_state_dict
+    return "load_state_dict" in vars(module) or not method.__module__.startswith("torch.")
+
+
+def _has_own_way(module: nn.Module) -> bool:
+    method = type(module)._load_from_state_dict
+    return bool(
+        hooks_of_others(module._load_state_dict_pre_hooks)
+        or hooks_of_others(module._load_state_dict_post_hooks)
+        or "_load_from_state_dict" in vars(module)
+        or not method.__module__.startswith("torch.nn.modules.")
+        or type(module).set_extra_state is not nn.Module.set_extra_state
+    )
+
+
+def sources_of(files: Files, layers: list[Layer], aliases: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Returns under which name the file has each of the model's tensors, and where it has two values for a tied one."""
+    tied: dict[int, list[str]] = {}
+    for layer in layers:
+        for name, live in layer.slots.items():
+            tied.setdefault(id(live), []).append(name)
+    sources: dict[str, str] = {}
+    contradictions: list[str] = []
+    for names in tied.values():
+        present = [name for name in names if name in files.names] or [
+            aliases[name] for name in names if name in aliases
+        ]
+        sources.update((name, name if name in present else present[0]) for name in names if present)
+        contradictions += [
+            f"{name}: tied to {present[0]} in the model, and another value in the checkpoint"
+            for name in present[1:]
+            if not _equal(files.get(present[0]), files.get(name))
+        ]
+    return sources, contradictions
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    same = (a.dtype, a.shape) == (b.dtype, b.shape)
+    return same and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))  # NaN equals NaN
+
+
+def misfits(files: Files, layers: list[Layer], sources: dict[str, str], strict: bool) -> Iterator[str]:
+    """Yields what would not fit, or would be left without values, other than names."""
+    for layer in layers:
+        for name, live in layer.slots.items():
+            if is_lazy(live):
+                yield f"{name}: it has no shape yet; run a forward first"
+            elif name in sources:
+                if reason := misfit(files.get(sources[name]), live, strict=strict):
+                    yield f"{name}: {reason}"
+            elif live.is_meta and not strict:
+                yield f"{name}: on the meta device, and missing in the checkpoint"
+        if not layer.own_way:
+            for key in layer.module._non_persistent_buffers_set:
+                buffer = layer.module._buffers[key]
+                if buffer is not None and buffer.is_meta:
+                    yield f"{layer.prefix}{key}: on the meta device, and no checkpoint has it: give it its values first"
+
+
+def load_plain(files: Files, layer: Layer, sources: dict[str, str], made: dict[int, Tensor]) -> None:
+    """Copies a layer's tensors; those on the meta device are replaced, `made` keeps by what so that ties stay."""
+    for name, live in layer.slots.items():
+        if name not in sources:
+            continue
+        with torch.no_grad():
+            values = _sharded_like(live, files.get(sources[name]))
+            if not live.is_meta:
+                live.copy_(values)
+                continue
+            if id(live) not in made:
+                new = values.to(live.dtype, copy=True)
+                made[id(live)] = nn.Parameter(new, live.requires_grad) if isinstance(live, nn.Parameter) else new
+                vars(made[id(live)]).update(vars(live))
+            setattr(layer.module, name.removeprefix(layer.prefix), made[id(live)])
+
+
+def _sharded_like(live: Tensor | None, values: Tensor) -> Tensor:
+    """Returns `values`, or this rank's part of them where `live` is sharded."""
+    if live is None or not is_sharded(live) or live.shape != values.shape:
+        return values
+    from precision_core.checkpoint.shards import cut  # imports what a model on one device does not need
+
+    return cut(values, live).to(live.device)
+
+
+def load_own_way(files: Files, layer: Layer, sources: dict[str, str], versions: dict[str, int], strict: bool) -> Loaded:
+    """Gives a module everything that the file has under its name, by its own `load_state_dict`.
+
+    One that the user wrote is told `strict`, and may return nothing; torch's returns what is left out.
+    """
+    module, prefix = layer.module, layer.prefix
+    tensors = _tensors_of(module)
+    on_meta = any(tensor.is_meta for tensor in tensors.values())
+    live_names = {plain_name(name): name for name in tensors}
+    whole = _loaded_whole(module)
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    for name, source in sources.items():
+        if name.startswith(prefix):
+            short = name.removeprefix(prefix)
+            live_name = live_names.get(short, short)
+            live = None if live_name in whole else tensors.get(live_name)
+            state[live_name] = _sharded_like(live, files.get(source))
+    prefixes = {name: prefix + prefix_of(name) for name, _ in module.named_modules()}
+    state._metadata = {  # type: ignore[attr-defined]
+        name: {"version": versions[full]} for name, full in prefixes.items() if full in versions
+    }
+    is_users = has_own_load_state_dict(module)
+    options: dict[str, Any] = {
+        "strict": strict and is_users,
+        **({"assign": on_meta} if on_meta or not is_users else {}),
+    }
+    try:
+        missing, unexpected = module.load_state_dict(state, **options) or ((), ())
+    except Exception as error:
+        what = f"{prefix[:-1]} could not be loaded, other layers are changed" if prefix else "the module did not load"
+        raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
+    if on_meta:
+        _detach_from_file(module, state.values())
+    empty = [prefix + plain_name(name) for name, tensor in _tensors_of(module).items() if tensor.is_meta]
+    if empty:
+        raise CheckpointError(
+            f"on the meta device, and missing in the checkpoint, other layers are changed: {', '.join(empty[:10])}"
+        )
+    loaded = {id(tensors[name]) for name in tensors if name not in missing}
+    left = [name for name in missing if name not in tensors or id(tensors[name]) not in loaded]  # less the tied ones
+    return Loaded(tuple(prefix + plain_name(name) for name in left), tuple(prefix + plain_name(n) for n in unexpected))
+
+
+def _loaded_whole(module: nn.Module) -> set[str]:
+    """Returns the names of tensors that layers name in `loads_whole`: they check them, and cut them into shards."""
+    layers = module.named_modules()
+    return {f"{name}.{key}" if name else key for name, layer in layers for key in getattr(layer, "loads_whole", ())}
+
+
+def _detach_from_file(module: nn.Module, values: Iterable[Tensor]) -> None:
+    """Gives those tensors memory of their own that are the file's; a layer that quantised them has no such."""
+    mapped = {value.untyped_storage().data_ptr() for value in values}
+    for tensor in _tensors_of(module).values():
+        if not tensor.is_meta and tensor.untyped_storage().data_ptr() in mapped:
+            tensor.data = tensor.data.clone()
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    params, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    return {**dict(params), **dict(buffers)}
+
+
+def plain_name(name: str) -> str:
+    """Returns the name of a tensor without `torch.compile` around any module."""
+    return name.replace(_COMPILED, "")
+
+
+def prefix_of(module_name: str) -> str:
+    """Returns what the names of a module's tensors start with: "layer.0.", or "" for the root."""
+    return plain_name(f"{module_name}.") if module_name else ""

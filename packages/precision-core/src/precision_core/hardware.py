@@ -1,0 +1,126 @@
+"""How well each kind of device computes in each dtype: what core's rows of the support table are made from."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+
+from precision_core.devices import is_available
+from precision_core.policy.policy import Policy
+
+Level = Literal["native", "emulated", "slow", "no"]
+"""From best to worst: by instructions for the format; right, but computed in a wider one; right, but an order of
+magnitude slower; not at all."""
+
+LEVELS: tuple[Level, ...] = get_args(Level)
+
+Answer = tuple[Level, str]
+
+_EVERYWHERE: Answer = ("native", "every device of this kind computes in it")
+
+
+def _cpu_bfloat16() -> Answer:
+    for probe, units in (("_is_avx512_bf16_supported", "AVX512-BF16"), ("_is_amx_tile_supported", "AMX")):
+        if getattr(torch.cpu, probe, bool)():
+            return "native", f"this CPU has {units}"
+    if _onednn("_is_mkldnn_bf16_supported"):
+        if platform.machine().lower() in ("arm64", "aarch64"):
+            return "native", "this CPU has bfloat16 instructions"
+        return "emulated", "no bfloat16 units on this CPU: oneDNN computes in float32 and rounds"
+    return "slow", "no bfloat16 units on this CPU, and no oneDNN kernels for it"
+
+
+def _cpu_float16() -> Answer:
+    if cpu_has_float16():
+        return "native", "this CPU has float16 instructions"
+    # Measured in training GPTs of one to two million parameters on an AVX-512 CPU without AVX512-FP16.
+    return "slow", "float16 has no units on this CPU, 9 to 26 times slower than float32"
+
+
+def cpu_has_float16() -> bool:
+    """Whether torch multiplies float16 matrices with instructions of this CPU."""
+    if platform.system() == "Darwin":  # torch has no oneDNN there; all ARM CPUs that it runs on have units
+        return platform.machine().lower() == "arm64"
+    return _onednn("_is_mkldnn_fp16_supported")
+
+
+def _onednn(question: str) -> bool:
+    try:
+        return bool(getattr(torch.ops.mkldnn, question)())
+    except (AttributeError, RuntimeError):  # a torch without oneDNN
+        return False
+
+
+def _cuda_bfloat16() -> Answer:
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "native", "this GPU has bfloat16 units (compute capability 8.0 or newer)"
+    return "emulated", "this GPU is older than compute capability 8.0: bfloat16 is computed in float32 and rounded"
+
+
+def _cuda_float16() -> Answer:
+    if torch.version.hip or torch.cuda.get_device_capability() >= (7, 0):
+        return "native", "this GPU multiplies float16 matrices in units of their own"
+    return "slow", "this GPU is older than compute capability 7.0 and has no units for float16 matrices"
+
+
+def _xpu_float64() -> Answer:
+    if torch.xpu.get_device_properties().has_fp64:
+        return "native", "this GPU has float64 units"
+    return "no", "this GPU has no float64: use 32-true, or accelerator='cpu'"
+
+
+def _mps_bfloat16() -> Answer:
+    if torch.backends.mps.is_macos_or_newer(14, 0):
+        return "native", "macOS 14 or newer"
+    return "no", "Metal has bfloat16 from macOS 14 on: use 16-mixed"
+
+
+_Probe = Callable[[], Answer]
+
+
+def _always(answer: Answer) -> _Probe:
+    return lambda: answer
+
+
+FORMATS: dict[str, dict[torch.dtype, _Probe]] = {
+    "cpu": {
+        torch.float64: _always(_EVERYWHERE),
+        torch.float32: _always(_EVERYWHERE),
+        torch.bfloat16: _cpu_bfloat16,
+        torch.float16: _cpu_float16,
+    },
+    "cuda": {
+        torch.float64: _always(_EVERYWHERE),
+        torch.float32: _always(_EVERYWHERE),
+        torch.bfloat16: _cuda_bfloat16,
+        torch.float16: _cuda_float16,
+    },
+    "xpu": {
+        torch.float64: _xpu_float64,
+        torch.float32: _always(_EVERYWHERE),
+        torch.bfloat16: _always(_EVERYWHERE),
+        torch.float16: _always(_EVERYWHERE),
+    },
+    "mps": {
+        torch.float64: _always(("no", "Metal has no float64: use 32-true, or accelerator='cpu'")),
+        torch.float32: _always(_EVERYWHERE),
+        torch.bfloat16: _mps_bfloat16,
+        torch.float16: _always(_EVERYWHERE),
+    },
+}
+"""Device type -> dtype -> a probe of this machine: the level and the reason. Ask only for devices that are here."""
+
+
+def by_dtypes(policy: Policy, device_type: str) -> Answer:
+    """Returns the worst answer for the dtypes of `policy`, exceptions included, on that kind of device."""
+    if device_type not in FORMATS:
+        return "no", f"no installed package speaks of {device_type} devices; core knows {', '.join(FORMATS)}"
+    if not is_available(device_type):
+        return "no", f"torch finds no {device_type} device here"
+    parts = [policy.flat, *(exception for _, exception in policy.exceptions)]
+    dtypes = {dtype for part in parts for dtype in (part.compute, part.params)}
+    narrow_first = sorted(dtypes, key=lambda dtype: (dtype.itemsize, str(dtype)))  # among equals its reason says most
+    return max((FORMATS[device_type][dtype]() for dtype in narrow_first), key=lambda answer: LEVELS.index(answer[0]))

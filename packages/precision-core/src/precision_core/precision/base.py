@@ -1,0 +1,332 @@
+"""Precision: the plugin. The base class is a complete float32 plugin; a subclass overrides what differs.
+
+Hooks in the order in which they run. A strategy calls them, or a hand-written loop does:
+
+    module = precision.convert_module(module)           once
+    data = precision.convert_input(data)                every forward
+    with precision.forward_context(): ...
+    output = precision.convert_output(output)
+    loss = precision.pre_backward(loss, module)         every backward
+    precision.backward(loss, module)
+    loss = precision.post_backward(loss, module)
+    precision.clip_gradients(module, optimizer, max_norm=1.0)
+    precision.optimizer_step(optimizer, module, None)   every step
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from precision_core.hardware import FORMATS, by_dtypes
+from precision_core.policy.casting import cast, map_tensors
+from precision_core.policy.dtypes import FLOAT_DTYPES
+from precision_core.policy.policy import MODES, Policy
+from precision_core.precision.model.cast_module import cast_buffers, cast_parameters, packed_parameters
+from precision_core.precision.model.default_dtype import created_as
+from precision_core.precision.model.parameter_init import parameters_in
+from precision_core.precision.model.report import Report, module_bytes
+from precision_core.precision.plugin_state import STATE_VERSION, check_state
+from precision_core.precision.runnable import check_runnable
+from precision_core.scaling.clipping import make_clip
+from precision_core.scaling.scaler import Scaler
+
+if TYPE_CHECKING:
+    from precision_core.strategies.base import Strategy
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+_RUNNERS = {
+    torch.float64: "DoublePrecision",
+    torch.float32: "Precision",
+    torch.bfloat16: "HalfPrecision",
+    torch.float16: "HalfPrecision",
+}
+
+
+class Precision:
+    """Float32 throughout: parameters, buffers and inputs are cast to float32, outputs come as they are.
+
+    `policy` says what the plugin does, `report` what the last `convert_module` did.
+    """
+
+    policy: Policy = MODES["32-true"]
+    _report: Report | None = None
+
+    def __init__(self, *, policy: Policy | str | int | None = None) -> None:
+        if policy is not None:
+            self.policy = self._check_policy(Policy.parse(policy))
+
+    _runs: tuple[torch.dtype, ...] = (torch.float32,)  # what params and compute may be, alike
+    _applies_exceptions = False
+    _aligns = False  # whether products are to take operands of several dtypes, since a model holds such
+
+    def _check_policy(self, policy: Policy) -> Policy:
+        """Returns `policy`; raises `ValueError` when this class cannot run it, naming what does."""
+        check_runnable(policy)
+        name = f"{type(self).__name__}({str(policy)!r})"
+        if policy.mixed or policy.params not in self._runs:
+            modes = " and ".join(
+                mode for mode, known in MODES.items() if known.params in self._runs and not known.mixed
+            )
+            runner = "MixedPrecision" if policy.mixed else _RUNNERS[policy.params]
+            raise ValueError(f"{name}: this plugin runs {modes}; for this policy there is {runner}")
+        if policy.exceptions and not self._applies_exceptions:
+            raise ValueError(f"{name}: this plugin applies no exceptions; bf16-true, 16-true and the mixed modes do")
+        return policy
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.mode}>"
+
+    # ---------------------------------------------------------------- set-up
+
+    @property
+    def report(self) -> Report:
+        """What the last `convert_module` did; before that, what will be computed in what."""
+        return self._report or Report(self.mode, policy=self.policy, is_set_up=False)
+
+    @report.setter
+    def report(self, report: Report) -> None:
+        self._report = report if report.policy is not None else replace(report, policy=self.policy)
+
+    @property
+    def mode(self) -> str:
+        """What users ask for this plugin by: the policy's spelling, or the mode that a package registered."""
+        return str(self.policy)
+
+    def refuses(self, strategy: Strategy) -> str | None:
+        """Returns why this plugin cannot run under `strategy`, and what to pass instead; None: it can."""
+        device_type = strategy.device.type
+        level, reason = by_dtypes(self.policy, device_type) if device_type in FORMATS else ("native", "")
+        return reason if level == "no" else None
+
+    def connect(self, strategy: Strategy) -> None:
+        """Takes what the plugin needs from the strategy, once `refuses` of both have said nothing."""
+
+    def storage(self, param: nn.Parameter) -> torch.dtype | None:
+        """Returns the dtype that `param` is to be stored in; None: as it is (integers, float8, packed weights)."""
+        return self.policy.params if param.dtype in FLOAT_DTYPES or param.is_complex() else None
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Casts parameters and buffers in place, leaves a `report`, and returns `module`."""
+        before = module_bytes(module)
+        items = cast_parameters(module, lambda _, param: self.storage(param))
+        items += cast_buffers(module, lambda *_: self.policy.buffers)[0]
+        packed = packed_parameters(module, lambda _, param: self.storage(param))
+        self._aligns = self._aligns or bool(packed)
+        self.report = Report(
+            self.mode, tuple(items), tuple(packed), bytes_before=before, bytes_after=module_bytes(module)
+        )
+        self._remember(module)
+        return module
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """Context in which modules are built with parameters in `policy.params`, or the widest of its exceptions.
+
+        Each parameter is cast when it is registered. Buffers keep the dtype in which the module computes them: position
+        tables that are computed in bfloat16 are wrong beyond repair, so `convert_module` casts those afterwards.
+        """
+        dtype = self.policy.params
+        for _, exception in self.policy.exceptions:
+            dtype = torch.promote_types(dtype, exception.params)
+        return nullcontext() if dtype is torch.float32 else parameters_in(dtype)
+
+    def before_load(self, module: nn.Module) -> None:
+        """Prepares a module of which parameters are on the meta device, in place, for the file that is to fill it.
+
+        A plugin that stores weights in another form replaces the layers here, so that the file's are never in memory.
+        """
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        """Context in which tensors are created in the dtype that inputs are cast to."""
+        return self.forward_context() if not self.policy.mixed else nullcontext()
+
+    # ---------------------------------------------------------------- forward
+
+    def convert_input(self, data: T) -> T:
+        """Returns `data`, any nesting of containers, with its floating tensors in `policy.compute`."""
+        return cast(data, self.policy.compute)
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Context in which forward runs; the process may have another default dtype than float32."""
+        return nullcontext() if torch.get_default_dtype() is torch.float32 else created_as(torch.float32)
+
+    def convert_output(self, data: T) -> T:
+        """Returns `data` with tensors of the params and compute dtypes in `policy.output`; others come as they are."""
+        policy = self.policy
+        mine = (policy.params, policy.compute)
+        if isinstance(data, Tensor):  # a model that returns one tensor should not pay for the rest
+            is_right = data.dtype is policy.output or data.dtype not in mine
+            return data if is_right else data.to(policy.output)  # type: ignore[return-value]
+        return map_tensors(data, lambda tensor: tensor.to(policy.output) if tensor.dtype in mine else tensor)
+
+    # ---------------------------------------------------------------- backward
+
+    @cached_property
+    def scaler(self) -> Scaler:
+        """The loss scaler; one that does nothing where the loss is not scaled."""
+        return Scaler()
+
+    def pre_backward(self, tensor: Tensor, module: nn.Module | None) -> Tensor:
+        """Returns the loss to call backward on, scaled where the mode scales."""
+        return self.scaler.scale(tensor)
+
+    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Runs `tensor.backward(*args, **kwargs)`."""
+        tensor.backward(*args, **kwargs)
+
+    def post_backward(self, tensor: Tensor, module: nn.Module | None) -> Tensor:
+        """Returns the unscaled loss for what `pre_backward` returned.
+
+        Gradients stay scaled until the first of `unscale_gradients`, `clip_gradients` and `optimizer_step` needs them
+        true, so that accumulation is right. To read `p.grad` before the step, call `unscale_gradients(optimizer)`.
+        """
+        self.scaler.after_backward()
+        return self.scaler.unscaled(tensor)
+
+    # ---------------------------------------------------------------- step
+
+    def register_optimizers(self, *optimizers: Optimizer) -> None:
+        """Tells a scaled mode all optimizers of the run (Fabric does). A loop with several should, before it starts."""
+        self.scaler.register(optimizers)
+
+    def main_params(self, optimizer: Optimizer) -> Iterable[nn.Parameter]:
+        """Yields the parameters whose gradients the step applies."""
+        for group in optimizer.param_groups:
+            yield from group["params"]
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Makes the gradients of `optimizer` true, at most once per step, whoever asks."""
+        self.scaler.unscale(optimizer)
+
+    def clip_gradients(
+        self,
+        module: nn.Module | None,
+        optimizer: Optimizer | None = None,
+        *,
+        max_norm: float | None = None,
+        clip_val: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+    ) -> Tensor | None:
+        """Clips gradients in place and leaves them true.
+
+        The gradients are those of `optimizer`, or of the whole `module` when that is None. Returns their true norm
+        before clipping for `max_norm`, None for `clip_val`. Where the loss is scaled, inf and NaN lead to a skipped
+        step instead of an error, unless `error_if_nonfinite`.
+
+        Raises:
+            ValueError: not exactly one of `max_norm` and `clip_val`; neither a module nor an optimizer.
+            RuntimeError: `error_if_nonfinite` and the norm is not finite.
+        """
+        clip = make_clip(max_norm, clip_val, norm_type, error_if_nonfinite)
+        if optimizer is not None:
+            params = list(self.main_params(optimizer))
+        elif module is not None:
+            params = list(module.parameters())
+        else:
+            raise ValueError("clip_gradients needs the model, the optimizer, or both")
+        return self.scaler.clip(optimizer, params, clip, self._name_of)
+
+    def optimizer_step(
+        self, optimizer: Optimizer, model: nn.Module | None, closure: Callable[[], Any] | None, **kwargs: Any
+    ) -> Any:
+        """Steps `optimizer`, or skips the step when a scaled gradient overflowed; `kwargs` go to its own `step`.
+
+        Returns the closure's unscaled result (also on a skipped step), else what the optimizer returns.
+        """
+        if model is not None:
+            self._remember(model)
+        return self.scaler.step(optimizer, closure, self._name_of, **kwargs)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken, over all optimizers; skipped ones are not among them."""
+        return self._counted().steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that were skipped because a gradient was inf or NaN."""
+        return self._counted().skipped
+
+    @property
+    def last_step_skipped(self) -> bool:
+        """Whether the last optimizer step was skipped: `if not fabric.last_step_skipped: scheduler.step()`."""
+        return self._counted().last_skipped
+
+    @property
+    def scale(self) -> float:
+        """The loss scale, 1.0 where the loss is not scaled."""
+        return self.scaler.factor
+
+    def _counted(self) -> Any:
+        counter = self.scaler.counter
+        counter.read()
+        self.scaler.check_skips(self._name_of)
+        return counter
+
+    # ---------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns version, mode, step counts, and the loss scaler's state, as plain values."""
+        counts = self.scaler.counter.state_dict()
+        return {"version": STATE_VERSION, "mode": self.mode, "scaler": self.scaler.state_dict(), **counts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned.
+
+        From another mode the step counts are taken; a loss scale only where both modes scale, else it is left out, or
+        stays at its start. A note in `report` and in the log says so.
+
+        Raises:
+            ValueError: for anything that `state_dict` did not return, or that a newer version did; nothing changes.
+        """
+        state = check_state(state_dict)
+        if state["scaler"] and self.policy.scale:
+            self.scaler.load_state_dict(state["scaler"])
+        self.scaler.counter.load_state_dict(state)
+        if state["mode"] != self.mode:
+            self._note(f"loaded the state of {state['mode']!r} into {self.mode!r}: {self._what_of(state)}")
+
+    def _what_of(self, state: dict[str, Any]) -> str:
+        if self.policy.scale:
+            return "the loss scale was taken over" if state["scaler"] else "the loss scale stays at its start"
+        return "the loss scale was left out" if state["scaler"] else "neither scales the loss"
+
+    def teardown(self) -> None:
+        """Gives back what `convert_module` put on the module besides dtypes."""
+
+    # ---------------------------------------------------------------- helpers
+
+    def _note(self, note: str) -> None:
+        self.report = replace(self.report, notes=(*self.report.notes, note))
+        _log.warning(note)
+
+    @cached_property
+    def _modules(self) -> weakref.WeakSet[nn.Module]:
+        return weakref.WeakSet()
+
+    def _known_modules(self) -> Collection[nn.Module]:
+        return self._modules
+
+    def _remember(self, module: nn.Module) -> None:
+        self._modules.add(module)
+
+    def _name_of(self, param: Tensor) -> str:
+        for module in self._modules:
+            for name, candidate in module.named_parameters():
+                if candidate is param:
+                    return name
+        return f"a parameter of shape {tuple(param.shape)}"

@@ -1,0 +1,232 @@
+"""Half precision: parameters, inputs and activations in float16 or bfloat16, without float32 copies."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from precision_core.override import is_overridden, override
+from precision_core.policy.dtypes import FLOATS, dtype_name, parse_dtype
+from precision_core.policy.patterns import check_all_used, check_pattern, covers
+from precision_core.policy.policy import Policy
+from precision_core.precision.base import Precision
+from precision_core.precision.hyperparameters import check_hyperparameters
+from precision_core.precision.model.cast_module import cast_buffers, cast_parameters, packed_parameters
+from precision_core.precision.model.default_dtype import created_as
+from precision_core.precision.model.parametrized import check_parametrized
+from precision_core.precision.model.regions import EffectivePolicies, Restore, apply_exceptions, casting_inputs
+from precision_core.precision.model.report import Item, Report, module_bytes
+from precision_core.precision.model.wide import Wide
+from precision_core.scaling.fused import check_fused
+
+if TYPE_CHECKING:
+    from precision_core.strategies.base import Strategy
+
+_SPACING = {torch.bfloat16: "1/256 to 1/128", torch.float16: "1/2048 to 1/1024"}
+
+
+class HalfPrecision(Precision):
+    """`16-true` or `bf16-true`: the model is cast, inputs and tensors created in forward get the dtype.
+
+    Args:
+        precision: `"16-true"`, `"bf16-true"`, or a policy whose params and compute are the same half dtype; exceptions
+            are applied.
+        buffers: None casts floating buffers as the policy says, with a warning that names those which lose by it, and
+            keeps those in float32 that `precision_core.precision.model.wide.RULES` lists. `"float32"` (any float dtype) casts all of
+            them to that; name patterns (`{"mean"}`) keep those that match in float32 as well. Batch norms that keep
+            float32 statistics keep their weight and bias in float32 too.
+
+    Raises:
+        ValueError: any other mode, 16 and "bf16" included, which mean mixed precision.
+    """
+
+    _runs = (torch.float16, torch.bfloat16)
+    _applies_exceptions = True
+    _keeps_params = True  # False where an engine stores all parameters in one dtype
+
+    def __init__(
+        self, precision: str | int | Policy = "16-true", *, buffers: str | torch.dtype | Iterable[str] | None = None
+    ) -> None:
+        super().__init__(policy=precision)
+        self._float32_buffers: tuple[str, ...] = ()
+        self._keeps_buffers = True  # those of the table; False: the caller has said what becomes of all
+        if isinstance(buffers, torch.dtype) or (isinstance(buffers, str) and buffers in FLOATS):
+            self.policy = replace(self.policy, buffers=parse_dtype(buffers))
+            self._keeps_buffers = False
+        elif isinstance(buffers, Iterable):
+            patterns = [buffers] if isinstance(buffers, str) else buffers
+            self._float32_buffers = tuple(check_pattern(pattern) for pattern in patterns)
+        elif buffers is not None:
+            raise ValueError(f"HalfPrecision(buffers={buffers!r}): expected a float dtype, or name patterns of buffers")
+        self._device_type: str | None = None
+        self._restores: list[Restore] = []
+
+    def connect(self, strategy: Strategy) -> None:
+        """Takes the device type, which exceptions in mixed precision need."""
+        self._device_type = strategy.device.type
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Casts parameters and buffers in place, but for those of `wide.RULES`; applies exceptions; returns `module`.
+
+        Warns (once, `UserWarning`) of buffers whose values change by the cast, and of running statistics always: an
+        average that is updated by less than the spacing of its dtype stands still.
+        """
+        policies = EffectivePolicies(module, self.policy)
+        wide = Wide(module, self.policy, params=self._keeps_params, buffers=self._keeps_buffers)
+        names = [name for name, _ in module.named_buffers(remove_duplicate=False)]
+        check_all_used(self._float32_buffers, names, "buffer", covers)
+        for name, child in module.named_modules():
+            check_parametrized(name, child, policies.by_name[name], self.policy)
+        before = module_bytes(module)
+
+        def buffer_dtype(name: str, buffer: Tensor) -> torch.dtype:
+            if name in wide or any(covers(pattern, name) for pattern in self._float32_buffers):
+                return torch.float32
+            return policies.of(name).buffers
+
+        wide_norms = {
+            name: dtype
+            for name, dtype in _norms_with_wide_statistics(module, policies, buffer_dtype).items()
+            if self._keeps_params and (f"{name}.running_mean" if name else "running_mean") not in wide
+        }
+
+        def param_dtype(name: str, param: nn.Parameter) -> torch.dtype | None:
+            if self.storage(param) is None:
+                return None
+            if name in wide:
+                return torch.float32
+            return wide_norms.get(name.rpartition(".")[0], policies.of(name).params)
+
+        items = cast_parameters(module, param_dtype)
+        packed = packed_parameters(module, param_dtype)
+        buffers, changed = cast_buffers(module, buffer_dtype)
+        statistics = [
+            name
+            for name, buffer in module.named_buffers(remove_duplicate=False)
+            if name.endswith(("running_mean", "running_var")) and buffer.dtype in self._runs
+        ]
+        restores = apply_exceptions(module, policies, self._device_type)
+        aligns = bool(packed or wide.why or wide_norms or self._float32_buffers or restores)
+        if aligns:
+            restores += _cast_for_unseen_products(module, policies)
+        self._restores += restores
+        self._aligns = self._aligns or aligns
+        self._warn_of_buffers([name for name in names if name in {*changed, *statistics}])
+        if wide.cast:
+            warnings.warn(
+                f"{type(self).__name__} stores all parameters in {dtype_name(self.policy.params)}, and the model marks "
+                f"these to stay float32: {', '.join(wide.cast[:10])}{', ...' * (len(wide.cast) > 10)}. A mixed mode "
+                "keeps them, and so do other strategies",
+                stacklevel=2,
+            )
+        self.report = Report(
+            self.mode,
+            converted=tuple(items + buffers),
+            skipped=tuple(packed)
+            + tuple(
+                Item(name, f"kept in {dtype_name(dtype)}: torch's batch norm wants weight and statistics alike")
+                for name, dtype in wide_norms.items()
+            )
+            + tuple(Item(name, why) for name, why in wide.why.items()),
+            notes=self._what_is_lost(),
+            bytes_before=before,
+            bytes_after=module_bytes(module),
+        )
+        self._remember(module)
+        return module
+
+    def _what_is_lost(self) -> tuple[str, ...]:
+        dtype = self.policy.params
+        return (
+            f"pure {dtype_name(dtype)} loses updates smaller than its spacing ({_SPACING[dtype]} of the "
+            "parameter): small learning rates stop moving large parameters; a mixed mode keeps float32 parameters",
+        )
+
+    def _warn_of_buffers(self, names: list[str]) -> None:
+        if names:
+            dtype = dtype_name(self.policy.buffers)
+            warnings.warn(
+                f"{self.policy.flat} casts buffers to {dtype}, which changes their values or holds running statistics: "
+                f"{', '.join(names)}. To keep them: {self._how_to_keep_buffers()}",
+                stacklevel=3,
+            )
+
+    def _how_to_keep_buffers(self) -> str:
+        name = type(self).__name__
+        return f'{name}("{self.mode}", buffers="float32"), or buffers={{name patterns}} for some of them'
+
+    def register_optimizers(self, *optimizers: Optimizer) -> None:
+        """Takes note of the optimizers.
+
+        Raises:
+            ValueError: a fused one that does not step the dtype here; an `eps` or a decay that is 0 or infinite in it,
+                here or in a later `add_param_group`.
+        """
+        check_fused(optimizers, self.policy.params, self._device_type or "cpu")
+        for optimizer in optimizers:
+            check_hyperparameters(optimizer, range(len(optimizer.param_groups)), self._dtypes_in_steps())
+        for optimizer in optimizers:
+            if not is_overridden(optimizer, "add_param_group"):
+                self._restores.append(override(optimizer, "add_param_group", self._make_add_param_group))
+        super().register_optimizers(*optimizers)
+
+    def _make_add_param_group(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        dtypes = self._dtypes_in_steps
+
+        def add_param_group(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+            before = len(self.param_groups)
+            function(self, *args, **kwargs)
+            try:
+                check_hyperparameters(self, range(before, len(self.param_groups)), dtypes())
+            except ValueError:
+                del self.param_groups[before:]
+                raise
+
+        return add_param_group
+
+    def _dtypes_in_steps(self) -> Callable[[nn.Parameter], torch.dtype]:
+        """Returns what gives a parameter's dtype, or the one that it will be cast to."""
+        converted = {id(param) for module in self._modules for param in module.parameters()}
+        return lambda param: param.dtype if id(param) in converted else self.storage(param) or param.dtype
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Context in which created tensors get the dtype, and products take what was kept wide beside what was not."""
+        return created_as(self.policy.params, aligns=self._aligns)
+
+    def teardown(self) -> None:
+        """Gives modules that are exceptions their own forward back."""
+        while self._restores:
+            self._restores.pop()()
+
+
+def _cast_for_unseen_products(module: nn.Module, policies: EffectivePolicies) -> list[Restore]:
+    """Lets layers cast their inputs whose products are not aligned: scripted ones, and torch's recurrent ones.
+
+    Those compare dtypes before their product.
+    """
+    return [
+        override(child, "forward", casting_inputs(policies.by_name[name].params))
+        for name, child in module.named_modules()
+        if isinstance(child, (nn.RNNBase, torch.jit.ScriptModule)) and not is_overridden(child, "forward")
+    ]
+
+
+def _norms_with_wide_statistics(
+    module: nn.Module, policies: EffectivePolicies, buffer_dtype: Any
+) -> dict[str, torch.dtype]:
+    """Returns name -> dtype of batch norms whose running statistics are kept wider than their weights would be."""
+    wide = {}
+    for name, child in module.named_modules():
+        if isinstance(child, _NormBase) and child.running_mean is not None:
+            dtype = buffer_dtype(f"{name}.running_mean" if name else "running_mean", child.running_mean)
+            if dtype is not policies.by_name[name].params:
+                wide[name] = dtype
+    return wide

@@ -1,0 +1,267 @@
+"""Mixed precision: float32 parameters, matrix products in bfloat16 or float16 by torch's autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from precision_core.devices import is_available
+from precision_core.policy.dtypes import FLOAT_DTYPES, dtype_name
+from precision_core.policy.policy import Policy
+from precision_core.precision.base import Precision
+from precision_core.precision.model.cast_module import cast_buffers, cast_parameters
+from precision_core.precision.model.regions import EffectivePolicies, Restore, apply_exceptions
+from precision_core.precision.model.report import Item, Report, module_bytes
+from precision_core.precision.runnable import check_runnable
+from precision_core.scaling.loss_scaler import LossScaler
+from precision_core.scaling.scaler import Scaler
+
+if TYPE_CHECKING:
+    from precision_core.strategies.base import Strategy
+
+T = TypeVar("T")
+
+_SCALER_OPTIONS = ("init_scale", "growth_factor", "backoff_factor", "growth_interval")
+
+
+class MixedPrecision(Precision):
+    """`16-mixed` or `bf16-mixed`: forward runs under autocast, inputs are kept, outputs come back in float32.
+
+    Args:
+        precision: the mode, or a policy with float32 params and bfloat16 or float16 compute; exceptions are applied.
+        device: the device type that autocast and the scaler work on.
+        scaler: for float16, the `torch.amp.GradScaler` to use, or a dict of its `init_scale`, `growth_factor`,
+            `backoff_factor`, `growth_interval`; None makes torch's default one when it is needed.
+        upcast: cast trainable parameters that are not float32 to float32, instead of refusing them, and frozen vectors
+            beside them, for a norm whose weight trains and whose bias does not.
+        min_scale: the loss scale does not fall below this. Default 2**-14, float16's smallest normal number: a loss
+            scaled further down has lost what scaling is for.
+        max_skips: so many skipped steps in a row raise `FloatingPointError`. Default 50: from 2**16 down to
+            `min_scale` are 30 halvings, what then still overflows will not be helped by a lower scale.
+
+    Raises:
+        ValueError: another mode, a scaler for bfloat16, a scaler that torch has disabled or that is for another device.
+    """
+
+    _applies_exceptions = True
+
+    def __init__(
+        self,
+        precision: str | int | Policy = "16-mixed",
+        device: str | torch.device = "cuda",
+        scaler: GradScaler | Mapping[str, float] | None = None,
+        *,
+        upcast: bool = False,
+        min_scale: float = 2.0**-14,
+        max_skips: int = 50,
+    ) -> None:
+        super().__init__(policy=precision)
+        try:
+            self.device_type = torch.device(device).type
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"MixedPrecision(device={device!r}): expected a device type such as 'cuda'") from error
+        self._device_is_here = is_available(self.device_type)  # asked in forward, where torch.compile traces
+        self._given_scaler = _check_scaler(scaler, self.policy, self.device_type)
+        self._upcast = upcast
+        self._min_scale = min_scale
+        self._max_skips = max_skips
+        self._restores: list[Restore] = []
+
+    def _check_policy(self, policy: Policy) -> Policy:
+        check_runnable(policy)
+        name = f"MixedPrecision({str(policy)!r})"
+        if not policy.mixed:
+            raise ValueError(f"{name}: params and compute are alike; this plugin runs 16-mixed and bf16-mixed")
+        for pattern, exception in policy.exceptions:
+            if policy.scale and exception.params is torch.float16:
+                raise ValueError(
+                    f"{name}: {pattern} would have float16 parameters under a scaled loss, whose gradients torch does "
+                    f"not unscale; say {pattern}: 16-mixed or {pattern}: 32-true"
+                )
+        return policy
+
+    # ---------------------------------------------------------------- set-up
+
+    def refuses(self, strategy: Strategy) -> str | None:
+        """Returns why not, when the strategy's device is not the plugin's, or lacks the dtype."""
+        device_type = strategy.device.type
+        if device_type != self.device_type:
+            return (
+                f"it was made for {self.device_type!r}: pass "
+                f'MixedPrecision({str(self.policy)!r}, device="{device_type}"), or the mode as a string'
+            )
+        return super().refuses(strategy)
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Checks that trainable parameters are float32, applies the exceptions, and returns `module`.
+
+        Raises:
+            ValueError: trainable parameters in another dtype; the way out is `upcast=True`. Frozen ones stay as they
+                are, and are named in the report.
+        """
+        policies = EffectivePolicies(module, self.policy)
+        wrong = [
+            (name, param)
+            for name, param in module.named_parameters()
+            if param.dtype in FLOAT_DTYPES and policies.of(name).params is torch.float32 is not param.dtype
+        ]
+        self._check_trainable([(name, param) for name, param in wrong if param.requires_grad])
+        self._check_complex(module)
+        frozen = {name for name, param in wrong if not param.requires_grad}
+        if self._upcast:  # a norm takes weight and bias of one dtype; products are cast by autocast
+            trained = {name.rpartition(".")[0] for name, param in module.named_parameters() if param.requires_grad}
+            frozen -= {name for name, param in wrong if param.dim() < 2 and name.rpartition(".")[0] in trained}
+        before = module_bytes(module)
+        items = cast_parameters(
+            module,
+            lambda name, param: None if name in frozen or self.storage(param) is None else policies.of(name).params,
+        )
+        items += cast_buffers(module, lambda name, buffer: _buffer_dtype(policies.of(name).buffers, buffer))[0]
+        self._restores += apply_exceptions(module, policies, self.device_type)
+        self.report = Report(
+            self.mode,
+            converted=tuple(items),
+            skipped=tuple(
+                Item(name, f"frozen, stays {dtype_name(param.dtype)}") for name, param in wrong if name in frozen
+            ),
+            bytes_before=before,
+            bytes_after=module_bytes(module),
+        )
+        self._remember(module)
+        return module
+
+    def _check_trainable(self, wrong: list[tuple[str, nn.Parameter]]) -> None:
+        if wrong and not self._upcast:
+            names = ", ".join(f"{name} ({dtype_name(param.dtype)})" for name, param in wrong[:10])
+            more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+            raise ValueError(
+                f"{self.policy.flat} trains float32 parameters, these are not: {names}{more}. To cast them to float32 "
+                f'pass Fabric(precision="{self.policy}", upcast=True), or without Fabric MixedPrecision('
+                f'"{self.policy}", device="{self.device_type}", upcast=True); or load the model in float32 '
+                "(transformers: dtype=torch.float32), or freeze them with requires_grad_(False)"
+            )
+
+    def _check_complex(self, module: nn.Module) -> None:
+        names = [
+            f"{name} ({str(param.dtype).removeprefix('torch.')})"
+            for name, param in module.named_parameters()
+            if param.is_complex() and param.requires_grad
+        ]
+        if names and self.policy.scale:
+            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+            raise ValueError(
+                f"{self.policy.flat} scales the loss, and torch unscales no complex gradients, those of "
+                f'{", ".join(names[:10])}{more}: use precision="bf16-mixed", which does not scale, hold them as real '
+                "parameters (torch.view_as_real), or freeze them with requires_grad_(False)"
+            )
+
+    # ---------------------------------------------------------------- forward
+
+    def convert_input(self, data: T) -> T:
+        """Returns `data` as it is: targets, masks and timestamps keep their values, autocast casts what it needs."""
+        return data
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """A new autocast context for the plugin's device and compute dtype."""
+        if not self._device_is_here:
+            raise self._missing_device()
+        return torch.autocast(self.device_type, dtype=self.policy.compute)
+
+    def _missing_device(self) -> ValueError:
+        return ValueError(
+            f"MixedPrecision(device={self.device_type!r}): there is no such device here, and autocast would do "
+            'nothing; pass device="cpu" or another that torch finds'
+        )
+
+    # ---------------------------------------------------------------- scaling
+
+    def setup_scaler(self) -> GradScaler:
+        """Returns the torch scaler in use: the one given, else one made now; a disabled one where nothing is scaled.
+
+        Raises:
+            ValueError: the device is missing.
+        """
+        return self._torch_scaler
+
+    @cached_property
+    def _torch_scaler(self) -> GradScaler:
+        if not self.policy.scale:
+            return GradScaler(self.device_type, enabled=False)
+        if isinstance(self._given_scaler, GradScaler):
+            return self._given_scaler
+        if not self._device_is_here:
+            raise self._missing_device()
+        return GradScaler(self.device_type, **self._given_scaler)  # type: ignore[arg-type]
+
+    @cached_property
+    def scaler(self) -> Scaler:
+        """The loss scaler; one that does nothing where the loss is not scaled."""
+        if not self.policy.scale:
+            return Scaler()
+        by_exception = {exception.params for _, exception in self.policy.exceptions}
+        # Reading a value waits for any device but the CPU.
+        return LossScaler(
+            self.setup_scaler(),
+            min_scale=self._min_scale,
+            max_skips=self._max_skips,
+            lazy=self.device_type != "cpu",
+            models=self._known_modules,
+            refused={torch.float16, torch.bfloat16} - by_exception,
+            name_of=self._name_of,
+        )
+
+    def teardown(self) -> None:
+        """Gives modules that are exceptions their own forward back, and unscales gradients that were not stepped."""
+        if "scaler" in vars(self):
+            self.scaler.teardown()
+        while self._restores:
+            self._restores.pop()()
+
+
+def _buffer_dtype(dtype: torch.dtype, buffer: Tensor) -> torch.dtype | None:
+    """Returns what a buffer is cast to: under float32 a half one stays, since nothing is won by widening it."""
+    return None if dtype is torch.float32 and buffer.dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _check_scaler(
+    scaler: GradScaler | Mapping[str, float] | None, policy: Policy, device_type: str
+) -> GradScaler | dict[str, float]:
+    """Returns the scaler, or the options to make one with."""
+    if scaler is None:
+        return {}
+    if not policy.scale:
+        raise ValueError(
+            f"MixedPrecision({str(policy)!r}, scaler=...): this policy does not scale the loss; leave it out"
+        )
+    if isinstance(scaler, Mapping):
+        unknown = sorted(set(scaler) - set(_SCALER_OPTIONS))
+        if unknown:
+            raise ValueError(f"MixedPrecision(scaler={dict(scaler)}): unknown {unknown}; allowed are {_SCALER_OPTIONS}")
+        options = dict(scaler)
+        try:
+            GradScaler("cpu", **options)  # type: ignore[arg-type]  # torch's own checks, on a device that is always here
+        except (AssertionError, TypeError) as error:
+            raise ValueError(f"MixedPrecision(scaler={options}): {error}") from error
+        return options
+    if not isinstance(scaler, GradScaler):
+        raise ValueError(f"MixedPrecision(scaler={scaler!r}): expected a torch.amp.GradScaler or a dict of its options")
+    scaler_device = torch.device(getattr(scaler, "_device", device_type)).type
+    if not scaler.is_enabled():
+        reason = "was made with enabled=False"
+        if not is_available(scaler_device):
+            reason = f"is for {scaler_device!r}, which is not here, so torch has disabled it and dropped its values"
+        raise ValueError(
+            f"MixedPrecision(scaler=...): the scaler {reason}. For the CPU: "
+            'MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu", ...)); without scaling: '
+            f'precision="{replace(policy, scale=False)}"'
+        )
+    if scaler_device != device_type:
+        raise ValueError(f"MixedPrecision(device={device_type!r}) got a scaler for {scaler_device!r}: use one device")
+    return scaler

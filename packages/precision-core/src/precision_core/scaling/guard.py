@@ -1,0 +1,217 @@
+"""Guard: what torch lets be seen of steps and changes that do not know that gradients carry a scale.
+
+Three things see them. A hook of torch's runs before each `Optimizer.step` of the process while gradients carry a scale,
+in backward too. The version of a gradient tells that somebody changed it since its backward. The version of a parameter
+tells that somebody updated it. Nobody sees a gradient being read, nor a change through `p.grad.data`.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Container, Iterable, Iterator
+from typing import Any, Generic, TypeVar
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from precision_core.scaling.gradients import params_of
+
+T = TypeVar("T")
+
+
+_left: list[RemovableHandle] = []
+"""Hooks whose owners went while a step was under way; the next hook that is added removes them."""
+
+
+def _remove_left() -> None:
+    while _left:
+        _left.pop().remove()
+
+
+class StepHook(Generic[T]):
+    """Has `check(owner, optimizer)` called before each optimizer step of the process, from `add` to `remove`.
+
+    It does not keep `owner` alive, and ends with it.
+    """
+
+    def __init__(self, owner: T, check: Callable[[T, Optimizer], None]) -> None:
+        self._owner = ref(owner)
+        self._check = check
+        self._handle: RemovableHandle | None = None
+        weakref.finalize(owner, self._end).atexit = False
+
+    def add(self) -> None:
+        _remove_left()
+        if self._handle is None:
+            self._handle = register_optimizer_step_pre_hook(self._before_step)
+
+    def remove(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _end(self) -> None:
+        """Removes the hook, not while torch may be going through its hooks: garbage is collected at any time."""
+        if self._handle is not None:
+            _left.append(self._handle)
+            self._handle = None
+            if next(stepping(), None) is None:
+                _remove_left()
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        owner = self._owner()
+        if owner is not None:
+            self._check(owner, optimizer)
+
+
+class Snapshot:
+    """Gradients of an optimizer as a backward left them; holds none of them alive.
+
+    torch counts no versions where it changes several sharded gradients at once, as its clip_grad_norm_ does. With
+    `shards` a few values of each are kept. To compare them the host waits for the device, so that is for a run's first
+    steps: a loop clips in each step, or in none.
+    """
+
+    def __init__(self, optimizer: Optimizer, shards: bool = False) -> None:
+        self._seen = [
+            (ref(gradient), gradient._version, param._version) if (gradient := param.grad) is not None else None
+            for group in optimizer.param_groups
+            for param in group["params"]
+        ]
+        self._samples = [_sample(param.grad) for param in params_of(optimizer)] if shards else []
+
+    def changed(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        """Returns the parameters whose gradients are others now; dropped ones and zeros are right at any scale."""
+        changed = [
+            param
+            for param, seen in zip(params_of(optimizer), self._seen, strict=False)  # groups may have been added
+            if (gradient := param.grad) is not None
+            and (seen is None or seen[0]() is not gradient or seen[1] != gradient._version)  # type: ignore[union-attr]
+        ]
+        for param, sample in zip(params_of(optimizer), self._samples, strict=False):
+            now = None if sample is None else _sample(param.grad)
+            if now is not None and sample is not None and not torch.equal(now, sample):
+                changed.append(param)
+        return [param for param in changed if not _is_zero(param.grad)] if changed else changed
+
+    def updated(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        """Returns the parameters that had a gradient, and whose values were changed since."""
+        pairs = zip(params_of(optimizer), self._seen, strict=False)
+        return [param for param, seen in pairs if seen is not None and seen[2] != param._version]
+
+
+def _sample(gradient: Tensor | None) -> Tensor | None:
+    """Returns the bits of a few values of this rank's shard; None where it has none, or is no shard."""
+    if gradient is None or not hasattr(gradient, "to_local"):
+        return None
+    values = gradient.to_local().detach().reshape(-1)
+    return values[:: max(1, len(values) // 16)].clone().view(torch.uint8)
+
+
+def _is_zero(gradient: Tensor | None) -> bool:
+    assert gradient is not None
+    local = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # ranks need not ask at the same time
+    return not (local._values() if local.is_sparse else local).any()
+
+
+class Unheld:
+    """Parameters of the run's models that no known optimizer holds, and which of their gradients carry the scale."""
+
+    def __init__(self, models: Callable[[], Iterable[nn.Module]]) -> None:
+        self._models = models
+        self._params: dict[int, ref[nn.Parameter]] = {}
+        self._before: dict[int, tuple[int, int]] | None = None  # before a backward that nobody said has ended
+        self._scaled: dict[int, tuple[ref[nn.Parameter], ref[Tensor], int]] = {}  # with the parameter's version
+
+    def __bool__(self) -> bool:
+        """Whether there are any, for the usual loop, in which there are none."""
+        return bool(self._params or self._scaled)
+
+    def find(self, held: Container[int]) -> None:
+        """Looks for them anew: those whose ids are not in `held`."""
+        self._params = {id(param): ref(param) for param in self._all() if id(param) not in held}
+        self._scaled = {key: value for key, value in self._scaled.items() if key not in held}
+
+    def _all(self) -> Iterator[nn.Parameter]:
+        for model in self._models():
+            yield from model.parameters()
+
+    def in_models(self, params: Iterable[nn.Parameter]) -> nn.Parameter | None:
+        """Returns the first that is a parameter of the run's models, whoever holds it."""
+        everything = {id(param) for param in self._all()}
+        return next((param for param in params if id(param) in everything), None)
+
+    def before_backward(self) -> None:
+        self._before = {id(param): (id(grad), grad._version) for param, grad in self._with_gradients()}
+
+    def after_backward(self) -> None:
+        """Takes note of the gradients that the backward has made or added to."""
+        before, self._before = self._before, None
+        scaled = {
+            id(param): (ref(param), ref(grad), param._version)
+            for param, grad in self._with_gradients()
+            if before is not None and before.get(id(param)) != (id(grad), grad._version)
+        }
+        kept = {id(param): (ref(param), ref(grad), param._version) for param, grad in self._marked()}
+        self._scaled = kept | scaled
+
+    def _with_gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        for each in self._params.values():
+            param = each()
+            if param is not None and param.grad is not None:
+                yield param, param.grad
+
+    def _marked(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        for param_ref, grad_ref, _ in self._scaled.values():
+            param, grad = param_ref(), grad_ref()
+            if param is not None and grad is not None and param.grad is grad:
+                yield param, grad
+
+    def trains(self) -> bool:
+        """Whether any of them gets gradients."""
+        return any(param is not None and param.requires_grad for param in [each() for each in self._params.values()])
+
+    def gradients(self) -> list[Tensor]:
+        """Returns the gradients that are known to carry the scale."""
+        return [grad for _, grad in self._marked()]
+
+    def carrying(self, params: Iterable[nn.Parameter]) -> nn.Parameter | None:
+        """Returns the first of `params`, which no known optimizer holds, whose gradient carries the scale."""
+        new = []  # to the models since `find`: nothing says that their gradients are unscaled
+        for param in params:
+            grad, known, marked = param.grad, self._params.get(id(param)), self._scaled.get(id(param))
+            if grad is None:
+                continue
+            if marked is not None and marked[1]() is grad:
+                return param
+            if known is None or known() is not param:
+                new.append(param)
+            elif self._before is not None and self._before.get(id(param)) != (id(grad), grad._version):
+                return param
+        return self.in_models(new) if new else None
+
+    def left(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Returns those that somebody updated since the last backward, and those whose scaled gradients still lie."""
+        alive = [(param_ref(), version) for param_ref, _, version in self._scaled.values()]
+        updated = [param for param, version in alive if param is not None and param._version != version]
+        return updated, [param for param, _ in self._marked()]
+
+
+def stepping() -> Iterator[Optimizer]:
+    """Yields the optimizers in whose `step` this runs, the innermost first: whose closure called it, say."""
+    frame = sys._getframe(1)
+    code = Optimizer.profile_hook_step(lambda self: None).__code__  # torch's private name for what wraps each step
+    while frame is not None:
+        if frame.f_code is code and isinstance(frame.f_locals.get("self"), Optimizer):
+            yield frame.f_locals["self"]
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def wraps(outer: Optimizer, inner: Optimizer) -> bool:
+    """Whether `outer` has `inner` in an attribute, as lookahead and SAM have the optimizer that steps for them."""
+    return any(value is inner for value in vars(outer).values())

@@ -1,0 +1,78 @@
+"""Scaler: the null object of loss scaling, for every mode that does not scale. `LossScaler` overrides what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from precision_core.override import original
+from precision_core.scaling.clipping import Clip, clip_true_gradients
+from precision_core.scaling.counters import StepCounter
+
+NameOf = Callable[[Tensor], str]
+"""Gives a parameter's dotted name, for messages."""
+
+
+class Scaler:
+    """Does not scale: the loss and the gradients are true, and a step is the optimizer's own."""
+
+    def __init__(self) -> None:
+        self.counter = StepCounter()
+        self.held_back: Callable[[], list[Tensor]] = list
+        """Returns gradients that an engine keeps for a later reduction, where `p.grad` does not show them."""
+
+    @property
+    def factor(self) -> float:
+        """What the loss is multiplied with."""
+        return 1.0
+
+    def register(self, optimizers: Iterable[Optimizer]) -> None:
+        """Takes note of the optimizers of the run."""
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """Returns the loss to call backward on."""
+        return loss
+
+    def after_backward(self) -> None:
+        """Takes note that the backward of a loss that `scale` returned has ended."""
+
+    def replacing(self) -> AbstractContextManager[Any]:
+        """Context in which an engine, not the user, may put equal gradients in the place of those that are there."""
+        return nullcontext()
+
+    def unscaled(self, scaled: Tensor) -> Tensor:
+        """Returns the loss that `scale` was given."""
+        return scaled
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Makes the gradients of `optimizer` true, once per step."""
+
+    def clip(
+        self, optimizer: Optimizer | None, params: list[nn.Parameter], clip: Clip, name_of: NameOf
+    ) -> Tensor | None:
+        """Clips the gradients of `params` and leaves them true; returns their norm for `max_norm`, else None."""
+        return clip_true_gradients(params, clip)
+
+    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, name_of: NameOf, **kwargs: Any) -> Any:
+        """Steps `optimizer`; returns the closure's result when there is one, else what the optimizer returns."""
+        step = original(optimizer, "step")
+        result = step(**kwargs) if closure is None else step(closure, **kwargs)
+        self.counter.steps += 1
+        return result
+
+    def check_skips(self, name_of: NameOf) -> None:
+        """Raises `FloatingPointError` when too many steps in a row were skipped."""
+
+    def teardown(self) -> None:
+        """Ends what watches over scaled gradients."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the scale and what its growth depends on; empty when there is none."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned."""

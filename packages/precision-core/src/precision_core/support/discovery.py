@@ -1,0 +1,121 @@
+"""Discovery: which modes, strategies and support tables installed packages bring, as entry points.
+
+    [project.entry-points."precision.plugins"]          mode -> factory(mode, **options) -> Precision
+    nf4 = "precision_bnb:BitsandbytesPrecision"
+    [project.entry-points."precision.strategies"]       name -> factory(**options) -> Strategy
+    fsdp = "precision_fsdp:FSDPStrategy"
+    [project.entry-points."precision.support"]          package -> function() -> its rows of the support table
+    precision-bnb = "precision_bnb.support:rows"
+
+Names are listed from the packages' metadata, nothing is imported for it; `load` imports the one that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from precision_core.policy.dtypes import nearest
+from precision_core.policy.hints import hint
+
+PLUGINS = "precision.plugins"
+STRATEGIES = "precision.strategies"
+SUPPORT = "precision.support"
+
+_CALLS = {PLUGINS: "precision", STRATEGIES: "strategy", SUPPORT: "support"}
+
+KNOWN: dict[str, dict[str, tuple[str, ...]]] = {
+    PLUGINS: {
+        "bnb": ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training"),
+        "te": (
+            "transformer-engine",
+            "fp8-reference",
+            "fp8-current-reference",
+            "mxfp8-reference",
+            "nvfp4-reference",
+        ),
+    },
+    STRATEGIES: {"fsdp": ("fsdp",), "deepspeed": ("deepspeed",), "xla": ("xla",)},
+}
+"""Group -> extra of precision-core -> the names that its package brings: what to install for a name that is missing."""
+
+
+def names(group: str) -> list[str]:
+    """Returns the names that installed packages register in `group`, sorted."""
+    return sorted(entry_points(group=group).names)
+
+
+def find(group: str, name: str, *, taken: bool = False) -> EntryPoint | None:
+    """Returns what is registered as `name` in `group`, not imported; None: no installed package brings it.
+
+    Raises:
+        ValueError: two distributions claim the name, core included when it has it itself (`taken`); names them.
+    """
+    found = {_distribution(entry): entry for entry in entry_points(group=group, name=name)}
+    claims = sorted({*found, "precision-core"} if taken else found)
+    if len(claims) > 1:
+        raise ValueError(
+            f'{_CALLS[group]} "{name}" is claimed by {" and by ".join(claims)}: uninstall all but one of them, or pass '
+            "an object in place of the name"
+        )
+    return next(iter(found.values()), None)
+
+
+def load(group: str, name: str) -> Any:
+    """Imports and returns what is registered as `name` in `group`.
+
+    Raises:
+        ValueError: no installed package brings the name, with what to install; or two claim it.
+        ImportError: the package that brings it cannot be imported; names it, with the error as its cause.
+    """
+    entry = find(group, name)
+    if entry is None:
+        raise ValueError(missing(group, name))
+    try:
+        return entry.load()
+    except Exception as error:  # a vendor library that does not fit the machine raises anything
+        raise ImportError(
+            f'{_CALLS[group]} "{name}" is {entry.value} of {_distribution(entry)}, which cannot be imported: '
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def missing(group: str, name: str, core: Iterable[str] = ()) -> str:
+    """Returns what to say of a `name` that no installed package brings: what to install, else what there is.
+
+    `core` are the names that core itself has.
+    """
+    extra = extra_of(group, name)
+    if extra is not None:
+        return f'{_CALLS[group]} "{name}" needs precision-{extra}: {how_to_install(extra)}'
+    there = {"core has": list(core), "installed packages bring": names(group)}
+    listing = "; ".join(f"{who} {', '.join(each)}" for who, each in there.items() if each)
+    there_are = [*core, *known(group)]
+    meant = hint(name, there_are, package_of) if group == PLUGINS else nearest(name, there_are)
+    return f'{_CALLS[group]} "{name}" is unknown{": " * bool(listing)}{listing}{meant}'
+
+
+def how_to_install(extra: str) -> str:
+    """Returns how the package is installed that an extra of precision-core brings."""
+    return f"pip install ./packages/precision-{extra} in a checkout of the project (it is on no package index yet)"
+
+
+def extra_of(group: str, name: str) -> str | None:
+    """Returns the extra of precision-core that brings `name`; None: we know of none."""
+    return next((extra for extra, known_names in KNOWN[group].items() if name in known_names), None)
+
+
+def package_of(mode: str) -> str | None:
+    """Returns the package of ours that brings a mode; None: we know of none."""
+    extra = extra_of(PLUGINS, mode)
+    return None if extra is None else f"precision-{extra}"
+
+
+def known(group: str) -> list[str]:
+    """Returns the names that installed packages bring, and those that we know others bring."""
+    return sorted({*names(group), *(each for known_names in KNOWN[group].values() for each in known_names)})
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else entry.value

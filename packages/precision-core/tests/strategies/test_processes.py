@@ -1,0 +1,64 @@
+"""What torchrun's variables mean, and the layouts that follow from them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from precision_core.strategies.layout import make_layout
+from precision_core.strategies.processes import Ranks, ranks_from_environment
+
+FULL = {
+    "RANK": "5",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "8",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "1",
+}
+
+
+def test_torchruns_variables() -> None:
+    assert ranks_from_environment(FULL) == Ranks(5, 1, 8, 4)
+    assert ranks_from_environment({}) is None
+    short = {key: value for key, value in FULL.items() if not key.startswith("LOCAL")}
+    assert ranks_from_environment(short) == Ranks(5, 5, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MASTER_PORT": ""}, "not MASTER_PORT: start with torchrun, or unset RANK, WORLD_SIZE, MASTER_ADDR"),
+        ({"RANK": "x"}, "the environment has RANK='x': expected a number"),
+        ({"RANK": "8"}, "contradict each other"),
+        ({"LOCAL_RANK": "4"}, "contradict each other"),
+        ({"LOCAL_WORLD_SIZE": "9"}, "contradict each other"),
+    ],
+)
+def test_variables_that_cannot_be_are_refused(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ranks_from_environment({**FULL, **changes})
+
+
+def test_without_torchrun_processes_are_still_to_be_launched() -> None:
+    one, two = make_layout("cpu", 1, 1), make_layout("cpu", 2, 1)
+    assert one.ranks == Ranks() and one.world_size == 1 and one.device == torch.device("cpu")
+    assert two.ranks is None and two.world_size == 2
+    assert make_layout("cpu", "auto", 1).world_size == 1 and make_layout("cpu", 2, 3).world_size == 6
+
+
+def test_under_torchrun_the_layout_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in FULL.items():
+        monkeypatch.setenv(name, value)
+    for devices, nodes in (("auto", 1), (4, 1), (4, 2)):
+        layout = make_layout("cpu", devices, nodes)
+        assert layout.world_size == 8 and layout.num_nodes == 2 and layout.ranks == Ranks(5, 1, 8, 4)
+    for devices, nodes in ((2, 1), (8, 1), (4, 3)):
+        with pytest.raises(ValueError, match="4 processes on each of 2 machines"):
+            make_layout("cpu", devices, nodes)
+
+
+@pytest.mark.parametrize("nodes", [0, -1, "2", 1.0, None, True])
+def test_num_nodes_is_a_number_of_machines(nodes: object) -> None:
+    with pytest.raises(ValueError, match=r"num_nodes=.*expected a number of machines"):
+        make_layout("cpu", 1, nodes)  # type: ignore[arg-type]
