@@ -16,9 +16,7 @@ import torch
 from _measure import print_table
 
 from precision_core import MODES, Fabric
-from precision_core.testing.controls import controls, variations
-from precision_core.testing.loss_bound import curve_distance, loss_bound
-from precision_core.testing.problem import Problem, adamw, train
+from precision_core.testing import Problem, adamw, controls, curve_distance, loss_bound, train, variations
 
 Curves = dict[str, list[float]]
 

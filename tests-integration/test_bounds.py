@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from precision_core.support.discovery import KNOWN
+from precision_core.support import KNOWN
 
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "packages" / "precision-core"

@@ -9,13 +9,10 @@ import torch
 
 from precision_core import MODES, Fabric
 from precision_core.strategies import STRATEGIES
-from precision_core.support.composition import refusal
-from precision_core.support.discovery import PLUGINS, names
-from precision_core.support.discovery import STRATEGIES as GROUP
-from precision_core.support.resolve import resolve_precision, resolve_strategy
-from precision_core.testing import run_in_ranks
-from precision_core.testing.checks_loop import train
-from precision_core.testing.net import Net
+from precision_core.support import PLUGINS, names, refusal, resolve_precision, resolve_strategy
+from precision_core.support import STRATEGIES as GROUP
+from precision_core.testing import Net, run_in_ranks
+from precision_core.testing import train_net as train
 
 ALL_MODES = [*MODES, *names(PLUGINS)]
 ALL_STRATEGIES = [*STRATEGIES, *names(GROUP)]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from precision_core import Fabric
-from precision_core.checkpoint.storage.file import CheckpointError
+from precision_core.checkpoint import CheckpointError
 from precision_core.testing import run_in_ranks
 
 pytest.importorskip("precision_deepspeed", reason="precision-deepspeed is not installed here")

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from precision_core import CheckpointError, Fabric
-from precision_core.testing import loss_bound, run_in_ranks
-from precision_core.testing.loss_bound import curve_distance
+from precision_core.testing import curve_distance, loss_bound, run_in_ranks
 
 pytest.importorskip("precision_bnb", reason="precision-bnb is not installed here")
 pytest.importorskip("precision_fsdp", reason="precision-fsdp is not installed here")

@@ -11,11 +11,9 @@ import torch
 
 from precision_core import Fabric, SupportRow
 from precision_core.devices import ACCELERATORS, is_available
-from precision_core.support import discovery
-from precision_core.support.table import read_table
-from precision_core.testing import run_in_ranks
-from precision_core.testing.checks_loop import train
-from precision_core.testing.net import Net
+from precision_core.support import discovery, read_table
+from precision_core.testing import Net, run_in_ranks
+from precision_core.testing import train_net as train
 
 TABLE = read_table()
 ACCELERATOR = {types[0]: name for name, types in ACCELERATORS.items() if len(types) == 1}

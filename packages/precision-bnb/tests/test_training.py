@@ -16,8 +16,7 @@ from torch.optim import SGD
 from precision_bnb import MODES, BitsandbytesPrecision, QuantizedLinear, dequantize
 from precision_core import MODES as CORE_MODES
 from precision_core import Fabric
-from precision_core.testing import run_in_ranks
-from precision_core.testing.net import Net, loss_of, make_batch
+from precision_core.testing import Net, loss_of, make_batch, run_in_ranks
 
 FROZEN = [mode for mode in MODES if mode != "int8-training"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from precision_core.testing.forks import CLEANUPS
+from precision_core.testing import CLEANUPS
 from precision_deepspeed import vendor
 
 # The tests' tensors are tiny, and on a busy machine threads that wait for each other take minutes.

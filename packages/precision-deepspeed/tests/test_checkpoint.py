@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from precision_core import Fabric
-from precision_core.checkpoint.storage.file import CheckpointError
-from precision_core.testing import run_in_ranks
-from precision_core.testing.net import Net, loss_of, make_batch
+from precision_core.checkpoint import CheckpointError
+from precision_core.testing import Net, loss_of, make_batch, run_in_ranks
 from precision_deepspeed import DeepSpeedStrategy, consolidated_state_dict
 
 
@@ -127,7 +126,7 @@ class Evil:
 
 
 def test_pickles_are_scanned_before_deepspeed_opens_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from precision_core.checkpoint.storage import manifest as folder_manifest
+    from precision_core.checkpoint import manifest as folder_manifest
 
     run_in_ranks(1, written, tmp_path, 2, "16-mixed")
     folder = tmp_path / "last"

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from precision_core import MODES, Fabric, HalfPrecision, Strategy
-from precision_core.testing import StrategyContract, run_in_ranks
-from precision_core.testing.controls import LEFT_SCALED, controls
-from precision_core.testing.loss_bound import curve_distance, loss_bound
-from precision_core.testing.problem import Problem, sgd, train
+from precision_core.testing import (
+    LEFT_SCALED,
+    Problem,
+    StrategyContract,
+    controls,
+    curve_distance,
+    loss_bound,
+    run_in_ranks,
+    sgd,
+    train,
+)
 from precision_deepspeed import DeepSpeedStrategy
 
 SCALE = 2.0**16

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from precision_core import Fabric
-from precision_core.testing import run_in_ranks
-from precision_core.testing.ranks import RankError
+from precision_core.testing import RankError, run_in_ranks
 from precision_deepspeed import DeepSpeedStrategy
 
 STAGES = (0, 1, 2, 3)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from precision_core import Fabric
-from precision_core.checkpoint.storage.file import CheckpointError
+from precision_core.checkpoint import CheckpointError
 from precision_core.testing import run_in_ranks
 from precision_deepspeed import DeepSpeedStrategy, consolidated_optimizer_state_dict, consolidated_state_dict
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from precision_core import Strategy
-from precision_core.testing import PrecisionContract, StrategyContract, run_in_ranks
-from precision_core.testing.net import Net, make_batch
+from precision_core.testing import Net, PrecisionContract, StrategyContract, make_batch, run_in_ranks
 from precision_fsdp import FSDPPrecision, FSDPStrategy
 
 

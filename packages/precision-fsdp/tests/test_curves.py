@@ -14,9 +14,16 @@ import torch
 from torch import nn
 
 from precision_core import MODES, Fabric, MixedPrecision
-from precision_core.testing import curve_distance, loss_bound, run_in_ranks, train
-from precision_core.testing.controls import LEFT_SCALED, LOWER
-from precision_core.testing.problem import adamw, mean_curve
+from precision_core.testing import (
+    LEFT_SCALED,
+    LOWER,
+    adamw,
+    curve_distance,
+    loss_bound,
+    mean_curve,
+    run_in_ranks,
+    train,
+)
 from precision_fsdp import FSDPStrategy
 
 STEPS = pytest.mark.parametrize("steps", [20, pytest.param(100, marks=pytest.mark.full)])

@@ -14,8 +14,7 @@ from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, fully_s
 from torch.distributed.tensor import DTensor
 
 from precision_core import Fabric, Policy
-from precision_core.testing import Problem, run_in_ranks
-from precision_core.testing.problem import Transformer
+from precision_core.testing import Problem, Transformer, run_in_ranks
 from precision_fsdp import FSDPPrecision, FSDPStrategy
 from precision_fsdp.float32 import compute_in_float32
 

@@ -10,8 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from precision_core import Fabric, HalfPrecision, Precision
-from precision_core.testing import run_in_ranks
-from precision_core.testing.ranks import RankError
+from precision_core.testing import RankError, run_in_ranks
 from precision_fsdp import FSDPPrecision, FSDPStrategy
 from precision_fsdp.groups import make_groups
 from precision_fsdp.selection import check_selection, repeated_blocks, select

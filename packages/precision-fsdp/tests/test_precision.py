@@ -11,8 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from precision_core import MODES, DoublePrecision, Fabric, Policy, Precision, supports
-from precision_core.testing import Problem, curve_distance, loss_bound, run_in_ranks, train
-from precision_core.testing.problem import BATCHES, mean_curve, sgd
+from precision_core.testing import BATCHES, Problem, curve_distance, loss_bound, mean_curve, run_in_ranks, sgd, train
 from precision_fsdp import FSDPPrecision, FSDPStrategy
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from precision_core import CheckpointError, Fabric
 from precision_core.checkpoint import presence
-from precision_core.testing.ranks import run_in_ranks
+from precision_core.testing import run_in_ranks
 
 
 def alone(folder: Path, goes_on: str) -> tuple[str, float]:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from precision_core import Fabric
-from precision_core.testing import curve_distance, loss_bound, run_in_ranks
-from precision_core.testing.problem import mean_curve
+from precision_core.testing import curve_distance, loss_bound, mean_curve, run_in_ranks
 from precision_fsdp import FSDPStrategy
 
 transformers = pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from precision_core import MODES, Policy, supports
 from precision_core.hardware import FORMATS, cpu_has_float16
-from precision_core.support.discovery import KNOWN, PLUGINS
+from precision_core.support import KNOWN, PLUGINS
 from precision_lab import compare as compare_module
 from precision_lab.cli import _checked_folder, main
 from precision_lab.train import BATCH, Job

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from precision_core import Fabric, MixedPrecision, SingleDeviceStrategy, supports
-from precision_core.testing import run_in_ranks
-from precision_core.testing.net import Net, loss_of, make_batch
+from precision_core.testing import Net, loss_of, make_batch, run_in_ranks
 from precision_te import MODES, Current, Delayed, TransformerEnginePrecision
 from precision_te.reference.layers import ReferenceLinear
 from precision_te.support import rows
@@ -55,7 +54,7 @@ def test_the_references_modes_are_entry_points_and_train(mode: str, recipe: str)
 
 
 def test_the_bare_mode_is_over_bf16_mixed_and_the_class_over_16_mixed() -> None:
-    from precision_core.support.resolve import load_plugin
+    from precision_core.support import load_plugin
 
     plugin: Any = load_plugin("transformer-engine")
     assert (plugin.engine, plugin.recipe, str(plugin.policy)) == ("te", Delayed(), "bf16-mixed")

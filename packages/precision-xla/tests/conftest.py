@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from precision_core.testing.problem import Problem
+from precision_core.testing import Problem
 
 # The vendor's variables for starting, which a user sets in the shell. Programs that are compiled without optimisation
 # compute the same, and are compiled in half the time.

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from precision_core import Fabric, Strategy
-from precision_core.testing import PrecisionContract, StrategyContract
-from precision_core.testing.checks_loop import train
-from precision_core.testing.net import loss_of, make_batch
+from precision_core.testing import PrecisionContract, StrategyContract, loss_of, make_batch
+from precision_core.testing import train_net as train
 from precision_xla import XLAPrecision, XLAStrategy, vendor
 
 

@@ -11,9 +11,16 @@ import torch
 from torch import nn
 
 from precision_core import MODES, Fabric
-from precision_core.testing import curve_distance, loss_bound, train
-from precision_core.testing.controls import LEFT_SCALED, LOWER, round_parameters
-from precision_core.testing.problem import Problem, mean_curve
+from precision_core.testing import (
+    LEFT_SCALED,
+    LOWER,
+    Problem,
+    curve_distance,
+    loss_bound,
+    mean_curve,
+    round_parameters,
+    train,
+)
 
 STEPS = 100
 

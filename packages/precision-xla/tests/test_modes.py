@@ -11,7 +11,7 @@ import torch_xla.amp.syncfree as syncfree
 from torch import Tensor, nn
 
 from precision_core import MODES, Fabric
-from precision_core.testing.net import Net, loss_of, make_batch
+from precision_core.testing import Net, loss_of, make_batch
 from precision_xla import vendor
 from precision_xla.programs import matrix_products
 

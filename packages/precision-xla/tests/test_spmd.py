@@ -12,9 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from precision_core import MODES, Fabric
-from precision_core.testing import curve_distance, loss_bound, train
-from precision_core.testing.net import Net, loss_of, make_batch
-from precision_core.testing.problem import Problem
+from precision_core.testing import Net, Problem, curve_distance, loss_bound, loss_of, make_batch, train
 from precision_xla import XLAPrecision, XLAStrategy, vendor
 
 pytestmark = pytest.mark.skipif(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from precision_core.policy.casting import map_tensors
+from precision_core.policy import map_tensors
 from precision_kahan.compensation import Compensation
 
 

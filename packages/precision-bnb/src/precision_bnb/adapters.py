@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from precision_bnb.layers import QuantizedLinear
-from precision_core.policy.patterns import covers
+from precision_core.policy import covers
 
 ADAPTERS = ("lora_A", "lora_B", "modules_to_save", "prompt_encoder")
 """Modules that always stay as they are: peft's, which train."""

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from precision_core.policy.dtypes import nearest, parse_dtype
-from precision_core.policy.patterns import check_pattern
+from precision_core.policy import check_pattern, nearest, parse_dtype
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Weights that share a scale; what bitsandbytes' 4-bit kernels take."""

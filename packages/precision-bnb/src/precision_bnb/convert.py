@@ -19,9 +19,9 @@ from precision_bnb.packed import Format, Layout
 from precision_bnb.quantizing import check_floating, check_values
 from precision_bnb.quantizing import quantize as quantize_weight
 from precision_bnb.reading import weight_readers
-from precision_core.policy.patterns import matches
-from precision_core.precision.model.wide import marks
-from precision_core.surgery.replace import Replacement, Surgery, replace_layers
+from precision_core.policy import matches
+from precision_core.precision import marks
+from precision_core.surgery import Replacement, Surgery, replace_layers
 
 IGNORED = ("lm_head", "embed_out", "output_layer", "score", "classifier")
 """Modules that stay as they are where nothing else is said: heads, whose rounding reaches the result unaveraged."""

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from precision_bnb.packed import Layout, check_label, layout_of
 from precision_bnb.quantizing import quantize
-from precision_core.checkpoint.live.fit import is_sharded
-from precision_core.checkpoint.shards import cut
+from precision_core.checkpoint import cut, is_sharded
 
 if TYPE_CHECKING:
     from precision_bnb.layers import Quantized

@@ -23,12 +23,10 @@ from precision_bnb.meta import parameters_on_meta
 from precision_bnb.share import left_out, quantised_share
 from precision_bnb.support import DEVICES, compute_dtype
 from precision_core import HalfPrecision, MixedPrecision, Policy, Precision, Report
-from precision_core.policy.patterns import check_pattern
-from precision_core.precision.model.cast_module import cast_parameters
-from precision_core.precision.model.report import Item, module_bytes
-from precision_core.precision.plugins import make_plugin
-from precision_core.scaling.scaler import Scaler
-from precision_core.surgery.replace import Surgery
+from precision_core.policy import check_pattern
+from precision_core.precision import Item, cast_parameters, make_plugin, module_bytes
+from precision_core.scaling import Scaler
+from precision_core.surgery import Surgery
 
 if TYPE_CHECKING:
     from precision_core import Strategy

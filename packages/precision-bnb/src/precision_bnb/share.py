@@ -8,7 +8,7 @@ from torch import nn
 
 from precision_bnb.convert import converted
 from precision_bnb.layers import Quantized
-from precision_core.precision.model.report import Item
+from precision_core.precision import Item
 
 
 def quantised_share(module: nn.Module) -> str:

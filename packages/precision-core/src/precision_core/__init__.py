@@ -1,6 +1,6 @@
 """precision-core: any number format for PyTorch training, with one argument."""
 
-from precision_core.checkpoint.storage.file import CheckpointError as CheckpointError
+from precision_core.checkpoint.error import CheckpointError as CheckpointError
 from precision_core.fabric import Fabric as Fabric
 from precision_core.policy.policy import ALIASES as ALIASES
 from precision_core.policy.policy import MODES as MODES

@@ -29,11 +29,11 @@ from precision_core.checkpoint import load as loading
 from precision_core.checkpoint import save as saving
 from precision_core.checkpoint.agreement import agreed
 from precision_core.checkpoint.background import PendingSave, forget
-from precision_core.checkpoint.live.fit import is_sharded
 from precision_core.checkpoint.live.state import check_is_dict
 from precision_core.checkpoint.paths import local_path
 from precision_core.checkpoint.presence import Presence
 from precision_core.checkpoint.storage import engine as engine_checkpoint
+from precision_core.checkpoint.tensors import is_sharded
 from precision_core.data import rng
 from precision_core.override import is_overridden, override, undone_on_error
 from precision_core.policy.casting import move

@@ -18,7 +18,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 from precision_core import MODES, CheckpointError, Fabric, MixedPrecision
-from precision_core.checkpoint.storage.file import RESERVED
+from precision_core.checkpoint.error import RESERVED
 
 STEPS = 5
 BAD = {

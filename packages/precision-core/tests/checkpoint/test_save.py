@@ -13,7 +13,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from precision_core import CheckpointError, Fabric
-from precision_core.checkpoint.storage.file import RESERVED
+from precision_core.checkpoint.error import RESERVED
 from precision_core.strategies import DDPStrategy
 from precision_core.testing.ranks import run_in_ranks
 

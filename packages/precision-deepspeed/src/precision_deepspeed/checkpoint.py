@@ -22,14 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from precision_core.checkpoint import CheckpointError, Filter, Manifest, gather, together
+from precision_core.checkpoint import file as checkpoint
 from precision_core.checkpoint import load as loading
+from precision_core.checkpoint import manifest as folder_manifest
 from precision_core.checkpoint import save as saving
-from precision_core.checkpoint.agreement import gather, together
-from precision_core.checkpoint.live.state import Filter
-from precision_core.checkpoint.storage import file as checkpoint
-from precision_core.checkpoint.storage import manifest as folder_manifest
-from precision_core.checkpoint.storage.file import CheckpointError
-from precision_core.checkpoint.storage.manifest import Manifest
 from precision_deepspeed.engine import Engine
 from precision_deepspeed.export import read_plain
 from precision_deepspeed.pickles import check_pickles

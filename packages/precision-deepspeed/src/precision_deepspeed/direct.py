@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from precision_core.policy.casting import map_tensors
+from precision_core.policy import map_tensors
 
 PLAIN_BACKWARD = (
     "loss.backward() on a model that fabric.setup gave to DeepSpeed, whose engine steps only the gradients of "

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from precision_core.checkpoint.storage.file import CheckpointError
-from precision_core.scaling.clipping import Clip
+from precision_core.checkpoint import CheckpointError
+from precision_core.scaling import Clip
 from precision_deepspeed.direct import check_fills_no_gradients, on_gradients_of
 from precision_deepspeed.placing import Place, fill
 from precision_deepspeed.saved import Saved

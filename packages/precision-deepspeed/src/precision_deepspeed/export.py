@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from precision_core.checkpoint.paths import local_path
-from precision_core.checkpoint.storage import file as checkpoint
-from precision_core.checkpoint.storage import manifest as folder_manifest
-from precision_core.checkpoint.storage.file import RESERVED, CheckpointError
+from precision_core.checkpoint import RESERVED, CheckpointError, local_path
+from precision_core.checkpoint import file as checkpoint
+from precision_core.checkpoint import manifest as folder_manifest
 from precision_deepspeed.saved import Saved
 
 _STATE, _RECORD = "state.ckpt", "deepspeed"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from precision_core.checkpoint.storage.file import CheckpointError
+from precision_core.checkpoint import CheckpointError
 
 
 def check_pickles(paths: Iterable[Path]) -> None:

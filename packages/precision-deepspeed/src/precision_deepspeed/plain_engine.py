@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from precision_core.scaling.clipping import Clip, clip_true_gradients
-from precision_core.scaling.gradients import all_finite, multiply
+from precision_core.scaling import Clip, all_finite, clip_true_gradients, multiply
 from precision_deepspeed.engine import Engine, check_finite, tighten
 from precision_deepspeed.placing import Place
 

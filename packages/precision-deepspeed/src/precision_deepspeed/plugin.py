@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from precision_core import MODES, HalfPrecision, Policy, Precision
-from precision_core.precision.plugins import make_plugin
+from precision_core.precision import make_plugin
 from precision_deepspeed.config import has_pure_state
 from precision_deepspeed.scaler import DynamicScaler, EngineScaler, SectionScaler
 from precision_deepspeed.support import NO_FLOAT16, NO_FLOAT64, REDUCES_IN_FLOAT32

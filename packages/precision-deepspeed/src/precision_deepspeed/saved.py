@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from precision_core.checkpoint.storage.file import CheckpointError
+from precision_core.checkpoint import CheckpointError
 from precision_deepspeed.pickles import open_pickle
 
 

@@ -14,8 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from precision_core.scaling.clipping import Clip
-from precision_core.scaling.scaler import NameOf, Scaler
+from precision_core.scaling import Clip, NameOf, Scaler
 
 MAX_SKIPS = 50
 """So many skipped steps in a row raise."""

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from precision_core import Policy, Precision, Strategy
-from precision_core.checkpoint.live.state import Filter, stateful_objects
+from precision_core.checkpoint import Filter, stateful_objects
 from precision_core.override import original
-from precision_core.scaling.clipping import make_clip
-from precision_core.strategies.collectives import Collectives
-from precision_core.strategies.processes import Ranks, join
-from precision_core.support.resolve import is_core_mode
+from precision_core.scaling import make_clip
+from precision_core.strategies import Collectives, Ranks, join
+from precision_core.support import is_core_mode
 from precision_deepspeed import checkpoint, vendor
 from precision_deepspeed.arguments import check_optimizer, check_together, config_of
 from precision_deepspeed.binding import bind, unbind

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from precision_core.hardware import cpu_has_float16
-from precision_core.support.table import SupportRow
+from precision_core.support import SupportRow
 
 STRATEGY = "deepspeed"
 NO_FLOAT64 = "DeepSpeed's engine keeps float32 master weights and has no float64: use 32-true, or another strategy"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from precision_core.precision.model.default_dtype import outside_created_as
+from precision_core.precision import outside_created_as
 from precision_deepspeed import vendor
 from precision_deepspeed.direct import check_in_shards, check_not_transformed, once
 from precision_deepspeed.placing import Place

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from precision_core.checkpoint.storage.file import CheckpointError
-from precision_core.scaling.clipping import Clip
-from precision_core.scaling.gradients import all_finite
+from precision_core.checkpoint import CheckpointError
+from precision_core.scaling import Clip, all_finite
 from precision_deepspeed.engine import Engine, check_finite, tighten
 from precision_deepspeed.order import Order
 from precision_deepspeed.placing import Place

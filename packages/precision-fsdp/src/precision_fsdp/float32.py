@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from precision_core import Policy
 from precision_core.override import override
-from precision_core.precision.model.regions import Restore
+from precision_core.precision import Restore
 
 PRODUCTS = (nn.Linear, nn.Bilinear, _ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 """torch's modules whose parameters autocast would cast to the half dtype anyway."""

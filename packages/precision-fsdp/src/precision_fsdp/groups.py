@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from precision_core import Precision
-from precision_core.policy.dtypes import dtype_name
+from precision_core.policy import dtype_name
 from precision_fsdp.policies import casts_of
 from precision_fsdp.precision import FSDPPrecision
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from precision_core.scaling.gradients import params_of
-from precision_core.scaling.scaler import NameOf, Scaler
+from precision_core.scaling import NameOf, Scaler, params_of
 from precision_fsdp.limits import listed
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from precision_core.policy.dtypes import dtype_name
+from precision_core.policy import dtype_name
 from precision_fsdp.groups import Group
 
 

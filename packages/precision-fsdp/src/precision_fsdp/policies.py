@@ -15,7 +15,7 @@ import torch
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
 from precision_core import Policy
-from precision_core.policy.dtypes import FLOAT_DTYPES, dtype_name
+from precision_core.policy import FLOAT_DTYPES, dtype_name
 
 
 class Casts(NamedTuple):

@@ -15,10 +15,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from precision_core import MixedPrecision, Policy, Precision
-from precision_core.precision.model.regions import Restore
-from precision_core.precision.model.report import Item, Report
-from precision_core.precision.plugins import make_plugin
-from precision_core.scaling.scaler import Scaler
+from precision_core.precision import Item, Report, Restore, make_plugin
+from precision_core.scaling import Scaler
 from precision_fsdp.float32 import compute_in_float32, float32_statistics
 from precision_fsdp.policies import casts_of
 

@@ -12,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from precision_core import Precision
 from precision_core.override import override
-from precision_core.precision.model.default_dtype import created_as
-from precision_core.precision.model.regions import Restore
+from precision_core.precision import Restore, created_as
 from precision_fsdp.given import unchanged
 from precision_fsdp.selection import One, select
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precision_core.policy.casting import map_tensors
+from precision_core.policy import map_tensors
 
 _WHY = (
     "{call}: second-order gradients (gradient penalties, Hessian-vector products) need the parameters in both "

@@ -8,8 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from precision_core.policy.dtypes import nearest
-from precision_core.policy.patterns import check_pattern, matches
+from precision_core.policy import check_pattern, matches, nearest
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
 One: TypeAlias = type[nn.Module] | str | Predicate

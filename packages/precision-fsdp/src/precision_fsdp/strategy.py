@@ -28,9 +28,8 @@ from torch.optim import Optimizer
 
 from precision_core import Policy, Precision, Strategy
 from precision_core.override import override
-from precision_core.precision.model.regions import Restore
-from precision_core.strategies.collectives import Collectives
-from precision_core.strategies.processes import Ranks, join
+from precision_core.precision import Restore
+from precision_core.strategies import Collectives, Ranks, join
 from precision_fsdp.arguments import check_arguments, check_reshard, make_mesh
 from precision_fsdp.copies import refuse_copies
 from precision_fsdp.groups import make_groups

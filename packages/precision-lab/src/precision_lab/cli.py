@@ -153,7 +153,7 @@ def _check_strategy(strategy: str, device_type: str, devices: int) -> None:
 
 def _checked_folder(out: str) -> Path:
     """Makes the folder and tries to write in it: better now than after the training."""
-    from precision_core.checkpoint.paths import local_path
+    from precision_core.checkpoint import local_path
 
     try:
         folder = local_path(out, "--out")

@@ -8,8 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from precision_core import Policy, Support, supports
-from precision_core.support.composition import refusal
-from precision_core.support.resolve import is_core_mode, resolve_precision, resolve_strategy
+from precision_core.support import is_core_mode, refusal, resolve_precision, resolve_strategy
 from precision_lab.process import ChildFailed, run_child
 from precision_lab.progress import Progress
 from precision_lab.results import Comparison, Row, Status, spell

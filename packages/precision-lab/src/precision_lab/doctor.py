@@ -10,9 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from precision_core import SupportRow
-from precision_core.support.discovery import PLUGINS, STRATEGIES, names
-from precision_core.support.resolve import is_core_mode
-from precision_core.support.table import read_table
+from precision_core.support import PLUGINS, STRATEGIES, is_core_mode, names, read_table
 from precision_lab.installed import (
     Missing,
     Package,

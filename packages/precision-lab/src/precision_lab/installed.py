@@ -14,7 +14,7 @@ from packaging.requirements import Requirement  # matplotlib needs it, so it is 
 
 from precision_core import ALIASES, MODES
 from precision_core.strategies import STRATEGIES as CORES_STRATEGIES
-from precision_core.support.discovery import KNOWN, PLUGINS, STRATEGIES, SUPPORT, find, how_to_install, names
+from precision_core.support import KNOWN, PLUGINS, STRATEGIES, SUPPORT, find, how_to_install, names
 
 VENDORS = (
     "torch",

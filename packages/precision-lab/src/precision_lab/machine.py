@@ -13,7 +13,7 @@ import torch
 from precision_core import Support
 from precision_core.devices import device_count, is_available
 from precision_core.hardware import FORMATS
-from precision_core.policy.dtypes import dtype_name
+from precision_core.policy import dtype_name
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from __future__ import annotations
 import re
 
 from precision_core import MODES, Policy
-from precision_core.support.discovery import PLUGINS, find
-from precision_core.support.resolve import base_of, is_core_mode, load_plugin
+from precision_core.support import PLUGINS, base_of, find, is_core_mode, load_plugin
 
 
 def default_modes() -> list[str]:

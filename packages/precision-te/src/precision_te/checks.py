@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from precision_core.policy.patterns import check_pattern, covers
-from precision_core.support.resolve import base_of
+from precision_core.policy import check_pattern, covers
+from precision_core.support import base_of
 from precision_te.convert import BACK, is_converted
 from precision_te.engine import Engine
 from precision_te.recipes import Recipe, beyond_ours

@@ -8,9 +8,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from precision_core.precision.model.report import Item
-from precision_core.surgery.layers import shown
-from precision_core.surgery.replace import Replacement, Surgery, replace_layers
+from precision_core.precision import Item
+from precision_core.surgery import Replacement, Surgery, replace_layers, shown
 from precision_te.coverage import is_linear
 from precision_te.engine import Engine
 from precision_te.quantized import is_quantized

@@ -12,12 +12,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from precision_core import Policy, Precision, Report
-from precision_core.policy.dtypes import parse_dtype
-from precision_core.precision.model.report import module_bytes
-from precision_core.precision.plugins import make_plugin
-from precision_core.scaling.scaler import Scaler
-from precision_core.support.resolve import base_of
-from precision_core.surgery.replace import Surgery
+from precision_core.policy import parse_dtype
+from precision_core.precision import make_plugin, module_bytes
+from precision_core.scaling import Scaler
+from precision_core.support import base_of
+from precision_core.surgery import Surgery
 from precision_te.checks import check_base, check_counts, check_engine, check_flags, check_layers, name_patterns
 from precision_te.convert import convert
 from precision_te.coverage import notes

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from precision_core import Fabric
-from precision_core.strategies.ddp import DDPStrategy
+from precision_core.strategies import DDPStrategy
 from precision_core.testing import run_in_ranks
 from precision_te import TransformerEnginePrecision
 from precision_te.recipes import Delayed

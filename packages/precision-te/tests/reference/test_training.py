@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from precision_core import Fabric
-from precision_core.checkpoint.storage.file import CheckpointError
-from precision_core.testing import run_in_ranks
-from precision_core.testing.problem import Problem, adamw, train
+from precision_core.checkpoint import CheckpointError
+from precision_core.testing import Problem, adamw, run_in_ranks, train
 from precision_te import TransformerEnginePrecision
 
 MODES = ("fp8-reference", "fp8-current-reference", "mxfp8-reference", "nvfp4-reference")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from precision_core.testing.problem import Problem
+from precision_core.testing import Problem
 from precision_te import Delayed, TransformerEnginePrecision, restore
 from precision_te.recipes import RECIPES
 

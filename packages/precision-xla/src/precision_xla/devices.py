@@ -11,8 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from precision_core.strategies.layout import Layout
-from precision_core.strategies.processes import Ranks
+from precision_core.strategies import Layout, Ranks
 from precision_xla import vendor
 from precision_xla.hardware import ACCELERATORS
 

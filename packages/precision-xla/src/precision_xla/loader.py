@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precision_core.data.loader import DeviceLoader
-from precision_core.policy.casting import map_tensors
+from precision_core.data import DeviceLoader
+from precision_core.policy import map_tensors
 from precision_xla import vendor
 
 

@@ -12,8 +12,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from precision_core import MixedPrecision, Policy, Precision
-from precision_core.precision.plugins import make_plugin
-from precision_core.scaling.scaler import Scaler
+from precision_core.precision import make_plugin
+from precision_core.scaling import Scaler
 from precision_xla.attention import casts_attention
 from precision_xla.environment import check_environment
 from precision_xla.hardware import register

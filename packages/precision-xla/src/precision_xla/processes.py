@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from precision_core.policy.casting import map_tensors
-from precision_core.strategies.collectives import reduce_op
+from precision_core.policy import map_tensors
+from precision_core.strategies import reduce_op
 from precision_xla import vendor
 
 T = TypeVar("T")

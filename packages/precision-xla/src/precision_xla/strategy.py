@@ -13,11 +13,10 @@ from torch.optim import LBFGS, Adafactor, Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from precision_core import Policy, Precision, Strategy
-from precision_core.data.loader import DeviceLoader
-from precision_core.policy.casting import map_tensors
-from precision_core.scaling.gradients import takes_flag
-from precision_core.strategies.layout import Layout
-from precision_core.strategies.processes import Ranks
+from precision_core.data import DeviceLoader
+from precision_core.policy import map_tensors
+from precision_core.scaling import takes_flag
+from precision_core.strategies import Layout, Ranks
 from precision_xla import processes, vendor
 from precision_xla.devices import Plan, plan
 from precision_xla.environment import check_environment

@@ -1,0 +1,64 @@
+"""What is saved and loaded, all or nothing.
+
+Its modules are core's own; others import from here what `__all__` lists.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from precision_core.checkpoint import load as load
+    from precision_core.checkpoint import presence as presence
+    from precision_core.checkpoint import save as save
+    from precision_core.checkpoint.agreement import gather, together
+    from precision_core.checkpoint.error import RESERVED, CheckpointError
+    from precision_core.checkpoint.live.state import Filter, stateful_objects
+    from precision_core.checkpoint.paths import local_path
+    from precision_core.checkpoint.shards import cut
+    from precision_core.checkpoint.storage import file as file
+    from precision_core.checkpoint.storage import manifest as manifest
+    from precision_core.checkpoint.storage.manifest import Manifest
+    from precision_core.checkpoint.tensors import is_sharded
+
+__all__ = [
+    "RESERVED",
+    "CheckpointError",
+    "Filter",
+    "Manifest",
+    "cut",
+    "file",
+    "gather",
+    "is_sharded",
+    "load",
+    "local_path",
+    "manifest",
+    "presence",
+    "save",
+    "stateful_objects",
+    "together",
+]
+
+# Each comes when it is asked for: `import precision_core` takes none of them.
+_HOMES = {
+    "CheckpointError": "error",
+    "Filter": "live.state",
+    "Manifest": "storage.manifest",
+    "RESERVED": "error",
+    "cut": "shards",
+    "file": "storage.file",
+    "gather": "agreement",
+    "is_sharded": "tensors",
+    "local_path": "paths",
+    "manifest": "storage.manifest",
+    "stateful_objects": "live.state",
+    "together": "agreement",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_HOMES[name]}")
+    return module if _HOMES[name].endswith(f".{name}") else getattr(module, name)

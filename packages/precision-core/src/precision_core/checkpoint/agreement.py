@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from precision_core.checkpoint.storage.file import CheckpointError
+from precision_core.checkpoint.error import CheckpointError
 
 if TYPE_CHECKING:
     from precision_core.strategies import Strategy

@@ -7,6 +7,7 @@ collective, so that an error on any rank is one on all.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,17 +18,16 @@ from torch import nn
 
 from precision_core.checkpoint.agreement import agreed
 from precision_core.checkpoint.background import settle
+from precision_core.checkpoint.error import RESERVED
+from precision_core.checkpoint.fit import refuse
 from precision_core.checkpoint.live import left_out
 from precision_core.checkpoint.live.alignment import aligned, replaced
 from precision_core.checkpoint.live.compare import check_fits
-from precision_core.checkpoint.live.fit import refuse
 from precision_core.checkpoint.live.restore import restore
-from precision_core.checkpoint.live.state import Filter, check_filter, is_plain, select, state_of
+from precision_core.checkpoint.live.sharding import shardings
+from precision_core.checkpoint.live.state import Filter, check_filter, is_plain, select, state_of, stateful_objects
 from precision_core.checkpoint.live.transaction import Step
 from precision_core.checkpoint.live.undo import undo_of
-from precision_core.checkpoint.shards import shardings
-from precision_core.checkpoint.storage import engine as engine_checkpoint
-from precision_core.checkpoint.storage.file import RESERVED
 from precision_core.checkpoint.storage.source import open_checkpoint
 from precision_core.data import rng
 from precision_core.strategies import Strategy
@@ -53,7 +53,7 @@ def load(
             content = replaced(content, keys, position)
         content = _filled_up(state, content, filter or {})
         origin = f"{path} (policy {header.get('policy')}, torch {header.get('torch')})"
-        refuse(origin, engine_checkpoint.refused(state, source.refused))
+        refuse(origin, _refused(state, source.refused))
         content, dtypes, problems, notes = aligned(state, content, header, strict=strict)
         check_fits(state, content, strict=strict, dtypes=dtypes, origin=origin)
         refuse(origin, problems)
@@ -126,3 +126,9 @@ def _filled_up(tree: dict[str, Any], content: dict[str, Any], filter: Filter) ->
             filled[key] = select(saved, choose)
             filled[key].update(kept)
     return filled
+
+
+def _refused(state: dict[str, Any], why: Mapping[tuple[Any, ...], str]) -> list[str]:
+    """Returns the problems of loading into `state`: its objects at places that have no values."""
+    there = (place for place, _ in stateful_objects(state) if place in why)
+    return [f"{'.'.join(map(str, place))}: {why[place]}" for place in there]

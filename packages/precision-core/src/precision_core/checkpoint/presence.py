@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from precision_core.checkpoint.agreement import is_distributed, losses_told
 from precision_core.checkpoint.background import settle
-from precision_core.checkpoint.storage.file import CheckpointError
+from precision_core.checkpoint.error import CheckpointError
 from precision_core.strategies import Strategy
 
 _PATIENCE, _BETWEEN, _ANSWER = 2.0, 1.0, 5.0
@@ -52,6 +52,9 @@ class Presence:
         self._store.set(f"{self._prefix}/{self._rank}", json.dumps(self._desk.address))
         self._addresses: dict[int, Any] = {}
         weakref.finalize(self, self._desk.close)  # at the end of the process, too
+
+    error = CheckpointError
+    """What `all_call` raises."""
 
     def all_call(self, call: str) -> None:
         """Returns when all ranks are in `call`, each for as many times.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precision_core.checkpoint.live.fit import is_sharded
+from precision_core.checkpoint.tensors import is_sharded
 
 Path = tuple[Any, ...]
 """The keys and indices that lead to a leaf."""
@@ -81,3 +81,20 @@ def _is_sharded_or_plain(leaf: Any) -> bool:
         return True
     plain = type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided and not vars(leaf)
     return plain and not (leaf.is_quantized or leaf.is_conj() or leaf.is_neg())
+
+
+def look_up(tree: dict[str, Any], path: Path) -> Any:
+    """Returns what stands at `path`."""
+    value: Any = tree
+    for key in path:
+        value = value[key]
+    return value
+
+
+def leads_to(path: Path, tree: Any) -> bool:
+    """Whether something stands at `path`."""
+    for key in path:
+        if not isinstance(tree, dict) or key not in tree:
+            return False
+        tree = tree[key]
+    return True

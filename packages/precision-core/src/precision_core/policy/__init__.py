@@ -1,0 +1,24 @@
+"""Which dtype each part of training has, as a value.
+
+Its modules are core's own; others import from here what `__all__` lists.
+"""
+
+from precision_core.policy.casting import cast_tensor, map_tensors
+from precision_core.policy.dtypes import FLOAT_DTYPES, dtype_name, nearest, parse_dtype
+from precision_core.policy.patterns import check_pattern, covers, matches
+from precision_core.policy.policy import ALIASES, MODES, Policy
+
+__all__ = [
+    "ALIASES",
+    "FLOAT_DTYPES",
+    "MODES",
+    "Policy",
+    "cast_tensor",
+    "check_pattern",
+    "covers",
+    "dtype_name",
+    "map_tensors",
+    "matches",
+    "nearest",
+    "parse_dtype",
+]

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from precision_core.checkpoint.live.state import Filter
 from precision_core.data.loader import DeviceLoader
 from precision_core.devices import ACCELERATORS
 from precision_core.policy.casting import holds, map_tensors
@@ -32,6 +31,7 @@ from precision_core.strategies.layout import Layout, make_layout
 from precision_core.strategies.processes import Ranks
 
 if TYPE_CHECKING:
+    from precision_core.checkpoint.live.state import Filter
     from precision_core.checkpoint.presence import Presence
 
 T = TypeVar("T")

@@ -138,11 +138,9 @@ class Reducer:
         changed = {name for name, param in by_name.items() if (id(param) in trained) != (id(param) in before)}
         what = f"{_list(changed)} of this {type(self._module).__name__}" if changed else "layers that were replaced"
         if self._presence is not None:
-            from precision_core.checkpoint.storage.file import CheckpointError
-
             try:
                 self._presence.all_call("a forward of a model in which other parameters train")
-            except CheckpointError as error:
+            except self._presence.error as error:
                 raise RuntimeError(
                     f"{what}: requires_grad changed on rank {dist.get_rank()} after fabric.setup, and not on another "
                     "rank, which has gone on. Each rank would step gradients of its own: freeze, unfreeze and add "

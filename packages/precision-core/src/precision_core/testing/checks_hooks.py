@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from precision_core.precision.model.report import module_bytes
-from precision_core.testing.checks_loop import train
+from precision_core.testing.checks_loop import train_net as train
 from precision_core.testing.checks_state import assert_equal
 from precision_core.testing.net import loss_of, make_batch
 

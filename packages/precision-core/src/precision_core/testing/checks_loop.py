@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from precision_core.testing.contract import Contract
 
 
-def train(fabric: Fabric, model: Net, optimizer: Any, steps: Iterable[int]) -> list[float]:
+def train_net(fabric: Fabric, model: Net, optimizer: Any, steps: Iterable[int]) -> list[float]:
     """Returns the loss of each step."""
     losses = []
     for step in steps:
@@ -36,7 +36,7 @@ def train(fabric: Fabric, model: Net, optimizer: Any, steps: Iterable[int]) -> l
 
 def it_learns(kit: Contract) -> None:
     fabric, model, optimizer = _setup_to_learn(kit)
-    losses = train(fabric, model, optimizer, _FIVE_BATCHES)
+    losses = train_net(fabric, model, optimizer, _FIVE_BATCHES)
     assert _has_learned(losses)
     plugin = fabric.precision_plugin
     assert plugin.steps + plugin.skipped_steps == len(losses) and plugin.steps >= 15
@@ -141,7 +141,7 @@ def two_optimizers_step_like_one(kit: Contract) -> None:
 def an_overflow_is_skipped_and_reported(kit: Contract) -> None:
     fabric, model, optimizer = kit.setup()
     plugin = fabric.precision_plugin
-    train(fabric, model, optimizer, range(20))  # the scale finds its level
+    train_net(fabric, model, optimizer, range(20))  # the scale finds its level
     if not plugin.policy.scale:
         assert plugin.scale == 1.0 and plugin.skipped_steps == 0 and not fabric.last_step_skipped
         return
@@ -153,7 +153,7 @@ def an_overflow_is_skipped_and_reported(kit: Contract) -> None:
     assert fabric.last_step_skipped and (plugin.steps, plugin.skipped_steps) == (steps, skipped + 1)
     after = kit.values(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    train(fabric, model, optimizer, range(21, 24))
+    train_net(fabric, model, optimizer, range(21, 24))
     assert plugin.scale < scale and plugin.steps > steps and not fabric.last_step_skipped
     assert any(not torch.equal(after[name], value) for name, value in kit.values(model).items())
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from precision_core import Fabric
-from precision_core.testing.checks_loop import train
+from precision_core.testing.checks_loop import train_net as train
 
 if TYPE_CHECKING:
     from precision_core.testing.contract import Contract

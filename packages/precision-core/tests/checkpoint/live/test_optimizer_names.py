@@ -13,7 +13,8 @@ from torch.optim import LBFGS, SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LinearLR, LRScheduler, ReduceLROnPlateau, SequentialLR, StepLR
 
 from precision_core import CheckpointError, Fabric
-from precision_core.checkpoint.storage.file import RESERVED, read, write
+from precision_core.checkpoint.error import RESERVED
+from precision_core.checkpoint.storage.file import read, write
 from precision_core.testing.ranks import run_in_ranks
 
 Make = Callable[[nn.Module], Any]

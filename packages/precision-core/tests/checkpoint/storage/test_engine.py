@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from precision_core import Fabric
+from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.storage import manifest as folder_manifest
-from precision_core.checkpoint.storage.file import CheckpointError
 
 _SOURCE = """
 import torch

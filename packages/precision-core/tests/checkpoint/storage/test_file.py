@@ -20,8 +20,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from precision_core.checkpoint.error import RESERVED
 from precision_core.checkpoint.storage.archive import verify
-from precision_core.checkpoint.storage.file import FORMAT_VERSION, RESERVED, read, save_with_checksums, write
+from precision_core.checkpoint.storage.file import FORMAT_VERSION, read, save_with_checksums, write
 
 HEADER = {RESERVED: {"version": FORMAT_VERSION, "precision": {}, "rng": {}}}
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0

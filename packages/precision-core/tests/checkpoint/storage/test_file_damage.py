@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from precision_core import CheckpointError
-from precision_core.checkpoint.storage.file import FORMAT_VERSION, RESERVED, read, write
+from precision_core.checkpoint.error import RESERVED
+from precision_core.checkpoint.storage.file import FORMAT_VERSION, read, write
 
 HEADER = {RESERVED: {"version": FORMAT_VERSION, "precision": {}, "rng": {}}}
 WEIGHTS = torch.arange(6.0).reshape(2, 3)

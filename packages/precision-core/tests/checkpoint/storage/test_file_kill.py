@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from precision_core import Fabric
-from precision_core.checkpoint.storage.file import RESERVED, read
+from precision_core.checkpoint.error import RESERVED
+from precision_core.checkpoint.storage.file import read
 
 FABRIC = Fabric(accelerator="cpu")
 

@@ -15,10 +15,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.storage import dcp as folder_dcp
 from precision_core.checkpoint.storage import folder as folder_checkpoint
 from precision_core.checkpoint.storage import manifest as folder_manifest
-from precision_core.checkpoint.storage.file import CheckpointError
 from precision_core.checkpoint.storage.folder import read_folder, write_folder
 
 HEADER = {"policy": "bf16-mixed", "version": 1}

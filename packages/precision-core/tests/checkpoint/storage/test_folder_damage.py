@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from precision_core.checkpoint.storage.file import CheckpointError
+from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.storage.folder import read_folder, write_folder
 from precision_core.checkpoint.storage.manifest import FORMAT_VERSION, MANIFEST
 

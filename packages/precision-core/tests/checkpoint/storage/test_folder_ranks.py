@@ -18,9 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from precision_core.checkpoint.agreement import gather
+from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.storage import dcp as folder_dcp
 from precision_core.checkpoint.storage import manifest as folder_manifest
-from precision_core.checkpoint.storage.file import CheckpointError
 from precision_core.checkpoint.storage.folder import read_folder, write_folder
 from precision_core.testing.ranks import run_in_ranks
 

@@ -23,8 +23,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 
+from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.storage.chunks import ALLOWED, parse
-from precision_core.checkpoint.storage.file import CheckpointError
 from precision_core.checkpoint.storage.safe_pickle import Call, Record, loads
 
 METADATA = "torch.distributed.checkpoint.metadata"

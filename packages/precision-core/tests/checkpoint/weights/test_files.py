@@ -26,8 +26,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from precision_core import Fabric, Precision
+from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.storage import atomic as place
-from precision_core.checkpoint.storage.file import CheckpointError
 from precision_core.checkpoint.weights.files import load_module, save_module
 from precision_core.checkpoint.weights.safetensors import parse_size
 from precision_core.testing import run_in_ranks

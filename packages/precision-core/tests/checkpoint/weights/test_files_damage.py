@@ -15,7 +15,7 @@ from torch import nn
 
 pytest.importorskip("safetensors")
 
-from precision_core.checkpoint.storage.file import CheckpointError
+from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.weights.files import load_module, save_module
 
 INDEX = "model.safetensors.index.json"

@@ -9,7 +9,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from precision_core.checkpoint.live.compare import Dtypes
 from precision_core.checkpoint.live.optimizer_names import Match, match, param_names
-from precision_core.checkpoint.live.state import Path, leads_to, look_up, stateful_objects
+from precision_core.checkpoint.live.state import stateful_objects
+from precision_core.checkpoint.tree import Path, leads_to, look_up
 
 _PER_GROUP = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "lr_lambdas")
 """What torch's schedulers keep as lists with one entry for each group."""

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from precision_core.checkpoint.live.fit import misfit, refuse
+from precision_core.checkpoint.fit import misfit, refuse
 from precision_core.checkpoint.live.optimizer_state import is_torchs, wanted_dtype
-from precision_core.checkpoint.live.state import Path, is_stateful, plain_name, state_of
+from precision_core.checkpoint.live.state import is_stateful, plain_name, state_of
+from precision_core.checkpoint.tree import Path
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 """What torch's own optimizers keep in the shape of each parameter."""

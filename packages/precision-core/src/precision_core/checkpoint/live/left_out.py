@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from precision_core.checkpoint.live.state import Path as Place
 from precision_core.checkpoint.live.state import is_stateful, plain_name, state_of
+from precision_core.checkpoint.tree import Path as Place
 
 _SHOWN = 10
 

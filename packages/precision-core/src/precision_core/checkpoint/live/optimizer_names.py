@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
-from precision_core.checkpoint.live.state import Path, plain_name, stateful_objects
+from precision_core.checkpoint.live.state import plain_name, stateful_objects
+from precision_core.checkpoint.tree import Path
 
 Names = Sequence[Sequence[tuple[Path, str]]]
 """Of each parameter, in the order of the groups: the keys of its module, and its name there; tied ones have several."""

@@ -19,18 +19,11 @@ from torch.optim import Optimizer
 from precision_core.checkpoint.live import left_out
 from precision_core.checkpoint.live.compare import Dtypes, hooks_of_others, loads_its_own_way
 from precision_core.checkpoint.live.optimizer_state import is_torchs, prepare, runs_others_code
-from precision_core.checkpoint.live.state import (
-    is_plain,
-    is_stateful,
-    leads_to,
-    look_up,
-    named_as,
-    plain_name,
-    stateful_objects,
-)
-from precision_core.checkpoint.live.subclass_copies import deep_copied
+from precision_core.checkpoint.live.state import is_plain, is_stateful, named_as, plain_name, stateful_objects
 from precision_core.checkpoint.live.transaction import Step, Transaction
 from precision_core.checkpoint.live.undo import is_copied_into, undo_groups, undo_of
+from precision_core.checkpoint.tensors import deep_copied
+from precision_core.checkpoint.tree import leads_to, look_up
 
 
 def restore(

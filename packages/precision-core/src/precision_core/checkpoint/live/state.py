@@ -16,9 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from precision_core.checkpoint.live.numpy_scalars import as_python
+from precision_core.checkpoint.tree import Path
 
-Path = tuple[Any, ...]
-"""The keys that lead to a value."""
 Filter = dict[str, Any]
 """Key -> `callable(name, value) -> bool`, nested as the state is."""
 
@@ -68,23 +67,6 @@ def stateful_objects(tree: dict[str, Any], path: Path = ()) -> Iterator[tuple[Pa
             yield from stateful_objects(value, (*path, key))
         elif is_stateful(value):
             yield (*path, key), value
-
-
-def look_up(tree: dict[str, Any], path: Path) -> Any:
-    """Returns what stands at `path`."""
-    value: Any = tree
-    for key in path:
-        value = value[key]
-    return value
-
-
-def leads_to(path: Path, tree: Any) -> bool:
-    """Whether something stands at `path`."""
-    for key in path:
-        if not isinstance(tree, dict) or key not in tree:
-            return False
-        tree = tree[key]
-    return True
 
 
 def param_dtypes(tree: dict[str, Any]) -> dict[Path, list[torch.dtype]]:

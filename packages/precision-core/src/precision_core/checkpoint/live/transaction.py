@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import TracebackType
 
+from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.live.interrupts import InterruptsHeld
-from precision_core.checkpoint.storage.file import CheckpointError
 
 Name = str | tuple[object, ...]
 """What messages call a step: text, or the keys that lead to an object."""

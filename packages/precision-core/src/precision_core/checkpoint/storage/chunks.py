@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.storage import safe_pickle
-from precision_core.checkpoint.storage.file import CheckpointError
 from precision_core.checkpoint.storage.safe_pickle import Call, Record
 
 _MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.preserve_format)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.tensor import DTensor
 
 from precision_core.checkpoint.agreement import is_distributed, losses_told
-from precision_core.checkpoint.storage.file import CheckpointError
+from precision_core.checkpoint.error import CheckpointError
 
 _FLAT = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
 

@@ -7,14 +7,13 @@ makes values of them; it is asked for by that name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from precision_core.checkpoint.live.state import stateful_objects
+from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.storage import file as checkpoint
 from precision_core.checkpoint.storage import manifest as folder_manifest
-from precision_core.checkpoint.storage.file import CheckpointError
 from precision_core.checkpoint.tree import Path as Place
 from precision_core.support import discovery
 from precision_core.support.discovery import STRATEGIES
@@ -50,12 +49,6 @@ def read(path: Path, trust: bool) -> tuple[dict[str, Any], dict[Place, str]]:
     except (ValueError, ImportError) as error:
         raise CheckpointError(f"{path} was written by the engine of {name}, and only that reads it: {error}") from error
     return strategy.read_engine_checkpoint(folder, content, trust)
-
-
-def refused(state: dict[str, Any], why: Mapping[Place, str]) -> list[str]:
-    """Returns the problems of loading into `state`: its objects at places that have no values."""
-    there = (place for place, _ in stateful_objects(state) if place in why)
-    return [f"{'.'.join(map(str, place))}: {why[place]}" for place in there]
 
 
 def _engines(content: Any) -> Iterator[str]:

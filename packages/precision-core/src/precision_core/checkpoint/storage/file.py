@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from precision_core.checkpoint.error import RESERVED, CheckpointError
 from precision_core.checkpoint.storage.archive import verify, verify_storages
 from precision_core.checkpoint.storage.atomic import replace_file
 
-RESERVED = "__precision__"
 FORMAT_VERSION = 1
 
 _PLAIN = (
@@ -44,10 +44,6 @@ _MAX_INT_BITS = 2000
 """From about 255 bytes on, integers have a pickle opcode that a safe load refuses."""
 
 _CONTAINERS: tuple[type, ...] = (dict, list, tuple, OrderedDict)
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, foreign, or does not fit what it is loaded into; nothing was changed."""
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

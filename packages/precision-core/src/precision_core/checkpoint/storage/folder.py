@@ -24,17 +24,17 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import Metadata
 
 from precision_core.checkpoint.agreement import gather, rank_of, size_of, together
-from precision_core.checkpoint.live.fit import misfit, refuse
-from precision_core.checkpoint.live.state import look_up
+from precision_core.checkpoint.error import RESERVED, CheckpointError
+from precision_core.checkpoint.fit import misfit, refuse
 from precision_core.checkpoint.paths import local_path
 from precision_core.checkpoint.shards import check_alike, describe, host_like
 from precision_core.checkpoint.storage import chunks as folder_metadata
 from precision_core.checkpoint.storage import dcp as folder_dcp
 from precision_core.checkpoint.storage import manifest as folder_manifest
-from precision_core.checkpoint.storage.file import RESERVED, CheckpointError, check_saveable
+from precision_core.checkpoint.storage.file import check_saveable
 from precision_core.checkpoint.storage.manifest import Manifest
 from precision_core.checkpoint.tree import Path as Place
-from precision_core.checkpoint.tree import map_leaves, named, paths, split
+from precision_core.checkpoint.tree import look_up, map_leaves, named, paths, split
 
 STRUCTURE = "structure.pt"
 METADATA = ".metadata"

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from precision_core.checkpoint.storage.file import CheckpointError
+from precision_core.checkpoint.error import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1

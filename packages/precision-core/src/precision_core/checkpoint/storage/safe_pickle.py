@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from precision_core.checkpoint.storage.file import CheckpointError
+from precision_core.checkpoint.error import CheckpointError
 
 
 @dataclass(frozen=True)

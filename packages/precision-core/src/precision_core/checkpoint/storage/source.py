@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from precision_core.checkpoint.live.subclass_copies import deep_copied
+from precision_core.checkpoint.error import RESERVED
 from precision_core.checkpoint.storage import engine as engine_checkpoint
 from precision_core.checkpoint.storage import file as checkpoint
 from precision_core.checkpoint.storage import manifest as folder_manifest
-from precision_core.checkpoint.storage.file import RESERVED
+from precision_core.checkpoint.tensors import deep_copied
 from precision_core.checkpoint.tree import Path as Place
 from precision_core.checkpoint.tree import map_leaves
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from precision_core.checkpoint.live.fit import is_sharded, refuse
+from precision_core.checkpoint.error import CheckpointError
+from precision_core.checkpoint.fit import refuse
 from precision_core.checkpoint.paths import local_path
-from precision_core.checkpoint.storage.file import CheckpointError
 from precision_core.checkpoint.storage.manifest import MANIFEST
+from precision_core.checkpoint.tensors import is_sharded
 from precision_core.checkpoint.weights import safetensors as safetensors_files
 from precision_core.checkpoint.weights.layers import (
     VERSIONS,

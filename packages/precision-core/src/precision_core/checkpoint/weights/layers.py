@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from precision_core.checkpoint.error import CheckpointError
+from precision_core.checkpoint.fit import misfit
 from precision_core.checkpoint.live.compare import hooks_of_others
-from precision_core.checkpoint.live.fit import is_sharded, misfit
-from precision_core.checkpoint.storage.file import CheckpointError
+from precision_core.checkpoint.tensors import is_sharded
 from precision_core.checkpoint.weights.safetensors import Files
 
 _COMPILED = "_orig_mod."

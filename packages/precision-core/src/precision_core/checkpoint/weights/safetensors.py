@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.storage.atomic import remove_leftovers, replace_file, replace_file_by_name
-from precision_core.checkpoint.storage.file import CheckpointError
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".index.json"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from precision_core.checkpoint.storage.file import CheckpointError
+from precision_core.checkpoint.error import CheckpointError
 from precision_core.policy.dtypes import FLOAT_DTYPES
 
 
@@ -29,11 +29,6 @@ def refuse(path: object, problems: Iterable[str]) -> None:
     if problems:
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise CheckpointError(f"{path} does not fit:\n  " + "\n  ".join(problems[:10]) + more)
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Returns whether it is a DTensor, without the import of that class, which takes over a second."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
 def _would_lose(saved: torch.dtype, live: torch.dtype) -> bool:

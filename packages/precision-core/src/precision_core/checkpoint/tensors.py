@@ -1,6 +1,7 @@
-"""Deep copies of trees that hold tensor subclasses without a `clone`, as torchao's quantised optimizer states are.
+"""Tensors that are more than one block of memory: DTensors, and subclasses made of parts, with deep copies of these.
 
-They are copied by the parts that they flatten to for torch.compile; any other knows how it is copied.
+Subclasses without a `clone`, as torchao's quantised optimizer states are, are copied by the parts that they flatten to
+for torch.compile; any other knows how it is copied.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from precision_core.checkpoint.live.fit import is_sharded
 from precision_core.policy.casting import map_tensors
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Returns whether it is a DTensor, without the import of that class, which takes over a second."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
 def is_made_of_parts(tensor: Tensor) -> bool:
