@@ -11,10 +11,11 @@ from precision_core.precision.model.cast_module import cast_parameters
 from precision_core.precision.model.default_dtype import created_as, outside_created_as
 from precision_core.precision.model.regions import Restore
 from precision_core.precision.model.report import Item, Report, module_bytes
-from precision_core.precision.model.wide import marks
+from precision_core.precision.model.wide import RULES, marks
 from precision_core.precision.plugins import make_plugin
 
 __all__ = [
+    "RULES",
     "DoublePrecision",
     "HalfPrecision",
     "Item",

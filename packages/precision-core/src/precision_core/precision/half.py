@@ -40,7 +40,7 @@ class HalfPrecision(Precision):
         precision: `"16-true"`, `"bf16-true"`, or a policy whose params and compute are the same half dtype; exceptions
             are applied.
         buffers: None casts floating buffers as the policy says, with a warning that names those which lose by it, and
-            keeps those in float32 that `precision_core.precision.model.wide.RULES` lists. `"float32"` (any float
+            keeps those in float32 that `precision_core.precision.RULES` lists. `"float32"` (any float
             dtype) casts all of them to that; name patterns (`{"mean"}`) keep those that match in float32 as well. Batch
             norms that keep float32 statistics keep their weight and bias in float32 too.
 
