@@ -13,6 +13,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt, LinearNF4
 from torch import Tensor, nn
 
 from precision_bnb import BitsandbytesPrecision, Int8TrainingLinear, QuantizedLinear
+from precision_bnb.adopt import format_of_theirs
 
 
 def model_with(layer: nn.Module) -> nn.Sequential:
@@ -91,3 +92,16 @@ def test_a_raw_layer_beside_ours_is_taken_over() -> None:
         plugin.convert_module(model)
     BitsandbytesPrecision("nf4", torch.float32, ignore_modules={"4"}).convert_module(model)
     assert type(model[4]) is Linear4bit
+
+
+def test_a_layer_whose_weight_alone_knows_how_it_is_packed_is_taken_over() -> None:
+    """bitsandbytes puts the state on the layer too, in its first forward; a weight that is replaced brings its own."""
+    torch.manual_seed(0)
+    layer = LinearNF4(64, 64, compute_dtype=torch.float32)
+    layer.weight = type(layer.weight)(torch.randn(64, 64), requires_grad=False, quant_type="nf4").to("cpu")
+    layer.quant_state = None
+    assert layer.weight.quant_state is not None
+    found = format_of_theirs(layer)
+    assert found is not None and found.quant_type == "nf4"
+    layer.weight.quant_state = None
+    assert format_of_theirs(layer) is None

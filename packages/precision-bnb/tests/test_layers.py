@@ -25,6 +25,7 @@ from precision_bnb import (
     fast,
     products,
     quantize,
+    quantizing,
 )
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -413,6 +414,27 @@ def test_embeddings(mode: str, width: int) -> None:
     ids = torch.randint(0, 50, (4, 9))
     assert torch.equal(layer(ids), layer.dequantize()[ids])
     assert (layer.dequantize() - table.weight).norm() < 0.13 * table.weight.norm()
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_an_embedding_whose_codes_were_cast_says_so(mode: str) -> None:
+    model = nn.Sequential(nn.Embedding(50, 64))
+    BitsandbytesPrecision(mode, torch.float32, embeddings=True).convert_module(model)
+    model[0].weight.data = model[0].weight.data.float()
+    with pytest.raises(RuntimeError, match="the packed weight of this .*was cast from torch.uint8 to torch.float32"):
+        model(torch.tensor([1]))
+
+
+@pytest.mark.parametrize(("mode", "tables"), [("nf4", {"nf4"}), ("nf4-dq", {"nf4", "dynamic"}), ("int8", set())])
+def test_tables_of_codes_are_there_before_a_layer_needs_them(
+    mode: str, tables: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile could not trace how they are made."""
+    model = nn.Sequential(nn.Linear(64, 64))
+    BitsandbytesPrecision(mode, torch.float32).convert_module(model)
+    monkeypatch.setattr(quantizing, "_codes", {})  # as in a process that unpickles the layer
+    pickle.loads(pickle.dumps(model))
+    assert {name for name, _ in quantizing._codes} == tables
 
 
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])

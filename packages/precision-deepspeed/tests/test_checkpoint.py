@@ -167,6 +167,9 @@ def saving_is_refused(folder: Path) -> None:
     assert sorted(os.listdir(folder)) == ["file"] and (folder / "file").read_text() == "mine"
     fabric.save(folder / "plain.ckpt", {"step": 3})  # without the engine's objects it is core's file
     assert fabric.load(folder / "plain.ckpt")["step"] == 3
+    log = {"log": nn.Linear(2, 1)}  # what is not the engine's may be chosen from
+    fabric.save(folder / "chosen", {**state, **log}, filter={"log": lambda name, value: name == "bias"})
+    assert list(fabric.load(folder / "chosen")["log"]) == ["bias"]
     fabric.save(folder / "a", state)
     batch, target = make_batch(0)
     fabric.backward(loss_of(model(batch), target))

@@ -81,6 +81,8 @@ def test_what_the_user_says_stays() -> None:
         ("32-true", {"managed_gradient_accumulation": False}, ["managed_gradient_accumulation"]),
         ("32-true", {"zero_optimization": {"stage": 7}}, ["0, 1, 2 and 3", "7"]),
         ("32-true", {"zero_optimization": 2}, ["zero_optimization", "dict"]),
+        ("32-true", {"zero_optimization": []}, ["zero_optimization", "dict"]),
+        ("bf16-true", {"bf16": False}, ["bf16", "dict", "False"]),
         ("params=float16,scale=true", {}, ["stage=0", "does not learn"]),
         ("bf16-true", {"bf16": {"bf16_master_weights_and_grads": True}}, ["stage=0", "bf16_master_weights_and_grads"]),
         (

@@ -126,6 +126,41 @@ def passed_over(stage: int) -> None:
     assert not {"add_param_group", "zero_grad", "step"} & vars(optimizer).keys()
 
 
+def after_a_backward_that_raised(stage: int) -> list[float]:
+    """Returns how far the model moves once its gradients were dropped."""
+    fabric = Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(stage))
+    model = nn.Linear(4, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    fabric.setup(model, optimizer)
+    before = model.weight.detach().clone() if stage < 3 else None
+
+    def fail(gradient: torch.Tensor) -> None:
+        raise KeyError("mine")
+
+    output = model(torch.ones(1, 4))
+    output.register_hook(fail)
+    with pytest.raises(KeyError, match="mine"):
+        fabric.backward(output.sum())
+    for call in (lambda: fabric.clip_gradients(model, optimizer, max_norm=1.0), optimizer.step):
+        with pytest.raises(RuntimeError, match="backward"):
+            call()
+    assert before is None or torch.equal(model.weight, before)
+    optimizer.zero_grad()
+    with fabric.strategy.whole(model):
+        start = model.weight.detach().clone()
+    fabric.backward(model(torch.ones(1, 4)).sum())
+    optimizer.step()
+    with fabric.strategy.whole(model):
+        moved: list[float] = (start - model.weight.detach()).flatten().tolist()
+    fabric.teardown()
+    return moved
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_backward_that_raised_is_not_stepped(stage: int) -> None:
+    assert run_in_ranks(1, after_a_backward_that_raised, stage) == [pytest.approx([1.0] * 4)]
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_the_engine_would_pass_over_is_refused(stage: int) -> None:
     run_in_ranks(1, passed_over, stage)

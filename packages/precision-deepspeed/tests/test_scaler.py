@@ -12,6 +12,7 @@ from torch import nn
 from precision_core import Fabric
 from precision_core.testing import run_in_ranks
 from precision_deepspeed import DeepSpeedStrategy
+from precision_deepspeed.scaler import SectionScaler
 
 OVERFLOWS = [False, False, False, True, True, True, True, False, False, False, True]
 
@@ -52,3 +53,12 @@ def all_scales(stage: int) -> dict[str, list[tuple[float, bool]]]:
 def test_the_scale_follows_window_hysteresis_and_minimum(stage: int, float16_ranks: Callable[..., Any]) -> None:
     (found,) = run_in_ranks(1, float16_ranks, all_scales, stage)
     assert found == {name: list(zip(expected, OVERFLOWS, strict=True)) for name, (_, expected) in SCALES.items()}
+
+
+@pytest.mark.parametrize("scale", [0, 0.0, -2.0, float("inf"), float("nan"), "256", None])
+def test_what_is_no_scale_is_refused_and_the_old_one_stays(scale: Any) -> None:
+    scaler = SectionScaler()
+    scaler.load_state_dict({"scale": 256.0})
+    with pytest.raises(ValueError, match=r"this is no state of a loss scaler: scale is "):
+        scaler.load_state_dict({"scale": scale})
+    assert scaler.factor == 256.0

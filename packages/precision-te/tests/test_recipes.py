@@ -180,6 +180,9 @@ def test_what_only_the_vendor_has_is_named() -> None:
     assert beyond_ours(DelayedScaling(fp8_dpa=True)) == "fp8_dpa=True"
     assert beyond_ours(NVFP4BlockScaling(nvfp4_4over6="all")) == "nvfp4_4over6='all'"
     assert beyond_ours(Float8CurrentScaling(fp8_quant_fwd_inp=QParams(1e-9))) == "fp8_quant_fwd_inp.amax_epsilon=1e-09"
+    power_2 = Float8CurrentScaling(fp8_quant_fwd_inp=QParams(power_2_scale=True))  # of one role alone
+    power_2.fp8_quant_bwd_grad = QParams()  # type: ignore[attr-defined]
+    assert beyond_ours(power_2) == "fp8_quant_bwd_grad.power_2_scale=False"
 
 
 def test_recipes_are_frozen_values() -> None:

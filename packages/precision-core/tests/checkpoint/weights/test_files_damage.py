@@ -141,7 +141,8 @@ def test_an_index_that_points_elsewhere_is_refused(file: str, shards: Path, path
 )
 def test_a_damaged_index_is_refused(data: bytes, shards: Path) -> None:
     (shards / INDEX).write_bytes(data)
-    refused(shards / INDEX, "is damaged, or no index|names no tensors")
+    is_empty = data == b'{"weight_map": {}}'
+    refused(shards / INDEX, "names no tensors" if is_empty else "is damaged, or no index")
 
 
 def test_a_shard_that_is_missing_swapped_or_doubled_is_refused(shards: Path) -> None:
