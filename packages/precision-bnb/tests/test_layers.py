@@ -421,7 +421,7 @@ def test_an_embedding_whose_codes_were_cast_says_so(mode: str) -> None:
     model = nn.Sequential(nn.Embedding(50, 64))
     BitsandbytesPrecision(mode, torch.float32, embeddings=True).convert_module(model)
     model[0].weight.data = model[0].weight.data.float()
-    with pytest.raises(RuntimeError, match="the packed weight of this .*was cast from torch.uint8 to torch.float32"):
+    with pytest.raises(RuntimeError, match=r"the packed weight of this .*was cast from torch\.uint8 to torch\.float32"):
         model(torch.tensor([1]))
 
 
