@@ -476,7 +476,7 @@ def refusals() -> None:
     with pytest.raises(RuntimeError, match="no gradients"):
         fabric.clip_gradients(model, optimizer, max_norm=1.0)
     output, loss = model(torch.ones(2, 4), extra=torch.ones(3))
-    with pytest.raises(ValueError, match="one number"):
+    with pytest.raises(ValueError, match="one value"):
         fabric.backward(output)
     with pytest.raises(ValueError, match="retain_graph"):
         fabric.backward(loss, create_graph=True)

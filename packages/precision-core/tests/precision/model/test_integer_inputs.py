@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -45,7 +46,8 @@ LAYERS: dict[str, tuple[nn.Module, tuple[torch.Tensor, ...], str]] = {
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("mode", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
 def test_the_layer_and_its_input_are_named(mode: str, layer: str) -> None:
-    module, inputs, message = LAYERS[layer]
+    made, inputs, message = LAYERS[layer]
+    module = copy.deepcopy(made)  # which setup casts
     fabric = Fabric(accelerator="cpu", precision=mode)
     model = fabric.setup(Twice(module))
     try:
