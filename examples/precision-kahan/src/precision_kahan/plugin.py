@@ -113,7 +113,7 @@ class KahanPrecision(HalfPrecision):
         named = self._waiting | {name: lost for name, lost in known.items() if lost is not None}
         unnamed = len(self._compensation) - (len(named) - len(self._waiting))
         if unnamed:
-            self._note(f"the state leaves out the compensation of {unnamed} parameters that are in no converted model")
+            self.note(f"the state leaves out the compensation of {unnamed} parameters that are in no converted model")
         return {**super().state_dict(), _KEY: named}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ class KahanPrecision(HalfPrecision):
         self._waiting = dict(lost)
         self._hand_out()
         if _KEY not in state_dict:
-            self._note(f"the state of {state_dict['mode']!r} has no compensation: it starts at zero")
+            self.note(f"the state of {state_dict['mode']!r} has no compensation: it starts at zero")
 
     # ---------------------------------------------------------------- helpers
 

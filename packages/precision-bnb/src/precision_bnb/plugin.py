@@ -43,7 +43,7 @@ _DEFAULT_BASES = {  # compute dtype -> the base where something trains, which is
 class _Half(HalfPrecision):
     """Core's, which tells of lost buffers what can be passed here."""
 
-    def _how_to_keep_buffers(self) -> str:
+    def how_to_keep_buffers(self) -> str:
         return f'BitsandbytesPrecision(base="{replace(self.policy, buffers=torch.float32)}")'
 
 
@@ -186,7 +186,7 @@ class BitsandbytesPrecision(Precision):
             self._check_trainable(module, self._quantize(module, dry_run=True).report)
             surgery = self._quantize(module)
             module, report = surgery.module, surgery.report
-        models = (module, *self._modules)  # a frozen one takes the scaler from none that trains
+        models = (module, *self.models)  # a frozen one takes the scaler from none that trains
         self._choose_base(trains=any(param.requires_grad for model in models for param in model.parameters()))
         self._set_up_layers(module)
         vectors = [item for model in models if self.policy.mixed for item in self._widen_vectors(model)]
@@ -202,7 +202,7 @@ class BitsandbytesPrecision(Precision):
             bytes_after=module_bytes(module),
             lead=quantised_share(module),
         )
-        self._remember(module)
+        self.remember(module)
         return module
 
     def before_load(self, module: nn.Module) -> None:

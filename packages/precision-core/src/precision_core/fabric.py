@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 from weakref import WeakSet
 
 import torch
@@ -25,15 +25,6 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from precision_core import lightning_names
-from precision_core.checkpoint import load as loading
-from precision_core.checkpoint import save as saving
-from precision_core.checkpoint.agreement import agreed
-from precision_core.checkpoint.background import PendingSave, forget
-from precision_core.checkpoint.live.state import check_is_dict
-from precision_core.checkpoint.paths import local_path
-from precision_core.checkpoint.presence import Presence
-from precision_core.checkpoint.storage import engine as engine_checkpoint
-from precision_core.checkpoint.tensors import is_sharded
 from precision_core.data import rng
 from precision_core.override import is_overridden, override, undone_on_error
 from precision_core.policy.casting import move
@@ -54,9 +45,14 @@ from precision_core.support.composition import check_composition
 from precision_core.support.resolve import resolve_precision, resolve_strategy
 
 if TYPE_CHECKING:
+    from precision_core.checkpoint.background import PendingSave
+    from precision_core.checkpoint.presence import Presence
     from precision_core.checkpoint.weights.layers import Loaded
+    from precision_core.data.loader import DeviceLoader
 
 T = TypeVar("T")
+Model = TypeVar("Model", bound=nn.Module)
+Opt = TypeVar("Opt", bound=Optimizer)
 
 
 class Fabric:
@@ -100,7 +96,7 @@ class Fabric:
         if self._joined:
             self._strategy.join(self._layout.ranks or Ranks())
             self._strategy.connect(self._precision)
-        self._presence = self._strategy.presence = Presence(self._strategy) if self._joined else None
+        self._presence = self._strategy.presence = self._make_presence() if self._joined else None
         self._optimizers: WeakSet[Optimizer] = WeakSet()
         self._models: WeakSet[nn.Module] = WeakSet()
         if self._joined:
@@ -108,6 +104,11 @@ class Fabric:
         self._losses = LossWatch(self._precision.mode)
         self._restores: list[Callable[[], None]] = []
         self._replaced: ParamMap = WeakIdKeyDictionary()  # what setup replaced, for optimizers that are set up later
+
+    def _make_presence(self) -> Presence:
+        from precision_core.checkpoint.presence import Presence  # `import precision_core` takes none of its checkpoints
+
+        return Presence(self._strategy)
 
     def __repr__(self) -> str:
         ranks = f"rank {self.global_rank} of {self.world_size}" if self._joined else f"{self.world_size}, not launched"
@@ -210,6 +211,12 @@ class Fabric:
         )
         raise RuntimeError(f"{needs}: call fabric.launch() right after Fabric(...)")
 
+    @overload
+    def setup(self, model: Model) -> Model: ...
+    @overload
+    def setup(self, model: Model, optimizer: Opt, /) -> tuple[Model, Opt]: ...
+    @overload
+    def setup(self, model: Model, *optimizers: Optimizer) -> tuple[Any, ...]: ...
     def setup(self, model: nn.Module, *optimizers: Optimizer) -> Any:
         """Converts the model, moves it to the device, and lets forward, backward and step run in the precision.
 
@@ -232,12 +239,12 @@ class Fabric:
             forget_cast(_uncompiled(model))  # that was the engine
         return (model, *optimizers) if optimizers else model
 
-    def setup_module(self, model: nn.Module) -> nn.Module:
+    def setup_module(self, model: Model) -> Model:
         """Sets up a model without optimizers, for evaluation for example; see `setup`."""
         with self._undone_on_error():
-            model = self._setup_module(model)
-            self._strategy.setup_together(_uncompiled(model), ())
-        return model
+            result: Any = self._setup_module(model)
+            self._strategy.setup_together(_uncompiled(result), ())
+        return result
 
     def _setup_module(self, model: nn.Module, optimizers: tuple[Optimizer, ...] = ()) -> nn.Module:
         if not isinstance(model, nn.Module):
@@ -274,6 +281,10 @@ class Fabric:
                 self._restores.append(override(converted, name, watch))
         return outer
 
+    @overload
+    def setup_optimizers(self, optimizer: Opt, /) -> Opt: ...
+    @overload
+    def setup_optimizers(self, *optimizers: Optimizer) -> tuple[Optimizer, ...]: ...
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Sets up optimizers apart from their model; returns the one, or a tuple of them."""
         self._check_optimizers(optimizers)
@@ -360,6 +371,14 @@ class Fabric:
         if make is not None:  # outside of torch.compile: an engine is not to be traced
             self._restores.append(override(outer, name, make))
 
+    @overload
+    def setup_dataloaders(
+        self, loader: Iterable[Any], /, *, move_to_device: bool = True, use_distributed_sampler: bool = True
+    ) -> DeviceLoader: ...
+    @overload
+    def setup_dataloaders(
+        self, *loaders: Iterable[Any], move_to_device: bool = True, use_distributed_sampler: bool = True
+    ) -> tuple[Any, ...]: ...
     def setup_dataloaders(
         self, *loaders: Iterable[Any], move_to_device: bool = True, use_distributed_sampler: bool = True
     ) -> Any:
@@ -533,12 +552,17 @@ class Fabric:
             OSError: the file cannot be written; names the path. In both cases an old file at `path` stays.
             CheckpointError: another rank failed, or is gone, or has gone on without calling this.
         """
+        from precision_core.checkpoint.background import PendingSave
+        from precision_core.checkpoint.live.state import check_is_dict
+        from precision_core.checkpoint.paths import local_path
+        from precision_core.checkpoint.save import save
+
         place = local_path(path, "fabric.save")
         check_is_dict("fabric.save", state)
         self._check_launched("fabric.save")
         if self._strategy.save_checkpoint(place, state, filter):
             return PendingSave(place)
-        return saving.save(place, state, filter, self._strategy, wait)
+        return save(place, state, filter, self._strategy, wait)
 
     def load(
         self,
@@ -563,13 +587,18 @@ class Fabric:
             CheckpointError: damaged, foreign, newer, or does not fit; an object that did not load, by its name.
             FileNotFoundError: there is no such file.
         """
-        place = engine_checkpoint.folder_of(local_path(path, "fabric.load"))
+        from precision_core.checkpoint.live.state import check_is_dict
+        from precision_core.checkpoint.load import load
+        from precision_core.checkpoint.paths import local_path
+        from precision_core.checkpoint.storage.engine import folder_of
+
+        place = folder_of(local_path(path, "fabric.load"))
         check_is_dict("fabric.load", {} if state is None else state)
         self._check_launched("" if state is None else "fabric.load")  # without one each rank may read for itself
         loaded = self._strategy.load_checkpoint(place, state, strict, filter, trust)
         if loaded is not None:
             return loaded
-        return loading.load(place, state, strict, filter, trust, self._strategy)
+        return load(place, state, strict, filter, trust, self._strategy)
 
     def save_module(self, path: str | PathLike[str], module: nn.Module, *, max_shard_size: int | str = "5GB") -> None:
         """Writes a module's parameters and buffers as safetensors, as Hugging Face libraries read and write them.
@@ -581,6 +610,8 @@ class Fabric:
             OSError: the file cannot be written; what was there stays.
             CheckpointError: rank zero could not write it.
         """
+        from precision_core.checkpoint.agreement import agreed
+        from precision_core.checkpoint.paths import local_path
         from precision_core.checkpoint.weights.files import save_module
 
         place, target = local_path(path, "fabric.save_module"), _uncompiled(module)
@@ -599,6 +630,9 @@ class Fabric:
             CheckpointError: damaged, or does not fit, here or on another rank; nothing was changed.
             FileNotFoundError: there is no such file.
         """
+        from precision_core.checkpoint.agreement import agreed
+        from precision_core.checkpoint.paths import local_path
+        from precision_core.checkpoint.tensors import is_sharded
         from precision_core.checkpoint.weights.files import load_module
 
         place, target = local_path(path, "fabric.load_module"), _uncompiled(module)
@@ -616,8 +650,10 @@ class Fabric:
         while self._restores:
             self._restores.pop()()
         if self._presence is not None:
+            from precision_core.checkpoint.background import forget
+
             self._presence.close()
-        forget(self._strategy)  # waits for a save that is under way
+            forget(self._strategy)  # waits for a save that is under way
         self._precision.teardown()
         self._strategy.teardown()
 

@@ -78,7 +78,7 @@ class DeepSpeedPrecision(Precision):
     def _make_half(self) -> Precision:
         return _Half(self._core_policy, buffers=self._buffers)
 
-    def _check_policy(self, policy: Policy) -> Policy:
+    def check_policy(self, policy: Policy) -> Policy:
         name = f"DeepSpeedPrecision({str(policy)!r})"
         if policy.exceptions:
             raise ValueError(f"{name}: the engine knows one dtype for all layers, so there are no exceptions")
@@ -135,7 +135,7 @@ class DeepSpeedPrecision(Precision):
         """Converts as core's plugin for the mode does, and takes its report; raises what that raises."""
         self._core.convert_module(module)
         self.report = self._core.report
-        self._remember(module)
+        self.remember(module)
         return module
 
     def module_init_context(self) -> AbstractContextManager[Any]:

@@ -112,7 +112,7 @@ class FSDPPrecision(Precision):
         else:
             module = self._plugin.convert_module(module)
             self.report = self._plugin.report
-        self._remember(module)
+        self.remember(module)
         return module
 
     def convert_input(self, data: T) -> T:

@@ -176,7 +176,7 @@ class FSDPStrategy(Collectives, Strategy):
     def check_together(self, module: nn.Module, optimizers: tuple[Optimizer, ...]) -> None:
         """Raises `ValueError` for an optimizer that holds parameters of `module` and others beside them."""
         for optimizer in optimizers:
-            check_members(optimizer, set(module.parameters()), self.precision._name_of)
+            check_members(optimizer, set(module.parameters()), self.precision.name_of)
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Brings the optimizer's state to its parameters, and returns it.
@@ -185,7 +185,7 @@ class FSDPStrategy(Collectives, Strategy):
             ValueError: it holds parameters of a sharded model and others, or some that were added to one after its
                 setup, whose gradients nobody would reduce.
         """
-        self._members.check(optimizer, self._held_back.roots, self.precision._name_of)
+        self._members.check(optimizer, self._held_back.roots, self.precision.name_of)
         self._restores.append(override(optimizer, "zero_grad", dropping(self._held_back.drop)))
         return super().setup_optimizer(optimizer)
 
@@ -275,8 +275,8 @@ class FSDPStrategy(Collectives, Strategy):
             RuntimeError: gradients of its parameters are held back: no backward has reduced them.
             ValueError: it has got parameters since its setup whose gradients nobody reduces.
         """
-        self._members.check(optimizer, self._held_back.roots, self.precision._name_of)
-        check = functools.partial(self._held_back.check_reduced, optimizer, self.precision._name_of)
+        self._members.check(optimizer, self._held_back.roots, self.precision.name_of)
+        check = functools.partial(self._held_back.check_reduced, optimizer, self.precision.name_of)
         if closure is None:
             check()
         else:

@@ -202,7 +202,7 @@ class TransformerEnginePrecision(Precision):
             bytes_before=before,
             bytes_after=module_bytes(module),
         )
-        self._remember(module)
+        self.remember(module)
         self._engine.register(module)
         return module
 

@@ -32,8 +32,8 @@ class XLALoader(DeviceLoader):
         super().__init__(loader, device)
         self._mesh = mesh
 
-    def _moved(self, batches: Iterator[Any]) -> Iterator[Any]:
-        return self._ahead(batches) if self._has_workers() else self._one_by_one(batches)
+    def moved(self, batches: Iterator[Any]) -> Iterator[Any]:
+        return self._ahead(batches) if self.has_workers() else self._one_by_one(batches)
 
     def _one_by_one(self, batches: Iterator[Any]) -> Iterator[Any]:
         while True:
@@ -43,7 +43,7 @@ class XLALoader(DeviceLoader):
             except StopIteration:
                 return
             tensors = _tensors_of(batch)
-            yield self._with(batch, vendor.upload(tensors, self._device, self._mesh))
+            yield self._with(batch, vendor.upload(tensors, self.destination, self._mesh))
 
     def _ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
         drawn: deque[Any] = deque()
@@ -57,7 +57,7 @@ class XLALoader(DeviceLoader):
             except BaseException as error:  # in the vendor's thread, where it would end the epoch and say nothing
                 errors.append(error)
 
-        for tensors in vendor.upload_ahead(draw(), self._device, self._mesh):
+        for tensors in vendor.upload_ahead(draw(), self.destination, self._mesh):
             yield self._with(drawn.popleft(), tensors)
         if errors:
             raise errors[0]
@@ -65,7 +65,7 @@ class XLALoader(DeviceLoader):
     def _with(self, batch: Any, moved: list[Tensor]) -> Any:
         """Returns `batch` on the device, where `moved` are those of its tensors that the vendor has moved."""
         new = {id(tensor): other for tensor, other in zip(_tensors_of(batch), moved, strict=True)}
-        return map_tensors(batch, lambda tensor: new[id(tensor)] if id(tensor) in new else tensor.to(self._device))
+        return map_tensors(batch, lambda tensor: new[id(tensor)] if id(tensor) in new else tensor.to(self.destination))
 
 
 def _tensors_of(batch: Any) -> list[Tensor]:

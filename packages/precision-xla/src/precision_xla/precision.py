@@ -75,7 +75,7 @@ class XLAPrecision(Precision):
         """Casts parameters and buffers in place as core's plugin of the mode does, and returns `module`."""
         module = self._plugin.convert_module(module)
         self.report = self._plugin.report
-        self._remember(module)
+        self.remember(module)
         return module
 
     def convert_input(self, data: T) -> T:

@@ -207,7 +207,7 @@ class XLAStrategy(Strategy):
         """Notes in the report what will read values from the device, and starts what setup has prepared."""
         for optimizer in optimizers:
             for note in self._reads_of(optimizer):
-                self.precision._note(note)
+                self.precision.note(note)
         vendor.sync()
 
     def _reads_of(self, optimizer: Optimizer) -> Iterator[str]:

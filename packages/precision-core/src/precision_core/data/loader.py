@@ -32,7 +32,7 @@ class DeviceLoader:
 
     def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
         self._loader = loader
-        self._device = device
+        self.destination = device
         self._epoch = 0  # passes that came to their end
         self._batches: int | None = None  # handed out in the newest pass; None: it came to its end
         self._start: dict[str, Any] = {}  # what the newest pass was drawn from
@@ -52,17 +52,17 @@ class DeviceLoader:
         return self._hand_out(batches, self._newest)
 
     def _hand_out(self, batches: Iterator[Any], which: object) -> Iterator[Any]:
-        for batch in self._moved(batches):
+        for batch in self.moved(batches):
             if which is self._newest and self._batches is not None:
                 self._batches += 1
             yield batch
         if which is self._newest:
             self.end_epoch()
 
-    def _moved(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def moved(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yields the batches on the device; a strategy's own loader may bring them there in another way."""
         for batch in batches:
-            yield move(batch, self._device)
+            yield move(batch, self.destination)
 
     def _go_on(self) -> Iterator[Any]:
         now = capture(self._loader)
@@ -99,7 +99,7 @@ class DeviceLoader:
         if keeps_own_state(self._loader):
             return self._loader.state_dict()  # type: ignore[attr-defined]
         sampler = stateful_sampler(self._loader)
-        if sampler is not None and self._batches is not None and self._has_workers():
+        if sampler is not None and self._batches is not None and self.has_workers():
             raise ValueError(
                 f"the workers have drawn ahead from {type(sampler).__name__}, which keeps its own position: save at "
                 "the end of the epoch, use num_workers=0, or a loader with state_dict (torchdata's StatefulDataLoader)"
@@ -113,7 +113,8 @@ class DeviceLoader:
             "sampler": None if sampler is None else sampler.state_dict(),
         }
 
-    def _has_workers(self) -> bool:
+    def has_workers(self) -> bool:
+        """Whether worker processes load the batches."""
         return bool(getattr(self._loader, "num_workers", 0))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

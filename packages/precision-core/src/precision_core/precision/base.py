@@ -67,13 +67,13 @@ class Precision:
 
     def __init__(self, *, policy: Policy | str | int | None = None) -> None:
         if policy is not None:
-            self.policy = self._check_policy(Policy.parse(policy))
+            self.policy = self.check_policy(Policy.parse(policy))
 
     _runs: tuple[torch.dtype, ...] = (torch.float32,)  # what params and compute may be, alike
     _applies_exceptions = False
     _aligns = False  # whether products are to take operands of several dtypes, since a model holds such
 
-    def _check_policy(self, policy: Policy) -> Policy:
+    def check_policy(self, policy: Policy) -> Policy:
         """Returns `policy`; raises `ValueError` when this class cannot run it, naming what does."""
         check_runnable(policy)
         name = f"{type(self).__name__}({str(policy)!r})"
@@ -129,7 +129,7 @@ class Precision:
         self.report = Report(
             self.mode, tuple(items), tuple(packed), bytes_before=before, bytes_after=module_bytes(module)
         )
-        self._remember(module)
+        self.remember(module)
         return module
 
     def module_init_context(self) -> AbstractContextManager[Any]:
@@ -238,7 +238,7 @@ class Precision:
             params = list(module.parameters())
         else:
             raise ValueError("clip_gradients needs the model, the optimizer, or both")
-        return self.scaler.clip(optimizer, params, clip, self._name_of)
+        return self.scaler.clip(optimizer, params, clip, self.name_of)
 
     def optimizer_step(
         self, optimizer: Optimizer, model: nn.Module | None, closure: Callable[[], Any] | None, **kwargs: Any
@@ -248,8 +248,8 @@ class Precision:
         Returns the closure's unscaled result (also on a skipped step), else what the optimizer returns.
         """
         if model is not None:
-            self._remember(model)
-        return self.scaler.step(optimizer, closure, self._name_of, **kwargs)
+            self.remember(model)
+        return self.scaler.step(optimizer, closure, self.name_of, **kwargs)
 
     @property
     def steps(self) -> int:
@@ -274,7 +274,7 @@ class Precision:
     def _counted(self) -> Any:
         counter = self.scaler.counter
         counter.read()
-        self.scaler.check_skips(self._name_of)
+        self.scaler.check_skips(self.name_of)
         return counter
 
     # ---------------------------------------------------------------- state
@@ -298,7 +298,7 @@ class Precision:
             self.scaler.load_state_dict(state["scaler"])
         self.scaler.counter.load_state_dict(state)
         if state["mode"] != self.mode:
-            self._note(f"loaded the state of {state['mode']!r} into {self.mode!r}: {self._what_of(state)}")
+            self.note(f"loaded the state of {state['mode']!r} into {self.mode!r}: {self._what_of(state)}")
 
     def _what_of(self, state: dict[str, Any]) -> str:
         if self.policy.scale:
@@ -310,22 +310,26 @@ class Precision:
 
     # ---------------------------------------------------------------- helpers
 
-    def _note(self, note: str) -> None:
+    def note(self, note: str) -> None:
+        """Adds a note to the report, and logs it as a warning."""
         self.report = replace(self.report, notes=(*self.report.notes, note))
         _log.warning(note)
 
     @cached_property
-    def _modules(self) -> weakref.WeakSet[nn.Module]:
+    def models(self) -> weakref.WeakSet[nn.Module]:
+        """The models that this plugin converted and that are alive."""
         return weakref.WeakSet()
 
-    def _known_modules(self) -> Collection[nn.Module]:
-        return self._modules
+    def _known_models(self) -> Collection[nn.Module]:
+        return self.models
 
-    def _remember(self, module: nn.Module) -> None:
-        self._modules.add(module)
+    def remember(self, module: nn.Module) -> None:
+        """Has messages name the module's parameters; `convert_module` calls it last."""
+        self.models.add(module)
 
-    def _name_of(self, param: Tensor) -> str:
-        for module in self._modules:
+    def name_of(self, param: Tensor) -> str:
+        """Returns a parameter's name in the models that were converted, else what it looks like."""
+        for module in self.models:
             for name, candidate in module.named_parameters():
                 if candidate is param:
                     return name

@@ -140,7 +140,7 @@ class HalfPrecision(Precision):
             bytes_before=before,
             bytes_after=module_bytes(module),
         )
-        self._remember(module)
+        self.remember(module)
         return module
 
     def _what_is_lost(self) -> tuple[str, ...]:
@@ -155,11 +155,11 @@ class HalfPrecision(Precision):
             dtype = dtype_name(self.policy.buffers)
             warnings.warn(
                 f"{self.policy.flat} casts buffers to {dtype}, which changes their values or holds running statistics: "
-                f"{', '.join(names)}. To keep them: {self._how_to_keep_buffers()}",
+                f"{', '.join(names)}. To keep them: {self.how_to_keep_buffers()}",
                 stacklevel=3,
             )
 
-    def _how_to_keep_buffers(self) -> str:
+    def how_to_keep_buffers(self) -> str:
         name = type(self).__name__
         return f'{name}("{self.mode}", buffers="float32"), or buffers={{name patterns}} for some of them'
 
@@ -194,7 +194,7 @@ class HalfPrecision(Precision):
 
     def _dtypes_in_steps(self) -> Callable[[nn.Parameter], torch.dtype]:
         """Returns what gives a parameter's dtype, or the one that it will be cast to."""
-        converted = {id(param) for module in self._modules for param in module.parameters()}
+        converted = {id(param) for module in self.models for param in module.parameters()}
         return lambda param: param.dtype if id(param) in converted else self.storage(param) or param.dtype
 
     def forward_context(self) -> AbstractContextManager[Any]:

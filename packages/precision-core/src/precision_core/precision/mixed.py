@@ -74,7 +74,7 @@ class MixedPrecision(Precision):
         self._max_skips = max_skips
         self._restores: list[Restore] = []
 
-    def _check_policy(self, policy: Policy) -> Policy:
+    def check_policy(self, policy: Policy) -> Policy:
         check_runnable(policy)
         name = f"MixedPrecision({str(policy)!r})"
         if not policy.mixed:
@@ -134,7 +134,7 @@ class MixedPrecision(Precision):
             bytes_before=before,
             bytes_after=module_bytes(module),
         )
-        self._remember(module)
+        self.remember(module)
         return module
 
     def _check_trainable(self, wrong: list[tuple[str, nn.Parameter]]) -> None:
@@ -212,9 +212,9 @@ class MixedPrecision(Precision):
             min_scale=self._min_scale,
             max_skips=self._max_skips,
             lazy=self.device_type != "cpu",
-            models=self._known_modules,
+            models=self._known_models,
             refused={torch.float16, torch.bfloat16} - by_exception,
-            name_of=self._name_of,
+            name_of=self.name_of,
         )
 
     def teardown(self) -> None:
