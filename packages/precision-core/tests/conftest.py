@@ -41,7 +41,7 @@ def installed() -> Iterator[set[str]]:
 @pytest.fixture
 def install(tmp_path: Path, installed: set[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Installs a distribution for this test: its metadata, with entry points, and by choice a module's source."""
-    modules: set[str] = set()
+    modules: dict[str, Any] = {}  # what was there under each module's name
 
     def install(name: str, entry_points: str, module: str = "", source: str = "") -> None:
         folder = tmp_path / name
@@ -51,10 +51,12 @@ def install(tmp_path: Path, installed: set[str], monkeypatch: pytest.MonkeyPatch
         (metadata / "entry_points.txt").write_text(entry_points)
         if module:
             (folder / f"{module}.py").write_text(source)
-            modules.add(module)
+            modules.setdefault(module, sys.modules.get(module))
         installed.add(name)
         monkeypatch.syspath_prepend(str(folder))
 
     yield install
-    for module in modules:
+    for module, before in modules.items():
         sys.modules.pop(module, None)
+        if before is not None:  # a second import of a package would find its submodules there, and not take them in
+            sys.modules[module] = before

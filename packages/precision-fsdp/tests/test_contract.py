@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from precision_core import Strategy
+from precision_core import MODES, Strategy
 from precision_core.testing import Net, PrecisionContract, StrategyContract, make_batch, run_in_ranks
 from precision_fsdp import FSDPPrecision, FSDPStrategy
 
@@ -25,7 +25,12 @@ class TestFSDPPrecision(PrecisionContract):
         return FSDPPrecision(self.mode)
 
 
+FULL = ("64-true", "16-true")  # the others have their kinds of dtype, reduction and scale
+
+
 class TestFSDPStrategy(StrategyContract):
+    modes = tuple(pytest.param(mode, marks=pytest.mark.full) if mode in FULL else mode for mode in MODES)
+
     def make_strategy(self) -> Strategy:
         return FSDPStrategy()
 

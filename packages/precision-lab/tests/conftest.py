@@ -58,7 +58,7 @@ def bare():
 @pytest.fixture
 def install(tmp_path, monkeypatch):
     """Installs a distribution for this test, here and in child processes: its metadata, and by choice a module."""
-    modules = []
+    modules = {}  # what was there under each module's name
 
     def install(name, entry_points="", module="", source="", version="1.0", requires=()):
         folder = tmp_path / name
@@ -70,13 +70,15 @@ def install(tmp_path, monkeypatch):
         (metadata / "entry_points.txt").write_text(entry_points)
         if module:
             (folder / f"{module}.py").write_text(source)
-            modules.append(module)
+            modules.setdefault(module, sys.modules.get(module))
         monkeypatch.syspath_prepend(str(folder))
         monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
 
     yield install
-    for module in modules:
+    for module, before in modules.items():
         sys.modules.pop(module, None)
+        if before is not None:  # a second import of a package would find its submodules there, and not take them in
+            sys.modules[module] = before
 
 
 def events_of(job, batch):

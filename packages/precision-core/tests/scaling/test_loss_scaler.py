@@ -237,5 +237,5 @@ def test_sparse_gradients() -> None:
     before, optimizer = table.weight.detach().clone(), SGD(table.parameters(), lr=1.0)
     plugin.backward(plugin.pre_backward(table(torch.tensor([1, 1, 3])).sum(), table), table)
     plugin.optimizer_step(optimizer, table, None)
-    expected = before - torch.tensor([[0.0], [2.0], [0.0], [1.0]])
-    assert torch.equal(table.weight.detach(), expected)
+    expected = before - torch.tensor([[0.0], [2.0], [0.0], [1.0]])  # of 2 torch may take 1 twice
+    assert torch.allclose(table.weight.detach(), expected, rtol=0.0, atol=1e-6)
