@@ -1,3 +1,4 @@
+import functools
 import multiprocessing
 import os
 import signal
@@ -141,10 +142,12 @@ COMPARE = ["compare", "--steps", "100000", "--modes", "32-true", "--accelerator"
 @contextmanager
 def started(folder):
     """Yields the pid, stdout and stderr of a `precision compare` in a Python of its own, and how to wait for it."""
-    command = [sys.executable, "-m", "precision_lab.cli", *COMPARE, str(folder)]
+    run = "signal.signal(signal.SIGINT, signal.default_int_handler); main()"  # who runs the tests may ignore it
+    code = f"import signal; from precision_lab.cli import main; {run}"
+    command = [sys.executable, "-c", code, *COMPARE, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
         try:
-            yield parent.pid, parent.stdout, parent.stderr, parent.wait
+            yield parent.pid, parent.stdout, parent.stderr, functools.partial(parent.wait, timeout=60)
         finally:
             parent.kill()
 
