@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from precision_core import Fabric
 from precision_core.testing.ranks import POOLS, RankError, run_in_ranks
@@ -49,6 +50,23 @@ def kept() -> Iterator[None]:
 
 def process() -> int:
     return os.getpid()
+
+
+def train_in_a_cycle() -> int:
+    """Takes steps of torch's DDP, and leaves it to the garbage collector, right after its last collective."""
+    dist.init_process_group("gloo")
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    for _ in range(2):
+        model(torch.ones(2, 3)).sum().backward()
+    model.itself = [model]  # type: ignore[assignment]
+    return os.getpid()
+
+
+@pytest.mark.usefixtures("kept")
+def test_they_clean_up_a_group_whose_threads_are_at_work() -> None:
+    first = run_in_ranks(2, train_in_a_cycle)
+    for _ in range(25):  # half of these runs hung, some 20 seconds, and the ranks were given up
+        assert run_in_ranks(2, train_in_a_cycle) == first
 
 
 @pytest.mark.usefixtures("kept")

@@ -167,10 +167,14 @@ def _live(rank: int, pipes: list[tuple[Connection, Connection]], job: Job | None
 def _clean() -> None:
     for cleanup in CLEANUPS:
         cleanup()
-    if dist.is_initialized():
+    groups = list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []
+    if groups:
         dist.destroy_process_group()
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()
     gc.collect()
+    # last, and from here: where torch's DDP is the last to hold a group, its end waits for gloo's threads, and they for
+    # the interpreter, which it does not let go meanwhile
+    del groups
