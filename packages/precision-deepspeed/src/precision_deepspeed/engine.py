@@ -6,7 +6,8 @@ plain_engine.PlainEngine    stage 0 over float32 parameters: everything is where
 plain_engine.HalfEngine     stage 0 over bfloat16 parameters: the optimizer holds float32 copies
 
 Every backward is an accumulating one to DeepSpeed; `reduce` ends the accumulation when somebody needs the gradients,
-clipping or the step. So nothing depends on knowing in advance which backward is the last.
+clipping or the step. So nothing depends on knowing in advance which backward is the last. DeepSpeed's own way to that,
+`managed_gradient_accumulation: false`, reduces in its step alone, too late for clipping (tests/test_vendor.py).
 
 DeepSpeed skips a step whose gradients are not finite before its scaler hears of it, so under ZeRO the scale of
 `torch_autocast` never falls (0.19.8). Its documented way around is used: `override_loss_scale` says what the loss is
