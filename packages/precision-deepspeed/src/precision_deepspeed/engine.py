@@ -26,9 +26,8 @@ from torch.optim import Optimizer
 
 from precision_core.checkpoint import CheckpointError
 from precision_core.scaling import Clip
+from precision_deepspeed.checkpoints import Place, Saved, fill
 from precision_deepspeed.direct import check_fills_no_gradients, on_gradients_of
-from precision_deepspeed.placing import Place, fill
-from precision_deepspeed.saved import Saved
 
 T = TypeVar("T")
 
@@ -55,7 +54,7 @@ class Engine:
         self.module = module
         self.optimizer = optimizer
         self.names: dict[str, Any] = {}
-        """What `names.describe` says of the model."""
+        """What `checkpoints.describe` says of the model."""
         self.has_gradients = False
         self._reduced = self._failed = False
         self._running = self._begun = False  # `backward`, and the first gradient in it

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from precision_core.scaling import Clip, all_finite, clip_true_gradients, multiply
+from precision_deepspeed.checkpoints import Place
 from precision_deepspeed.engine import Engine, check_finite, tighten
-from precision_deepspeed.placing import Place
 
 
 class PlainEngine(Engine):

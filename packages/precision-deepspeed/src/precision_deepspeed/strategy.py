@@ -19,15 +19,15 @@ from precision_core.override import original
 from precision_core.scaling import make_clip
 from precision_core.strategies import Collectives, Ranks, join
 from precision_core.support import is_core_mode
-from precision_deepspeed import checkpoint, vendor
+from precision_deepspeed import vendor
 from precision_deepspeed.arguments import check_optimizer, check_together, config_of
 from precision_deepspeed.binding import bind, unbind
+from precision_deepspeed.checkpoints import describe, read_plain
+from precision_deepspeed.checkpoints import folder as checkpoint
 from precision_deepspeed.config import deepspeed_config, stage_of
 from precision_deepspeed.direct import check_in_shards, check_not_transformed, on_gradients_of, once
 from precision_deepspeed.engine import Engine
 from precision_deepspeed.engines import make_engine
-from precision_deepspeed.export import read_plain
-from precision_deepspeed.names import describe
 from precision_deepspeed.plugin import DeepSpeedPrecision
 
 

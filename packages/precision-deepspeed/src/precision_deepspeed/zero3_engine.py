@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 
 from precision_core.precision import outside_created_as
 from precision_deepspeed import vendor
+from precision_deepspeed.checkpoints import Place, Saved
 from precision_deepspeed.direct import check_in_shards, check_not_transformed, once
-from precision_deepspeed.placing import Place
-from precision_deepspeed.saved import Saved
 from precision_deepspeed.zero_engine import ZeroEngine
 
 T = TypeVar("T")

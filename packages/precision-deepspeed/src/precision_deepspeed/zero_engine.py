@@ -11,10 +11,9 @@ from torch.optim import Optimizer
 
 from precision_core.checkpoint import CheckpointError
 from precision_core.scaling import Clip, all_finite
+from precision_deepspeed.checkpoints import Place, Saved
 from precision_deepspeed.engine import Engine, check_finite, tighten
 from precision_deepspeed.order import Order
-from precision_deepspeed.placing import Place
-from precision_deepspeed.saved import Saved
 
 
 class ZeroEngine(Engine):

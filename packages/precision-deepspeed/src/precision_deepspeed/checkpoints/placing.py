@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from precision_core.checkpoint import CheckpointError
-from precision_deepspeed.saved import Saved
+from precision_deepspeed.checkpoints.saved import Saved
 
 
 class Place(NamedTuple):

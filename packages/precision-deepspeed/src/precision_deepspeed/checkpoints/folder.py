@@ -27,12 +27,12 @@ from precision_core.checkpoint import file as checkpoint
 from precision_core.checkpoint import load as loading
 from precision_core.checkpoint import manifest as folder_manifest
 from precision_core.checkpoint import save as saving
-from precision_deepspeed.engine import Engine
-from precision_deepspeed.export import read_plain
-from precision_deepspeed.pickles import check_pickles
-from precision_deepspeed.saved import Saved
+from precision_deepspeed.checkpoints.export import read_plain
+from precision_deepspeed.checkpoints.pickles import check_pickles
+from precision_deepspeed.checkpoints.saved import Saved
 
 if TYPE_CHECKING:
+    from precision_deepspeed.engine import Engine
     from precision_deepspeed.strategy import DeepSpeedStrategy
 
 STATE = "state.ckpt"

@@ -12,7 +12,7 @@ from torch import Tensor
 from precision_core.checkpoint import RESERVED, CheckpointError, local_path
 from precision_core.checkpoint import file as checkpoint
 from precision_core.checkpoint import manifest as folder_manifest
-from precision_deepspeed.saved import Saved
+from precision_deepspeed.checkpoints.saved import Saved
 
 _STATE, _RECORD = "state.ckpt", "deepspeed"
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from precision_core.checkpoint import CheckpointError
-from precision_deepspeed.pickles import open_pickle
+from precision_deepspeed.checkpoints.pickles import open_pickle
 
 
 class Piece(NamedTuple):
