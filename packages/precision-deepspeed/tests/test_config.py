@@ -98,7 +98,7 @@ def test_what_the_user_says_stays() -> None:
         ("params=float32,compute=bfloat16,reduce=bfloat16", {}, ["reduce=float32"]),
         ("32-true", "ds.json", ["ds.json", "json.load"]),
         ("32-true", {"zero_optimisation": {"stage": 3}}, ["zero_optimisation", "did you mean 'zero_optimization'"]),
-        ("32-true", {"nonsense": 1}, ["nonsense", "nothing that DeepSpeed reads"]),
+        ("32-true", {"nonsense": 1}, ["nonsense", "not a key that DeepSpeed reads"]),
         ("32-true", {"train_batch_size": "auto"}, ["train_batch_size", "leave it out"]),
         ("bf16-true", {"communication_data_type": ["fp32"]}, ["communication_data_type", "bf16"]),
         ("32-true", {"checkpoint": {"load_universal": True}}, ["load_universal", "fabric.load"]),

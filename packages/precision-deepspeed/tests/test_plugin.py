@@ -141,7 +141,7 @@ def test_state_survives_a_round_trip_with_every_field_off_its_default() -> None:
         assert plugin.state_dict() == {"version": 1, "mode": mode, "scaler": state, **counts}
         assert (plugin.scale, plugin.steps, plugin.skipped_steps, plugin.last_step_skipped) == (8.0, 5, 3, True)
         for wrong in ({"scale": "much"}, {"scale": float("nan")}, {"scale": -1.0}):
-            with pytest.raises(ValueError, match="no state"):
+            with pytest.raises(ValueError, match="not the state of a loss scaler"):
                 plugin.scaler.load_state_dict(wrong)
 
 

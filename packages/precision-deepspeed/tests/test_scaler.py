@@ -59,6 +59,6 @@ def test_the_scale_follows_window_hysteresis_and_minimum(stage: int, float16_ran
 def test_what_is_no_scale_is_refused_and_the_old_one_stays(scale: Any) -> None:
     scaler = SectionScaler()
     scaler.load_state_dict({"scale": 256.0})
-    with pytest.raises(ValueError, match=r"this is no state of a loss scaler: scale is "):
+    with pytest.raises(ValueError, match=r"not the state of a loss scaler: scale is "):
         scaler.load_state_dict({"scale": scale})
     assert scaler.factor == 256.0

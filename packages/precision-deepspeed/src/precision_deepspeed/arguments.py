@@ -1,4 +1,4 @@
-"""What users pass: the strategy's arguments as one config, and models and optimizers that an engine can take."""
+"""Checks of what users pass: the strategy's arguments, as one config, and the model and optimizer for an engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def config_of(
     for name, given in (("offload_optimizer", offload_optimizer), ("offload_parameters", offload_parameters)):
         if not isinstance(given, bool):
             raise ValueError(
-                f"DeepSpeedStrategy({name}={given!r}): True is the host's memory; other devices are set in "
+                f"DeepSpeedStrategy({name}={given!r}): True offloads to CPU memory; other devices are set in "
                 'config={"zero_optimization": ...}'
             )
     if offload_parameters and stage != 3:
@@ -35,7 +35,7 @@ def config_of(
     made = copy.deepcopy(dict(config or {}))
     zero = made.setdefault("zero_optimization", {})
     if not isinstance(zero, dict):
-        raise ValueError(f'config["zero_optimization"] is a dict, not {zero!r}')
+        raise ValueError(f'config["zero_optimization"] has to be a dict, not {zero!r}')
     if zero.setdefault("stage", stage) != stage:
         raise ValueError(
             f'DeepSpeedStrategy(stage={stage}) and config["zero_optimization"]["stage"] = {zero["stage"]!r} contradict '
@@ -59,30 +59,30 @@ def config_of(
 
 
 def check_optimizer(optimizer: Optimizer, stage: int) -> None:
-    """Raises `ValueError` for an optimizer that the engine would not step as it is."""
+    """Raises `ValueError` for an optimizer that the engine would change or step differently."""
     name = type(optimizer).__name__
     if any(float(state.get("step", 1)) for state in optimizer.state.values()):  # Adagrad's is there from the start
         raise ValueError(
-            f"this {name} has state, which DeepSpeed drops when it takes the optimizer over: set it up first, then "
-            "load the checkpoint with fabric.load"
+            f"this {name} has state, which DeepSpeed discards when it takes the optimizer over: call fabric.setup "
+            "first, then load the checkpoint with fabric.load"
         )
     if stage > 0 and any(cls.__name__.lower() in _BY_SHAPE for cls in type(optimizer).__mro__):
         raise ValueError(
-            f"{name} looks at the shape of each parameter, and under ZeRO an optimizer steps flat shards of all "
-            "together: use one whose step is the same for every element (AdamW, SGD), or pass stage=0"
+            f"{name} looks at the shape of each parameter, and under ZeRO an optimizer steps flat shards of many "
+            "parameters: use an elementwise one (AdamW, SGD), or pass stage=0"
         )
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if isinstance(optimizer, Adagrad) and (stage > 0 or any(param.dtype is not torch.float32 for param in params)):
         raise ValueError(
-            "DeepSpeed puts an Adagrad of its own in place of this one, without its groups and out of reach of its "
-            "schedulers: use another optimizer, or stage=0 with float32 parameters"
+            "DeepSpeed replaces this optimizer by an Adagrad of its own, which has other parameter groups, so that "
+            "schedulers do not reach it: use another optimizer, or stage=0 with float32 parameters"
         )
 
 
 def check_together(
     module: nn.Module | None, optimizers: tuple[Optimizer, ...], stage: int, is_taken: bool
 ) -> tuple[nn.Module, Optimizer]:
-    """Returns the model and the one optimizer that an engine takes, or raises `ValueError` for what it cannot."""
+    """Returns the model and its one optimizer; raises `ValueError` for what an engine cannot train."""
     if module is None:
         raise ValueError("DeepSpeed's engine takes model and optimizer together: fabric.setup(model, optimizer)")
     if len(optimizers) > 1:
@@ -94,26 +94,24 @@ def check_together(
     stepped = {param for group in optimizer.param_groups for param in group["params"]}
     if not stepped <= set(module.parameters()):
         raise ValueError(
-            f"this {type(optimizer).__name__} holds parameters of another model: an engine has one model, with "
-            "the optimizer of its parameters"
+            f"this {type(optimizer).__name__} holds parameters of another model: an engine has one model, and an "
+            "optimizer of its parameters"
         )
     if isinstance(optimizer, LBFGS):
-        raise ValueError("LBFGS evaluates the loss several times a step, which DeepSpeed's engine does not do")
+        raise ValueError("LBFGS evaluates the loss several times a step, which DeepSpeed's engine does not support")
     if is_taken:
         raise ValueError(
             "DeepSpeedStrategy trains one model: the backward of a second one would run through the first one's "
-            "engine. Put both into one nn.Module, or make another Fabric"
+            "engine. Combine both in one nn.Module, or make another Fabric"
         )
     params = dict(module.named_parameters())
     numbers = [name for name, param in params.items() if not getattr(param, "ds_shape", param.shape)]
     if numbers:
-        raise ValueError(
-            f"DeepSpeed's engine takes no parameter without dimensions: give {numbers[:10]} the shape (1,)"
-        )
+        raise ValueError(f"DeepSpeed's engine does not support scalar parameters: give {numbers[:10]} the shape (1,)")
     left = [name for name, param in params.items() if param.requires_grad and param not in stepped]
     if stage == 3 and left:
         raise ValueError(
             f"{left[:10]} train and are in no group of the optimizer: at stage 3 DeepSpeed writes them to no "
-            "checkpoint. Give them to the optimizer, or freeze them with requires_grad_(False)"
+            "checkpoint. Add them to the optimizer, or freeze them with requires_grad_(False)"
         )
     return module, optimizer

@@ -1,4 +1,4 @@
-"""The optimizer's own methods that do not reach the engine, bound to it on the user's object until teardown."""
+"""Methods of the user's optimizer that have to reach the engine, overridden on the instance until teardown."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from precision_deepspeed.engine import Engine
 
 
 def bind(optimizer: Optimizer, engine: Engine) -> None:
-    """Has `zero_grad()` drop what the engine holds, and `add_param_group()` refuse what the engine cannot step."""
+    """Has `zero_grad()` discard the engine's gradients, and `add_param_group()` raise where it has to."""
 
     def zero_grad(self: Optimizer, set_to_none: bool = True) -> None:
         engine.drop()
         if not engine.steps_parameters:
-            return  # the optimizer holds tensors of DeepSpeed's, gradients and all
+            return  # the optimizer's parameters, and their gradients, are DeepSpeed's own tensors
         if any(param.grad is not None for group in self.param_groups for param in group["params"]):
-            type(self).zero_grad(self, set_to_none)  # takes its time where a step has left nothing to do, as most do
+            type(self).zero_grad(self, set_to_none)  # it is slow, and after most steps there is nothing to do
 
     def add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
         if not engine.steps_parameters:
             raise RuntimeError(
-                "optimizer.add_param_group after fabric.setup: DeepSpeed's engine has laid out what it steps. Give the "
-                "optimizer all groups before, with a learning rate of 0 for those that are to train later"
+                "optimizer.add_param_group after fabric.setup: DeepSpeed's engine has copied the parameters into flat "
+                "tensors. Add all groups before setup, with a learning rate of 0 for those that are to train later"
             )
         type(self).add_param_group(self, param_group)
 
@@ -33,6 +33,6 @@ def bind(optimizer: Optimizer, engine: Engine) -> None:
 
 
 def unbind(optimizer: Optimizer) -> None:
-    """Gives the optimizer its own methods back."""
+    """Restores the optimizer's own methods."""
     for name in ("zero_grad", "add_param_group"):
         optimizer.__dict__.pop(name, None)

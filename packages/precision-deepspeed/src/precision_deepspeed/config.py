@@ -1,4 +1,4 @@
-"""The config that the engine gets, from a policy and what the user asked for: one plain function."""
+"""The config for `deepspeed.initialize`, from a policy and the user's config: one plain function."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _SECTIONS = ("fp16", "bf16", "torch_autocast")
 _NOT_HERE = {
     "optimizer": "pass the optimizer itself: fabric.setup(model, torch.optim.AdamW(...))",
     "scheduler": "make the scheduler yourself and step it after optimizer.step()",
-    "amp": "DeepSpeed 0.19.8 has no apex any more; 16-mixed is its torch_autocast",
+    "amp": "DeepSpeed 0.19.8 has removed apex; 16-mixed is its torch_autocast",
     "bfloat16": 'DeepSpeed calls it "bf16"',
-    "managed_gradient_accumulation": "an accumulation ends at the step here, however many backwards it had",
+    "managed_gradient_accumulation": "any number of backwards before optimizer.step() accumulate here without it",
 }
 
 _NAMES_AT_TOP = """
@@ -35,18 +35,18 @@ _NAMES_AT_TOP = """
     zero_force_ds_cpu_optimizer zero_optimization
 """
 _KNOWN = frozenset(_NAMES_AT_TOP.split())
-"""What DeepSpeed 0.19.8 reads at the top of a config; whatever else stands there it passes over without a word."""
+"""The top-level keys that DeepSpeed 0.19.8 reads; it ignores others silently."""
 
 
 def deepspeed_config(policy: Policy | str | int, user_config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the config to give to `deepspeed.initialize`: `user_config` and what `policy` needs.
+    """Returns the config for `deepspeed.initialize`: `user_config` and what `policy` needs.
 
-    Mixed policies are the section `torch_autocast` (gradients are reduced in float32, so no layer is on its list of
-    those that may reduce in less), true ones `bf16` and `fp16`. Gradients are not clipped unless someone says so
-    (DeepSpeed's default is a norm of 1.0 since 0.19.4), one step is one backward, and any torch optimizer may be used.
+    Mixed policies are the section `torch_autocast`, with an empty list of layers whose gradients may be reduced in a
+    lower dtype than float32; true ones are `bf16` and `fp16`. Gradients are not clipped (DeepSpeed's default is a norm
+    of 1.0 since 0.19.4), one step is one backward, and any torch optimizer may be used.
 
     Raises:
-        ValueError: `user_config` contradicts the policy, or the two together do not learn; names both.
+        ValueError: `user_config` contradicts the policy (the error names both), or a model does not learn with the two.
 
     Source: https://www.deepspeed.ai/docs/config-json/
     """
@@ -71,7 +71,7 @@ def deepspeed_config(policy: Policy | str | int, user_config: Mapping[str, Any] 
 
 
 def stage_of(config: Mapping[str, Any]) -> int:
-    """Returns the ZeRO stage; raises `ValueError` for what is none."""
+    """Returns the ZeRO stage; raises `ValueError` for anything but 0 to 3."""
     stage = _table(config, "zero_optimization").get("stage", 0)
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ValueError(f"ZeRO has the stages 0, 1, 2 and 3, not {stage!r}")
@@ -79,21 +79,21 @@ def stage_of(config: Mapping[str, Any]) -> int:
 
 
 def has_pure_state(config: Mapping[str, Any] | None) -> bool:
-    """Whether the `bf16` section has been told to keep no float32 master weights."""
+    """Whether the `bf16` section asks for training without float32 master weights."""
     return bool(_table(config or {}, "bf16").get("bf16_master_weights_and_grads"))
 
 
 def _table(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = config.get(key, {})
     if not isinstance(value, Mapping):
-        raise ValueError(f"config[{key!r}] is a dict, not {value!r}")
+        raise ValueError(f"config[{key!r}] has to be a dict, not {value!r}")
     return value
 
 
 def _check_policy(policy: Policy) -> Policy:
-    """Returns a policy that one of DeepSpeed's sections runs; its plugin checks the rest, and the machine."""
+    """Returns the policy if one of DeepSpeed's sections can run it; the plugin checks the rest, and the hardware."""
     if policy.exceptions:
-        raise ValueError(f'precision="{policy}": the engine knows one dtype for all layers, so there are no exceptions')
+        raise ValueError(f'precision="{policy}": the engine has one dtype for all layers: no exceptions')
     if not {policy.params, policy.compute, policy.reduce} <= _NAMES.keys():
         raise ValueError(f'precision="{policy}": {NO_FLOAT64}')
     if policy.mixed and policy.reduce is not torch.float32:
@@ -104,14 +104,14 @@ def _check_policy(policy: Policy) -> Policy:
 def _check_keys(config: Mapping[str, Any]) -> None:
     for key in config.keys() - _KNOWN:
         near = difflib.get_close_matches(str(key), _KNOWN, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "leave it out; sections of ZeRO go into zero_optimization"
-        raise ValueError(f"config[{key!r}] is nothing that DeepSpeed reads: {hint}")
+        hint = f"did you mean {near[0]!r}?" if near else "leave it out; options of ZeRO go into zero_optimization"
+        raise ValueError(f"config[{key!r}] is not a key that DeepSpeed reads: {hint}")
     for key, value in config.items():
         if value == "auto":
             raise ValueError(f'config[{key!r}] is "auto", which the Hugging Face Trainer fills in: leave it out')
     types = _table(config, "data_types")
     for key in types.keys() - {"grad_accum_dtype", "keep_in_fp32_modules"}:
-        raise ValueError(f'config["data_types"][{key!r}] cannot be used here: the policy and buffers= say dtypes')
+        raise ValueError(f'config["data_types"][{key!r}] cannot be used here: dtypes come from the policy and buffers=')
     if _table(config, "checkpoint").get("load_universal"):
         raise ValueError(
             'config["checkpoint"]["load_universal"] cannot be used here: fabric.load converts between numbers of ranks '
@@ -124,20 +124,20 @@ def _check_zero(config: Mapping[str, Any]) -> None:
     for key in ("zero_quantized_gradients", "zero_quantized_weights"):
         if zero.get(key):
             raise ValueError(
-                f'config["zero_optimization"][{key!r}] sends 8-bit integers, which no policy says here: leave it out'
+                f'config["zero_optimization"][{key!r}] sends 8-bit integers, which no policy stands for: leave it out'
             )
     for key, stages in (("offload_param", (3,)), ("offload_optimizer", (1, 2, 3))):
         device = _table(zero, key).get("device", "none") if zero.get(key) is not None else "none"
         if device not in (None, "none") and stage not in stages:
             raise ValueError(
                 f'config["zero_optimization"][{key!r}] needs stage={" or ".join(map(str, stages))}, and this is '
-                f"stage={stage}, where DeepSpeed passes over it"
+                f"stage={stage}, where DeepSpeed ignores it"
             )
 
 
 def _fix(config: dict[str, Any], key: str, value: float, way_out: str) -> None:
     if config.get(key, value) != value:
-        raise ValueError(f"config[{key!r}] is {config[key]!r}, which is {value!r} here: {way_out}")
+        raise ValueError(f"config[{key!r}] is {config[key]!r}, and has to be {value!r} here: {way_out}")
     config[key] = value
 
 
@@ -157,7 +157,7 @@ def _set_section(config: dict[str, Any], policy: Policy) -> None:
                 f'config["{name}"]["enabled"] is {enabled!r} and precision="{policy}" needs {needs} enabled: change one'
             )
         if name != wanted:
-            config.pop(name, None)  # disabled as it should be; torch_autocast's mere presence is not
+            config.pop(name, None)  # DeepSpeed 0.19.8 reads keys of a disabled torch_autocast section too
     if wanted is None:
         return
     section = config[wanted] = {"enabled": True, **_table(config, wanted)}
@@ -178,11 +178,11 @@ def _set_section(config: dict[str, Any], policy: Policy) -> None:
 def _set_reduction(config: dict[str, Any], policy: Policy) -> None:
     name = _NAMES[policy.reduce]
     given = config.get("communication_data_type")
-    if given is None:  # which is DeepSpeed's default
+    if given is None:  # None is DeepSpeed's default
         given = config["communication_data_type"] = name
     if _SPELLINGS.get(str(given), given) != name:
         raise ValueError(
-            f'config["communication_data_type"] is {given!r} and precision="{policy}" reduces gradients in {name}: say '
+            f'config["communication_data_type"] is {given!r} and precision="{policy}" reduces gradients in {name}: set '
             "it in the policy (reduce=...), or leave it out"
         )
 
@@ -201,7 +201,7 @@ def _check_stage(config: dict[str, Any], policy: Policy) -> None:
     if stage < 2 and section == "bf16" and accumulated == "fp32":
         raise ValueError(
             f'config["data_types"]["grad_accum_dtype"] is "fp32", which needs stage=2 or 3 here, and this is '
-            f"stage={stage}: DeepSpeed has no such engine at stage 0, and one of another kind at stage 1"
+            f"stage={stage}: DeepSpeed does not support it at stage 0, and uses another optimizer for it at stage 1"
         )
     if accumulated not in ("None", *_NAMES.values()):
         raise ValueError(

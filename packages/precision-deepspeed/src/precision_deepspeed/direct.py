@@ -1,13 +1,13 @@
-"""Autograd that the user's own code calls on a model of the engine, in place of `fabric.backward`.
+"""Calls of autograd by user code, other than `fabric.backward`, on a model of the engine.
 
-Gradients of inputs, as adversarial examples and saliency maps take them, are none of the engine's business: with its
-own prologue and epilogue left out they are torch's. DeepSpeed takes every call of autograd for a backward of the
-training loop: its epilogue then counts a micro-batch that there was none of, and at stage 3 the next backward adds to
-the gradients of the last step (0.19.8).
+Gradients of inputs, for adversarial examples and saliency maps, do not concern the engine: without its prologue and
+epilogue they are torch's. DeepSpeed takes every call of autograd for a backward of the training loop: its epilogue then
+counts a micro-batch that did not happen, and at stage 3 the next backward adds to the gradients of the last step
+(0.19.8).
 
-torch's engine is asked what it is about to execute, since that alone tells `torch.autograd.grad(loss, x)` from
+torch's autograd engine is asked what it is about to execute, since only that tells `torch.autograd.grad(loss, x)` from
 `loss.backward()`. `torch._C._will_engine_execute_node`, `_current_graph_task_id`, `_functorch.peek_interpreter_stack`
-are private names, on which DeepSpeed stands as well.
+are private names, which DeepSpeed uses as well.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ PLAIN_BACKWARD = (
 
 SECOND_ORDER = (
     "torch.autograd.grad(..., create_graph=True): second-order gradients (gradient penalties, Hessian-vector products) "
-    "need the parameters in both backwards, and DeepSpeed's stage 3 has freed the gathered ones after the first: pass "
-    "stage=0, 1 or 2 to DeepSpeedStrategy, where this and then fabric.backward(loss) are right. Nothing was changed"
+    "need the parameters in both backwards, and DeepSpeed's stage 3 frees the gathered ones after the first: pass "
+    "stage=0, 1 or 2 to DeepSpeedStrategy, which support this, and then call fabric.backward(loss). Nothing was changed"
 )
 
 AGAIN = (
@@ -40,41 +40,41 @@ AGAIN = (
 )
 
 TRANSFORMED = (
-    "torch.func (grad, vmap, jvp and the rest) of a model at DeepSpeed's stage 3, whose gathers and linear layers it "
-    "cannot transform: pass stage=0, 1 or 2 to DeepSpeedStrategy, or take first-order gradients with "
+    "torch.func (grad, vmap, jvp, ...) of a model at DeepSpeed's stage 3, whose gathers and linear layers it cannot "
+    "transform: pass stage=0, 1 or 2 to DeepSpeedStrategy, or take first-order gradients with "
     "torch.autograd.grad(loss, x). Nothing was changed"
 )
 
 
 def check_fills_no_gradients(module: nn.Module) -> None:
-    """Raises `RuntimeError` where the autograd call that is running would write to `param.grad`."""
+    """Raises `RuntimeError` if the autograd call that is running would write to `param.grad`."""
     for param in module.parameters():
         if param.requires_grad and _will_fill(param):
             raise RuntimeError(PLAIN_BACKWARD)
 
 
 def _will_fill(param: Tensor) -> bool:
-    if _is_transforming():  # which differentiates the arguments of a function, and no parameters
+    if _is_transforming():  # torch.func differentiates by a function's arguments, not by parameters
         return False
     try:
         return bool(torch._C._will_engine_execute_node(get_gradient_edge(param).node))
-    except RuntimeError:  # `torch.autograd.grad` of the parameter itself, which it returns
+    except RuntimeError:  # `torch.autograd.grad(loss, param)`, which returns the gradient
         return False
 
 
 def _is_transforming() -> bool:
-    """Whether `torch.func` is at work."""
+    """Whether this runs inside a `torch.func` transform."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def check_not_transformed() -> None:
-    """Raises `RuntimeError` under `torch.func`, in which stage 3 ends the process."""
+    """Raises `RuntimeError` inside a `torch.func` transform, where stage 3 would end the process."""
     if _is_transforming():
         raise RuntimeError(TRANSFORMED)
 
 
 def once(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Returns `function` for the gradients of one forward, which raises `RuntimeError` in a second call of autograd."""
+    """Returns a gradient hook for one forward that calls `function`; in a second backward it raises `RuntimeError`."""
     first: int | None = None
 
     def check(gradient: Tensor) -> Tensor:
@@ -92,20 +92,20 @@ def once(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def check_in_shards(offload: Any, gradient: Tensor) -> Tensor:
-    """Returns the gradient that autograd takes into a model of stage 3, whose layers are freed again behind it.
+    """Gradient hook on the outputs of a model at stage 3: has gathered layers freed at the end of the backward.
 
     Raises:
-        RuntimeError: the call of autograd that is running records a graph of its own.
+        RuntimeError: the backward records a graph (`create_graph=True`).
     """
     if torch.is_grad_enabled():
         raise RuntimeError(SECOND_ORDER)
-    # Layers whose inputs need no gradients, and those that the call did not reach, would stay gathered over a step.
+    # Layers whose inputs need no gradients, and those that the backward does not reach, would stay gathered.
     torch.autograd.Variable._execution_engine.queue_callback(offload.release_backward_leftovers)
     return gradient
 
 
 def on_gradients_of(output: Any, function: Callable[[Tensor], Tensor]) -> None:
-    """Has `function` called with each gradient that reaches a tensor in `output`, before autograd enters the model."""
+    """Registers `function` as a gradient hook of the tensors in `output`: it runs before autograd enters the model."""
 
     def watch(tensor: Tensor) -> Tensor:
         if tensor.grad_fn is not None:

@@ -1,4 +1,4 @@
-"""Which engine a stage and a dtype have."""
+"""Chooses the engine for a stage and a dtype."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from precision_deepspeed.zero_engine import ZeroEngine
 
 
 def make_engine(vendor: Any, module: nn.Module, optimizer: Optimizer, stage: int, scaled_here: bool) -> Engine:
-    """Returns the engine that fits the stage and dtype; `scaled_here`: the loss scale is ours, not DeepSpeed's."""
+    """Returns the engine for the stage and dtype; with `scaled_here` the loss scale is DynamicScaler's."""
     if stage == 0:
         vendor.torch_autocast_z0_gradscaler = None
         return (HalfEngine if vendor.bfloat16_enabled() else PlainEngine)(vendor, module, optimizer)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from precision_core.scaling import Clip, all_finite, clip_true_gradients, multiply
-from precision_deepspeed.checkpoints import Place
+from precision_deepspeed.checkpoints import Fragment
 from precision_deepspeed.engine import Engine, check_finite, tighten
 
 
 class PlainEngine(Engine):
-    """Stage 0 over float32 parameters: gradients are in `param.grad`, scaled until `reduce` makes them true."""
+    """Stage 0 over float32 parameters: gradients are in `param.grad`, scaled until `reduce` unscales them."""
 
     steps_parameters = True
 
@@ -61,18 +61,18 @@ class PlainEngine(Engine):
     def _flats(self) -> list[Tensor]:
         return list(self._params())
 
-    def _places(self) -> Iterator[Place]:
+    def _fragments(self) -> Iterator[Fragment]:
         names = [name for group in self.names["groups"] for name in group]
         for flat, (name, param) in enumerate(zip(names, self._params(), strict=True)):
             if name not in self.names["frozen"]:
-                yield Place(name, flat, 0, 0, param.numel())
+                yield Fragment(name, flat, 0, 0, param.numel())
 
     def _write_optimizer(self, masters: list[Tensor], as_base: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self.optimizer.load_state_dict(as_base(self.optimizer.state_dict()))  # the masters are the parameters
 
 
 class HalfEngine(Engine):
-    """Stage 0 over bfloat16 parameters."""
+    """Stage 0 over bfloat16 parameters, with float32 master weights."""
 
     def __init__(self, vendor: Any, module: nn.Module, optimizer: Optimizer) -> None:
         super().__init__(vendor, module, optimizer)
@@ -94,7 +94,7 @@ class HalfEngine(Engine):
             tighten(limit, torch.zeros(()), clip)
             return clip_true_gradients(list(self.module.parameters()), clip)
         if clip.norm_type != 2.0:
-            raise ValueError(f"clip_gradients(norm_type={clip.norm_type}): DeepSpeed knows the 2-norm only")
+            raise ValueError(f"clip_gradients(norm_type={clip.norm_type}): DeepSpeed clips by the 2-norm only")
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each.float()) for each in gradients]))
         check_finite(norm, clip)
         self.vendor.optimizer.clip_grad, norm = tighten(limit, norm, clip)
@@ -119,10 +119,10 @@ class HalfEngine(Engine):
     def _flats(self) -> list[Tensor]:
         return [master for group in self.vendor.optimizer.fp32_groups for master in group]
 
-    def _places(self) -> Iterator[Place]:
+    def _fragments(self) -> Iterator[Fragment]:
         names = [name for group in self.names["groups"] for name in group if name not in self.names["frozen"]]
         for flat, (name, master) in enumerate(zip(names, self._flats(), strict=True)):
-            yield Place(name, flat, 0, 0, master.numel())
+            yield Fragment(name, flat, 0, 0, master.numel())
 
     def _write_optimizer(self, masters: list[Tensor], as_base: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         for flat, master in zip(self._flats(), masters, strict=True):

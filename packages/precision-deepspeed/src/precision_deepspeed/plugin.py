@@ -1,4 +1,4 @@
-"""The plugin that is native to DeepSpeed: a mode as the engine runs it, and what the engine does not do for it."""
+"""The plugin that is native to DeepSpeed: a mode as the engine runs it, and the casts that the engine leaves out."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ T = TypeVar("T")
 
 _HALF = (torch.float16, torch.bfloat16)
 
-# Its warnings name the class that users write. The engine casts all parameters alike, and leaves buffers as they are.
+# Named as users know it, for its warnings. The engine casts all parameters alike, and leaves buffers as they are.
 _Half = type("DeepSpeedPrecision", (HalfPrecision,), {"_keeps_params": False})
 
 
 class DeepSpeedPrecision(Precision):
-    """A mode under a DeepSpeed engine; `policy` says what the engine makes of it.
+    """A mode under a DeepSpeed engine; `policy` has the dtypes that the engine uses for it.
 
     Mixed modes are DeepSpeed's `torch_autocast` over float32 parameters. `bf16-true` and `16-true` are its sections
-    `bf16` and `fp16`, which keep float32 master weights and optimizer state beside the half parameters, and scale
-    float16 losses: `policy.master` is float32 there.
+    `bf16` and `fp16`, which keep float32 master weights and optimizer state beside the half parameters
+    (`policy.master`), and scale float16 losses.
 
     Args:
         precision: 32-true, 16-true, bf16-true, 16-mixed, bf16-mixed, an alias, or a policy without exceptions.
-        amp_type: "native". DeepSpeed 0.19.8, the oldest that this package takes, has no apex: "apex" is refused.
+        amp_type: "native". "apex" raises: DeepSpeed 0.19.8, the oldest that this package supports, has no apex.
         amp_level: apex's; None.
         buffers: for true modes, as `HalfPrecision` takes it: which buffers to keep in float32.
-        scaler: for `16-mixed`, `init_scale`, `growth_factor`, `backoff_factor`, `growth_interval`, `min_scale`. That of
-            `16-true` is set in the config's `fp16` section.
+        scaler: for `16-mixed`, `init_scale`, `growth_factor`, `backoff_factor`, `growth_interval`, `min_scale`. The
+            scale of `16-true` is set in the config's `fp16` section.
 
     Raises:
         ValueError: float64, a policy that the engine cannot run, float16 parameters on an accelerator without float16.
@@ -66,8 +66,8 @@ class DeepSpeedPrecision(Precision):
         self._scaler_options = dict(scaler or {})
         if scaler is not None and not (self.policy.mixed and self.policy.scale):
             raise ValueError(
-                f"DeepSpeedPrecision({self._mode!r}, scaler=...): only 16-mixed takes it; 16-true's scale is set in "
-                'the config: {"fp16": {"initial_scale_power": 16, "loss_scale_window": 1000, ...}}'
+                f"DeepSpeedPrecision({self._mode!r}, scaler=...): only 16-mixed takes it. The scale of 16-true is "
+                'set in the config: {"fp16": {"initial_scale_power": 16, "loss_scale_window": 1000, ...}}'
             )
         if self.policy.params in _HALF:
             self.policy = replace(self.policy, buffers=self._make_half().policy.buffers)
@@ -81,20 +81,20 @@ class DeepSpeedPrecision(Precision):
     def check_policy(self, policy: Policy) -> Policy:
         name = f"DeepSpeedPrecision({str(policy)!r})"
         if policy.exceptions:
-            raise ValueError(f"{name}: the engine knows one dtype for all layers, so there are no exceptions")
+            raise ValueError(f"{name}: the engine has one dtype for all layers, so exceptions are not supported")
         if torch.float64 in (policy.params, policy.compute, policy.reduce):
             raise ValueError(f"{name}: {NO_FLOAT64}")
         if policy.mixed:
             return _check_mixed(name, policy)
         if policy.params not in _HALF:
             if policy.scale or policy.reduce is not policy.params:
-                raise ValueError(f"{name}: with float32 throughout nothing is scaled, and gradients are reduced in it")
+                raise ValueError(f"{name}: float32 throughout needs scale=false and reduce=float32")
             return policy
         if policy.master not in (None, torch.float32):
             raise ValueError(f"{name}: master weights are float32")
         is_float16 = policy.params is torch.float16
         if policy.scale and not is_float16:
-            raise ValueError(f"{name}: DeepSpeed scales no bfloat16 loss; say scale=false")
+            raise ValueError(f"{name}: DeepSpeed does not scale bfloat16 losses; pass scale=false")
         if is_float16 and not supports_float16():
             raise ValueError(f"{name}: {NO_FLOAT16}")
         return replace(policy, master=torch.float32, scale=is_float16)
@@ -103,7 +103,7 @@ class DeepSpeedPrecision(Precision):
 
     @property
     def mode(self) -> str:
-        """What users ask for this plugin by, without what DeepSpeed adds to it."""
+        """The mode that the user asked for, without the master weights and scaling that DeepSpeed adds."""
         return self._mode
 
     def refuses(self, strategy: Strategy) -> str | None:
@@ -156,7 +156,7 @@ class DeepSpeedPrecision(Precision):
 
     @cached_property
     def scaler(self) -> EngineScaler:
-        """What the engine's loss scale is read and set by; it scales nothing itself."""
+        """Reads and sets the engine's loss scale; the engine applies it."""
         if not self.policy.scale:
             return EngineScaler()
         return DynamicScaler(**self._scaler_options) if self.policy.mixed else SectionScaler()
@@ -169,14 +169,16 @@ class DeepSpeedPrecision(Precision):
 def _check_amp(amp_type: str, amp_level: str | None) -> None:
     if amp_type == "apex":
         raise ValueError(
-            'amp_type="apex": DeepSpeed 0.19.8, the oldest that this package takes, has removed its amp section. '
-            'amp_type="native" with precision="16-mixed" is what replaced levels O1 and O2, precision="16-true" what '
-            "replaced O3"
+            'amp_type="apex": DeepSpeed 0.19.8, the oldest that this package supports, has removed its amp section. '
+            'In place of levels O1 and O2 pass amp_type="native" with precision="16-mixed", in place of O3 with '
+            'precision="16-true"'
         )
     if amp_type != "native":
         raise ValueError(f'amp_type={amp_type!r}: allowed is "native"')
     if amp_level is not None:
-        raise ValueError(f'amp_level={amp_level!r} is apex\'s, and amp_type="native" has no levels: leave it out')
+        raise ValueError(
+            f'amp_level={amp_level!r} is an option of apex, and amp_type="native" has no levels: leave it out'
+        )
 
 
 def _check_mixed(name: str, policy: Policy) -> Policy:
@@ -188,5 +190,5 @@ def _check_mixed(name: str, policy: Policy) -> Policy:
     if policy.reduce is not torch.float32:
         raise ValueError(f"{name}: {REDUCES_IN_FLOAT32}")
     if policy.scale and policy.compute is not torch.float16:
-        raise ValueError(f"{name}: only float16 needs a scaled loss; say scale=false")
+        raise ValueError(f"{name}: only float16 needs a scaled loss; pass scale=false")
     return policy

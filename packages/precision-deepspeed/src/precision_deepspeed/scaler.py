@@ -1,8 +1,8 @@
-"""The loss scale that a DeepSpeed engine multiplies with: the engine scales, unscales and skips, this says by how much.
+"""The loss scale of a DeepSpeed engine. The engine scales the loss, unscales gradients and skips steps.
 
 EngineScaler    nothing is scaled; steps are counted
-DynamicScaler   torch_autocast in float16: torch's rule, kept here, since the engine's own scale never falls
-SectionScaler   the fp16 section: DeepSpeed's rule (window, hysteresis, minimum), kept by the engine
+DynamicScaler   torch_autocast in float16: the scale is kept here, by torch's rule, since DeepSpeed's never falls
+SectionScaler   the fp16 section: the scale is DeepSpeed's, by its rule (window, hysteresis, minimum)
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ from torch.optim import Optimizer
 from precision_core.scaling import Clip, NameOf, Scaler
 
 MAX_SKIPS = 50
-"""So many skipped steps in a row raise."""
+"""FloatingPointError is raised after this many consecutive skipped steps."""
 
-_ENGINES = "under DeepSpeed the engine does that: {0}"
+_ENGINES = "DeepSpeed's engine does that itself; call {0}"
 
 
 class EngineScaler(Scaler):
-    """Counts the engine's steps. What an engine does itself is refused here, where it would act on other gradients."""
+    """Counts the engine's steps. Unscaling, clipping and stepping raise: the engine has the gradients."""
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Raises `RuntimeError`: gradients are shards that the engine holds."""
         raise RuntimeError(
             _ENGINES.format(
-                "fabric.unscale_gradients(optimizer) at stage 0; at others deepspeed.utils.safe_get_full_grad(param) "
-                "divided by the scale"
+                "fabric.unscale_gradients(optimizer) at stage 0; at other stages divide "
+                "deepspeed.utils.safe_get_full_grad(param) by the scale"
             )
         )
 
     def clip(
         self, optimizer: Optimizer | None, params: list[nn.Parameter], clip: Clip, name_of: NameOf
     ) -> Tensor | None:
-        """Raises `RuntimeError`: only the engine sees all gradients."""
+        """Raises `RuntimeError`: only the engine has all gradients."""
         raise RuntimeError(_ENGINES.format("fabric.clip_gradients(model, optimizer, max_norm=...)"))
 
     def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, name_of: NameOf, **kwargs: Any) -> Any:
-        """Raises `RuntimeError`: the optimizer holds what the engine gives it."""
+        """Raises `RuntimeError`: the engine steps the optimizer."""
         raise RuntimeError(_ENGINES.format("fabric.setup(model, optimizer), then optimizer.step(), or engine.step()"))
 
     def attach(self, vendor: Any) -> None:
-        """Takes the new engine's scale over, or gives it a state that was loaded before."""
+        """Connects to a new engine; a state that was loaded before goes into its scale."""
 
     def stepped(self, skipped: bool) -> None:
         """Counts a step of the engine.
 
         Raises:
-            FloatingPointError: too many in a row were skipped.
+            FloatingPointError: MAX_SKIPS consecutive steps were skipped.
         """
         self.counter.add(skipped)
         if self.counter.skipped_in_a_row >= MAX_SKIPS:
@@ -96,7 +96,7 @@ class DynamicScaler(EngineScaler):
 
     @property
     def factor(self) -> float:
-        """What the loss is multiplied with."""
+        """The factor of the loss."""
         scale: float = self._state["scale"]
         return scale
 
@@ -115,18 +115,18 @@ class DynamicScaler(EngineScaler):
         super().stepped(skipped)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the same keys as torch's scaler, so that core's 16-mixed can go on from it, and the reverse."""
+        """Returns the same keys as torch's scaler, so that core's 16-mixed loads it, and the reverse."""
         return dict(self._state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned; of SectionScaler's state the scale. Raises `ValueError` otherwise."""
+        """Loads what `state_dict` returned; of SectionScaler's state the scale. Others raise `ValueError`."""
         known = {key: state[key] for key in self._state if key in state}
         _check(known)
         self._state.update(known)
 
 
 class SectionScaler(EngineScaler):
-    """The scale of the `fp16` section, which the engine moves; before there is an engine, what it will start from."""
+    """The scale of the `fp16` section, which DeepSpeed updates; without an engine yet, the one it will start from."""
 
     _FIELDS: Mapping[str, str] = {
         "scale": "cur_scale",
@@ -141,18 +141,18 @@ class SectionScaler(EngineScaler):
         self._vendor: Any = None
 
     def attach(self, vendor: Any) -> None:
-        """Takes the engine's scaler; a state that was loaded before goes into it."""
+        """Connects to the engine's scaler; a state that was loaded before goes into it."""
         self._vendor = vendor
         self._write(self._loaded)
 
     @property
     def _live(self) -> Any:
-        """DeepSpeed's scaler, which it replaces when it loads a checkpoint; None before there is an engine."""
+        """DeepSpeed's scaler, another object after it has loaded a checkpoint; None without an engine."""
         return None if self._vendor is None else self._vendor.optimizer.loss_scaler
 
     @property
     def factor(self) -> float:
-        """What the loss is multiplied with; 1.0 before there is an engine."""
+        """The factor of the loss; 1.0 without an engine and a loaded state."""
         return float(self.state_dict().get("scale", 1.0))
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ class SectionScaler(EngineScaler):
         return {key: getattr(self._live, name) for key, name in self._FIELDS.items() if hasattr(self._live, name)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned; of DynamicScaler's state the scale. Raises `ValueError` otherwise."""
+        """Loads what `state_dict` returned; of DynamicScaler's state the scale. Others raise `ValueError`."""
         known = {key: state[key] for key in self._FIELDS if key in state}
         _check(known)
         self._loaded = known
@@ -178,4 +178,4 @@ class SectionScaler(EngineScaler):
 def _check(state: Mapping[str, Any]) -> None:
     for key, value in {"scale": None, **state}.items():
         if type(value) not in (int, float) or not math.isfinite(value) or (key == "scale" and value <= 0):
-            raise ValueError(f"this is no state of a loss scaler: {key} is {value!r}")
+            raise ValueError(f"not the state of a loss scaler: {key} is {value!r}")

@@ -1,4 +1,4 @@
-"""DeepSpeedStrategy: ZeRO at stages 0 to 3, by the vendor's engine around the user's own model and optimizer."""
+"""DeepSpeedStrategy: ZeRO at stages 0 to 3, by DeepSpeed's engine around the user's own model and optimizer."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from precision_deepspeed.plugin import DeepSpeedPrecision
 
 
 class DeepSpeedStrategy(Collectives, Strategy):
-    """One process a device; optimizer state (stage 1), gradients (2) and parameters (3) in shards over them.
+    """One process per device; optimizer state (stage 1), gradients (2) and parameters (3) are sharded over them.
 
-    `fabric.setup(model, optimizer)` gives both to one engine and returns the very objects: `model(...)`,
-    `fabric.backward` and `optimizer.step()` are the engine's. It trains one model with one optimizer; models without
-    an optimizer may be set up beside it for evaluation.
+    `fabric.setup(model, optimizer)` gives both to one DeepSpeed engine and returns the same objects; `model(...)`,
+    `fabric.backward` and `optimizer.step()` call the engine. It trains one model with one optimizer; models without an
+    optimizer may be set up beside it for evaluation.
 
     Args:
         stage: 0 (gradients are averaged, nothing is sharded), 1, 2 or 3.
         config: DeepSpeed's own config (https://www.deepspeed.ai/docs/config-json/) for what has no argument here.
-        offload_optimizer: keep optimizer state and master weights in the host's memory.
+        offload_optimizer: keep optimizer state and master weights in CPU memory.
         offload_parameters: keep parameters there too, at stage 3.
         backend: of torch.distributed; None is torch's own choice.
         timeout: how long a process waits for the others in a collective; None is torch's default.
@@ -69,7 +69,7 @@ class DeepSpeedStrategy(Collectives, Strategy):
         self.backend = backend
         self.timeout = timeout
         self.converted = ""
-        """What the last `fabric.load` had to convert: "world_size 2 -> 1, stage 2 -> 3", or nothing."""
+        """What the last `fabric.load` converted: "world_size 2 -> 1, stage 2 -> 3", or ""."""
         self._engine: Engine | None = None
         self._evaluated: list[Any] = []  # engines without an optimizer
         self._in_engine = False
@@ -77,11 +77,11 @@ class DeepSpeedStrategy(Collectives, Strategy):
         self._until_teardown = ExitStack()
 
     def join(self, ranks: Ranks) -> None:
-        """Joins the other processes of the run, and has DeepSpeed work on the device."""
+        """Joins the other processes of the run, and has DeepSpeed use the device."""
         self.ranks = ranks
         vendor.use_accelerator(self.device.type)
         self._made_group = join(ranks, self.device, self.backend, self.timeout)
-        if self.stage == 3:  # which reads it in every process's first steps, also where nobody launched this one
+        if self.stage == 3:  # which reads LOCAL_RANK in the first steps, also in a process that no launcher started
             self._until_teardown.enter_context(vendor.local_rank_variable(ranks.local_rank))
 
     # ---------------------------------------------------------------- precision
@@ -91,12 +91,15 @@ class DeepSpeedStrategy(Collectives, Strategy):
         return DeepSpeedPrecision(policy)
 
     def refuses(self, precision: Precision) -> str | None:
-        """Returns why not: the engine does the casting itself, and a config may contradict the mode."""
+        """Returns why not: DeepSpeed's engine casts itself, or the config contradicts the mode."""
         if not isinstance(precision, DeepSpeedPrecision):
             if not is_core_mode(precision.mode):
-                return 'DeepSpeed\'s engine casts by itself, and runs core\'s modes alone: use strategy="fsdp" or "ddp"'
+                return (
+                    "DeepSpeed's engine casts itself, and runs the modes of precision-core only: use "
+                    'strategy="fsdp" or "ddp"'
+                )
             return (
-                "DeepSpeed's engine casts by itself: pass the mode as a string, or "
+                "DeepSpeed's engine casts itself: pass the mode as a string, or "
                 f'DeepSpeedPrecision("{precision.mode}")'
             )
         try:
@@ -115,17 +118,17 @@ class DeepSpeedStrategy(Collectives, Strategy):
         """Returns the optimizer as it is: the engine takes it.
 
         Raises:
-            ValueError: it has state already, which the engine would drop, or DeepSpeed puts another in its place.
+            ValueError: it has state already, which the engine would discard, or DeepSpeed would replace it.
         """
         check_optimizer(optimizer, self.stage)
         return optimizer
 
     def setup_together(self, module: nn.Module | None, optimizers: tuple[Optimizer, ...]) -> None:
-        """Gives model and optimizer to an engine; a model alone is for evaluation, and sharded at stage 3.
+        """Gives model and optimizer to an engine; a model alone is for evaluation, and is sharded at stage 3 only.
 
         Raises:
-            ValueError: an optimizer without its model, several of them, a second model to train, LBFGS; parameters that
-                the engine cannot hold, by their names.
+            ValueError: an optimizer without its model, several optimizers, a second model to train, LBFGS; parameters
+                that the engine does not support (the error names them).
         """
         config = deepspeed_config(self.precision.policy, self.config)
         if module is None or optimizers:
@@ -149,8 +152,8 @@ class DeepSpeedStrategy(Collectives, Strategy):
     def module_init_context(self, precision: Precision) -> Iterator[None]:
         """Context in which modules are built in shards, at stage 3 and where their parameters are float32.
 
-        Under `deepspeed.zero.Init` every tensor that is created gets the parameters' dtype, buffers too; in float32
-        that changes nothing. Half parameters are built whole, and sharded by `fabric.setup`.
+        Under `deepspeed.zero.Init` every tensor that is created gets the parameters' dtype, buffers too, which does no
+        harm in float32. Half parameters are built unsharded, and sharded by `fabric.setup`.
         """
         with super().module_init_context(precision):
             if self.stage < 3 or precision.policy.params is not torch.float32:
@@ -160,7 +163,7 @@ class DeepSpeedStrategy(Collectives, Strategy):
                 yield
 
     def make_outer_forward(self, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Returns what lets a method of `module` run in its engine."""
+        """Returns a decorator that runs a method of `module` inside its engine."""
         strategy = self
 
         def make(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,34 +194,34 @@ class DeepSpeedStrategy(Collectives, Strategy):
         """Runs the engine's backward; gradients accumulate until the step.
 
         Raises:
-            ValueError: arguments of `Tensor.backward` other than `retain_graph`, which the engine does not take, and
-                `create_graph=True` among them; a loss that is not one number.
+            ValueError: arguments of `Tensor.backward` other than `retain_graph`, such as `create_graph=True`, which
+                the engine does not support; a loss that is not a scalar.
         """
         retain_graph = kwargs.pop("retain_graph", False)
         if kwargs.pop("create_graph", False):
             raise ValueError(
-                "fabric.backward(loss, create_graph=True): DeepSpeed's engine passes that on to no backward. For "
+                "fabric.backward(loss, create_graph=True): DeepSpeed's engine does not support it. For "
                 "second-order gradients (gradient penalties) take the inner ones with torch.autograd.grad(loss, x, "
-                "create_graph=True), at stage 0, 1 or 2, and call fabric.backward of what you compute from them"
+                "create_graph=True), at stage 0, 1 or 2, and call fabric.backward with a loss computed from them"
             )
         if args or kwargs or tensor.numel() != 1:
             raise ValueError(
-                "fabric.backward under DeepSpeed takes a loss of one number and retain_graph: its engine passes "
-                "nothing else on"
+                "fabric.backward under DeepSpeed takes a scalar loss and retain_graph: its engine supports no other "
+                "arguments"
             )
         engine = self._training("fabric.backward")
         engine.backward(tensor, self.precision.scaler.factor, bool(retain_graph))
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
-        """Makes gradients true and ends their accumulation, at stage 0.
+        """Unscales the gradients and ends their accumulation, at stage 0.
 
         Raises:
-            ValueError: another optimizer than the engine's.
-            RuntimeError: there are no gradients, or they are shards in the engine, which unscales them in its step.
+            ValueError: not the engine's optimizer.
+            RuntimeError: there are no gradients, or the engine has them in shards and unscales them in its step.
         """
         engine = self._training("fabric.unscale_gradients")
         if optimizer is not engine.optimizer:
-            raise ValueError("fabric.unscale_gradients: pass the optimizer that fabric.setup was given")
+            raise ValueError("fabric.unscale_gradients: pass the optimizer that was given to fabric.setup")
         if not engine.has_gradients:
             raise RuntimeError("fabric.unscale_gradients: there are no gradients; call fabric.backward(loss) first")
         engine.unscale()
@@ -237,22 +240,24 @@ class DeepSpeedStrategy(Collectives, Strategy):
         if not (module is None or engine.is_model(module)) or optimizer not in (None, engine.optimizer):
             raise ValueError(
                 "fabric.clip_gradients under DeepSpeed clips all gradients of the engine together, in its step: pass "
-                "the model and the optimizer that fabric.setup was given"
+                "the model and the optimizer that were given to fabric.setup"
             )
         return engine.clip(how)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
-        """Has the engine step, which calls the optimizer's own step in turn; a closure runs once, before it.
+        """Has the engine step, which calls the optimizer's own `step`; a closure runs once, before it.
 
         Raises:
-            ValueError: arguments for the optimizer's own step, which the engine does not pass on.
+            ValueError: other arguments of the optimizer's `step`, which the engine does not pass on.
             RuntimeError: there are no gradients.
         """
         if self._in_engine:
             return original(optimizer, "step")(**kwargs)
         engine = self._training("optimizer.step")
         if kwargs:
-            raise ValueError(f"optimizer.step({', '.join(kwargs)}): DeepSpeed's engine passes no arguments on")
+            raise ValueError(
+                f"optimizer.step({', '.join(kwargs)}): DeepSpeed's engine passes no arguments to the optimizer"
+            )
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -269,13 +274,13 @@ class DeepSpeedStrategy(Collectives, Strategy):
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
         """Context that changes nothing: an accumulation ends at the step or at clipping, not in a backward.
 
-        At stages 0 and 1 gradients are reduced then and only then; at 2 and 3, which keep shards, in every backward.
+        At stages 0 and 1 gradients are reduced then only; at 2 and 3, which keep shards, in every backward.
         """
         return nullcontext()
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """Context in which `optimizer.step` is the engine's call, not the user's."""
+        """Context in which a call of `optimizer.step` comes from the engine, not from the user."""
         self._in_engine = True
         try:
             yield
@@ -286,7 +291,7 @@ class DeepSpeedStrategy(Collectives, Strategy):
 
     @contextmanager
     def whole(self, module: nn.Module, *, writes: bool = False) -> Iterator[None]:
-        """Context in which each rank has the parameters whole; what it `writes` reaches the master weights too."""
+        """Context with parameters gathered on each rank; with `writes`, changes reach shards and master weights."""
         with vendor.gathered(module.parameters(), writes):
             yield
         if writes and self._engine is not None and self._engine.is_model(module):
@@ -326,7 +331,7 @@ class DeepSpeedStrategy(Collectives, Strategy):
         return read_plain(folder, content, trust)
 
     def teardown(self) -> None:
-        """Lets the engines go, undoes what they changed in torch, and ends the process group if it was made here."""
+        """Destroys the engines, undoes what they changed in torch, and the process group if `join` made it."""
         if self._engine is not None:
             unbind(self._engine.optimizer)
             self._engine.destroy()

@@ -1,4 +1,4 @@
-"""Rows of the support table: what DeepSpeed adds to, or takes from, what the device can compute in."""
+"""Rows of the support table: the modes that DeepSpeed does not run on devices that could."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from precision_core.support import SupportRow
 STRATEGY = "deepspeed"
 NO_FLOAT64 = "DeepSpeed's engine keeps float32 master weights and has no float64: use 32-true, or another strategy"
 REDUCES_IN_FLOAT32 = (
-    "under torch_autocast DeepSpeed reduces some layers' gradients in float32 whatever it is told; say reduce=float32"
+    "under torch_autocast DeepSpeed reduces some layers' gradients in float32 whatever the config says: pass "
+    "reduce=float32"
 )
 NO_FLOAT16 = (
-    "DeepSpeed's accelerator says that it has no float16 here, and its fp16 section is refused: use 16-mixed, which is "
-    "its torch_autocast, or bf16-true"
+    "DeepSpeed's accelerator reports no float16 support here, which its fp16 section needs: use 16-mixed, which is its "
+    "torch_autocast, or bf16-true"
 )
 
 
@@ -25,5 +26,5 @@ def rows() -> Iterator[SupportRow]:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         yield SupportRow("64-true", device, "no", NO_FLOAT64, STRATEGY)
-    if not cpu_has_float16():  # what DeepSpeed asks oneDNN too; asking DeepSpeed costs seconds and writes to the screen
+    if not cpu_has_float16():  # DeepSpeed asks oneDNN for the same; importing DeepSpeed takes seconds and prints
         yield SupportRow("16-true", "cpu", "no", NO_FLOAT16, STRATEGY)

@@ -1,4 +1,4 @@
-"""What DeepSpeed keeps for the whole process: its accelerator, its process groups, and the state of its autocast.
+"""DeepSpeed's process-wide state: its accelerator, its process groups, and the state of its autocast.
 
 DeepSpeed takes seconds to import and writes to standard output while it does, so nothing here happens at import.
 """
@@ -17,17 +17,17 @@ _SHM = "deepspeed_shm_comm"
 
 
 def supports_float16() -> bool:
-    """Whether DeepSpeed's accelerator runs its `fp16` section; it refuses to on CPUs without float16 instructions."""
+    """Whether DeepSpeed's accelerator supports the `fp16` section: not on CPUs without float16 instructions."""
     from deepspeed.accelerator import get_accelerator
 
     return bool(get_accelerator().is_fp16_supported())
 
 
 def use_accelerator(device_type: str) -> None:
-    """Has DeepSpeed work on that kind of device.
+    """Has DeepSpeed use that kind of device.
 
     Raises:
-        ValueError: DeepSpeed was told otherwise by DS_ACCELERATOR, or finds no such device.
+        ValueError: the variable DS_ACCELERATOR names another one, or DeepSpeed finds no such device.
     """
     from deepspeed.accelerator import get_accelerator, set_accelerator
 
@@ -40,7 +40,7 @@ def use_accelerator(device_type: str) -> None:
             f"unset it, or pass accelerator={found!r}"
         )
     if device_type != "cpu":
-        raise ValueError(f"DeepSpeed works on {found!r} here, not on {device_type!r}: pass accelerator={found!r}")
+        raise ValueError(f"DeepSpeed finds {found!r} here and no {device_type!r}: pass accelerator={found!r}")
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     set_accelerator(CPU_Accelerator())
@@ -48,7 +48,7 @@ def use_accelerator(device_type: str) -> None:
 
 @contextmanager
 def local_rank_variable(number: int) -> Iterator[None]:
-    """Context with the variable LOCAL_RANK, which DeepSpeed insists on, also in a process that nobody launched."""
+    """Context with the variable LOCAL_RANK, which DeepSpeed requires even in a process that no launcher started."""
     added = "LOCAL_RANK" not in os.environ
     if added:
         os.environ["LOCAL_RANK"] = str(number)
@@ -61,10 +61,11 @@ def local_rank_variable(number: int) -> Iterator[None]:
 
 @contextmanager
 def _new_engine() -> Iterator[None]:
-    """Context in which an engine is made: the mode that an earlier one left behind is no part of it.
+    """Context in which an engine is made without the mode of an earlier one.
 
-    `torch_autocast` marks the whole process, and every engine made after it would get a scaler of torch's. DeepSpeed's
-    shared-memory collectives for CPUs serve inference on one node only and take minutes to compile: they are left out.
+    `torch_autocast` sets a flag for the process, with which every later engine would get a scaler of torch's.
+    DeepSpeed's shared-memory collectives for CPUs are left out: they are for inference on one node, and take minutes to
+    compile.
     """
     import deepspeed.ops
     from deepspeed.runtime import torch_autocast
@@ -80,7 +81,7 @@ def _new_engine() -> Iterator[None]:
 
 
 def initialize(local_rank: int, **arguments: Any) -> Any:
-    """Returns the engine that `deepspeed.initialize` makes in the process group that is there; it looks for no MPI."""
+    """Returns the engine that `deepspeed.initialize` makes in the existing process group; it looks for no MPI."""
     import deepspeed
 
     with local_rank_variable(local_rank), _new_engine():
@@ -88,18 +89,18 @@ def initialize(local_rank: int, **arguments: Any) -> Any:
 
 
 def zero_init(local_rank: int, config: dict[str, Any]) -> AbstractContextManager[Any]:
-    """Returns `deepspeed.zero.Init`, which builds modules in shards, for float32 parameters."""
+    """Returns the context `deepspeed.zero.Init`, which builds modules in shards, for float32 parameters."""
     import deepspeed
 
     with local_rank_variable(local_rank), _new_engine():
         deepspeed.init_distributed(dist_init_required=False)
-        # `dtype` is left out: where there is no float16, DeepSpeed 0.19.8 takes bfloat16 whatever it is told.
+        # Without `dtype`: on a device without float16, DeepSpeed 0.19.8 replaces any dtype that is given by bfloat16.
         context: AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=config)
         return context
 
 
 def gathered(params: Iterable[nn.Parameter], writes: bool) -> AbstractContextManager[Any]:
-    """Returns a context in which parameters that are in shards are whole; rank zero's are kept where it `writes`."""
+    """Returns a context with sharded parameters gathered; if `writes`, what rank zero wrote to them is kept."""
     sharded = [param for param in params if hasattr(param, "ds_id")]
     if not sharded:
         return nullcontext()
@@ -127,7 +128,7 @@ def all_reduce_replaced(by: Callable[..., None]) -> Iterator[None]:
 
 
 def give_linear_back() -> None:
-    """Puts torch's own `torch.nn.functional.linear` back, which stage 3 replaces: its own keeps no gathered weight."""
+    """Restores `torch.nn.functional.linear`, which stage 3 replaces by one that saves no gathered weight."""
     from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 
     torch.nn.functional.linear = getattr(
@@ -136,7 +137,7 @@ def give_linear_back() -> None:
 
 
 def end_process_group() -> None:
-    """Ends the process group, and has DeepSpeed forget it too, where it has made an engine."""
+    """Destroys the process group, by DeepSpeed's own function if it has made an engine, so that it drops its copy."""
     from deepspeed.comm import comm
 
     (torch.distributed if comm.cdb is None else comm).destroy_process_group()

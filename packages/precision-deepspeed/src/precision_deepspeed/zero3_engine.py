@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from precision_core.precision import outside_created_as
 from precision_deepspeed import vendor
-from precision_deepspeed.checkpoints import Place, Saved
+from precision_deepspeed.checkpoints import Fragment, Saved
 from precision_deepspeed.direct import check_in_shards, check_not_transformed, once
 from precision_deepspeed.zero_engine import ZeroEngine
 
@@ -20,16 +20,18 @@ T = TypeVar("T")
 
 
 class Zero3Engine(ZeroEngine):
-    """Stage 3."""
+    """Stage 3: DeepSpeed gathers each layer's parameters for its forward and backward, and frees them after it."""
 
     _BASE, _MASTERS = "optimizer_state_dict", "fp32_flat_groups"
 
     def __init__(self, vendor: Any, module: nn.Module, optimizer: Optimizer) -> None:
         super().__init__(vendor, module, optimizer)
         self._earlier: set[int] = set()
-        if self._zero.dtype is not torch.float32:  # forward runs in `created_as`
+        if (
+            self._zero.dtype is not torch.float32
+        ):  # forward runs in core's `created_as`, which their many small calls of torch need not go through
             offload = self._zero.parameter_offload
-            for handle in (*offload.forward_hooks, *offload.backward_hooks):  # they call torch thirty times a layer
+            for handle in (*offload.forward_hooks, *offload.backward_hooks):
                 hooks = handle.hooks_dict_ref()
                 hooks[handle.id] = outside_created_as(hooks[handle.id])
 
@@ -50,24 +52,25 @@ class Zero3Engine(ZeroEngine):
 
     def _drop(self) -> None:
         self._earlier |= self._written
-        self._zero._offload_boundary_param_ids = set()  # else what was dropped counts as written again
+        self._zero._offload_boundary_param_ids = set()  # else discarded gradients count as this step's
         self._zero.clip_grad = 0.0
         self._end_backward()
         self._zero._overflow_clean_up(self._zero.loss_scale)
         self._forget()
 
     def _kept_gradients(self) -> Iterable[Tensor]:
-        return ()  # to zero all took 4 % of a step of 4 million parameters; `_backward` does what is needed
+        return ()  # `_backward` zeroes fewer: all of them took 4 % of a step with 4 million parameters
 
     @property
     def _written(self) -> set[int]:
-        """The `ds_id` of parameters to whose gradients this rank's backwards wrote since the last step."""
+        """The `ds_id` of parameters that got gradients on this rank since the last step."""
         written: set[int] = self._zero._offload_boundary_param_ids
         return written
 
     def _backward(self, loss: Tensor, scale: float, retain_graph: bool) -> None:
         super()._backward(loss, scale, retain_graph)
-        # The first backward replaces gradients of an earlier step. Those that it leaves would be stepped, or added to.
+        # The first backward overwrites gradients of earlier steps, of the parameters that it reaches. The others' would
+        # be stepped, or added to.
         for number in self._earlier - self._written:
             self._zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[number].zero_()
         self._earlier = set()
@@ -79,13 +82,13 @@ class Zero3Engine(ZeroEngine):
     def _flats(self) -> list[Tensor]:
         return list(self._zero.fp32_partitioned_groups_flat)
 
-    def _places(self) -> Iterator[Place]:
+    def _fragments(self) -> Iterator[Fragment]:
         for name, param in self.module.named_parameters():
-            place = self._zero.grad_position.get(self._zero.get_param_id(param)) if param.requires_grad else None
-            if place is not None:
-                flat, start, numel = place
+            position = self._zero.grad_position.get(self._zero.get_param_id(param)) if param.requires_grad else None
+            if position is not None:
+                flat, start, numel = position
                 offset = torch.distributed.get_rank() * numel
-                yield Place(
+                yield Fragment(
                     name, flat, start, offset, min(numel, max(math.prod(self.names["shapes"][name]) - offset, 0))
                 )
 
@@ -97,5 +100,5 @@ class Zero3Engine(ZeroEngine):
 
     def _write_optimizer(self, masters: list[Tensor], as_base: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self._zero.checkpoint_event_prologue()
-        super()._write_optimizer(masters, as_base)  # from which the vendor fills the shards of parameters
+        super()._write_optimizer(masters, as_base)  # from which DeepSpeed writes the shards of parameters
         self._zero.checkpoint_event_epilogue()

@@ -11,13 +11,13 @@ from torch.optim import Optimizer
 
 from precision_core.checkpoint import CheckpointError
 from precision_core.scaling import Clip, all_finite
-from precision_deepspeed.checkpoints import Place, Saved
+from precision_deepspeed.checkpoints import Fragment, Saved
 from precision_deepspeed.engine import Engine, check_finite, tighten
 from precision_deepspeed.order import Order
 
 
 class ZeroEngine(Engine):
-    """Stages 1 and 2."""
+    """Stages 1 and 2, and what stage 3 shares with them."""
 
     def __init__(self, vendor: Any, module: nn.Module, optimizer: Optimizer) -> None:
         super().__init__(vendor, module, optimizer)
@@ -35,7 +35,7 @@ class ZeroEngine(Engine):
         self._zero.clear_backward_seen_flag()
 
     def _backward(self, loss: Tensor, scale: float, retain_graph: bool) -> None:
-        self._zero.clear_backward_seen_flag()  # else a second one after one forward replaces gradients at stage 3
+        self._zero.clear_backward_seen_flag()  # else, at stage 3, a second backward after a forward replaces gradients
         if not self.has_gradients and self._zero.custom_loss_scaler:
             self._zero.external_loss_scale = scale  # and so it stays until these gradients are stepped
         self.vendor.backward(loss, retain_graph=retain_graph)
@@ -48,7 +48,7 @@ class ZeroEngine(Engine):
             self.vendor.allreduce_gradients()
 
     def _fill(self) -> None:
-        """Gives zeros to parameters without gradients: DeepSpeed reduces what each rank has, one after the other."""
+        """Fills in zeros for missing gradients: DeepSpeed reduces those that a rank has, in order, not by parameter."""
         for group in self._zero.bit16_groups:
             for param in group:
                 if self._zero.get_gradient_for_reduction(param) is None:
@@ -64,11 +64,11 @@ class ZeroEngine(Engine):
             return None
         if clip.norm_type != 2.0:
             raise ValueError(
-                f"clip_gradients(norm_type={clip.norm_type}): under ZeRO DeepSpeed knows the 2-norm only; pass stage=0 "
-                "for others"
+                f"clip_gradients(norm_type={clip.norm_type}): under ZeRO DeepSpeed clips by the 2-norm only; pass "
+                "stage=0 for others"
             )
         parts = torch.stack([torch.as_tensor(part).float().reshape(()) for part in self._norms()])
-        # DeepSpeed says -1 for what is not finite.
+        # DeepSpeed returns -1 for a norm that is not finite.
         norm = torch.linalg.vector_norm(torch.where(parts < 0, torch.inf, parts)) / self._zero.loss_scale
         check_finite(norm, clip)
         self._zero.clip_grad, norm = tighten(self._zero.clip_grad, norm, clip)
@@ -81,15 +81,15 @@ class ZeroEngine(Engine):
         assert clip.clip_val is not None
         if self.vendor.zero_cpu_offload():
             raise ValueError(
-                "clip_gradients(clip_val=...) with offload_optimizer: DeepSpeed keeps the gradients where it alone "
-                "reaches them; pass max_norm"
+                "clip_gradients(clip_val=...) with offload_optimizer: the gradients are in DeepSpeed's own buffers in "
+                "CPU memory; pass max_norm"
             )
         gradients = [part for group in self._zero.averaged_gradients.values() for part in group or ()]
         if clip.error_if_nonfinite:
             check_finite(torch.stack([gradient.float().abs().sum() for gradient in gradients]).sum(), clip)
         limit = clip.clip_val * self._zero.loss_scale
         for gradient in gradients:
-            if all_finite([gradient]):  # else it stays, for the step to be skipped
+            if all_finite([gradient]):  # else inf or NaN stays, and the step is skipped
                 gradient.clamp_(-limit, limit)
 
     def _step(self) -> bool:
@@ -101,7 +101,7 @@ class ZeroEngine(Engine):
         return bool(self._zero.overflow)
 
     def _drop(self) -> None:
-        """Does what the vendor does with the gradients of a step that it skips."""
+        """Discards gradients as DeepSpeed does in a step that it skips."""
         zero = self._zero
         zero.clip_grad = 0.0
         self._end_backward()
@@ -113,7 +113,7 @@ class ZeroEngine(Engine):
         self._forget()
 
     def _forget(self) -> None:
-        """Ends what belongs to one step: DeepSpeed steps it again where the next leaves a parameter out (0.19.8)."""
+        """Clears this step's gradients: DeepSpeed steps them again if the next step leaves a parameter out (0.19.8)."""
         zero = self._zero
         if self._order is not None:
             self._order.forget()
@@ -126,11 +126,11 @@ class ZeroEngine(Engine):
             gradient.zero_()
 
     def _kept_gradients(self) -> Iterable[Tensor]:
-        """Returns the tensors in which DeepSpeed accumulates gradients, step after step."""
+        """Returns the buffers in which DeepSpeed accumulates gradients, which it keeps from step to step."""
         return self._zero.accumulated_grads_in_cpu.values() if self.vendor.zero_cpu_offload() else ()
 
     def _end_backward(self) -> None:
-        """Ends a backward that raised in the middle, as far as DeepSpeed has begun it."""
+        """Resets what DeepSpeed had begun of a backward that raised."""
         zero = self._zero
         if not self._failed:
             return
@@ -139,7 +139,7 @@ class ZeroEngine(Engine):
         for param in self.module.parameters():
             param.grad = None
         for bucket in zero.ipg_buckets.values():
-            getattr(bucket, "clear_params", bucket.clear)()  # at stage 3 the buffer stays
+            getattr(bucket, "clear_params", bucket.clear)()  # stage 3 has the former, and keeps the buffer
         reduced = zero.params_already_reduced
         for key in reduced if isinstance(reduced, dict) else range(len(reduced)):
             reduced[key] = False
@@ -153,30 +153,30 @@ class ZeroEngine(Engine):
         self._zero.refresh_fp32_params()
 
     def _loaded(self) -> None:
-        self._zero.clip_grad = 0.0  # the files say what it was when they were written
+        self._zero.clip_grad = 0.0  # in the files it is that of the step before
 
     def adopt(self, saved: Saved) -> Callable[[], None]:
         if self.vendor.zero_nvme_offload_optimizer():
             raise CheckpointError(
-                f"{saved.folder} was written by another number of ranks or stage, and this run has its optimizer on "
-                "NVMe, where DeepSpeed alone reaches it"
+                f"{saved.folder} was written by another number of ranks or stage, which is not converted for "
+                "optimizers on NVMe, whose state DeepSpeed alone reads and writes"
             )
         return super().adopt(saved)
 
     def _flats(self) -> list[Tensor]:
         return list(self._zero.single_partition_of_fp32_groups)
 
-    def _places(self) -> Iterator[Place]:
+    def _fragments(self) -> Iterator[Fragment]:
         for name, param in self.module.named_parameters():
             mapping = getattr(param, "_hp_mapping", None)
-            if mapping is not None:  # else other ranks have it
+            if mapping is not None:  # else it lies on other ranks
                 here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                yield Place(name, mapping.param_group_index, here.start, there.start, here.numel)
+                yield Fragment(name, mapping.param_group_index, here.start, there.start, here.numel)
 
     _BASE, _MASTERS = "base_optimizer_state", "single_partition_of_fp32_groups"
 
     def _write_optimizer(self, masters: list[Tensor], as_base: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        shard = self._zero.state_dict()  # in the layout of this run, for the vendor to load as if it had been saved so
+        shard = self._zero.state_dict()  # in the layout of this run, for DeepSpeed to load as its own
         shard |= {self._BASE: as_base(shard[self._BASE]), self._MASTERS: masters}
         shards = [shard] * torch.distributed.get_world_size()
         self._zero.load_state_dict(shards, load_optimizer_states=True, load_from_fp32_weights=True)

@@ -72,10 +72,10 @@ def values(fabric: Fabric, model: Net, optimizer: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     engine: Any = fabric.strategy._engine  # type: ignore[attr-defined]
     if fabric.strategy.stage == 0:  # type: ignore[attr-defined]
-        for place in engine._places():
-            flat = engine._flats()[place.flat]
-            found[place.name] = flat
-            found |= {f"{place.name}.{key}": optimizer.state[flat][key] for key in ("exp_avg", "exp_avg_sq")}
+        for fragment in engine._fragments():
+            flat = engine._flats()[fragment.flat]
+            found[fragment.name] = flat
+            found |= {f"{fragment.name}.{key}": optimizer.state[flat][key] for key in ("exp_avg", "exp_avg_sq")}
     else:
         if fabric.strategy.stage < 3:  # type: ignore[attr-defined]
             # DeepSpeed does this after the first step of the first group, and forgets the others.

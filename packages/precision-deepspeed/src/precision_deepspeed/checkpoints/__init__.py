@@ -3,7 +3,7 @@
 names      which parameter is which
 pickles    DeepSpeed's files, opened without executing anything
 saved      their values, parameter by parameter, whatever stage and number of ranks wrote them
-placing    those in the flat tensors that another engine steps
+placing    those copied to the flat tensors of another engine
 export     those as plain state dicts
 folder     fabric.save and fabric.load
 """
@@ -14,11 +14,11 @@ from precision_deepspeed.checkpoints.export import (
     read_plain,
 )
 from precision_deepspeed.checkpoints.names import describe
-from precision_deepspeed.checkpoints.placing import Place, fill
+from precision_deepspeed.checkpoints.placing import Fragment, fill
 from precision_deepspeed.checkpoints.saved import Saved
 
 __all__ = [
-    "Place",
+    "Fragment",
     "Saved",
     "consolidated_optimizer_state_dict",
     "consolidated_state_dict",

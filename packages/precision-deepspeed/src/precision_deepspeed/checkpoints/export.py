@@ -1,4 +1,4 @@
-"""The parameters of a DeepSpeed checkpoint, and the optimizer's state, as plain state dicts for anybody else."""
+"""The parameters and the optimizer's state in a DeepSpeed checkpoint, as plain state dicts of torch."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ _STATE, _RECORD = "state.ckpt", "deepspeed"
 
 _CONVERT = (
     "DeepSpeed's engine wrote its state in shards, which other strategies do not load. Leave it out of `state`, and "
-    "convert it where the optimizer is set up: "
+    "convert it after the optimizer is set up: "
     "optimizer.load_state_dict(precision_deepspeed.consolidated_optimizer_state_dict({path!r}))"
 )
 
 
 def consolidated_state_dict(path: str | PathLike[str], *, trust: bool = False) -> dict[str, Tensor]:
-    """Returns name -> value of the model in a checkpoint folder of `fabric.save`, on the CPU, whole.
+    """Returns name -> full tensor, on the CPU, of the model in a checkpoint folder of `fabric.save`.
 
-    Parameters are float32, the master weights where there are any; buffers are in their own dtype. It loads into the
+    Parameters are float32 (the master weights, if there are any); buffers are in their own dtype. It loads into the
     same model anywhere: `model.load_state_dict(consolidated_state_dict(path))`. Reads all ranks' files in one process.
-    `trust` opens files that hold more than DeepSpeed's own classes.
+    `trust` opens files with other objects than tensors and DeepSpeed's own, which may execute code.
 
     Raises:
-        CheckpointError: torn, damaged, no checkpoint of a DeepSpeed engine, or pickles with anything else in them.
+        CheckpointError: incomplete, damaged, not a checkpoint of a DeepSpeed engine, or files with other objects in
+            them.
         FileNotFoundError: there is no such folder.
     """
     folder, record = _open(path, "consolidated_state_dict")
@@ -39,14 +40,15 @@ def consolidated_state_dict(path: str | PathLike[str], *, trust: bool = False) -
 
 
 def consolidated_optimizer_state_dict(path: str | PathLike[str], *, trust: bool = False) -> dict[str, Any]:
-    """Returns the optimizer's state in a checkpoint folder as torch's optimizers have it, on the CPU, whole.
+    """Returns the optimizer's state in a checkpoint folder as torch's optimizers have it: full tensors on the CPU.
 
     It loads into an optimizer of the same kind whose groups hold the same parameters in the same order:
     `optimizer.load_state_dict(consolidated_optimizer_state_dict(path))`. State is as DeepSpeed held it: float32 beside
     master weights.
 
     Raises:
-        CheckpointError: as `consolidated_state_dict` does; state that is not one number an element, nor one for all.
+        CheckpointError: as `consolidated_state_dict` does; state that has neither the shape of its parameter nor is a
+            scalar.
         FileNotFoundError: there is no such folder.
     """
     folder, record = _open(path, "consolidated_optimizer_state_dict")
@@ -61,33 +63,33 @@ def consolidated_optimizer_state_dict(path: str | PathLike[str], *, trust: bool 
 
 
 def _owned(state: dict[str, Any]) -> dict[str, Any]:
-    """Returns the state with tensors that nobody shares: parameters of one flat tensor have one step count."""
+    """Returns the state with tensors of its own: parameters in one flat tensor share a step count."""
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def read_plain(folder: Path, content: dict[str, Any], trust: bool) -> tuple[dict[str, Any], dict[tuple[Any, ...], str]]:
-    """Returns `content` of a verified folder with values in place of models' records, and why optimizers have none.
+    """Returns `content` of a verified folder with models' values in place of their records, and key path -> reason.
 
-    An optimizer's record stays as it is, and so does everything else.
+    An optimizer's record stays as it is, and the reason says how to convert it.
     """
     why: dict[tuple[Any, ...], str] = {}
 
-    def plain(value: Any, place: tuple[Any, ...]) -> Any:
+    def plain(value: Any, key_path: tuple[Any, ...]) -> Any:
         if not isinstance(value, dict):
             return value
         if value.get(_RECORD) == "model":
             return _float32(Saved(folder, value, trust=trust), value)
         if value.get(_RECORD) == "optimizer":
-            why[place] = _CONVERT.format(path=str(folder))
+            why[key_path] = _CONVERT.format(path=str(folder))
             return value
-        return {key: plain(each, (*place, key)) for key, each in value.items()}
+        return {key: plain(each, (*key_path, key)) for key, each in value.items()}
 
     return plain(_less_section(content), ()), why
 
 
 def _less_section(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns `content` without the state of DeepSpeed's `fp16` section, whose scale moves by a rule of its own."""
-    header = content.get(RESERVED)  # which `fabric.load(path)` has left out
+    """Returns `content` without the scaler state of DeepSpeed's `fp16` section, whose rule differs from torch's."""
+    header = content.get(RESERVED)  # None for `fabric.load(path)`, which leaves it out
     if header is None or "hysteresis" not in header["precision"].get("scaler", {}):
         return content
     return {**content, RESERVED: {**header, "precision": {**header["precision"], "scaler": {}}}}
@@ -102,7 +104,7 @@ def _open(path: str | PathLike[str], call: str) -> tuple[Path, dict[str, Any]]:
     if _STATE in manifest.files:
         record = next(_models(checkpoint.read(folder / _STATE)), None)
     if record is None:
-        raise CheckpointError(f"{path} holds no model of a DeepSpeed engine")
+        raise CheckpointError(f"{path} has no model of a DeepSpeed engine in it")
     return folder, record
 
 

@@ -1,12 +1,12 @@
 """fabric.save and fabric.load where the model is an engine's: a folder with DeepSpeed's own files, and core's file.
 
-    manifest.json       every file with its size and checksum, written last: a folder without it is torn
+    manifest.json       every file with its size and checksum, written last: a folder without it is incomplete
     state.ckpt          everything else that was saved, the precision and the random generators, as core writes them
     *_states.pt         what `engine.save_checkpoint` writes: all ranks' parameters and optimizer state
 
-The folder is a tag in its parent folder to DeepSpeed: `engine.load_checkpoint(parent, tag=name)` reads it, and so does
-`zero_to_fp32`. Model and optimizer stand in `state.ckpt` as records that say what the files are, and loading them is
-having the engine load the files.
+DeepSpeed takes the folder for a tag in its parent folder: `engine.load_checkpoint(parent, tag=name)` reads it, and so
+does `zero_to_fp32`. In `state.ckpt` model and optimizer are placeholders that describe the files; to load them, the
+engine loads the files.
 """
 
 from __future__ import annotations
@@ -44,41 +44,41 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class StandIn:
-    """Stands in a state for the model or the optimizer of an engine; of the two the model has the engine load."""
+class Placeholder:
+    """Placeholder in a state for the model or optimizer of an engine; loading the model's has the engine load both."""
 
     what: str
     record: dict[str, Any]
     load: Callable[[], None] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what says which engine wrote the files beside it."""
+        """Returns the description of the engine that wrote the files."""
         return {RECORD: self.what, **self.record}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Has the engine load the files, once."""
+        """Has the engine load the files, once, for model and optimizer."""
         if self.what == "model" and self.load is not None:
             self.load()
             self.load = None
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a folder that `save` wrote, or was about to."""
+    """Whether `path` is a folder that `save` wrote, complete or not."""
     return path.is_dir() and (path / STATE).exists()
 
 
 def save(path: Path, state: dict[str, Any], filter: Filter | None, strategy: DeepSpeedStrategy, engine: Engine) -> None:
-    """Writes the folder, all ranks together; an older one stays until it is put in place, when every rank is done.
+    """Writes the folder, all ranks together; an older one is replaced when every rank is done.
 
     Raises:
-        ValueError: the model without its optimizer or the reverse, a filter on them, something else at `path`.
+        ValueError: the model without its optimizer or the reverse, a filter on them, another file or folder at `path`.
         CheckpointError: another rank failed; a path that DeepSpeed takes for a pattern.
     """
     path = path.absolute()
     with together(None):
         _check_name(path)
-        stand_ins = _stand_ins(state, engine, strategy)
-        _check_whole(state, stand_ins, filter)
+        placeholders = _placeholders(state, engine, strategy)
+        _check_both(state, placeholders, filter)
         if strategy.is_global_zero:
             folder_manifest.check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{gather(secrets.token_hex(8), None)[0]}.partial")
@@ -87,7 +87,7 @@ def save(path: Path, state: dict[str, Any], filter: Filter | None, strategy: Dee
             if strategy.is_global_zero:
                 temporary.mkdir(parents=True)
         engine.save(temporary / "engine", "tag")
-        saving.save(temporary / STATE, stand_ins, filter, strategy)
+        saving.save(temporary / STATE, placeholders, filter, strategy)
         with together(None):
             if strategy.is_global_zero:
                 for file in (temporary / "engine" / "tag").iterdir():
@@ -113,11 +113,11 @@ def load(
     strategy: DeepSpeedStrategy,
     engine: Engine | None,
 ) -> dict[str, Any]:
-    """Reads the folder, into the live objects by choice; see `Fabric.load`. Nothing is changed if anything raises.
+    """Reads the folder, into live objects if `state` has them; see `Fabric.load`. If it raises, nothing has changed.
 
     Raises:
-        CheckpointError: torn, damaged, or written in another mode, by another model or optimizer; pickles with anything
-            but DeepSpeed's own classes in them.
+        CheckpointError: incomplete, damaged, or written in another mode, by another model or optimizer; files with
+            other objects than tensors and DeepSpeed's own.
     """
     with together(None):
         if state is not None:
@@ -132,24 +132,26 @@ def load(
         return read_plain(folder, content, trust)[0]
     if engine is None:
         raise CheckpointError(
-            f"{path} holds a model in DeepSpeed's shards, and none was set up with an optimizer: call "
+            f"{path} has a model in DeepSpeed's shards, and no model was set up with an optimizer here: call "
             "fabric.setup(model, optimizer) first, or read the values with "
             "precision_deepspeed.consolidated_state_dict(path)"
         )
-    stand_ins = _stand_ins(state, engine, strategy)
+    placeholders = _placeholders(state, engine, strategy)
     with together(None):
         if engine.has_gradients:
-            raise CheckpointError("fabric.load between fabric.backward and optimizer.step(): step first")
-        saved = _check_fits(path, checkpoint.read(folder / STATE), stand_ins)
+            raise CheckpointError(
+                "fabric.load between fabric.backward and optimizer.step(): step first, or call optimizer.zero_grad()"
+            )
+        saved = _compare(path, checkpoint.read(folder / STATE), placeholders)
         mine = _record(engine, strategy)
         differing = [f"{name} {saved[name]} -> {mine[name]}" for name in CONVERTED if saved[name] != mine[name]]
         write: Callable[[], None] = functools.partial(engine.load, folder)
         if differing:
             write = engine.adopt(Saved(folder, saved, trust=trust))
-    for _, stand_in in _each(stand_ins):
-        stand_in.load = write
-    rest = loading.load(folder / STATE, stand_ins, strict, filter, trust, strategy)
-    _place(state, stand_ins)
+    for _, placeholder in _each(placeholders):
+        placeholder.load = write
+    rest = loading.load(folder / STATE, placeholders, strict, filter, trust, strategy)
+    _copy_plain(state, placeholders)
     strategy.converted = ", ".join(differing)
     if differing and strategy.is_global_zero:
         _log.info("%s was converted: %s", path, strategy.converted)
@@ -159,13 +161,13 @@ def load(
 def _check_name(path: Path) -> None:
     if glob.has_magic(str(path)):
         raise CheckpointError(
-            f"{path}: DeepSpeed takes *, ? and [ in a path for a pattern, and would not find its files again: name the "
-            "folder without them"
+            f"{path}: DeepSpeed takes *, ? and [ in a path for a pattern, and would not find its files again: choose a "
+            "path without them"
         )
 
 
 def _record(engine: Engine, strategy: DeepSpeedStrategy) -> dict[str, Any]:
-    """Returns what has to be known of an engine to read its files."""
+    """Returns the description of an engine that reading its files requires."""
     return {
         "world_size": strategy.world_size,
         "stage": strategy.stage,
@@ -176,30 +178,30 @@ def _record(engine: Engine, strategy: DeepSpeedStrategy) -> dict[str, Any]:
     }
 
 
-def _stand_ins(state: dict[str, Any], engine: Engine, strategy: DeepSpeedStrategy) -> dict[str, Any]:
-    """Returns a copy of `state`, dicts too, with stand-ins for what the engine holds."""
+def _placeholders(state: dict[str, Any], engine: Engine, strategy: DeepSpeedStrategy) -> dict[str, Any]:
+    """Returns a copy of `state` and its dicts, with placeholders for the engine's model and optimizer."""
     made: dict[str, Any] = {}
     for key, value in state.items():
         if type(value) is dict:
-            made[key] = _stand_ins(value, engine, strategy)
+            made[key] = _placeholders(value, engine, strategy)
         elif engine.holds(value):
             what = "optimizer" if value is engine.optimizer else "model"
-            made[key] = StandIn(what, _record(engine, strategy))
+            made[key] = Placeholder(what, _record(engine, strategy))
         else:
             made[key] = value
     return made
 
 
-def _each(tree: dict[str, Any]) -> Iterator[tuple[str, StandIn]]:
+def _each(tree: dict[str, Any]) -> Iterator[tuple[str, Placeholder]]:
     for key, value in tree.items():
         if type(value) is dict:
             yield from _each(value)
-        elif isinstance(value, StandIn):
+        elif isinstance(value, Placeholder):
             yield key, value
 
 
-def _check_whole(state: dict[str, Any], stand_ins: dict[str, Any], filter: Filter | None) -> None:
-    there = {stand_in.what: key for key, stand_in in _each(stand_ins)}
+def _check_both(state: dict[str, Any], placeholders: dict[str, Any], filter: Filter | None) -> None:
+    there = {placeholder.what: key for key, placeholder in _each(placeholders)}
     if there.keys() != {"model", "optimizer"}:
         raise ValueError(
             "fabric.save under DeepSpeed: the engine saves model and optimizer together, and the state has only "
@@ -207,23 +209,25 @@ def _check_whole(state: dict[str, Any], stand_ins: dict[str, Any], filter: Filte
         )
     for key in there.values():
         if filter and key in filter:
-            raise ValueError(f"fabric.save(filter={{{key!r}: ...}}): DeepSpeed's engine saves it whole; leave that out")
+            raise ValueError(
+                f"fabric.save(filter={{{key!r}: ...}}): DeepSpeed's engine saves all of it; leave that out"
+            )
 
 
-def _check_fits(path: Path, content: dict[str, Any], stand_ins: dict[str, Any]) -> dict[str, Any]:
-    """Returns the record in `content`, which may differ in what can be converted."""
+def _compare(path: Path, content: dict[str, Any], placeholders: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record in `content` after comparing it with the engine's; CONVERTED may differ."""
     saved = list(_records(content))
-    for key, stand_in in _each(stand_ins):
-        found = next((record for record in saved if record[RECORD] == stand_in.what), None)
+    for key, placeholder in _each(placeholders):
+        found = next((record for record in saved if record[RECORD] == placeholder.what), None)
         if found is None:
-            raise CheckpointError(f"{path} holds no {stand_in.what} for {key!r}")
-        for name, mine in stand_in.record.items():
+            raise CheckpointError(f"{path} has no {placeholder.what} for {key!r}")
+        for name, mine in placeholder.record.items():
             if name not in CONVERTED and found.get(name) != mine:
                 raise CheckpointError(
                     f"{path} was written with {name}={_short(found.get(name))}, and this run has "
-                    f"{name}={_short(mine)}. Other numbers of ranks and other stages load it, other modes, models and "
-                    "optimizers do not; the float32 parameters are read anywhere by "
-                    "precision_deepspeed.consolidated_state_dict(path)"
+                    f"{name}={_short(mine)}. The number of ranks and the stage may differ, the mode, the model and the "
+                    "optimizer may not; precision_deepspeed.consolidated_state_dict(path) reads the float32 parameters "
+                    "for any"
                 )
     return saved[0]
 
@@ -242,10 +246,10 @@ def _records(content: Any) -> Iterator[dict[str, Any]]:
                 yield from _records(value)
 
 
-def _place(state: dict[str, Any], stand_ins: dict[str, Any]) -> None:
-    """Takes the plain values that were loaded beside the stand-ins over into the user's own dicts."""
-    for key, value in stand_ins.items():
+def _copy_plain(state: dict[str, Any], placeholders: dict[str, Any]) -> None:
+    """Copies the plain values that were loaded beside the placeholders into the user's own dicts."""
+    for key, value in placeholders.items():
         if type(value) is dict and type(state.get(key)) is dict:
-            _place(state[key], value)
-        elif not isinstance(value, StandIn):
+            _copy_plain(state[key], value)
+        elif not isinstance(value, Placeholder):
             state[key] = value

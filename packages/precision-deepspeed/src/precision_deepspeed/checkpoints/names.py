@@ -1,4 +1,4 @@
-"""What a checkpoint says of the model beside DeepSpeed's files: which parameter is which, by name."""
+"""What a checkpoint records of the model beside DeepSpeed's files: which parameter is which, by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 
 def describe(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Returns names and shapes of a model that is not set up yet.
+    """Returns names and shapes of a model that DeepSpeed has not changed yet.
 
     groups      the names in each of the optimizer's groups, in its order
     frozen      those that do not train

@@ -13,17 +13,17 @@ from precision_core.checkpoint import CheckpointError
 
 
 def check_pickles(paths: Iterable[Path]) -> None:
-    """Reads each file with torch's machine that executes nothing, before DeepSpeed opens it with plain pickle.
+    """Reads each file with torch's restricted unpickler (`weights_only=True`), before DeepSpeed unpickles it.
 
     Raises:
-        CheckpointError: a file asks for more than tensors and four of DeepSpeed's own classes, or is damaged.
+        CheckpointError: a file has objects other than tensors and four of DeepSpeed's own classes, or is damaged.
     """
     for path in paths:
         open_pickle(path)
 
 
 def open_pickle(path: Path, *, trust: bool = False) -> Any:
-    """Returns what a file holds, its tensors mapped; with `trust` it may hold anything, and execute it.
+    """Returns a file's content, with tensors mapped to memory; `trust` opens any pickle, which may execute code.
 
     Raises:
         CheckpointError: as `check_pickles` does.
@@ -35,8 +35,8 @@ def open_pickle(path: Path, *, trust: bool = False) -> Any:
         lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "damaged" in line]
         reason = (lines or [f"{type(error).__name__}: {str(error)[:200]}"])[0]
         raise CheckpointError(
-            f"{path} has more in it than a checkpoint of DeepSpeed's, and was not opened: {reason[:300]}. If "
-            "you know who wrote it: fabric.load(..., trust=True)"
+            f"{path} has other objects in it than DeepSpeed's checkpoints have, and was not opened: {reason[:300]}. If "
+            "you trust its source: fabric.load(..., trust=True)"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Values that one number of ranks and stage has saved, in the flat tensors that the optimizer of another one steps."""
+"""Copies saved values to the flat tensors of an optimizer at another stage, or with another number of ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from precision_core.checkpoint import CheckpointError
 from precision_deepspeed.checkpoints.saved import Saved
 
 
-class Place(NamedTuple):
+class Fragment(NamedTuple):
     """A part of a parameter: `numel` elements from `offset` on, at `start` of this rank's flat tensor number `flat`."""
 
     name: str
@@ -22,33 +22,36 @@ class Place(NamedTuple):
     numel: int
 
 
-def fill(saved: Saved, flats: list[Tensor], places: Iterable[Place]) -> tuple[list[Tensor], dict[int, dict[str, Any]]]:
-    """Returns master weights like `flats`, and the optimizer's state for each of them by its number.
+def fill(
+    saved: Saved, flats: list[Tensor], fragments: Iterable[Fragment]
+) -> tuple[list[Tensor], dict[int, dict[str, Any]]]:
+    """Returns master weights in the layout of `flats`, and number of the flat tensor -> the optimizer's state.
 
-    What no parameter lies in is zero: padding.
+    Padding is zero.
 
     Raises:
-        CheckpointError: parameters in one flat tensor have had different numbers of steps.
+        CheckpointError: parameters in one flat tensor have different step counts.
     """
     masters = [torch.zeros_like(flat, requires_grad=False) for flat in flats]
     states: dict[int, dict[str, Any]] = {}
-    for place in places:
-        _copy(saved.master(place.name), masters[place.flat], place)
-        state = states.setdefault(place.flat, {})
-        for key, value in saved.state(place.name).items():
+    for fragment in fragments:
+        _copy(saved.master(fragment.name), masters[fragment.flat], fragment)
+        state = states.setdefault(fragment.flat, {})
+        for key, value in saved.state(fragment.name).items():
             if isinstance(value, Tensor) and value.dim() > 0:
-                like = masters[place.flat]
-                _copy(value, state.setdefault(key, torch.zeros_like(like, dtype=value.dtype)), place)
+                like = masters[fragment.flat]
+                _copy(value, state.setdefault(key, torch.zeros_like(like, dtype=value.dtype)), fragment)
             elif key not in state:
-                state[key] = value.clone() if isinstance(value, Tensor) else value  # several may have come from one
+                state[key] = value.clone() if isinstance(value, Tensor) else value  # parameters may share it
             elif state[key] != value:
                 raise CheckpointError(
-                    f"{saved.folder}: the optimizer has {key}={value} for {place.name} and {state[key]} for another "
-                    "parameter of its group; ZeRO keeps one for all: only as many ranks at the same stage load it"
+                    f"{saved.folder}: the optimizer has {key}={value} for {fragment.name} and {state[key]} for another "
+                    "parameter of its group, and ZeRO keeps one for all: load it with the stage and the number of "
+                    "ranks that saved it"
                 )
     return masters, {flat: state for flat, state in states.items() if state}
 
 
-def _copy(value: Tensor, flat: Tensor, place: Place) -> None:
-    part = value.reshape(-1)[place.offset : place.offset + place.numel]
-    flat.view(-1)[place.start : place.start + place.numel].copy_(part)
+def _copy(value: Tensor, flat: Tensor, fragment: Fragment) -> None:
+    part = value.reshape(-1)[fragment.offset : fragment.offset + fragment.numel]
+    flat.view(-1)[fragment.start : fragment.start + fragment.numel].copy_(part)

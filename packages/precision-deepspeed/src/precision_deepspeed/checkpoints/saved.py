@@ -1,14 +1,14 @@
-"""The values in a checkpoint folder, parameter by parameter and whole, whatever stage and number of ranks wrote it.
+"""The values in a checkpoint folder as full tensors by parameter, for any stage and number of ranks.
 
-DeepSpeed's optimizers hold flat tensors, of which each rank has a part. Where a parameter lies in them:
+DeepSpeed's optimizers hold flat tensors, of which each rank has a part. The position of a parameter in them:
 
-    stage 0       a flat tensor is a parameter
-    stages 1, 2   `param_slice_mappings` of each rank's file
-    stage 3       one after the other, 1/ranks of each on every rank, rounded up
+    stage 0       each flat tensor is a parameter
+    stages 1, 2   in `param_slice_mappings` of each rank's file
+    stage 3       parameters follow each other, 1/ranks of each on every rank, rounded up
 
 DeepSpeed's own way between numbers of ranks (0.19.8: `deepspeed.checkpoint.ds_to_universal`, then `load_universal`) is
-not used: it opens every file with plain pickle, writes the whole checkpoint a second time, knows no stage 0, and asks
-for a record that stages 1 and 2 do not write.
+not used: it opens every file with plain pickle, writes a second copy of the checkpoint, does not support stage 0, and
+needs a record that stages 1 and 2 do not write.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Piece(NamedTuple):
 
 
 class Saved:
-    """Reads a folder whose files match their checksums; `record` is what `fabric.save` wrote of it.
+    """Reads a folder whose files match their checksums; `record` is that of the model in `state.ckpt`.
 
     Args:
-        trust: open files that hold more than DeepSpeed's own classes, and execute what they name.
+        trust: open files with other objects than tensors and DeepSpeed's own, which may execute code.
 
     Raises:
-        CheckpointError: files with anything else in them, or in a layout that is not known here.
+        CheckpointError: files with other objects in them, or in a layout that is not supported.
     """
 
     def __init__(self, folder: Path, record: dict[str, Any], *, trust: bool = False) -> None:
@@ -58,7 +58,7 @@ class Saved:
             self._models = [self._open(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in ranks]
         else:
             self._models = [self._open("mp_rank_00_model_states.pt")]
-        {0: self._read_whole, 1: self._read_slices, 2: self._read_slices, 3: self._read_shares}[record["stage"]]()
+        {0: self._read_unsharded, 1: self._read_slices, 2: self._read_slices, 3: self._read_shares}[record["stage"]]()
 
     def _open(self, name: str) -> dict[str, Any]:
         content: dict[str, Any] = open_pickle(self.folder / name, trust=self._trust)
@@ -68,9 +68,9 @@ class Saved:
         zero = self._models[0]["ds_config"]["zero_optimization"]
         for key in ("round_robin_gradients", "elastic_checkpoint"):
             if zero.get(key):
-                raise CheckpointError(f'{self.folder} was written with config["zero_optimization"]["{key}"], which '
-                                      "orders shards in a way that is not known here: only as many ranks at the same "
-                                      "stage load it")  # fmt: skip
+                raise CheckpointError(f'{self.folder} was written with config["zero_optimization"]["{key}"], whose '
+                                      "order of shards is not supported: load it with the stage and the number of "
+                                      "ranks that saved it")  # fmt: skip
         ranks = range(self.record["world_size"])
         names = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in ranks]
         prefix = "" if (self.folder / names[0]).exists() else "bf16_"
@@ -78,7 +78,7 @@ class Saved:
 
     # ---------------------------------------------------------------- layouts
 
-    def _read_whole(self) -> None:
+    def _read_unsharded(self) -> None:
         content = self._models[0]
         base, names = content["optimizer"], [name for group in self.record["groups"] for name in group]
         if "fp32_groups" in base:
@@ -120,14 +120,14 @@ class Saved:
     # ---------------------------------------------------------------- values
 
     def master(self, name: str) -> Tensor:
-        """Returns what the optimizer steps for a parameter that trains: in its shape, in the dtype it was saved in."""
+        """Returns the master weights of a parameter that trains, in its shape and in the dtype that was saved."""
         return self._join(name, lambda piece: self._masters[piece.rank][piece.flat])
 
     def state(self, name: str) -> dict[str, Any]:
-        """Returns the optimizer's state for a parameter: tensors of its shape, and numbers such as its step count.
+        """Returns the optimizer's state for a parameter: tensors of its shape, and scalars such as its step count.
 
         Raises:
-            CheckpointError: state that is not one number for each element, nor one number for all.
+            CheckpointError: state that has neither the shape of the parameter nor is a scalar.
         """
         first = self._pieces[name][0]
         found: dict[str, Any] = {}
@@ -135,8 +135,8 @@ class Saved:
             if isinstance(value, Tensor) and value.dim() > 0:
                 if value.numel() < self._masters[first.rank][first.flat].numel():
                     raise CheckpointError(
-                        f"{self.folder}: the optimizer's {key!r} is {tuple(value.shape)}, not a number for each "
-                        f"element of {name}: only as many ranks at the same stage load it"
+                        f"{self.folder}: the optimizer's {key!r} has shape {tuple(value.shape)}, which is not that of "
+                        f"{name}: load it with the stage and the number of ranks that saved it"
                     )
                 value = self._join(name, lambda piece, key=key: self._states[piece.rank][piece.flat][key])  # type: ignore[misc]
             found[key] = value
@@ -165,7 +165,7 @@ class Saved:
         return {name: values[name] for name in self._models[0]["module"]}
 
     def as_base(self, like: dict[str, Any], states: dict[int, dict[str, Any]]) -> dict[str, Any]:
-        """Returns a state dict for the torch optimizer whose own is `like`, with `states` and the saved groups."""
+        """Returns the state dict `like` of a torch optimizer with `states` and the saved groups in it."""
         groups = [
             {**saved, "params": mine["params"]} for saved, mine in zip(self.groups, like["param_groups"], strict=True)
         ]
