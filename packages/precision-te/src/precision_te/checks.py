@@ -58,12 +58,9 @@ def check_engine(engine: str, recipe: Recipe, given: Any, **options: bool) -> No
             f'{_CALL}(fp8_format="e5m2"): Transformer Engine says: {NO_PURE_E5M2} '
             'Use "hybrid", whose gradients are e5m2, or engine="reference"'
         )
-    wanted = [name for name, value in options.items() if value]
     if engine == "te":
-        if options["fuse"] and len(wanted) > 1:
-            raise ValueError(f"{_CALL}(fuse=True, {wanted[0]}=True): it does one or the other")
         return
-    if wanted:
+    if wanted := [name for name, value in options.items() if value]:
         raise ValueError(f'{_CALL}({wanted[0]}=True): engine="te" does that, the reference not')
     if given is not None and (settings := beyond_ours(given)):
         raise ValueError(f'{_CALL}(recipe=...): the reference has no {settings}; engine="te" does')
@@ -76,7 +73,6 @@ def check_layers(module: nn.Module, engine: Engine, recipe: Recipe, exclude: Ite
     size that `recipe` does not take.
     """
     others = [each for each in (ReferenceEngine(), TransformerEngine()) if each.name != engine.name]
-    restorable = engine.restorable  # with what stands for a fused norm, which is no layer of the engine's
     for name, layer in module.named_modules(remove_duplicate=False):
         shown = name or "the model"
         for other in others:
@@ -85,7 +81,7 @@ def check_layers(module: nn.Module, engine: Engine, recipe: Recipe, exclude: Ite
                     f'{shown} is a {type(layer).__name__}, which is of engine="{other.name}" and computes in no recipe '
                     f'under engine="{engine.name}": {BACK}'
                 )
-        if not engine.is_layer(layer) and type(layer) not in restorable:
+        if not engine.is_layer(layer):
             continue
         made_for = getattr(layer, "made_for", None)  # by our conversion; the user's own take any recipe
         if made_for not in (None, recipe.name):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import nn
@@ -28,7 +27,6 @@ def convert(
     keep_first: int = 0,
     keep_last: int = 0,
     packs: bool = False,
-    fuse: Callable[[nn.Module, Collection[str]], None] | None = None,
     dry_run: bool = False,
 ) -> Surgery:
     """Replaces the layers of `module` that `engine` has, in place; returns what was done, with the reasons in it.
@@ -37,7 +35,6 @@ def convert(
         exclude: name patterns of modules that stay as they are.
         keep_first: so many of the linear layers that could be or are converted, in definition order, stay.
         keep_last: so many of the last ones stay.
-        fuse: told the module and the names of what will be converted, before it is.
         packs: whether linear weights are stored in another form, so that tied ones must stay.
 
     Raises:
@@ -73,9 +70,6 @@ def convert(
         kept |= dict.fromkeys(last, f"among the last {keep_last} linear layers, which stay")
         if late := [name for name in done if name in kept]:
             raise ValueError(f"{late[0]}: {kept[late[0]]}, and it is converted already: {BACK}")
-    if fuse is not None and not dry_run:
-        known = set(names.values())  # without what stands for the root
-        fuse(module, [item.name for item in planned(kept) if item.name in known])
     surgery = replace_layers(module, table(kept), exclude=exclude, dry_run=dry_run)
     others = tuple(
         Item(shown(name), f"a {type(layer).__name__}, which is no Linear of torch's")
@@ -101,7 +95,7 @@ def restore(module: nn.Module) -> nn.Module:
         ValueError: the module has no layer of an engine, or one of those new weights has a gradient or hooks on it.
     """
     table: dict[type[nn.Module], Replacement] = {}
-    for engine in _engines():
+    for engine in _engines(module):
         table |= dict.fromkeys(engine.restorable, Replacement(engine.restore, keeps=_comes_back))
     surgery = replace_layers(module, table)
     if not surgery.report.converted:
@@ -115,12 +109,10 @@ def _comes_back(layer: nn.Module, param: nn.Parameter) -> bool:
     return is_bias or not (is_quantized(param) or getattr(layer, "zero_centered_gamma", False))
 
 
-def _engines() -> list[Engine]:
+def _engines(module: nn.Module) -> list[Engine]:
+    """Returns those whose layers may be in `module`; the vendor's library is asked only where it has one there."""
     from precision_te.reference.engine import ReferenceEngine
+    from precision_te.vendor.engine import TransformerEngine
 
-    engines: list[Engine] = [ReferenceEngine()]
-    if "transformer_engine.pytorch" in sys.modules:  # else nobody can have one of its layers
-        from precision_te.vendor.engine import TransformerEngine
-
-        engines.append(TransformerEngine())
-    return engines
+    vendors = TransformerEngine()
+    return [ReferenceEngine(), *([vendors] if any(map(vendors.is_layer, module.modules())) else [])]

@@ -69,7 +69,6 @@ class TransformerEnginePrecision(Precision):
         keep_first: so many of the first linear layers that could be converted stay; likewise `keep_last`.
         pad: te: pad shapes that FP8 cannot take with zeros, in each forward, instead of leaving such layers alone.
         quantized_weights: te: linear weights are stored quantised alone, without their float values.
-        fuse: te: a norm and the linear layer behind it in an `nn.Sequential` become the vendor's `LayerNormLinear`.
 
     Raises:
         ValueError: an unknown mode, format, recipe or engine, a contradiction between them, a dtype that no base mode
@@ -91,12 +90,11 @@ class TransformerEnginePrecision(Precision):
         keep_last: int = 0,
         pad: bool = False,
         quantized_weights: bool = False,
-        fuse: bool = False,
     ) -> None:
         if engine not in ENGINES:
             raise ValueError(f"TransformerEnginePrecision(engine={engine!r}): expected one of {', '.join(ENGINES)}")
         check_base(precision, MODES)
-        options = {"pad": pad, "quantized_weights": quantized_weights, "fuse": fuse}
+        options = {"pad": pad, "quantized_weights": quantized_weights}
         check_flags(replace_layers=replace_layers, **options)
         check_counts(keep_first=keep_first, keep_last=keep_last)
         self.recipe = recipe_from(recipe, fp8_format)
@@ -104,7 +102,7 @@ class TransformerEnginePrecision(Precision):
         check_engine(engine, self.recipe, self._given, **options)
         self._replace = replace_layers
         self._keep = {"keep_first": keep_first, "keep_last": keep_last}
-        self._quantized, self._fuse = quantized_weights, fuse
+        self._quantized = quantized_weights
         self._engine = self._make_engine(engine, pad)
         self._strategy: Strategy | None = None
         self._calibrating = False
@@ -213,7 +211,6 @@ class TransformerEnginePrecision(Precision):
             self.recipe,
             exclude=self._stays,
             packs=self._quantized,
-            fuse=self._engine.fuse if self._fuse and isinstance(self._engine, TransformerEngine) else None,
             dry_run=dry_run,
             **self._keep,
         )

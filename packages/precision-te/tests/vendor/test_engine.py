@@ -195,14 +195,6 @@ def test_a_second_set_up_by_whose_rules_the_vendors_layers_stay_is_refused(optio
 
 
 @pytest.mark.usefixtures("blackwell")
-def test_a_norm_that_was_fused_is_no_norm_to_exclude() -> None:
-    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32))
-    TransformerEnginePrecision("bf16-mixed", fuse=True).convert_module(model)
-    with pytest.raises(ValueError, match="0: excluded by '0', and it is a FusedNorm already: put"):
-        TransformerEnginePrecision("bf16-mixed", fuse=True, exclude="0").convert_module(model)
-
-
-@pytest.mark.usefixtures("blackwell")
 def test_a_norm_over_several_dimensions_is_no_small_linear_layer() -> None:
     plugin = TransformerEnginePrecision("bf16-mixed")
     plugin.convert_module(nn.ModuleDict({"norm": nn.LayerNorm((4, 32)), "linear": nn.Linear(32, 32)}))

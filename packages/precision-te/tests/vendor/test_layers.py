@@ -202,59 +202,6 @@ def exported(te: Any, model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
-# ---------------------------------------------------------------- fused
-
-
-def norms_and_linears() -> nn.Sequential:
-    torch.manual_seed(0)
-    inner = nn.Sequential(nn.RMSNorm(64, eps=1e-6), nn.Linear(64, 32, bias=False))
-    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), inner, nn.LayerNorm(32), nn.GELU())
-    with torch.no_grad():
-        for param in model.parameters():
-            param.normal_()
-    return model
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_norm_and_the_linear_layer_behind_it_become_one_by_choice(te: Any, recipe: str) -> None:
-    model, x = norms_and_linears(), torch.randn(16, 32)
-    expected, text = model(x), str(model)
-    state, ids = copy.deepcopy(model.state_dict()), [id(param) for param in model.parameters()]
-    plugin("32-true", recipe=recipe, fuse=True).convert_module(model)
-    fused = "TEDelayedNormLinear" if recipe == "delayed" else "TENormLinear"
-    assert kinds(model) == {"FusedNorm": 2, "TELayerNorm": 1, fused: 2}
-    assert [id(param) for param in model.parameters()] == ids
-    assert [key for key in model.state_dict() if not key.endswith("_extra_state")] == list(state)
-    model.load_state_dict(state)
-    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with torch.no_grad():
-            twin[0].weight.add_(1.0)
-            assert not torch.allclose(exported(te, twin, x), expected, rtol=1e-3)
-            twin[0].weight.copy_(state["0.weight"])
-            torch.testing.assert_close(exported(te, twin, x), expected, rtol=1e-4, atol=1e-5)
-    restore(model)
-    assert str(model) == text and all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert vars(model[1]).keys() == vars(nn.Linear(1, 1)).keys() and torch.equal(model(x), expected)
-
-
-def test_what_somebody_looks_at_is_not_fused() -> None:
-    hooked, shared, kept = norms_and_linears(), norms_and_linears(), norms_and_linears()
-    hooked[0].register_forward_hook(lambda layer, args, output: None)
-    hooked[3][1].register_forward_pre_hook(lambda layer, args: None)  # type: ignore[index]
-    shared.append(nn.Sequential(nn.Linear(32, 32), shared[0]))
-    for model, options, wanted in (
-        (hooked, {}, {"TELayerNorm": 2, "TERMSNorm": 1, "TELinear": 2}),
-        (shared, {}, {"FusedNorm": 1, "TELayerNorm": 2, "TELinear": 2, "TENormLinear": 1}),
-        (kept, {"exclude": "0"}, {"LayerNorm": 1, "RMSNorm": 1, "TELayerNorm": 1, "TELinear": 2}),
-        (norms_and_linears(), {"keep_first": 2}, {"Linear": 2, "TELayerNorm": 2, "TERMSNorm": 1}),
-        (norms_and_linears(), {"fuse": False}, {"TELayerNorm": 2, "TERMSNorm": 1, "TELinear": 2}),
-    ):
-        plugin(**{"recipe": "current", "fuse": True} | options).convert_module(model)
-        assert kinds(model) == wanted
-    with pytest.raises(ValueError, match=r"fuse=True, pad=True"):
-        plugin(fuse=True, pad=True)
-
-
 # ---------------------------------------------------------------- values
 
 

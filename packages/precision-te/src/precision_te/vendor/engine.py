@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import cache, partial
-from itertools import pairwise
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,15 +39,13 @@ class TransformerEngine:
 
     def __init__(self, given: Any = None, *, pad: bool = False, quantized_weights: bool = False) -> None:
         self._given, self._pad, self._quantized = given, pad, quantized_weights
-        self._before: dict[nn.Module, nn.Module] = {}  # linear layer -> the norm to fuse with it
-        self._fused: dict[nn.Module, Any] = {}  # norm -> what stands in its place
         self._recipes: dict[Recipe, Any] = {}
         self._checked: set[Recipe] = set()
 
     @property
     def layers(self) -> Mapping[type[nn.Module], Callable[..., nn.Module]]:
         """torch's type of layer -> what makes the vendor's."""
-        return {nn.Linear: self._linear, nn.LayerNorm: self._norm, nn.RMSNorm: self._norm}
+        return {nn.Linear: self._linear, nn.LayerNorm: _norm, nn.RMSNorm: _norm}
 
     def vendor_recipe(self, recipe: Recipe) -> Any:
         """Returns the vendor's recipe, always the same object: by it the vendor knows that nothing changed."""
@@ -83,8 +79,8 @@ class TransformerEngine:
         """Ours, and the vendor's linear layers and norms; its own fused layers are no one layer of torch's."""
         from precision_te.vendor import layers
 
-        te, linear = load(), (layers.TELinear, layers.TEDelayedLinear, layers.TENormLinear, layers.TEDelayedNormLinear)
-        return (*linear, layers.TELayerNorm, layers.TERMSNorm, layers.FusedNorm, te.Linear, te.LayerNorm, te.RMSNorm)
+        te, ours = load(), (layers.TELinear, layers.TEDelayedLinear, layers.TELayerNorm, layers.TERMSNorm)
+        return (*ours, te.Linear, te.LayerNorm, te.RMSNorm)
 
     def restore(self, layer: nn.Module) -> nn.Module:
         """Returns torch's layer with the same parameters; quantised ones are dequantised."""
@@ -119,40 +115,10 @@ class TransformerEngine:
         """Returns what the vendor's `checkpoint` does; it is not reentrant unless `use_reentrant` says so."""
         return load().checkpoint(function, *args, **{"use_reentrant": False} | kwargs)
 
-    def fuse(self, module: nn.Module, names: Collection[str]) -> None:
-        """Notes the pairs that the next conversion makes one layer: a norm and the linear layer behind it.
-
-        They are neighbours in an `nn.Sequential`, among the `names` of what is converted, at one place each, and no
-        hook looks at what is between them.
-        """
-        self._before, self._fused = {}, {}
-        places = Counter(child for _, child in module.named_modules(remove_duplicate=False))
-        chosen = {module.get_submodule(name) for name in names}
-        for parent in module.modules():
-            children = list(parent) if type(parent) is nn.Sequential else []
-            for norm, linear in pairwise(children):
-                pair = {norm, linear}
-                if pair <= chosen and isinstance(linear, nn.Linear) and isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
-                    once = places[norm] == places[linear] == 1
-                    hooks = {**norm._forward_hooks, **norm._backward_hooks, **norm._backward_pre_hooks}
-                    if once and not hooks and not linear._forward_pre_hooks and len(norm.normalized_shape) == 1:
-                        self._before[linear] = norm
-
-    def _norm(self, layer: Any, *, recipe: Recipe, dtype: torch.dtype | None, name: str) -> nn.Module:
-        from precision_te.vendor import layers
-
-        if layer in self._before.values():
-            self._fused[layer] = layers.FusedNorm(layer)
-            return self._fused[layer]
-        return _make_norm(layer)
-
     def _linear(self, layer: nn.Linear, *, recipe: Recipe, dtype: torch.dtype | None, name: str) -> nn.Module:
         from precision_te.vendor import layers
 
-        delayed = isinstance(recipe, Delayed)
-        kind: Any = layers.TEDelayedLinear if delayed else layers.TELinear
-        if (norm := self._before.pop(layer, None)) is not None:
-            kind = partial(layers.TEDelayedNormLinear if delayed else layers.TENormLinear, self._fused.pop(norm))
+        kind: Any = layers.TEDelayedLinear if isinstance(recipe, Delayed) else layers.TELinear
         sizes = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": layer.bias is not None}
         dtype = dtype or layer.weight.dtype
         if self._quantized:
@@ -177,7 +143,7 @@ class TransformerEngine:
 _ELSEWHERE = 'engine="reference" and the modes that end in -reference compute the same recipes anywhere, slowly'
 
 
-def _make_norm(layer: Any) -> nn.Module:
+def _norm(layer: Any, *, recipe: Recipe, dtype: torch.dtype | None, name: str) -> nn.Module:
     from precision_te.vendor import layers
 
     kind = layers.TELayerNorm if isinstance(layer, nn.LayerNorm) else layers.TERMSNorm
@@ -228,7 +194,7 @@ _WHY_NOT: dict[type[nn.Module], Callable[[Any, int], str | None]] = {
 
 def _torchs(layer: Any) -> nn.Module:
     te, weight = load(), _plain(layer.weight)
-    if isinstance(layer, (te.Linear, te.LayerNormLinear)):
+    if isinstance(layer, te.Linear):
         new: Any = nn.Linear(layer.in_features, layer.out_features, layer.use_bias, device="meta")
         new.weight = weight
         if layer.use_bias:
@@ -258,4 +224,4 @@ def _own(kind: Any) -> set[str]:
         return set()
     sizes = (16, 16) if "Linear" in vendors.__name__ else (16,)
     later = {"forwarded_at_least_once", "allow_different_data_and_param_types", "fp8_parameters"}
-    return {*vars(vendors(*sizes, device="meta")), *later, "made_for", "history", "multiple", "_loaded", "_norm"}
+    return {*vars(vendors(*sizes, device="meta")), *later, "made_for", "history", "multiple", "_loaded"}

@@ -47,7 +47,7 @@ def _init_weight(weight: Tensor) -> Tensor:
     return nn.init.kaiming_uniform_(weight, a=5**0.5)
 
 
-_INITS = {"weight": _init_weight, "layer_norm_weight": nn.init.ones_}  # the others: zeros
+_INITS = {"weight": _init_weight}  # the others: zeros
 
 
 class _Picklable(te.module.base.TransformerEngineBaseModule):
@@ -86,36 +86,6 @@ class _Padded(_Picklable, te.Linear):
 
 class TELinear(_TorchsKeys, _Padded):
     """The vendor's with torch's keys, for recipes that have no state."""
-
-
-class FusedNorm(nn.Module):
-    """Keeps the parameters of a norm that the layer behind it computes, under their names; returns what it is given."""
-
-    def __init__(self, norm: nn.LayerNorm | nn.RMSNorm) -> None:
-        super().__init__()
-        self.eps, self.weight = norm.eps, norm.weight
-        if isinstance(norm, nn.LayerNorm):
-            self.bias = norm.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns `x`."""
-        return x
-
-
-class _NormLinear(_Picklable, te.LayerNormLinear):
-    """`transformer_engine.pytorch.LayerNormLinear` that takes the norm's parameters from a `FusedNorm`."""
-
-    def __init__(self, norm: FusedNorm, **options: Any) -> None:
-        kind = "LayerNorm" if hasattr(norm, "bias") else "RMSNorm"
-        super().__init__(eps=norm.eps, normalization=kind, **options)
-        for name in ("layer_norm_weight", "layer_norm_bias"):
-            self._parameters.pop(name, None)
-        self._norm = (norm,)  # in a tuple, so that it is no child, and its parameters have one name
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("layer_norm_weight", "layer_norm_bias") and "_norm" in vars(self):
-            return getattr(self._norm[0], name.removeprefix("layer_norm_"), None)
-        return super().__getattr__(name)
 
 
 class _DelayedState:
@@ -182,11 +152,3 @@ class _DelayedState:
 
 class TEDelayedLinear(_DelayedState, _Padded):
     """The vendor's for delayed scaling."""
-
-
-class TENormLinear(_TorchsKeys, _NormLinear):
-    """The vendor's norm and linear layer in one with torch's keys, for recipes that have no state."""
-
-
-class TEDelayedNormLinear(_DelayedState, _NormLinear):
-    """The vendor's norm and linear layer in one, for delayed scaling."""
