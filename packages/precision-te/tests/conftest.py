@@ -3,44 +3,48 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 
-from precision_te.vendor.library import has_kernels
+from precision_te.vendor import library
 
 # The tests' tensors are tiny, and on a busy machine threads that wait for each other take minutes.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def vendor_recipes() -> Any:
+def has_kernels() -> bool:
+    """Whether the vendor's torch extension is installed, as the rows do; a test fails then where it does not load."""
+    return any(distributions(name="transformer-engine-torch"))
+
+
+@pytest.fixture(scope="session")
+def vendor_recipes(has_kernels: bool) -> Any:
     """The module `transformer_engine.common.recipe`, real, also where the rest of the library is not installed."""
     if find_spec("transformer_engine") is None:
         pytest.skip("transformer-engine is not installed")
-    from precision_te.vendor.library import load_recipes
-
     with pytest.MonkeyPatch.context() as patch:
-        if not has_kernels():
+        if not has_kernels:
             patch.setenv("NVTE_PROJECT_BUILDING", "1")  # what it wants to be imported without its kernels
-        return load_recipes()
+        return library.load_recipes()
 
 
 @pytest.fixture
 def no_vendor(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process in which the vendor's library is not installed."""
+    monkeypatch.setattr(library, "_loaded", [])
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
 
 
 @pytest.fixture(scope="session")
-def te() -> Any:
+def te(has_kernels: bool) -> Any:
     """The vendor's whole library; a test that asks for it runs where that is."""
-    if not has_kernels():
+    if not has_kernels:
         pytest.skip("Transformer Engine's torch extension is not installed; the rows vendor-cpu and -cuda have it")
-    import transformer_engine.pytorch
-
-    return transformer_engine.pytorch
+    return library.load()

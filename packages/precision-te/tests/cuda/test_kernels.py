@@ -13,12 +13,8 @@ from torch.optim import SGD
 from precision_core import Fabric
 from precision_core.testing import PrecisionContract, needs
 from precision_te import Delayed, TransformerEnginePrecision, restore
-from precision_te.vendor.library import has_kernels
 
-pytestmark = [
-    needs("cuda", capability=(8, 9)),
-    pytest.mark.skipif(not has_kernels(), reason="needs Transformer Engine's kernels"),
-]
+pytestmark = [needs("cuda", capability=(8, 9)), pytest.mark.usefixtures("te")]
 
 # recipe -> least compute capability
 RECIPES = {"delayed": (8, 9), "current": (8, 9), "block": (9, 0), "mxfp8": (10, 0), "nvfp4": (10, 0)}

@@ -14,7 +14,6 @@ from torch import Tensor
 from precision_te.recipes import MXFP8, NVFP4, Current, Delayed, recipe_from
 from precision_te.reference.amax import AmaxState
 from precision_te.reference.operands import quantize
-from precision_te.vendor.library import has_kernels
 
 
 def values(dtype: torch.dtype, magnitude: float) -> Tensor:
@@ -97,6 +96,7 @@ def test_torchaos_nvfp4_is_close_and_not_bit_for_bit() -> None:
     assert not all(equal)
 
 
+@pytest.mark.usefixtures("te")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-6, 1.0, 1e30])
 @pytest.mark.parametrize("role", ["input", "weight"])
@@ -119,6 +119,7 @@ def test_nvfp4_is_the_vendors_bit_for_bit(dtype: torch.dtype, magnitude: float, 
         assert torch.equal(amax / (6 * 448), ours.outer.view(1))
 
 
+@pytest.mark.usefixtures("te")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("power_of_2", [True, False])
 @pytest.mark.parametrize("name", ["e4m3", "e5m2"])
@@ -133,6 +134,7 @@ def test_current_scaling_is_the_vendors_bit_for_bit(dtype: torch.dtype, power_of
         assert torch.equal(theirs.scale, ours.outer.view(1))
 
 
+@pytest.mark.usefixtures("te")
 def test_nvfp4s_product_is_the_vendors() -> None:
     vendor, formats = _vendors("reference_nvfp4"), _vendors("reference_utils")
     x, weight = values(torch.bfloat16, 1.0), values(torch.bfloat16, 0.02)[:64]
@@ -145,6 +147,7 @@ def test_nvfp4s_product_is_the_vendors() -> None:
     assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
+@pytest.mark.usefixtures("te")
 @pytest.mark.parametrize("algorithm", ["max", "most_recent"])
 @pytest.mark.parametrize("margin", [0, 3])
 def test_delayed_scaling_is_updated_as_by_the_vendor(algorithm: str, margin: int) -> None:
@@ -168,7 +171,4 @@ def test_delayed_scaling_is_updated_as_by_the_vendor(algorithm: str, margin: int
 
 
 def _vendors(name: str) -> Any:
-    if not has_kernels():  # the recipes alone may be there, which do not import so
-        pytest.skip("the vendor's library is not installed")
-    importlib.import_module("transformer_engine.pytorch")
     return importlib.import_module(f"transformer_engine.pytorch.custom_recipes.{name}")
