@@ -16,9 +16,9 @@ HERE = Path(__file__).parent
 
 def test_one_device_by_default() -> None:
     for devices in ("auto", 1, [0]):
-        found = plan("cpu", devices, 1, spmd=True)
+        found = plan("cpu", devices, 1)
         assert (found.hardware, found.devices, found.missing, found.layout.world_size) == ("CPU", 1, {}, 1)
-    assert plan("auto", "auto", 1, spmd=True).hardware == "CPU"  # as PJRT_DEVICE says
+    assert plan("auto", "auto", 1).hardware == "CPU"  # as PJRT_DEVICE says
 
 
 @pytest.mark.parametrize(
@@ -32,12 +32,17 @@ def test_one_device_by_default() -> None:
         ({"devices": [1]}, r"XLA's devices are taken from the first on: pass devices=1"),
         ({"devices": 2}, "has started with 1 CPU device, and stays so: call Fabric and fabric.launch"),
         ({"num_nodes": 2}, r"runs on one machine, and Fabric\(num_nodes=2\) asks for more"),
-        ({"strategy": XLAStrategy(spmd=False)}, r"XLAStrategy\(spmd=False\) is for TPUs, and this is CPU"),
     ],
 )
 def test_devices_that_cannot_be_had_are_an_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Fabric(**{"accelerator": "cpu", "strategy": "xla", **options})
+
+
+def test_one_process_for_each_device_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"XLAStrategy\(spmd=False\): one process for each device is .*Leave spmd out"):
+        XLAStrategy(spmd=False)
+    assert not XLAStrategy(spmd=True).multiprocess
 
 
 def test_the_vendors_own_switch_for_spmd_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,10 @@ from precision_xla.support import find_tpus
 pytestmark = pytest.mark.skipif(not find_tpus(), reason="there is no TPU here: neither /dev/accel* nor /dev/vfio/*")
 
 SCRIPT = """
-import sys
 import torch
 from precision_core import Fabric
 from precision_core.testing.net import Net, loss_of, make_batch
-from precision_xla import XLAStrategy, vendor
+from precision_xla import vendor
 from precision_xla.programs import matrix_products
 
 def train(fabric):
@@ -42,24 +41,18 @@ def train(fabric):
     return losses[0].item(), losses[-1].item(), fabric.world_size
 
 if __name__ == "__main__":
-    if sys.argv[1] == "spmd":
-        fabric = Fabric(accelerator="tpu", strategy="xla", precision="bf16-mixed")
-        first, last, world_size = train(fabric)
-    else:
-        fabric = Fabric(accelerator="tpu", strategy=XLAStrategy(spmd=False), precision="bf16-mixed")
-        first, last, world_size = fabric.launch(train)
+    first, last, world_size = train(Fabric(accelerator="tpu", strategy="xla", precision="bf16-mixed"))
     assert last < first
     print("processes", world_size)
 """
 
 
-@pytest.mark.parametrize("how", ["spmd", "processes"])
-def test_it_trains(how: str, run_python: Any, tmp_path: Path) -> None:
+def test_it_trains(run_python: Any, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    done = run_python(str(script), how, PJRT_DEVICE=None, XLA_FLAGS=None)
+    done = run_python("-u", str(script), PJRT_DEVICE=None, XLA_FLAGS=None)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert how != "spmd" or "processes 1" in done.stdout
+    assert "processes 1" in done.stdout
 
 
 @pytest.mark.parametrize("mode", ["16-mixed", "16-true", "64-true"])

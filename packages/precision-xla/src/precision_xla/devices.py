@@ -18,7 +18,7 @@ from precision_xla.hardware import ACCELERATORS
 
 @dataclass(frozen=True)
 class Plan:
-    """What the run needs: the hardware, how many devices, in which processes, and which variables are missing."""
+    """What the run needs: the hardware, how many devices, and which variables are missing."""
 
     hardware: str
     devices: int
@@ -26,7 +26,7 @@ class Plan:
     missing: Mapping[str, str] = field(default_factory=dict)
 
 
-def plan(accelerator: str, devices: int | str | Sequence[int], num_nodes: int, *, spmd: bool) -> Plan:
+def plan(accelerator: str, devices: int | str | Sequence[int], num_nodes: int) -> Plan:
     """Returns the plan; starts the runtime only to count TPUs.
 
     Raises:
@@ -41,23 +41,13 @@ def plan(accelerator: str, devices: int | str | Sequence[int], num_nodes: int, *
     hardware = _hardware(accelerator)
     if num_nodes != 1:
         raise ValueError(f"XLAStrategy runs on one machine, and Fabric(num_nodes={num_nodes}) asks for more")
-    if not spmd and hardware != "TPU":
-        raise ValueError(
-            f"XLAStrategy(spmd=False) is for TPUs, and this is {hardware}: torch_xla's collectives between CPU "
-            "processes time out. Leave spmd out: one process drives all devices"
-        )
-    here = _here(hardware) if spmd or vendor.is_launched() else vendor.tpu_chips()  # the parent leaves TPUs alone
+    here = _here(hardware)
     count = _count(devices, here, hardware)
     missing: dict[str, str] = {}
     if hardware == "CPU" and count > 1 and here != count:
         if here is not None:
             raise ValueError(_too_late(devices, here))
         missing = {vendor.DEVICE: "CPU", vendor.CPU_DEVICES: str(count)}
-    if not spmd:
-        if vendor.is_launched():
-            rank, local_rank, count = vendor.ordinals()
-            return Plan(hardware, 1, Layout("xla", range(count), 1, Ranks(rank, local_rank, count, count)))
-        return Plan(hardware, count, Layout("xla", range(count), 1, Ranks() if count == 1 else None))
     return Plan(hardware, count, Layout("xla", range(1), 1, Ranks()), missing)
 
 

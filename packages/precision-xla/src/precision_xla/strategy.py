@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +16,13 @@ from precision_core.data import DeviceLoader
 from precision_core.policy import map_tensors
 from precision_core.scaling import takes_flag
 from precision_core.strategies import Layout, Ranks
-from precision_xla import processes, vendor
+from precision_xla import vendor
 from precision_xla.devices import Plan, plan
 from precision_xla.environment import check_environment
 from precision_xla.hardware import answer, register
 from precision_xla.loader import XLALoader
 from precision_xla.placement import check_movable, move, move_state
 from precision_xla.precision import XLAPrecision
-
-T = TypeVar("T")
 
 _READS: dict[type[Optimizer], str] = {
     LBFGS: "the loss and several norms in each iteration",
@@ -43,8 +40,7 @@ class XLAStrategy(Strategy):
     The model keeps its class, its keys, and its very self.
 
     Args:
-        spmd: several devices are one, in one process. False: one process a device, started by
-            `fabric.launch(function)`, for TPUs; torch_xla's collectives between CPU processes do not work.
+        spmd: several devices are one, in one process; nothing else is supported.
         shard_parameters: under SPMD, shard parameters, and with them gradients and optimizer state; False keeps all of
             them whole on each device.
         matmul_precision: of float32 matrix products: "highest" is float32; "high" and "default" are three and one
@@ -52,7 +48,7 @@ class XLAStrategy(Strategy):
             elsewhere. It is a setting of the process, as the vendor has it.
 
     Raises:
-        ValueError: an unknown `matmul_precision`.
+        ValueError: an unknown `matmul_precision`, `spmd=False`.
     """
 
     name = "xla"
@@ -62,25 +58,28 @@ class XLAStrategy(Strategy):
     ) -> None:
         if matmul_precision not in (None, "default", "high", "highest"):
             raise ValueError(f"XLAStrategy(matmul_precision={matmul_precision!r}): allowed are default, high, highest")
+        if spmd is not True:
+            raise ValueError(
+                f"XLAStrategy(spmd={spmd!r}): one process for each device is not supported, as nobody has run it. "
+                "Leave spmd out: one process drives all devices as one, Fabric(devices=8)"
+            )
         register()
-        self.multiprocess = not spmd
         self._shards_parameters = shard_parameters
         self._matmul_precision = matmul_precision
         self._plan: Plan | None = None
         self._mesh: vendor.Mesh | None = None
-        self.ranks = Ranks()
 
     # ---------------------------------------------------------------- devices
 
     def lay_out(self, accelerator: str, devices: int | str | Sequence[int], num_nodes: int) -> Layout:
-        """Returns the layout, one process unless `spmd=False`; the runtime is not started for it, but for TPUs.
+        """Returns the layout, one process; the runtime is not started for it, but for TPUs.
 
         Raises:
             ValueError: devices that are not here, a variable of the vendor's that contradicts the arguments, or a
                 runtime that has started with other devices.
         """
         check_environment()
-        self._plan = plan(accelerator, devices, num_nodes, spmd=not self.multiprocess)
+        self._plan = plan(accelerator, devices, num_nodes)
         self.device = torch.device("xla", 0)
         return self._plan.layout
 
@@ -88,73 +87,24 @@ class XLAStrategy(Strategy):
         """Returns the vendor's variables with which a process has to be started for several CPU devices."""
         return {} if self._plan is None else self._plan.missing
 
-    def start_processes(self, function: Callable[..., Any] | None, args: tuple[Any, ...], layout: Layout) -> Any:
-        """Starts a process with the vendor's variables, or one for each TPU where `spmd=False`."""
-        if not self.multiprocess:
-            return super().start_processes(function, args, layout)
-        if function is None:
-            raise RuntimeError(
-                "XLAStrategy(spmd=False) starts its processes with torch_xla.launch, which runs functions: put the "
-                "training into one and call fabric.launch(train)"
-            )
-        return processes.run_function(function, args)
-
     def join(self, ranks: Ranks) -> None:
         """Starts the runtime, on the hardware and devices that were asked for."""
         assert self._plan is not None
-        self.ranks = ranks
-        self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._moved = WeakIdKeyDictionary()
-        self._reduces, self._mesh = True, None
+        self._mesh = None
         fresh = not vendor.is_started()
         if fresh:
             vendor.choose_hardware(self._plan.hardware)
         if self._matmul_precision or self._plan.hardware == "TPU":
             vendor.set_matmul_precision(self._matmul_precision or "highest")
-        if self._plan.devices > 1 and not self.multiprocess:
+        if self._plan.devices > 1:
             vendor.use_spmd()
             self._mesh = vendor.Mesh()
         self.device = vendor.device()
         vendor.check_backward()
         if fresh:
             vendor.Generators.set_rng_state(torch.initial_seed())  # what was seeded before there was a device
-
-    @property
-    def global_rank(self) -> int:
-        """This process's number among all processes of the run."""
-        return self.ranks.rank
-
-    @property
-    def local_rank(self) -> int:
-        """This process's number on its machine."""
-        return self.ranks.local_rank
-
-    @property
-    def world_size(self) -> int:
-        """How many processes run: one, unless `spmd=False`."""
-        return self.ranks.world_size
-
-    def barrier(self) -> None:
-        """Waits until every process is here."""
-        if self.world_size > 1:
-            vendor.broadcast_bytes(b"")
-
-    def all_gather(self, data: T) -> T:
-        """Returns `data` with each tensor as (world_size, *shape): those of all processes."""
-        return super().all_gather(data) if self.world_size == 1 else processes.all_gather(data, self.device)
-
-    def all_reduce(self, data: T, op: str = "mean") -> T:
-        """Returns `data` with each tensor replaced by its mean, sum, min or max over all processes."""
-        if self.world_size == 1:
-            return super().all_reduce(data, op)
-        return processes.all_reduce(data, op, self.device, self.world_size)
-
-    def broadcast(self, data: T, src: int = 0) -> T:
-        """Returns process `src`'s `data`, any object that pickles."""
-        if self.world_size == 1:
-            return data
-        return processes.broadcast(data, src, self.global_rank, self.device)
 
     # ---------------------------------------------------------------- precision
 
@@ -191,9 +141,6 @@ class XLAStrategy(Strategy):
         if self._mesh is not None:
             for param in module.parameters():
                 self._mesh.shard(param.data, self._dim_of(param))
-        if self.world_size > 1:
-            vendor.broadcast_parameters(module)
-        self._modules.add(module)
         return module
 
     def _dim_of(self, param: Tensor) -> int | None:
@@ -254,26 +201,6 @@ class XLAStrategy(Strategy):
         evaluation say that adds up losses, calls it once a batch, or its graph grows until a value is read.
         """
         vendor.sync()
-
-    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
-        """Runs backward from the loss; with `spmd=False` gradients are averaged over the processes after it."""
-        super().backward(tensor, module, *args, **kwargs)
-        if self.world_size > 1 and self._reduces:
-            policy = self.precision.policy
-            params = [param for each in self._modules for param in each.parameters()]
-            processes.average_gradients(params, policy.reduce, policy.params, self.world_size)
-
-    @contextmanager
-    def _unreduced(self) -> Iterator[None]:
-        before, self._reduces = self._reduces, False
-        try:
-            yield
-        finally:
-            self._reduces = before
-
-    def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
-        """Context in which backward reduces no gradients over processes; under SPMD there are none."""
-        return self._unreduced() if enabled and self.world_size > 1 else nullcontext()
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
         """Steps the optimizer as the precision says, and ends the graph."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -306,53 +306,3 @@ def upload_ahead(batches: Iterable[list[Tensor]], device: torch.device, mesh: Me
         yield from loader.per_device_loader(device)
     finally:
         loader.close()
-
-
-# ---------------------------------------------------------------- one process a device
-
-
-def launch(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Runs `function(index, *args)` in a process for each device; raises when one fails."""
-    import torch_xla
-
-    torch_xla.launch(function, args=args)
-
-
-def ordinals() -> tuple[int, int, int]:
-    """Returns this process's number in the run, its number on its machine, and how many there are."""
-    import torch_xla.runtime as runtime
-
-    return int(runtime.global_ordinal()), int(runtime.local_ordinal()), int(runtime.world_size())
-
-
-def all_reduce(tensors: list[Tensor], op: str, scale: float) -> None:
-    """Replaces the tensors by their "sum", "min" or "max" over all processes, times `scale`, in place."""
-    import torch_xla.core.xla_model as xla_model
-
-    xla_model.all_reduce(op, tensors, scale=scale)
-
-
-def all_gather(tensor: Tensor) -> Tensor:
-    """Returns (world_size, *shape): the tensors of all processes."""
-    import torch_xla.core.xla_model as xla_model
-
-    return xla_model.all_gather(tensor.unsqueeze(0), dim=0)
-
-
-def broadcast_parameters(module: torch.nn.Module) -> None:
-    """Gives all processes the parameters and buffers of the first."""
-    import torch_xla.core.xla_model as xla_model
-
-    xla_model.broadcast_master_param(module)
-
-
-def broadcast_bytes(payload: bytes) -> list[bytes]:
-    """Returns all processes' bytes; waits for them."""
-    import torch_xla.core.xla_model as xla_model
-
-    return list(xla_model.xla_rendezvous(payload, tag="precision"))
-
-
-def is_launched() -> bool:
-    """Whether this process is one of those that `launch` started."""
-    return "PJRT_LOCAL_PROCESS_COUNT" in os.environ
