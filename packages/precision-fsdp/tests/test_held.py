@@ -1,21 +1,26 @@
-"""Gradients that no_backward_sync holds back: another scale, zero_grad, and a step that would leave them out."""
+"""Unsynced gradients: another scale, zero_grad, a step that would ignore them, and torch's private names."""
 
 from __future__ import annotations
 
 import pickle
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import SGD
 
 from precision_core import Fabric, MixedPrecision
 from precision_core.testing import run_in_ranks
 from precision_fsdp import FSDPPrecision, FSDPStrategy
+from precision_fsdp.held import HeldBack
 
 MESSAGE = (
-    "SGD.step() would leave out gradients that fabric.no_backward_sync holds back: first.weight, first.bias, "
+    "SGD.step() would ignore unsynced gradients, accumulated in fabric.no_backward_sync: first.weight, first.bias, "
     "blocks.0.weight, blocks.0.bias, blocks.1.weight and 3 more. Run the last backward of an accumulation outside of "
     "it, or drop them with zero_grad()"
 )
@@ -151,3 +156,73 @@ def test_a_strategy_goes_to_processes_that_are_started_with_it() -> None:
         name: vars(strategy)[name] for name in ("_wrap", "_mesh", "_reshard_after_forward", "sharded")
     }
     assert list(copy._held_back.roots) == []
+
+
+# ---------------------------------------------------------------- torch's private names
+
+
+@pytest.fixture
+def sharded() -> Iterator[Any]:
+    """A model that `fully_shard` has sharded over one rank, after a backward that reduced nothing."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model: Any = fully_shard(nn.Linear(4, 4))
+        model.set_requires_gradient_sync(False)
+        model(torch.ones(1, 4)).sum().backward()
+        yield model
+    finally:
+        dist.destroy_process_group()
+
+
+def owners(model: Any) -> dict[str, Any]:
+    """Returns the objects that hold what is private, by the names of their classes."""
+    state = model._get_fsdp_state()
+    group = state._fsdp_param_group
+    return {"FSDPState": state, "FSDPParamGroup": group, "FSDPParam": group.fsdp_params[0]}
+
+
+PRIVATE = [
+    "FSDPModule._get_fsdp_state",
+    "FSDPState._fsdp_param_groups",  # torch 2.9: _fsdp_param_group, which newer ones have beside it
+    "FSDPParamGroup.fsdp_params",
+    "FSDPParam.sharded_param",
+    "FSDPParam.unsharded_accumulated_grad",
+    "FSDPParam._unsharded_param",
+]
+"""All that precision_fsdp reads of FSDP2 that is not public."""
+
+
+def test_what_is_read_is_there_and_holds_the_unsynced_gradient(sharded: Any) -> None:
+    held = HeldBack()
+    held.add(sharded)
+    assert list(held.roots) == [sharded] and isinstance(sharded, FSDPModule)
+    found = owners(sharded)
+    names = [f"{type(each).__name__}.{name}" for each in found.values() for name in dir(each)]
+    assert {*PRIVATE[1:]} <= {name.replace("param_group", "param_groups") for name in names} | {*names}
+    assert found["FSDPParam"].sharded_param is sharded.weight and sharded.weight.grad is None
+    assert torch.equal(found["FSDPParam"]._unsharded_param.grad, torch.ones(4, 4))
+    assert [gradient.shape for gradient in held._gradients()] == [(4, 4), (4,)]
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_name_that_torch_no_longer_has_is_an_error_at_setup(
+    name: str, sharded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, _, attribute = name.partition(".")
+    found = owners(sharded)
+    hidden = {attribute, attribute.removesuffix("s")} if "groups" in attribute else {attribute}
+
+    def renamed(self: Any, asked: str) -> Any:
+        if asked in hidden:
+            raise AttributeError(asked)
+        return object.__getattribute__(self, asked)
+
+    owner = FSDPModule if kind == "FSDPModule" else type(found[kind])
+    monkeypatch.setattr(owner, "__getattribute__", renamed, raising=False)
+    if attribute == "_unsharded_param":
+        monkeypatch.delitem(owner.__annotations__, attribute)
+    kind = type(sharded).__name__ if kind == "FSDPModule" else kind
+    with pytest.raises(
+        RuntimeError, match=rf"torch {re.escape(torch.__version__)} has no {kind}\.{attribute}.* private"
+    ):
+        HeldBack().add(sharded)

@@ -1,7 +1,8 @@
-"""Held back: gradients that FSDP keeps whole under `no_backward_sync`, where `p.grad` does not show them.
+"""Unsynced gradients: what FSDP2 accumulates unsharded under `no_backward_sync`, where `p.grad` does not show it.
 
-It adds them to those of the next backward that reduces. So who drops gradients, rescales them, or steps with them has
-to ask here, too.
+FSDP2 adds them to the gradients of the next backward that reduces. So zeroing, unscaling and stepping have to look
+here, too. torch has no public name for them: all that this package reads of FSDP2's private state is read here, and
+tests/test_held.py lists it. A name that torch no longer has is a `RuntimeError` at setup.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import weakref
 from collections.abc import Callable, Container, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
@@ -18,19 +20,28 @@ from torch.optim import Optimizer
 from precision_core.scaling import NameOf, Scaler, params_of
 from precision_fsdp.limits import listed
 
+_GROUPS = ("_fsdp_param_groups", "_fsdp_param_group")
+"""Of a module's FSDP state: the list of its groups; before that was a list, torch 2.9, its only group or None."""
+
 
 class HeldBack:
-    """The gradients that are held back in a run's sharded models."""
+    """The unsynced gradients of a run's sharded models."""
 
     def __init__(self) -> None:
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._expected = False  # that there are any: else nobody has to look for them
 
     def __reduce__(self) -> tuple[type[HeldBack], tuple[()]]:
-        return HeldBack, ()  # in a process that is started with the strategy nothing is held yet
+        return HeldBack, ()  # in a process that is started with the strategy nothing is accumulated yet
+
+    def add(self, root: nn.Module) -> None:
+        """Takes a model that was sharded; raises `RuntimeError` where torch lacks a private name that is read here."""
+        for handle in handles(root):
+            _read(handle, "sharded_param"), _of(handle)
+        self.roots.add(root)
 
     def expect(self, scaler: Scaler) -> None:
-        """Takes note that there will be some, which `scaler` brings to another scale as it does `p.grad`."""
+        """Takes note that there will be some; when its scale changes, `scaler` rescales them as it does `p.grad`."""
         self._expected = True
         scaler.held_back = self._gradients
 
@@ -38,49 +49,49 @@ class HeldBack:
         return [gradient for root in self.roots for handle in handles(root) for gradient in _of(handle)]
 
     def drop(self, optimizer: Optimizer) -> None:
-        """Drops those of the optimizer's parameters."""
+        """Drops the unsynced gradients of the optimizer's parameters."""
         if self._expected:
             params = set(params_of(optimizer))
             for root in self.roots:
                 drop(root, params)
 
     def check_reduced(self, optimizer: Optimizer, name_of: NameOf) -> None:
-        """Raises `RuntimeError` when a step of `optimizer` would leave some out."""
+        """Raises `RuntimeError` when parameters of `optimizer` have unsynced gradients, which its step would ignore."""
         if not self._expected:
             return
         params = set(params_of(optimizer))
-        held = [each.sharded_param for root in self.roots for each in handles(root) if _of(each)]
+        held = [_read(each, "sharded_param") for root in self.roots for each in handles(root) if _of(each)]
         names = [name_of(param) for param in held if param in params]
         if names:
             raise RuntimeError(
-                f"{type(optimizer).__name__}.step() would leave out gradients that fabric.no_backward_sync holds back: "
-                f"{listed(names, 5)}. Run the last backward of an accumulation outside of it, or drop them with "
-                "zero_grad()"
+                f"{type(optimizer).__name__}.step() would ignore unsynced gradients, accumulated in "
+                f"fabric.no_backward_sync: {listed(names, 5)}. Run the last backward of an accumulation outside of it, "
+                "or drop them with zero_grad()"
             )
         self._expected = bool(held)
 
 
 def handles(root: nn.Module) -> Iterator[Any]:
-    """Yields what FSDP knows of each parameter in `root`, once: modules that are one group share it."""
+    """Yields torch's `FSDPParam` of each parameter in `root`, once: modules that are one group share a state."""
     sharded = [each for each in root.modules() if isinstance(each, FSDPModule)]
-    states: dict[int, Any] = {id(state): state for each in sharded for state in [each._get_fsdp_state()]}
+    states: dict[int, Any] = {id(state): state for each in sharded for state in [_read(each, "_get_fsdp_state")()]}
     for state in states.values():
-        groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.9 has one at most, of another name
-        for group in [state._fsdp_param_group] if groups is None else groups:
-            yield from group.fsdp_params if group is not None else ()
+        groups = _read(state, *_GROUPS)
+        for group in groups if isinstance(groups, list) else [groups]:
+            yield from () if group is None else _read(group, "fsdp_params")
 
 
 def drop(root: nn.Module, params: Container[Tensor] | None = None) -> None:
-    """Drops what is held back in `root`, or of `params` in it."""
+    """Drops the unsynced gradients in `root`, or those of `params` in it."""
     for handle in handles(root):
-        if params is None or handle.sharded_param in params:
+        if params is None or _read(handle, "sharded_param") in params:
             handle.unsharded_accumulated_grad = None
-            if hasattr(handle, "_unsharded_param"):
-                handle._unsharded_param.grad = None
+            if (unsharded := _unsharded(handle)) is not None:
+                unsharded.grad = None
 
 
 def dropping(drop: Callable[[Any], None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Returns what has the `zero_grad` of a model or an optimizer call `drop` with it, too."""
+    """Returns a decorator for the `zero_grad` of a model or an optimizer that calls `drop` with it first."""
 
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
         def zero_grad(owner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -105,7 +116,25 @@ def followed_by(closure: Callable[[], Any], check: Callable[[], None]) -> Callab
 
 
 def _of(handle: Any) -> list[Tensor]:
-    """Those in the dtype of reduction and, where that is the gathered parameter's, in its `grad`."""
-    unsharded = getattr(handle, "_unsharded_param", None)
-    found = (handle.unsharded_accumulated_grad, None if unsharded is None else unsharded.grad)
+    """Returns the unsynced gradients: one in the reduce dtype and, where the unsharded parameter has it, its `grad`."""
+    unsharded = _unsharded(handle)
+    found = (_read(handle, "unsharded_accumulated_grad"), None if unsharded is None else unsharded.grad)
     return [gradient for gradient in found if gradient is not None]
+
+
+def _unsharded(handle: Any) -> nn.Parameter | None:
+    """Returns the gathered parameter, which torch declares in the class and makes in the first gather."""
+    name = "_unsharded_param"
+    return None if name in type(handle).__annotations__ and name not in vars(handle) else _read(handle, name)
+
+
+def _read(owner: Any, *names: str) -> Any:
+    """Returns the first of these private attributes that there is; raises `RuntimeError` where torch has none."""
+    for name in names:
+        if hasattr(owner, name):
+            return getattr(owner, name)
+    raise RuntimeError(
+        f"torch {torch.__version__} has no {type(owner).__name__}.{' or '.join(names)}, a private name that "
+        "FSDPStrategy reads for the gradients that fabric.no_backward_sync accumulates: use a torch that "
+        "precision-fsdp was run with (its README says which), or a newer precision-fsdp"
+    )

@@ -19,9 +19,10 @@ def begin_anew(module: nn.Module) -> None:
     assert isinstance(module, FSDPModule)
     try:
         module.reset_iter_state()
-        drop(module)  # what backward had added up before it failed
     except (AttributeError, RuntimeError):
         vars(module)[_KEY] = True
+    else:
+        drop(module)  # what backward had accumulated before it failed
 
 
 def check_not_lost(module: nn.Module) -> None:

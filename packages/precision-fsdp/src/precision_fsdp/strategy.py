@@ -230,7 +230,7 @@ class FSDPStrategy(Collectives, Strategy):
         report = self.precision.report
         self.precision.report = replace(report, notes=(*report.notes, *self._notes, *notes))
         self._restores.append(override(module, "zero_grad", dropping(drop)))
-        self._held_back.roots.add(module)
+        self._held_back.add(module)
         return module
 
     def make_outer_forward(self, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
@@ -272,7 +272,7 @@ class FSDPStrategy(Collectives, Strategy):
         """Steps the optimizer as the precision says.
 
         Raises:
-            RuntimeError: gradients of its parameters are held back: no backward has reduced them.
+            RuntimeError: its parameters have unsynced gradients: no backward has reduced them.
             ValueError: it has got parameters since its setup whose gradients nobody reduces.
         """
         self._members.check(optimizer, self._held_back.roots, self.precision.name_of)
@@ -285,7 +285,7 @@ class FSDPStrategy(Collectives, Strategy):
 
     @contextmanager
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> Iterator[None]:
-        """Context in which backward reduces no gradients: FSDP holds them back, whole, in the dtype of reduction."""
+        """Context in which backward reduces no gradients: FSDP2 accumulates them unsharded, in the reduce dtype."""
         if not enabled or not isinstance(module, FSDPModule):
             yield
             return
