@@ -21,7 +21,7 @@ from precision_fsdp.policies import casts_of
 from precision_fsdp.precision import FSDPPrecision
 
 
-class Casts(NamedTuple):
+class GroupCasts(NamedTuple):
     """What the parameters of a group have in common."""
 
     stored: torch.dtype
@@ -40,7 +40,7 @@ class Group:
     """Modules that `fully_shard` gets as one; `name` is the first one's, or that of the block that they are in."""
 
     name: str
-    casts: Casts
+    casts: GroupCasts
     modules: list[nn.Module] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     params: dict[nn.Parameter, str] = field(default_factory=dict)
@@ -55,7 +55,7 @@ def make_groups(root: nn.Module, blocks: Mapping[str, nn.Module], precision: Pre
         ValueError: parameters that are tied across groups, a module that trains parameters of several dtypes, or a
             block that itself holds a parameter of other casts than what is in it.
     """
-    groups: dict[tuple[str, Casts | None], Group] = {}
+    groups: dict[tuple[str, GroupCasts | None], Group] = {}
     first_name = {module: name for name, module in (*blocks.items(), ("", root))}
     block_of: dict[str, str] = {}
     for name, module in root.named_modules(remove_duplicate=False):
@@ -80,7 +80,7 @@ def make_groups(root: nn.Module, blocks: Mapping[str, nn.Module], precision: Pre
     return [group for group in order if group.params or not group.name]
 
 
-def _settle_own(groups: dict[tuple[str, Casts | None], Group]) -> None:
+def _settle_own(groups: dict[tuple[str, GroupCasts | None], Group]) -> None:
     """A block that is itself in the group beside its own takes that one's casts, where nothing else is in it."""
     for key, group in list(groups.items()):
         block = groups[group.name, None]
@@ -97,7 +97,9 @@ def _settle_own(groups: dict[tuple[str, Casts | None], Group]) -> None:
         del groups[key]
 
 
-def _casts(precision: Precision, name: str, params: Mapping[nn.Parameter, str] | None = None, kind: str = "") -> Casts:
+def _casts(
+    precision: Precision, name: str, params: Mapping[nn.Parameter, str] | None = None, kind: str = ""
+) -> GroupCasts:
     """Returns the casts of the module called `name`, of what its policy says, or of the parameters that it holds."""
     policy = precision.policy.for_module(name)
     casts = casts_of(policy)
@@ -116,7 +118,7 @@ def _casts(precision: Precision, name: str, params: Mapping[nn.Parameter, str] |
                 "a mixed mode"
             )
         stored = next(iter(trained), stored)
-    return Casts(stored, gathered, casts.reduce_dtype)
+    return GroupCasts(stored, gathered, casts.reduce_dtype)
 
 
 def _check_tied(groups: list[Group]) -> None:

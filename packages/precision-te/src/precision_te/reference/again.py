@@ -56,8 +56,8 @@ def pending(runs: Iterable[Run], last: Run | None) -> Run | None:
     return waiting[0]
 
 
-class Block:
-    """A checkpoint's function that notes the runs of its layers the first time, and gives them back the next times."""
+class Checkpointed:
+    """A function under the engine's `checkpoint`: it notes its layers' runs, and returns them when it is recomputed."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -87,7 +87,7 @@ class Block:
 
 
 class _Here(threading.local):
-    blocks: tuple[Block, ...] = ()
+    blocks: tuple[Checkpointed, ...] = ()
 
 
 _here = _Here()

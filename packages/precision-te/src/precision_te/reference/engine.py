@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from precision_te.recipes import RECIPES, Recipe
-from precision_te.reference.again import Block
+from precision_te.reference.again import Checkpointed
 from precision_te.reference.layers import ReferenceLinear
 from precision_te.reference.region import region
 
@@ -75,7 +75,7 @@ class ReferenceEngine:
 
         Reentrant, each block's backward is one of its own, after which the gradients' scales are chosen anew.
         """
-        return checkpoint(Block(function), *args, **{"use_reentrant": False} | kwargs)
+        return checkpoint(Checkpointed(function), *args, **{"use_reentrant": False} | kwargs)
 
 
 def _make(layer: Any, *, recipe: Recipe, dtype: torch.dtype | None = None, name: str = "") -> ReferenceLinear:
