@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -160,27 +158,6 @@ def test_a_strategy_goes_to_processes_that_are_started_with_it() -> None:
 
 # ---------------------------------------------------------------- torch's private names
 
-
-@pytest.fixture
-def sharded() -> Iterator[Any]:
-    """A model that `fully_shard` has sharded over one rank, after a backward that reduced nothing."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model: Any = fully_shard(nn.Linear(4, 4))
-        model.set_requires_gradient_sync(False)
-        model(torch.ones(1, 4)).sum().backward()
-        yield model
-    finally:
-        dist.destroy_process_group()
-
-
-def owners(model: Any) -> dict[str, Any]:
-    """Returns the objects that hold what is private, by the names of their classes."""
-    state = model._get_fsdp_state()
-    group = state._fsdp_param_group
-    return {"FSDPState": state, "FSDPParamGroup": group, "FSDPParam": group.fsdp_params[0]}
-
-
 PRIVATE = [
     "FSDPModule._get_fsdp_state",
     "FSDPState._fsdp_param_groups",  # torch 2.9: _fsdp_param_group, which newer ones have beside it
@@ -192,37 +169,71 @@ PRIVATE = [
 """All that precision_fsdp reads of FSDP2 that is not public."""
 
 
-def test_what_is_read_is_there_and_holds_the_unsynced_gradient(sharded: Any) -> None:
-    held = HeldBack()
-    held.add(sharded)
-    assert list(held.roots) == [sharded] and isinstance(sharded, FSDPModule)
-    found = owners(sharded)
-    names = [f"{type(each).__name__}.{name}" for each in found.values() for name in dir(each)]
-    assert {*PRIVATE[1:]} <= {name.replace("param_group", "param_groups") for name in names} | {*names}
-    assert found["FSDPParam"].sharded_param is sharded.weight and sharded.weight.grad is None
-    assert torch.equal(found["FSDPParam"]._unsharded_param.grad, torch.ones(4, 4))
-    assert [gradient.shape for gradient in held._gradients()] == [(4, 4), (4,)]
+def sharded() -> Any:
+    """Returns a model that `fully_shard` has sharded over one rank, after a backward that reduced nothing."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    model: Any = fully_shard(nn.Linear(4, 4))
+    model.set_requires_gradient_sync(False)
+    model(torch.ones(1, 4)).sum().backward()
+    return model
 
 
-@pytest.mark.parametrize("name", PRIVATE)
-def test_a_name_that_torch_no_longer_has_is_an_error_at_setup(
-    name: str, sharded: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def owners(model: Any) -> dict[str, Any]:
+    """Returns the objects that hold what is private, by the names of their classes."""
+    state = model._get_fsdp_state()
+    group = state._fsdp_param_group
+    return {"FSDPState": state, "FSDPParamGroup": group, "FSDPParam": group.fsdp_params[0]}
+
+
+def read() -> dict[str, Any]:
+    held, model = HeldBack(), sharded()
+    held.add(model)
+    found = owners(model)
+    handle = found["FSDPParam"]
+    return {
+        "names": [f"{kind}.{name}" for kind, each in found.items() for name in dir(each)],
+        "classes": [type(each).__name__ for each in found.values()],
+        "is the parameter": handle.sharded_param is model.weight and model.weight.grad is None,
+        "gathered": handle._unsharded_param.grad,
+        "gradients": held._gradients(),
+    }
+
+
+def test_what_is_read_is_there_and_holds_the_unsynced_gradient() -> None:
+    (found,) = run_in_ranks(1, read)
+    assert found["classes"] == ["FSDPState", "FSDPParamGroup", "FSDPParam"] and found["is the parameter"]
+    singular = {
+        "FSDPState._fsdp_param_groups" if name == "FSDPState._fsdp_param_group" else name for name in found["names"]
+    }
+    assert {*PRIVATE[1:]} <= {*found["names"], *singular}
+    assert torch.equal(found["gathered"], torch.ones(4, 4))
+    assert [gradient.shape for gradient in found["gradients"]] == [(4, 4), (4,)]
+
+
+def renamed(name: str) -> str:
+    """Returns the error of a model that is set up where torch has given `name` another name."""
+    model = sharded()
     kind, _, attribute = name.partition(".")
-    found = owners(sharded)
+    owner = FSDPModule if kind == "FSDPModule" else type(owners(model)[kind])
     hidden = {attribute, attribute.removesuffix("s")} if "groups" in attribute else {attribute}
 
-    def renamed(self: Any, asked: str) -> Any:
+    def read(self: Any, asked: str) -> Any:
         if asked in hidden:
             raise AttributeError(asked)
         return object.__getattribute__(self, asked)
 
-    owner = FSDPModule if kind == "FSDPModule" else type(found[kind])
-    monkeypatch.setattr(owner, "__getattribute__", renamed, raising=False)
-    if attribute == "_unsharded_param":
-        monkeypatch.delitem(owner.__annotations__, attribute)
-    kind = type(sharded).__name__ if kind == "FSDPModule" else kind
-    with pytest.raises(
-        RuntimeError, match=rf"torch {re.escape(torch.__version__)} has no {kind}\.{attribute}.* private"
-    ):
-        HeldBack().add(sharded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, "__getattribute__", read, raising=False)
+        if attribute == "_unsharded_param":
+            patch.delitem(owner.__annotations__, attribute)
+        with pytest.raises(RuntimeError) as caught:
+            HeldBack().add(model)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_name_that_torch_no_longer_has_is_an_error_at_setup(name: str) -> None:
+    (message,) = run_in_ranks(1, renamed, name)
+    name = name.replace("FSDPModule", "FSDPLinear")
+    assert message.startswith(f"torch {torch.__version__} has no {name}") and "private name" in message

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from precision_core import Fabric
 from precision_core.testing import run_in_ranks
@@ -57,6 +58,7 @@ def steps(where: str) -> list[torch.Tensor]:
     return [param.full_tensor().detach() for param in model.parameters()]  # type: ignore[attr-defined]
 
 
+@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="this torch cannot go on: torch 2.13 can")
 @pytest.mark.parametrize("where", ["output", "block"])
 def test_training_goes_on_as_if_backward_had_not_been_called(where: str) -> None:
     for expected, found in zip(run_in_ranks(2, steps, ""), run_in_ranks(2, steps, where), strict=True):

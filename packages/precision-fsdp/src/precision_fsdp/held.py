@@ -85,7 +85,8 @@ def drop(root: nn.Module, params: Container[Tensor] | None = None) -> None:
     """Drops the unsynced gradients in `root`, or those of `params` in it."""
     for handle in handles(root):
         if params is None or _read(handle, "sharded_param") in params:
-            handle.unsharded_accumulated_grad = None
+            if "unsharded_accumulated_grad" in vars(handle):  # in torch 2.15 a property: the `grad` below
+                handle.unsharded_accumulated_grad = None
             if (unsharded := _unsharded(handle)) is not None:
                 unsharded.grad = None
 
@@ -116,10 +117,13 @@ def followed_by(closure: Callable[[], Any], check: Callable[[], None]) -> Callab
 
 
 def _of(handle: Any) -> list[Tensor]:
-    """Returns the unsynced gradients: one in the reduce dtype and, where the unsharded parameter has it, its `grad`."""
+    """Returns the unsynced gradients, each once: in the reduce dtype, and the unsharded parameter's `grad`.
+
+    torch up to 2.14 may have both; in 2.15 they are one tensor.
+    """
     unsharded = _unsharded(handle)
     found = (_read(handle, "unsharded_accumulated_grad"), None if unsharded is None else unsharded.grad)
-    return [gradient for gradient in found if gradient is not None]
+    return list({id(gradient): gradient for gradient in found if gradient is not None}.values())
 
 
 def _unsharded(handle: Any) -> nn.Parameter | None:
