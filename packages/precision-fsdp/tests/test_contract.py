@@ -44,7 +44,7 @@ class TestFSDPStrategy(StrategyContract):
 def copies_are_refused(kit: StrategyContract) -> None:
     _, model, _ = kit.setup()
     for copy_of, what in ((copy.deepcopy, "a deepcopy"), (pickle.dumps, "a pickle")):
-        with pytest.raises(RuntimeError, match=f"{what} of this Net would take this process's shards only: "):
+        with pytest.raises(RuntimeError, match=f"{what} of this Net would copy this process's shards only: "):
             copy_of(model)
     batch, _ = make_batch(0)
     assert torch.equal(model(batch), model(batch)) and isinstance(model, Net)  # as it was

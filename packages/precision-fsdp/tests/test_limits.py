@@ -45,7 +45,7 @@ def sgd_beside(model: nn.Module) -> SGD:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], str]] = {
-    "scalar": (lambda: Net(torch.tensor(1.0)), setup, r"no dimension: own\. Give them one: nn\.Parameter\(x\.reshape"),
+    "scalar": (lambda: Net(torch.tensor(1.0)), setup, r"0-dimensional .*: own\. Give them a dimension: nn\.Param"),
     "complex": (lambda: Net(torch.ones(4, dtype=torch.complex64)), setup, r"complex parameters: own\. .*view_as_real"),
     "root's integers": (lambda: Net(torch.arange(4)), setup, r"^shift, own: FSDP gathers what the model holds itself"),
     "block's integers": (lambda: Net(None, torch.arange(4)), setup, r"^blocks\.1\.own: .* what blocks\.1 holds itself"),

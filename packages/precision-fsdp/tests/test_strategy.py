@@ -593,7 +593,7 @@ PROBLEMS: dict[str, Any] = {
 }
 
 REASONS = {
-    "state": r"this AdamW has state for 11 whole parameters, of shapes \(16, 8\).*make the optimizer after",
+    "state": r"this AdamW has state for 11 unsharded parameters, of shapes \(16, 8\).*make the optimizer after",
     "fused sgd": "SGD cannot run under FSDPStrategy: torch has no fused SGD for shards; pass fused=False",
     "adafactor": "Adafactor cannot run under FSDPStrategy",
     "lbfgs": "LBFGS cannot run under FSDPStrategy",

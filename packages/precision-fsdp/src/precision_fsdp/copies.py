@@ -1,4 +1,4 @@
-"""Copies: what FSDP cannot do is said where it is asked for, on the instance."""
+"""Copies: `copy.deepcopy` and pickle of a sharded model raise, by methods of the instance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class _Refusal:
     """A method of the instance that raises; an object, since copies of the model do not share it."""
 
     def __init__(self, what: str, way_out: str) -> None:
-        self._message = f"{what} would take this process's shards only: {way_out}"
+        self._message = f"{what} would copy this process's shards only: {way_out}"
 
     def __call__(self, *_: Any) -> Any:
         raise RuntimeError(self._message)

@@ -1,9 +1,9 @@
-"""What is no matrix product computes in float32, with weights that FSDP has gathered in a half dtype.
+"""All but matrix products compute in float32, with weights that FSDP has gathered in a half dtype.
 
-FSDP casts a group's parameters as a whole. A norm would then compute in the half dtype, and an embedding start a
+FSDP casts all parameters of a group. A norm would then compute in the half dtype, and an embedding start a
 residual stream in it; autocast alone keeps both in float32. So in mixed modes every module that holds parameters of its
 own, and is none of torch's matrix products, sees them in float32. An embedding's table would be large: its output
-is cast in place of it, which gives the same values, and its gradient, a sum over all tokens, is added up in float32 and
+is cast instead, which gives the same values, and its gradient, a sum over all tokens, is accumulated in float32 and
 rounded once. A product in a module of another class still runs in the half dtype, since autocast casts its weights
 back: right, at the cost of two casts.
 
@@ -75,7 +75,7 @@ def _look_up(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _LookUp(torch.autograd.Function):
-    """Rows of a half table, in float32; the gradients of a row's tokens are added up in float32."""
+    """Rows of a half table, in float32; the gradients of a row's tokens are accumulated in float32."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, ids: Tensor, padding_idx: int | None, scale_grad_by_freq: bool) -> Tensor:

@@ -1,6 +1,6 @@
-"""What a block was given, as it was before the block ran: its forward runs again in backward, on the same arguments.
+"""The arguments of a block as they were before it ran: backward recomputes its forward with the same ones.
 
-Blocks change what they are given. A decoder's layer adds its keys and values to a cache, which holds all layers' by the
+Blocks change their arguments. A decoder's layer adds its keys and values to a cache, which holds all layers' by the
 time that backward runs it again; others append to a list, or count in a dict. Tensors are shared, not copied: what is
 written into one in place is written again with the same values.
 """

@@ -1,4 +1,4 @@
-"""Groups: which parameters are gathered together. FSDP casts, gathers and reduces a group as a whole.
+"""Groups: which parameters are gathered together. FSDP casts, gathers and reduces a group together.
 
 A group is a block (a module that the user or the default chose), without the blocks inside of it; the root is one, too.
 Modules in it that need other casts than their block (exceptions of the policy, packed weights, norms that a plugin

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 _LIMITS: tuple[tuple[Callable[[nn.Parameter], bool], str], ...] = (
     (
         lambda param: param.ndim == 0,
-        "FSDP cannot shard parameters of no dimension: {}. Give them one: nn.Parameter(x.reshape(1))",
+        "FSDP cannot shard 0-dimensional parameters: {}. Give them a dimension: nn.Parameter(x.reshape(1))",
     ),
     (
         lambda param: param.is_complex(),

@@ -1,4 +1,4 @@
-"""Materialising: a model that was built on meta gets its values shard by shard, and the values it would have had whole.
+"""Materialising: a model that was built on meta gets its values shard by shard, the same as without sharding.
 
 Module by module, children before the one that holds them, as constructors do it, every rank makes the parameters in
 full, has them initialised under the same random numbers, keeps its shard, and frees the rest. So no rank ever holds
@@ -111,7 +111,7 @@ class _Walk:
             self._shard_pending()
 
     def _fill(self, name: str, module: nn.Module, key: str, is_kept: bool) -> None:
-        """Puts a tensor of the whole shape where one on meta is, with values that nobody would choose."""
+        """Replaces a tensor on meta by one of the full shape, filled with NaN (zeros where it has no NaN)."""
         like = _slot(module, key)
         new = torch.empty(like.shape, dtype=like.dtype)
         new.fill_(float("nan") if like.is_floating_point() or like.is_complex() else 0)
@@ -178,11 +178,11 @@ def _is_set(value: Tensor, before: tuple[Tensor, int]) -> bool:
 
 
 def _shard(value: Tensor, like: Tensor, device: torch.device) -> nn.Parameter:
-    """Returns this rank's shard of `value` as the parameter that takes the place of `like`."""
+    """Returns this rank's shard of `value` as the parameter that replaces `like`."""
     if not isinstance(like, DTensor):
         return nn.Parameter(value.detach().to(device), requires_grad=like.requires_grad)
-    whole = cast_tensor(value.detach(), like.dtype).to(device)
-    shard = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)  # all ranks have the values
+    full = cast_tensor(value.detach(), like.dtype).to(device)
+    shard = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)  # all ranks have the values
     return nn.Parameter(shard, requires_grad=like.requires_grad)
 
 

@@ -1,4 +1,4 @@
-"""Optimizers: which can step shards, and hold what; asked before a model is converted."""
+"""Optimizers: checks, before a model is converted, that they can step shards, and hold parameters of one kind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Optimizer, Rprop, Sparse
 _NOT_FOR_SHARDS: dict[tuple[type[Optimizer], bool], str] = {
     (SGD, True): "torch has no fused SGD for shards; pass fused=False",
     (Adagrad, True): "torch has no fused Adagrad for shards; pass fused=False",
-    (Adafactor, False): "its row and column statistics need whole parameters; use AdamW",
+    (Adafactor, False): "its row and column statistics need full parameters; use AdamW",
     (LBFGS, False): "it works on all parameters as one vector, which no process has; use AdamW",
     (Rprop, False): "it assigns by index, which torch does not do for shards; use AdamW",
     (SparseAdam, False): "it steps sparse gradients, which FSDP does not reduce; use AdamW",
@@ -21,18 +21,18 @@ _NOT_FOR_SHARDS: dict[tuple[type[Optimizer], bool], str] = {
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Raises `ValueError` for an optimizer that cannot step shards, or that has state for whole parameters."""
+    """Raises `ValueError` for an optimizer that cannot step shards, or that has state for unsharded parameters."""
     kind, fused = type(optimizer), any(group.get("fused") for group in optimizer.param_groups)
     for (refused, when_fused), reason in _NOT_FOR_SHARDS.items():
         if isinstance(optimizer, refused) and fused >= when_fused:
             raise ValueError(f"{kind.__name__} cannot run under FSDPStrategy: {reason}")
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    whole = [param for param in params if not isinstance(param, DTensor) and optimizer.state.get(param)]
-    if whole:
-        shapes = ", ".join(str(tuple(param.shape)) for param in whole[:5]) + (", ..." if len(whole) > 5 else "")
+    full = [param for param in params if not isinstance(param, DTensor) and optimizer.state.get(param)]
+    if full:
+        shapes = ", ".join(str(tuple(param.shape)) for param in full[:5]) + (", ..." if len(full) > 5 else "")
         why = " (Adagrad makes its state in its constructor)" if isinstance(optimizer, Adagrad) else ""
         raise ValueError(
-            f"this {kind.__name__} has state for {len(whole)} whole parameters, of shapes {shapes}{why}, and FSDP "
+            f"this {kind.__name__} has state for {len(full)} unsharded parameters, of shapes {shapes}{why}, and FSDP "
             "shards parameters: make the optimizer after fabric.setup(model) and give it to fabric.setup_optimizers, "
             "or set up a new one and bring its state with fabric.load"
         )
@@ -52,7 +52,7 @@ def check_members(optimizer: Optimizer, inside: Container[Tensor], name_of: Call
 
 
 class Members:
-    """What optimizers hold, looked at again where it became more, before a step of it."""
+    """The parameters that optimizers hold: checked again before a step when some were added."""
 
     def __init__(self) -> None:
         self._counts: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()

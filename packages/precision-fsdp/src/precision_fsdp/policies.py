@@ -59,7 +59,7 @@ FSDPPolicy: TypeAlias = MixedPrecision | MixedPrecisionPolicy
 
 
 def check_fsdp_policy(given: Any) -> FSDPPolicy | None:
-    """Returns what was given as `mixed_precision`; raises `ValueError` when it is no object of torch's for that."""
+    """Returns what was given as `mixed_precision`; raises `ValueError` for any other type than torch's."""
     if given is not None and not isinstance(given, (MixedPrecision, MixedPrecisionPolicy)):
         raise ValueError(
             f"FSDPStrategy(mixed_precision={given!r}): expected torch.distributed.fsdp.MixedPrecision, "

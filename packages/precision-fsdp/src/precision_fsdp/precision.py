@@ -30,15 +30,15 @@ class FSDPPrecision(Precision):
     """Core's modes, with the parameters of mixed ones gathered in the compute dtype.
 
     True modes are core's. In mixed modes the shards, gradients and optimizer state are float32; FSDP gathers parameters
-    in bfloat16 or float16, half the bytes, and forward runs under autocast. Norms, and whatever else is no matrix
-    product, compute in float32 with the gathered weights.
+    in bfloat16 or float16, half the bytes, and forward runs under autocast. Norms, and all else but matrix
+    products, compute in float32 with the gathered weights.
 
     Args:
         precision: a mode, an alias, or a policy; exceptions are applied in groups of their own.
         scaler: for a policy that scales the loss, the `torch.amp.GradScaler` to use, or a dict of its options.
 
     Raises:
-        ValueError: an unknown mode, one that nothing runs, or a scaler that does not fit it.
+        ValueError: an unknown mode, one that nothing runs, or a scaler that does not match it.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Recovery: after an exception in backward FSDP's own state is that of a step half done.
 
-Its root would then never reduce gradients again, and say nothing. torch 2.13 can be told to begin anew; an older one
-cannot, and the next forward raises.
+Its root would then silently stop reducing gradients. From torch 2.13 on FSDP2 can be reset; with an older one the next
+forward raises.
 """
 
 from __future__ import annotations

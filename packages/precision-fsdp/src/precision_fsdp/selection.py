@@ -20,7 +20,7 @@ A name is that of a class ("Block"), or a pattern of dotted names ("blocks.*"), 
 
 
 def check_selection(option: str, given: Any) -> tuple[One, ...]:
-    """Returns what was given to `option` as a tuple; raises `ValueError` when it is no selection."""
+    """Returns what was given to `option` as a tuple; raises `ValueError` for an invalid one."""
     several = given if isinstance(given, (list, tuple, set, frozenset)) else (given,)
     for one in several:
         if isinstance(one, str):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def send(tensors: Iterable[Tensor], device: torch.device) -> None:
-    """Brings tensors to the device, in place and with rank zero's values; those on meta have none."""
+    """Moves tensors to the device in place, and broadcasts rank zero's values; those on meta are left out."""
     for tensor in tensors:
         if tensor.is_meta or not tensor.numel():
             continue
@@ -18,13 +18,13 @@ def send(tensors: Iterable[Tensor], device: torch.device) -> None:
         if dist.get_world_size() > 1:
             values = _unexpanded(tensor.data)
             sent = values.contiguous()
-            dist.broadcast(sent.flatten().view(torch.uint8), src=0)  # as bytes: gloo knows not every dtype
+            dist.broadcast(sent.flatten().view(torch.uint8), src=0)  # as bytes: gloo does not take every dtype
             if sent.data_ptr() != values.data_ptr():
                 values.copy_(sent)
 
 
 def _unexpanded(tensor: Tensor) -> Tensor:
-    """Returns the part of `tensor` of which the rest is a repetition, as `expand` makes it."""
+    """Returns an expanded tensor before `expand`, of size 1 where the stride is 0; else `tensor` itself."""
     if 0 not in tensor.stride():
         return tensor
     shape = [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]

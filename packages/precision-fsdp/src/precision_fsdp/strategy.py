@@ -52,8 +52,8 @@ _OWN_POLICY = "_policy_before_fsdp"
 class FSDPStrategy(Collectives, Strategy):
     """One process a device; each holds a shard of every parameter, its gradient and its optimizer state.
 
-    The very model is sharded: it keeps its attributes and keys. FSDP2 swaps its class for a subclass, and a model that
-    is set up can be neither copied nor pickled.
+    The model is sharded in place: it keeps its attributes and keys. FSDP2 swaps its class for a subclass, and a model
+    that is set up can be neither copied nor pickled.
 
     Args:
         mixed_precision: torch's `MixedPrecision` or `MixedPrecisionPolicy`, whose reduce, buffer and output dtypes win
@@ -67,7 +67,7 @@ class FSDPStrategy(Collectives, Strategy):
             replicas of the model, each in so many shards (HSDP).
         activation_checkpointing: blocks that compute their activations again in backward: True for those of `wrap`, or
             a selection such as `wrap` takes.
-        cpu_offload: keep shards and optimizer state in the host's memory; needs an accelerator.
+        cpu_offload: keep shards and optimizer state in CPU memory; needs an accelerator.
         state_dict_type: "sharded" or "full", what checkpoints hold.
         init_fn: how a module's own parameters and buffers are initialised when the model was built in
             `fabric.init_module()`; None: by its `reset_parameters()`.
@@ -75,7 +75,7 @@ class FSDPStrategy(Collectives, Strategy):
         timeout: how long a process waits for the others in a collective; None is torch's default.
 
     Raises:
-        ValueError: an argument that is none of these.
+        ValueError: an invalid argument.
     """
 
     name = "fsdp"
@@ -169,7 +169,7 @@ class FSDPStrategy(Collectives, Strategy):
             yield
 
     def check_optimizers(self, *optimizers: Optimizer) -> None:
-        """Raises `ValueError` for an optimizer that cannot step shards, or that has state for whole parameters."""
+        """Raises `ValueError` for an optimizer that cannot step shards, or that has state for unsharded parameters."""
         for optimizer in optimizers:
             check_optimizer(optimizer)
 
@@ -183,7 +183,7 @@ class FSDPStrategy(Collectives, Strategy):
 
         Raises:
             ValueError: it holds parameters of a sharded model and others, or some that were added to one after its
-                setup, whose gradients nobody would reduce.
+                setup, whose gradients would not be reduced.
         """
         self._members.check(optimizer, self._held_back.roots, self.precision.name_of)
         self._restores.append(override(optimizer, "zero_grad", dropping(self._held_back.drop)))
@@ -273,7 +273,7 @@ class FSDPStrategy(Collectives, Strategy):
 
         Raises:
             RuntimeError: its parameters have unsynced gradients: no backward has reduced them.
-            ValueError: it has got parameters since its setup whose gradients nobody reduces.
+            ValueError: it has got parameters since its setup whose gradients are not reduced.
         """
         self._members.check(optimizer, self._held_back.roots, self.precision.name_of)
         check = functools.partial(self._held_back.check_reduced, optimizer, self.precision.name_of)

@@ -1,4 +1,4 @@
-"""Checks: what a plugin refuses, of its arguments and of a model that has an engine's layers already."""
+"""Checks of a plugin's arguments, and of a model that has an engine's layers already."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CALL = "TransformerEnginePrecision"
 
 
 def check_base(precision: object, modes: dict[str, dict[str, str]]) -> None:
-    """Raises `ValueError` where `precision` is one of this package's `modes`, and no base mode."""
+    """Raises `ValueError` where `precision` is one of this package's `modes`, not a base mode."""
     mode = base_of(precision) if isinstance(precision, str) else None
     if mode in modes:
         options = ", ".join(f'{name}="{value}"' for name, value in modes[mode].items())
@@ -38,21 +38,21 @@ def check_flags(**values: Any) -> None:
 
 
 def check_counts(**values: Any) -> None:
-    """Raises `ValueError` for the first that is no number of layers."""
+    """Raises `ValueError` for the first that is not a number of layers, 0 or more."""
     for name, value in values.items():
         if type(value) is not int or value < 0:
             raise ValueError(f"{_CALL}({name}={value!r}): expected a number of layers")
 
 
 def name_patterns(exclude: Any) -> tuple[str, ...]:
-    """Returns the patterns of `exclude`, one or several; raises `ValueError` for what is none."""
+    """Returns the patterns of `exclude`, one or several; raises `ValueError` for an invalid one."""
     if not isinstance(exclude, Iterable):
         raise ValueError(f'{_CALL}(exclude={exclude!r}): expected name patterns, as {{"lm_head", "blocks.0"}}')
     return tuple(check_pattern(pattern) for pattern in ([exclude] if isinstance(exclude, str) else exclude))
 
 
 def check_engine(engine: str, recipe: Recipe, given: Any, **options: bool) -> None:
-    """Raises `ValueError` for what `engine` does not do: a format, an option, a setting of the vendor's `given`."""
+    """Raises `ValueError` for what `engine` lacks: a format, an option, a setting of the vendor's `given`."""
     if engine == "te" and recipe.fp8_format == "e5m2":
         raise ValueError(
             f'{_CALL}(fp8_format="e5m2"): Transformer Engine says: {NO_PURE_E5M2} '
@@ -61,7 +61,7 @@ def check_engine(engine: str, recipe: Recipe, given: Any, **options: bool) -> No
     if engine == "te":
         return
     if wanted := [name for name, value in options.items() if value]:
-        raise ValueError(f'{_CALL}({wanted[0]}=True): engine="te" does that, the reference not')
+        raise ValueError(f'{_CALL}({wanted[0]}=True): only engine="te" does that')
     if given is not None and (settings := beyond_ours(given)):
         raise ValueError(f'{_CALL}(recipe=...): the reference has no {settings}; engine="te" does')
 

@@ -15,7 +15,7 @@ from precision_te.quantized import is_quantized
 from precision_te.recipes import Recipe
 
 BACK = "put torch's layers back first, precision_te.restore(model)"
-"""The way out where layers are converted that should not be."""
+"""What to do where layers are converted that should not be."""
 
 
 def convert(
@@ -63,7 +63,7 @@ def convert(
     if keep_first or keep_last:
         done = [name for layer, name in names.items() if is_converted(layer, engine)]
         linear = [*done, *(item.name for item in planned(kept) if item.detail == nn.Linear.__name__)]
-        order = {name: place for place, name in enumerate(names.values())}
+        order = {name: position for position, name in enumerate(names.values())}
         linear.sort(key=lambda name: order.get(name, 0))  # the root has another name in reports
         kept |= dict.fromkeys(linear[:keep_first], f"among the first {keep_first} linear layers, which stay")
         last = linear[max(0, len(linear) - keep_last) :]
@@ -85,10 +85,10 @@ def is_converted(layer: nn.Module, engine: Engine) -> bool:
 
 
 def restore(module: nn.Module) -> nn.Module:
-    """Puts torch's layers back in the place of an engine's, in place, and returns the module.
+    """Replaces an engine's layers by torch's, in place, and returns the module.
 
     Parameters stay the same objects, with their gradients; only weights that were stored quantised, and those of the
-    vendor's own norms with gamma around zero, come back as new ones. What the engine knew of scales is dropped. The
+    vendor's own norms with gamma around zero, come back as new ones. The engine's scales are dropped. The
     vendor's fused layers that you built are no one layer of torch's, and stay.
 
     Raises:
@@ -104,7 +104,7 @@ def restore(module: nn.Module) -> nn.Module:
 
 
 def _comes_back(layer: nn.Module, param: nn.Parameter) -> bool:
-    """Whether `restore` gives torch's layer this very parameter."""
+    """Whether `restore` gives torch's layer this same parameter."""
     is_bias = param is getattr(layer, "bias", None)
     return is_bias or not (is_quantized(param) or getattr(layer, "zero_centered_gamma", False))
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """What the plugin and the conversion need; none is ever swapped for another by itself."""
+    """What the plugin and the conversion need; none is ever swapped for another silently."""
 
     name: str
     """ "te" or "reference"."""
@@ -23,7 +23,7 @@ class Engine(Protocol):
     def layers(self) -> Mapping[type[nn.Module], Callable[..., nn.Module]]:
         """torch's type of layer -> `make(layer, *, recipe, dtype, name)`: the engine's layer with the same parameters.
 
-        The very `Parameter` objects stand in the new layer. `dtype` is that of new tensors, None keeps the layer's;
+        The new layer holds the same `Parameter` objects. `dtype` is that of new tensors, None keeps the layer's;
         `name` is the layer's dotted name, for messages.
         """
         ...
@@ -55,17 +55,17 @@ class Engine(Protocol):
     def context(
         self, recipe: Recipe, *, group: dist.ProcessGroup | None = None, calibrating: bool = False
     ) -> AbstractContextManager[Any]:
-        """A new context in which the engine's layers compute as `recipe` says; it stands inside the base mode's.
+        """Returns a new context in which the engine's layers compute in `recipe`, to be entered inside the base mode's.
 
-        `group` is over whom delayed scaling takes its amax; None is this process alone. `calibrating`: statistics are
-        collected, products stay in the base mode's dtype.
+        `group`: the ranks over which delayed scaling reduces amax; None is this process alone. `calibrating`:
+        statistics are collected, products stay in the base mode's dtype.
         """
         ...
 
     def register(self, module: nn.Module) -> None:
-        """Told each model that is set up, in that order, the same on all ranks."""
+        """Called with each model that is set up, in the same order on all ranks."""
         ...
 
     def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Returns `function(*args, **kwargs)`; its activations are computed again in backward, with the same scales."""
+        """Returns `function(*args, **kwargs)`; its activations are recomputed in backward, with the same scales."""
         ...

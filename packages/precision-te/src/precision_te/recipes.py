@@ -28,7 +28,7 @@ class _Recipe:
     vendor_class: ClassVar[str]
     """What the vendor calls it."""
     multiple: ClassVar[int] = 16
-    """What in_features and out_features are a multiple of, for the vendor's kernels to take a layer."""
+    """The vendor's kernels take layers whose in_features and out_features are multiples of this."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -36,7 +36,7 @@ class _Recipe:
             if field.type == "bool" and not isinstance(value, bool):
                 raise self._wrong(field.name, value, "True or False")
             if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
-                raise self._wrong(field.name, value, "a whole number")
+                raise self._wrong(field.name, value, "an integer")
             if field.name.endswith("_scaling_dim") and value not in (1, 2):
                 raise self._wrong(field.name, value, "1 or 2")
             if field.name == "backward_override" and value not in BACKWARD_OVERRIDES:
@@ -62,7 +62,7 @@ class _Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Delayed(_Recipe):
-    """One scale a tensor, from the largest values of earlier steps (Micikevicius et al. 2022, section 4.2).
+    """One scale a tensor, from the amax of earlier steps (Micikevicius et al. 2022, section 4.2).
 
     Scale = (the format's largest value / amax) / 2**margin. Raises `ValueError` for what a field does not take.
     """
@@ -74,13 +74,13 @@ class Delayed(_Recipe):
     """-112 to 127."""
     fp8_format: str = "hybrid"
     amax_history_len: int = 1024
-    """Steps that are remembered."""
+    """Steps in the history."""
     amax_compute_algo: str | Callable[[Tensor], Tensor] = "max"
     """"max" of the history, "most_recent", or a function of the history (steps, tensors) -> (tensors,)."""
     scaling_factor_compute_algo: Callable[..., Tensor] | None = None
     """A function (amax, old scale, the format's largest value, recipe) -> scale; None: the formula above."""
     reduce_amax: bool = True
-    """Whether ranks take the largest value of all of them."""
+    """Whether amax is reduced over ranks (max)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,7 +96,7 @@ class Delayed(_Recipe):
 
 @dataclass(frozen=True, kw_only=True)
 class Current(_Recipe):
-    """One scale a tensor, from its own largest value, now. Raises `ValueError` for what a field does not take."""
+    """One scale a tensor, from its own amax. Raises `ValueError` for what a field does not take."""
 
     name: ClassVar[str] = "current"
     vendor_class: ClassVar[str] = "Float8CurrentScaling"
@@ -196,7 +196,7 @@ RECIPES: dict[str, type[Recipe]] = {kind.name: kind for kind in (Delayed, Curren
 _BY_VENDOR_CLASS = {kind.vendor_class: kind for kind in RECIPES.values()}
 
 _NOT_OURS = {"fp8_dpa": False, "fp8_mha": False, "row_scaled_activation": False, "nvfp4_4over6": "none"}
-"""Settings of the vendor's objects that ours lack, and their values when they change nothing."""
+"""Settings of the vendor's objects that ours lack, and the values with which they change nothing."""
 
 _ROLES = ("fwd_inp", "fwd_weight", "bwd_grad")
 
@@ -208,8 +208,8 @@ _READ: dict[str, tuple[str, str, bool, tuple[str, ...]]] = {
     "disable_2d_quantization": ("fp4_quant", "fp4_2d_quantization", False, ("fwd_weight",)),
 }
 """Field -> the `QParams` and their setting that the vendor's kernels read in its place, the setting where the field is
-True, and the roles that follow the field; it is off in others. The field itself may say something else: `QParams` are
-made once, and anybody can put in others."""
+True, and the roles that follow the field; it is off in others. The field itself may disagree: `QParams` are made
+once, and can be replaced."""
 
 
 def parse_fp8_format(value: object) -> str:

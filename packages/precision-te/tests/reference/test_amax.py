@@ -127,7 +127,7 @@ def test_a_history_of_another_length_is_cut_or_filled_up() -> None:
     state = AmaxState(3, torch.device("cpu"))
     state.history.copy_(torch.arange(9.0).view(3, 3))
     for steps, expected in ((5, [0, 0, 0, 3, 6]), (2, [0, 6]), (3, [0, 0, 6]), (1, [0])):  # the last is the newest
-        state.fit(steps, torch.device("cpu"))
+        state.resize(steps, torch.device("cpu"))
         assert state.history[:, 0].tolist() == expected
     layer = make_layer()
     for steps in (4, 2, 8):
@@ -251,7 +251,7 @@ def _copy_trains() -> str:
     model = nn.Sequential(nn.Linear(16, 16))
     fabric.setup(model)
     stranger = copy.deepcopy(model[0])
-    with pytest.raises(RuntimeError, match=r"1 layers ran .* without being set up") as raised, fabric.autocast():
+    with pytest.raises(RuntimeError, match=r"1 layers ran .* were not set up") as raised, fabric.autocast():
         stranger(torch.ones(1, 16))
     return str(raised.value)
 

@@ -79,7 +79,7 @@ def _hardware(accelerator: str) -> str:
 
 
 def _here(hardware: str) -> int | None:
-    """Returns how many devices this process has; None: as many as are asked for, once it is started anew."""
+    """Returns how many devices this process has; None: as many as are asked for, once it is restarted."""
     if hardware == "CPU" and not vendor.is_started():
         text = os.environ.get(vendor.CPU_DEVICES)
         if text is not None and not (text.isdigit() and int(text)):

@@ -1,4 +1,4 @@
-"""Environment variables by which torch_xla changes dtypes behind a program's back: none is set here, all are refused.
+"""Environment variables with which torch_xla silently changes dtypes: none is set here, all are refused.
 
 What each does in torch_xla 2.9 was tried on the CPU; the tests try it again.
 """

@@ -1,8 +1,8 @@
 """Loading: batches reach the device through torch_xla's transfers, and each new one ends the graph of the last.
 
 Loaders with worker processes go through the vendor's own loader, whose threads draw and transfer batches ahead. Others
-are drawn in the loop's thread: a thread that runs ahead draws random numbers ahead, too, and a checkpoint in the middle
-of the epoch would hold generators that are not where the batches are.
+are fetched in the training thread: a thread that prefetches draws random numbers ahead, too, and a checkpoint in the
+middle of the epoch would hold generators that are ahead of the batches.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Moving a module to an XLA device: torch makes new parameters for that, and loses ties, hooks and attributes.
 
 A parameter cannot become an XLA tensor in place (`param.data = ...` refuses another kind of device), so that
-`module.to("xla")` replaces each of them, a tied one by several. Here what hung together hangs together afterwards.
+`module.to("xla")` replaces each of them, a tied one by several. Here ties, hooks and attributes are restored.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def move_state(optimizer: Optimizer, moved: WeakIdKeyDictionary) -> None:
 
 
 def _slots(module: nn.Module, kind: str) -> list[tuple[Tensor, list[Slot]]]:
-    """Returns each distinct tensor of `kind` with the places where it stands."""
+    """Returns each distinct tensor of `kind` with the (module, name) pairs that hold it."""
     found: dict[int, tuple[Tensor, list[Slot]]] = {}
     for owner in module.modules():
         for name, tensor in getattr(owner, kind).items():
@@ -89,7 +89,7 @@ def _slots(module: nn.Module, kind: str) -> list[tuple[Tensor, list[Slot]]]:
 
 def _tie(slots: list[Slot], tensor: Tensor) -> None:
     for owner, name in slots:
-        setattr(owner, name, tensor)  # not into the dict: recurrent layers note their weights
+        setattr(owner, name, tensor)  # not into the dict: recurrent layers keep a list of their weights
 
 
 def _take_over(old: Tensor, new: Tensor) -> None:

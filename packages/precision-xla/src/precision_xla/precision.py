@@ -36,7 +36,7 @@ class XLAPrecision(Precision):
             options.
 
     Raises:
-        ValueError: an unknown mode, one that nothing runs, a scaler that does not fit it, or an environment variable
+        ValueError: an unknown mode, one that nothing runs, a scaler that does not match it, or an environment variable
             by which torch_xla would change the dtypes.
     """
 

@@ -37,12 +37,12 @@ class XLAStrategy(Strategy):
     A step of the optimizer ends with `torch_xla.sync()`, so that forward, backward, clipping and the step are one
     graph, compiled once and executed once. With several devices `world_size` is 1: the process sees the global batch,
     sharded over the devices, and parameters are sharded along the first dimension that the number of devices divides.
-    The model keeps its class, its keys, and its very self.
+    It stays the same object, with its class and state_dict keys.
 
     Args:
         spmd: several devices are one, in one process; nothing else is supported.
-        shard_parameters: under SPMD, shard parameters, and with them gradients and optimizer state; False keeps all of
-            them whole on each device.
+        shard_parameters: under SPMD, shard parameters, and with them gradients and optimizer state; False replicates
+            all of them on each device.
         matmul_precision: of float32 matrix products: "highest" is float32; "high" and "default" are three and one
             passes in bfloat16 on a TPU. None: "highest" on a TPU, where the vendor's default is one pass; as it is
             elsewhere. It is a setting of the process, as the vendor has it.
@@ -151,7 +151,7 @@ class XLAStrategy(Strategy):
         return next((dim for dim, size in enumerate(param.shape) if size and size % self._mesh.size == 0), None)
 
     def setup_together(self, module: nn.Module | None, optimizers: tuple[Optimizer, ...]) -> None:
-        """Notes in the report what will read values from the device, and starts what setup has prepared."""
+        """Adds to the report what syncs with the device in each step, and executes what setup has recorded."""
         for optimizer in optimizers:
             for note in self._reads_of(optimizer):
                 self.precision.note(note)
@@ -211,7 +211,7 @@ class XLAStrategy(Strategy):
     # ---------------------------------------------------------------- checkpoints
 
     def to_host(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Returns the content with its tensors on the CPU, whole, so that it loads where there is no torch_xla."""
+        """Returns the content with full tensors on the CPU, so that it loads where there is no torch_xla."""
         found: dict[int, Tensor] = {}
 
         def keep(tensor: Tensor) -> Tensor:

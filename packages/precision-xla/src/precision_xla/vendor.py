@@ -77,7 +77,7 @@ _uses_spmd = False
 
 
 def use_spmd() -> None:
-    """Makes all devices of the process one, whose tensors are sharded; for the whole process, and for good."""
+    """Makes all devices of the process one, whose tensors are sharded; for all of the process; it cannot be undone."""
     global _uses_spmd
     import torch_xla.runtime
 
@@ -150,7 +150,7 @@ class Counts:
     compilations: int
     executions: int
     reads: int
-    """Transfers from the device to the host: each waits for the device."""
+    """Transfers from the device to CPU memory: each waits for the device."""
 
     def __sub__(self, other: Counts) -> Counts:
         return Counts(
@@ -196,9 +196,9 @@ def hlo(tensors: Iterable[Tensor]) -> str:
 
 
 class Generators:
-    """What stands in for `torch.cuda` where core asks for a module of "xla": the devices and their generator.
+    """What core uses of `torch.cuda`, for "xla", which has no such module: the devices and their generator.
 
-    The state of the generator is a number on the host. It moves with each random operation and each `sync`.
+    The state of the generator is a Python int. It changes with each random operation and each `sync`.
     """
 
     @staticmethod
@@ -245,7 +245,7 @@ class Mesh:
         self._mesh = spmd.Mesh(list(range(self.size)), (self.size,), ("devices",))
 
     def shard(self, tensor: Tensor, dim: int | None) -> None:
-        """Marks the tensor as sharded along `dim`, or as whole on each device; one that is marked already stays."""
+        """Marks the tensor as sharded along `dim`, or as replicated; one that is marked already stays."""
         import torch_xla
         import torch_xla.distributed.spmd as spmd
 

@@ -1,7 +1,7 @@
-"""Forwards that backward runs again, under activation checkpoints: in the first time's region, with its scales.
+"""Activation checkpointing: a forward that backward recomputes uses the region and the scales of the first one.
 
-The engine's `checkpoint` notes for each block what its layers had. Under torch's own a layer takes what it had in the
-forward whose backward is to come, and refuses where there are several with other scales.
+The engine's `checkpoint` records them for each layer. Under torch's own, which models call themselves, a layer takes
+those of its forward whose backward is pending, and raises where several are, with different scales.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Run:
-    """What one forward of a layer had: its region, None outside of any, and delayed scaling's `scales` (3,)."""
+    """One forward of a layer: its region (None outside of any), and delayed scaling's `scales` (3,)."""
 
     def __init__(self, region: Region | None) -> None:
         self.region = region
@@ -38,10 +38,10 @@ class Run:
 
 
 def pending(runs: Iterable[Run], last: Run | None) -> Run | None:
-    """Returns which of `runs`, those whose graphs are there, backward computes again; where there is none, the last.
+    """Returns the run that backward recomputes: of `runs`, whose graphs are alive, one without a backward; else `last`.
 
     Raises:
-        RuntimeError: there are several, and they differ.
+        RuntimeError: there are several, with different scales or recipes.
     """
     there = list(runs)
     waiting = [run for run in there if not run.done] or there
@@ -49,8 +49,8 @@ def pending(runs: Iterable[Run], last: Run | None) -> Run | None:
         return last
     if not all(run.computes_as(waiting[0]) for run in waiting):
         raise RuntimeError(
-            "a layer under torch's checkpoint ran several times before backward, with other scales or recipes each "
-            "time, and cannot tell which of them runs again: use the plugin's checkpoint(function, *args) in place of "
+            "a layer under torch's checkpoint ran several times before backward, with different scales or recipes, and "
+            "cannot tell which forward is recomputed: use the plugin's checkpoint(function, *args) in place of "
             "torch.utils.checkpoint.checkpoint, or run backward after each forward"
         )
     return waiting[0]
@@ -75,12 +75,12 @@ class Checkpointed:
             _here.blocks = before
 
     def note(self, layer: nn.Module, run: Run) -> None:
-        """Notes what `layer` has, the first time."""
+        """Records a run of `layer`, in the first call."""
         if not self.again:
             self._runs.setdefault(layer, []).append(run)
 
     def take(self, layer: nn.Module) -> Run | None:
-        """Returns what `layer` had the first time, in the order of its calls; None if it did not run as often."""
+        """Returns the run of `layer` in the first call, in the order of its forwards; None if it ran less often."""
         at = self._taken[layer] = self._taken.get(layer, -1) + 1
         runs = self._runs.get(layer, [])
         return runs[at] if at < len(runs) else None
@@ -94,12 +94,12 @@ _here = _Here()
 
 
 def taken(layer: nn.Module) -> Run | None:
-    """Returns what the innermost block that runs again says of `layer`; None outside of such."""
+    """Returns the run of `layer` in the innermost block that is recomputed; None outside of such a block."""
     block = next((block for block in reversed(_here.blocks) if block.again), None)
     return None if block is None else block.take(layer)
 
 
 def note(layer: nn.Module, run: Run) -> None:
-    """Tells the blocks that run for the first time."""
+    """Records a run in all blocks that are in their first call."""
     for block in _here.blocks:
         block.note(layer, run)

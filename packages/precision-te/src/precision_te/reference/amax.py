@@ -1,7 +1,7 @@
-"""Delayed scaling's state of one layer: the largest values of past steps, and the scales that follow from them.
+"""Delayed scaling's state of one layer: the amax history of past steps, and the scales computed from it.
 
-The rules are the vendor's (`DelayedScaling`): row 0 of the history takes the largest values until the end of a forward
-(input, weight) or backward (gradient); then the scale is chosen, and the history moves on by one row.
+The rules are the vendor's (`DelayedScaling`): row 0 of the history is the running amax until the end of a forward
+(input, weight) or backward (gradient); then the scale is computed, and the history shifts by one row.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class AmaxState:
         self.history = torch.zeros(steps, 3, dtype=torch.float32, device=device)
 
     def record(self, role: Role, x: Tensor) -> None:
-        """Takes the largest magnitude of `x` into the running row."""
+        """Updates the running row with the amax of `x`."""
         column = COLUMNS[role]
         self.history[0, column] = torch.maximum(self.history[0, column], amax(x))
 
@@ -43,10 +43,10 @@ class AmaxState:
         """Returns the state that `tensor()` gave.
 
         Raises:
-            ValueError: it did not.
+            ValueError: `tensor` is not such a state.
         """
-        fits = isinstance(tensor, Tensor) and tensor.dtype is torch.float32 and tensor.dim() == 2
-        if not isinstance(tensor, Tensor) or not fits or len(tensor) < 2 or tensor.shape[1] != 3:
+        is_state = isinstance(tensor, Tensor) and tensor.dtype is torch.float32 and tensor.dim() == 2
+        if not isinstance(tensor, Tensor) or not is_state or len(tensor) < 2 or tensor.shape[1] != 3:
             given = f"{tensor.dtype} of {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
             raise ValueError(f"the state of delayed scaling is float32 of shape (1 + steps, 3), and this is {given}")
         state = cls(tensor.shape[0] - 1, device)
@@ -55,12 +55,12 @@ class AmaxState:
         return state
 
     @torch.inference_mode(False)
-    def fit(self, steps: int, device: torch.device) -> None:
-        """Moves the state, and gives the history another length, as `resized` says."""
+    def resize(self, steps: int, device: torch.device) -> None:
+        """Moves the state to `device`, and makes the history `steps` long, as `resized` does."""
         self.scale, self.history = self.scale.to(device), resized(self.history.to(device), steps)
 
     def update(self, recipe: Delayed, roles: Sequence[Role]) -> None:
-        """Chooses the scales of `roles` anew, and moves their history on."""
+        """Recomputes the scales of `roles` from their history, and shifts the history by one row."""
         for role in roles:
             column = slice(COLUMNS[role], COLUMNS[role] + 1)
             history, old = self.history[:, column], self.scale[column]
@@ -79,7 +79,7 @@ class AmaxState:
 
 
 def resized(history: Tensor, steps: int) -> Tensor:
-    """Returns `history` (rows, 3) with `steps` rows: the oldest, behind the running one, go, or zeros come there."""
+    """Returns `history` (rows, 3) with `steps` rows: without the oldest ones, or with zeros in place of more."""
     more = steps - len(history)
     if more == 0:
         return history
@@ -88,7 +88,7 @@ def resized(history: Tensor, steps: int) -> Tensor:
 
 
 def _scale(chosen: Tensor, old: Tensor, largest: float, margin: int) -> Tensor:
-    """The vendor's rule: where nothing was seen, or an infinity, the old scale stays."""
+    """The vendor's rule: where amax is 0 or infinite, the old scale stays."""
     new = quotient(largest * 2.0**-margin, chosen).clamp(max=_LARGEST)
     return torch.where((chosen > 0) & chosen.isfinite(), new, old)
 
@@ -96,9 +96,9 @@ def _scale(chosen: Tensor, old: Tensor, largest: float, margin: int) -> Tensor:
 def reduce(
     states: Sequence[AmaxState | None], ran: Sequence[bool], roles: Sequence[Role], group: dist.ProcessGroup
 ) -> list[bool]:
-    """Makes the running rows of `states` the largest of all ranks in `group`; returns which ran on any of them.
+    """Reduces the running rows of `states` (max) over the ranks in `group`; returns which of them ran on any rank.
 
-    All ranks give equally many, in the same order; None where there is no state.
+    All ranks pass equally many, in the same order; None where there is no state.
     """
     columns = [COLUMNS[role] for role in roles]
     device = next((state.history.device for state in states if state is not None), torch.device("cpu"))

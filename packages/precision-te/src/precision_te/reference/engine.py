@@ -29,12 +29,12 @@ class ReferenceEngine:
         self.layers: Mapping[type[nn.Module], Callable[..., nn.Module]] = {nn.Linear: _make}
 
     def check(self, recipe: Recipe) -> None:
-        """Raises `ValueError` for what is no recipe of ours; all of ours run, on every machine."""
+        """Raises `ValueError` for an unknown recipe; the known ones run on every machine."""
         if not isinstance(recipe, tuple(RECIPES.values())):
             raise ValueError(f"the reference runs {', '.join(RECIPES)}, and this is {recipe!r}")
 
     def why_not(self, layer: nn.Module, recipe: Recipe) -> str | None:
-        """Returns why the vendor's kernels cannot take this layer, so that what runs here is what would run there."""
+        """Returns why the vendor's kernels cannot take this layer: the same layers are converted as there."""
         assert isinstance(layer, nn.Linear)
         for name in ("in_features", "out_features"):
             size = getattr(layer, name)
@@ -58,22 +58,22 @@ class ReferenceEngine:
     def context(
         self, recipe: Recipe, *, group: dist.ProcessGroup | None = None, calibrating: bool = False
     ) -> AbstractContextManager[Any]:
-        """A new context in which the layers compute as `recipe` says; it stands inside of the base mode's."""
+        """Returns a new context in which the layers compute in `recipe`, to be entered inside the base mode's."""
         return region(recipe, group=group, calibrating=calibrating, layers=self._registered)
 
     def register(self, module: nn.Module) -> None:
-        """Takes the layers of a model into those whose largest values all ranks take together, set up in this order.
+        """Adds the model's layers to those whose amax is reduced over ranks, in the order of setup.
 
-        None goes from the list again, so that it is the same on all ranks whenever a model is collected as garbage.
+        None is ever removed: the list must be the same on all ranks, and they garbage collect at different times.
         """
         known = {layer() for layer in self._registered}
         new = (layer for layer in module.modules() if isinstance(layer, ReferenceLinear) and layer not in known)
         self._registered.extend(map(ref, new))
 
     def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Returns what torch's `checkpoint` does; each block that runs again has the scales of its own first time.
+        """Returns what torch's `checkpoint` does; a recomputed block uses the scales of its own first forward.
 
-        Reentrant, each block's backward is one of its own, after which the gradients' scales are chosen anew.
+        Reentrant, each block has a backward of its own, which ends with an update of the gradients' scales.
         """
         return checkpoint(Checkpointed(function), *args, **{"use_reentrant": False} | kwargs)
 

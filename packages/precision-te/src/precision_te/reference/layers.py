@@ -1,4 +1,4 @@
-"""The layer that stands in the place of `nn.Linear`."""
+"""The layer that replaces `nn.Linear`."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class ReferenceLinear(nn.Linear):
         return result
 
     def _remember(self, run: Run, first: bool, result: Tensor) -> None:
-        """Notes a run that backward may repeat."""
+        """Keeps a run that backward may recompute."""
         if first and result.requires_grad:
             self._runs.add(run)
         elif first and (run.region is not None or self._last is None or self._last.done):
@@ -98,7 +98,7 @@ class ReferenceLinear(nn.Linear):
         return x.dtype
 
     def _scales(self, within: Region, recipe: Delayed, rows: Tensor, run: Run) -> Scales:
-        """Returns the scales, and notes the largest values, unless `run` has some, as it is one that runs again."""
+        """Returns the scales, and records amax, unless `run` is recomputed: then it has its scales already."""
         state = self.state(recipe)
         if run.scales is None:
             state.record("input", rows)
@@ -111,7 +111,7 @@ class ReferenceLinear(nn.Linear):
         """Returns delayed scaling's state, made now if need be, as long as `recipe` says."""
         if self.amax is None:
             self.amax = AmaxState(recipe.amax_history_len, self.weight.device)
-        self.amax.fit(recipe.amax_history_len, self.weight.device)
+        self.amax.resize(recipe.amax_history_len, self.weight.device)
         return self.amax
 
     # ---------------------------------------------------------------- state
@@ -144,7 +144,7 @@ class ReferenceLinear(nn.Linear):
         if self.weight.is_meta:
             self.amax = None
         elif self.amax is not None:
-            self.amax.fit(len(self.amax.history), self.weight.device)
+            self.amax.resize(len(self.amax.history), self.weight.device)
         return result
 
     def __getstate__(self) -> dict[str, Any]:

@@ -40,8 +40,8 @@ def linear(
 ) -> Tensor:
     """Returns x W^T + bias for `x` (rows, in), in the dtype of `x`; gradients have the dtypes of what they are of.
 
-    Weight and bias may be wider than `x`: the weight is quantised from its own values. `run` lives as long as the
-    graph, and is told of its backward.
+    Weight and bias may be wider than `x`: the weight is quantised from its own values. The graph keeps `run`
+    alive, and backward sets its `done`.
     """
     result: Tensor = _Linear.apply(x, weight, bias, recipe, scales, run)  # type: ignore[no-untyped-call]
     return result

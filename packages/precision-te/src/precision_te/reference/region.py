@@ -34,17 +34,17 @@ class Layer(Protocol):
 
 
 Layers = Sequence[Callable[[], Layer | None]] | None
-"""References to layers; those that are gone stay in the list."""
+"""References to layers; those of layers that were garbage collected stay in the list."""
 
 
 def _nothing() -> None: ...
 
 
 class Region:
-    """A recipe at work, and the states of the layers that ran in it.
+    """An active recipe, and the amax states of the layers that ran in it.
 
-    With `layers`, the ranks take the largest values of them all together, whichever ran on each; without, of those that
-    ran, and these are to be the same on all ranks, in the same order.
+    With `layers`, amax is reduced over ranks for all of them, whichever ran on each rank; without, for those that ran,
+    which must be the same on all ranks, in the same order.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Region:
         self._states[id(state)] = state
 
     def end(self) -> None:
-        """Updates the scales of inputs and weights; in evaluation they stay, and the largest values were noted."""
+        """Updates the scales of inputs and weights; in evaluation they stay, and only amax is recorded."""
         states, self._states = self._states, {}
         if isinstance(self.recipe, Delayed) and (torch.is_grad_enabled() or self.calibrating):
             self._update(self.recipe, states, ("input", "weight"))
@@ -100,13 +100,13 @@ class Region:
     def _everyone(
         self, layers: Sequence[Callable[[], Layer | None]], recipe: Delayed, ran: dict[int, AmaxState]
     ) -> list[AmaxState | None]:
-        """Returns the states of all layers, also of those that did not run here; None: it is gone, or on meta."""
+        """Returns the states of all layers, also of those that did not run here; None: it was freed, or is on meta."""
         there = [each() for each in layers]
         states = [None if each is None or each.weight.is_meta else each.state(recipe) for each in there]
-        if strangers := ran.keys() - {id(state) for state in states}:
+        if unregistered := ran.keys() - {id(state) for state in states}:
             raise RuntimeError(
-                f"{len(strangers)} layers ran in a region over several processes without being set up with it, as "
-                "copies of layers that were: set the copy up too, fabric.setup(copy), before it trains"
+                f"{len(unregistered)} layers ran under delayed scaling over several processes, and were not set up, "
+                "such as those of a deepcopy of a model that was: call fabric.setup(copy) before it trains"
             )
         return states
 
@@ -127,10 +127,10 @@ def current() -> Region | None:
 def region(
     recipe: Recipe, *, group: dist.ProcessGroup | None = None, calibrating: bool = False, layers: Layers = None
 ) -> Iterator[None]:
-    """Context in which layers compute as `recipe` says; one inside of another with equal settings is a part of it.
+    """Context in which layers compute in `recipe`; a nested one with equal settings is part of the outer one.
 
     With `layers` and delayed scaling, every rank of `group` ends it, whether or not a layer ran there, if gradients are
-    enabled; and of its gradients every rank's backward reaches one at least.
+    enabled; and every rank's backward reaches at least one of these layers.
     """
     before = _here.region
     if before is not None and before.joins(recipe, group, calibrating, layers):

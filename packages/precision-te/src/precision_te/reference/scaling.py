@@ -24,12 +24,12 @@ class Quantized:
     values: Tensor
     """On the format's grid."""
     scales: Tensor
-    """Those of the blocks, spread over their elements, or a single 1."""
+    """The scales of the blocks, expanded to their elements, or a single 1."""
     outer: Tensor
-    """That of the whole tensor."""
+    """The scale of the tensor."""
 
     def dequantize(self) -> Tensor:
-        """Returns the float32 matrix that this stands for."""
+        """Returns the float32 matrix."""
         return self.values * self.scales * self.outer
 
     def product(self, other: Quantized) -> Tensor:
@@ -98,27 +98,27 @@ def mxfp8(x: Tensor, format: Format, shape: tuple[int, int]) -> Quantized:
 def nvfp4(x: Tensor, shape: tuple[int, int], *, stochastic: bool = False) -> Quantized:
     """Quantises `x` to E2M1 with an E4M3 scale a block of 1x16 or 16x16, and a float32 one (arXiv:2509.25149).
 
-    The order of operations is that of the vendor's `NVFP4QuantizerRef`. An infinity leaves nothing finite.
+    The order of operations is that of the vendor's `NVFP4QuantizerRef`. With an infinity in it, no result is finite.
     """
     four, eight = FORMATS["e2m1"], FORMATS["e4m3"]
     parts = _split(x, shape)
-    whole = amax(x)
-    outer = quotient(eight.max * four.max, whole).clamp(max=_LARGEST)
+    largest = amax(x)
+    outer = quotient(eight.max * four.max, largest).clamp(max=_LARGEST)
     outer = torch.where(outer == 0, 1.0, outer)
     sixth = torch.tensor(four.max, dtype=torch.float32, device=x.device).reciprocal()
     scale = eight.round((amax(parts, (1, 3)) * (outer * sixth)).clamp(max=_LARGEST))
     factor = (1.0 / (scale * outer.reciprocal())).clamp(max=_LARGEST)
-    return _joined(x, four.round(parts * factor, stochastic=stochastic), scale, whole / (eight.max * four.max))
+    return _joined(x, four.round(parts * factor, stochastic=stochastic), scale, largest / (eight.max * four.max))
 
 
 _SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
-"""The vendor's: random, and fixed once for all."""
+"""The vendor's constants."""
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Returns `x` (rows, columns) with 16 columns at a time turned by a Hadamard matrix with random signs.
+    """Returns `x` (rows, columns) with 16 columns at a time multiplied by a Hadamard matrix with random signs.
 
-    It spreads outliers over 16 values, and leaves products of two matrices that are both turned as they were
+    It spreads outliers over 16 values, and does not change the product of two matrices that are both transformed
     (arXiv:2509.25149). Columns are filled up with zeros to a multiple of 16; computed in the dtype of `x`.
     """
     matrix = torch.ones(1, 1, dtype=torch.float32, device=x.device)

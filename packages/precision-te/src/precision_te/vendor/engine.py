@@ -48,7 +48,7 @@ class TransformerEngine:
         return {nn.Linear: self._linear, nn.LayerNorm: _norm, nn.RMSNorm: _norm}
 
     def vendor_recipe(self, recipe: Recipe) -> Any:
-        """Returns the vendor's recipe, always the same object: by it the vendor knows that nothing changed."""
+        """Returns the vendor's recipe, always the same object, by which the vendor sees that nothing changed."""
         if self._given is not None:
             return self._given
         if recipe not in self._recipes:
@@ -60,13 +60,13 @@ class TransformerEngine:
         te = load()
         try:
             available, reason = getattr(te, _PROBES[recipe.name])(return_reason=True)
-        except Exception as error:  # without a GPU or a driver, torch raises what it likes
+        except Exception as error:  # without a GPU or a driver torch raises various types
             raise ValueError(f"Transformer Engine needs an NVIDIA GPU: {error}; {_ELSEWHERE}") from error
         if not available:
             raise ValueError(f'Transformer Engine cannot run recipe "{recipe.name}" on this GPU: {reason} {_ELSEWHERE}')
 
     def why_not(self, layer: nn.Module, recipe: Recipe) -> str | None:
-        """Returns why the vendor's layer cannot stand in for this one."""
+        """Returns why the vendor's layer cannot replace this one; None: it can."""
         kind = next(kind for kind in type(layer).__mro__ if kind in _WHY_NOT)
         return _WHY_NOT[kind](layer, 1 if self._pad else recipe.multiple)
 

@@ -1,4 +1,4 @@
-"""The vendor's layers as ours stand in for torch's: their parameters' names, and a state that loads without pickle.
+"""Subclasses of the vendor's layers with the state_dict keys of torch's, and a state that loads without pickle.
 
 Importing this imports Transformer Engine, and constructing a `TELinear` needs a GPU.
 """
@@ -62,7 +62,7 @@ class _Picklable(te.module.base.TransformerEngineBaseModule):
 class _Padded(_Picklable, te.Linear):
     """`transformer_engine.pytorch.Linear` for every shape.
 
-    With `multiple` set, inputs and weights are padded with zeros to multiples of it, so that every shape fits.
+    With `multiple` set, inputs and weights are padded with zeros to multiples of it, so that every shape works.
     """
 
     multiple: int | None = None
@@ -99,7 +99,7 @@ class _DelayedState:
     fp8_meta: dict[str, Any]
     fp8_meta_tensors_initialized: bool
     history = 1024
-    _loaded: Tensor | None = None  # until the layer's first forward makes its place on the GPU
+    _loaded: Tensor | None = None  # until the layer's first forward allocates the state on the GPU
 
     def get_extra_state(self) -> Tensor:
         """Returns the state, before the first forward that of a new layer."""
