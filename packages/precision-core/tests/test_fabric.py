@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam
 
 from precision_core import MODES, Fabric, HalfPrecision, MixedPrecision, Precision, SingleDeviceStrategy
-from precision_core.surgery.replace import Replacement, replace_layers
 
 
 class Batch(NamedTuple):
@@ -274,61 +273,6 @@ def test_clipping_goes_through_a_compiled_model() -> None:
         host.clip_gradients(compiled, optimizer)
 
 
-class Doubled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-class Doubles(Precision):
-    """Replaces every linear layer by one of another class with parameters of its own."""
-
-    def convert_module(self, module: nn.Module) -> nn.Module:
-        def make(layer: nn.Module) -> nn.Module:
-            new = Doubled(layer.in_features, layer.out_features)  # type: ignore[arg-type]
-            new.load_state_dict(layer.state_dict())
-            return new
-
-        surgery = replace_layers(module, {nn.Linear: Replacement(make)})
-        return super().convert_module(surgery.module)
-
-
-@pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("root", [True, False])
-def test_an_optimizer_made_before_setup_trains_layers_that_setup_replaced(root: bool, together: bool) -> None:
-    torch.manual_seed(0)
-    model: nn.Module = nn.Linear(3, 1) if root else nn.Sequential(nn.Linear(3, 1))
-    optimizer, fabric = Adam(model.parameters(), lr=0.1), Fabric(accelerator="cpu", precision=Doubles())
-    x = torch.randn(8, 3)
-    expected = 2 * model(x)
-    if together:
-        ready, returned = fabric.setup(model, optimizer)
-        assert returned is optimizer
-    else:
-        ready = fabric.setup_module(model)
-        assert fabric.setup_optimizers(optimizer) is optimizer
-    assert type(ready if root else ready[0]) is Doubled and (ready is model) is not root
-    assert torch.equal(ready(x), expected)
-    assert [id(param) for param in optimizer.param_groups[0]["params"]] == [id(param) for param in ready.parameters()]
-    fabric.backward(ready(x).pow(2).mean())
-    optimizer.step()
-    assert ready(x).pow(2).mean() < expected.pow(2).mean()
-
-
-def test_an_optimizer_with_state_for_a_layer_that_setup_replaced_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(3, 1))
-    optimizer = Adam(model.parameters())
-    model(torch.randn(2, 3)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    with pytest.raises(ValueError, match="make the optimizer after setup, or convert the model first"):
-        Fabric(accelerator="cpu", precision=Doubles()).setup(model, optimizer)
-
-
-def test_a_compiled_model_that_is_replaced_as_a_whole_is_refused() -> None:
-    with pytest.raises(ValueError, match="set it up first, then compile what"):
-        Fabric(accelerator="cpu", precision=Doubles()).setup(torch.compile(nn.Linear(3, 1), backend="eager"))
-
-
 @pytest.mark.parametrize("mode", ["16-mixed", "bf16-mixed", "16-true", "32-true"])
 def test_unscaled_gradients_may_be_clipped_by_torch(mode: str) -> None:
     fabric = Fabric(accelerator="cpu", precision=mode)
@@ -367,23 +311,3 @@ def test_to_device_keeps_dtypes_and_moves_a_module_in_place() -> None:
     model = Net()
     assert host.to_device(model) is model and model.layer.weight.device.type == "meta"
     assert model.layer.weight.dtype is torch.float32
-
-
-def test_on_one_process_rank_zero_first_runs_the_body_and_hands_its_error_on() -> None:
-    host, seen = fabric(), []
-    with host.rank_zero_first(), host.rank_zero_first(local=True):
-        seen.append(host.node_rank)
-    assert seen == [0]
-    with pytest.raises(KeyError), host.rank_zero_first():
-        raise KeyError("mine")
-
-
-def test_an_operation_has_two_names_and_takes_one() -> None:
-    host, tensor = fabric(), torch.tensor([3])
-    assert host.all_reduce(tensor, reduce_op="sum").dtype is torch.int64
-    assert host.all_reduce(tensor, "sum", reduce_op=torch.distributed.ReduceOp.SUM).item() == 3
-    assert host.all_reduce(tensor, op="avg").dtype is torch.float32
-    with pytest.raises(ValueError, match=r"all_reduce\(op='sum', reduce_op='max'\): pass one of them"):
-        host.all_reduce(tensor, "sum", reduce_op="max")
-    with pytest.raises(ValueError, match=r"all_reduce\(reduce_op='product'\): allowed are mean, sum, min, max"):
-        host.all_reduce(tensor, reduce_op="product")

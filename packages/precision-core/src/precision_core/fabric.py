@@ -14,39 +14,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, overload
-from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
 
 from precision_core import lightning_names
-from precision_core.data import rng
-from precision_core.override import is_overridden, override, undone_on_error
+from precision_core.override import uncompiled
 from precision_core.policy.casting import move
 from precision_core.policy.policy import Policy
 from precision_core.precision.base import Precision
 from precision_core.precision.loss_check import check_loss
-from precision_core.precision.loss_watch import LossWatch
-from precision_core.precision.model import unmarked
-from precision_core.precision.model.recast import following_casts, forget_cast
-from precision_core.precision.model.remap import ParamMap, named_params, replaced_params, repoint
-from precision_core.precision.model.report import module_bytes
-from precision_core.precision.model.upcast import check_upcast, upcast
-from precision_core.scaling.gradients import params_of
-from precision_core.strategies import Strategy, membership
-from precision_core.strategies.collectives import operation_name
-from precision_core.strategies.processes import Ranks
+from precision_core.precision.model.recast import forget_cast
+from precision_core.precision.model.upcast import check_upcast
+from precision_core.strategies import Strategy
+from precision_core.strategies.attach import Attached
+from precision_core.strategies.run import Run
 from precision_core.support.composition import check_composition
 from precision_core.support.resolve import resolve_precision, resolve_strategy
 
 if TYPE_CHECKING:
     from precision_core.checkpoint.background import PendingSave
-    from precision_core.checkpoint.presence import Presence
     from precision_core.checkpoint.weights.layers import Loaded
     from precision_core.data.loader import DeviceLoader
 
@@ -55,7 +44,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Opt = TypeVar("Opt", bound=Optimizer)
 
 
-class Fabric:
+class Fabric(Run):
     """Ties a precision to a strategy.
 
     Args:
@@ -84,31 +73,21 @@ class Fabric:
         num_nodes: int = 1,
         upcast: bool = False,
     ) -> None:
-        self._strategy, self._layout = resolve_strategy(strategy, accelerator, devices, num_nodes)
-        self._precision = resolve_precision(precision, self._strategy)
-        check_composition(self._precision, self._strategy)
-        self._upcast = upcast
+        chosen, layout = resolve_strategy(strategy, accelerator, devices, num_nodes)
+        self._precision = resolve_precision(precision, chosen)
+        check_composition(self._precision, chosen)
         if upcast:
             check_upcast(self._precision.policy, self._precision.mode)
         self._arguments = (accelerator, strategy, devices, precision), {"num_nodes": num_nodes, "upcast": upcast}
-        is_started = self._layout.ranks is not None or not self._strategy.multiprocess
-        self._joined = is_started and not self._strategy.missing_variables()
+        super().__init__(chosen, layout)
+        self._attached = Attached(self._precision, chosen, upcast=upcast)
+        chosen.presence = None
         if self._joined:
-            self._strategy.join(self._layout.ranks or Ranks())
-            self._strategy.connect(self._precision)
-        self._presence = self._strategy.presence = self._make_presence() if self._joined else None
-        self._optimizers: WeakSet[Optimizer] = WeakSet()
-        self._models: WeakSet[nn.Module] = WeakSet()
-        if self._joined:
-            self._strategy.optimizers = self._optimizers
-        self._losses = LossWatch(self._precision.mode)
-        self._restores: list[Callable[[], None]] = []
-        self._replaced: ParamMap = WeakIdKeyDictionary()  # what setup replaced, for optimizers that are set up later
+            from precision_core.checkpoint.presence import Presence  # a plain `import precision_core` takes none of it
 
-    def _make_presence(self) -> Presence:
-        from precision_core.checkpoint.presence import Presence  # `import precision_core` takes none of its checkpoints
-
-        return Presence(self._strategy)
+            chosen.connect(self._precision)
+            chosen.presence = self._presence = Presence(chosen)
+            chosen.optimizers = self._attached.optimizers
 
     def __repr__(self) -> str:
         ranks = f"rank {self.global_rank} of {self.world_size}" if self._joined else f"{self.world_size}, not launched"
@@ -125,45 +104,9 @@ class Fabric:
             raise AttributeError(lightning_names.missing(name), name=name, obj=self)
 
     @property
-    def device(self) -> torch.device:
-        """Where the model runs."""
-        return self._strategy.device
-
-    @property
     def precision_plugin(self) -> Precision:
         """The precision plugin in use."""
         return self._precision
-
-    @property
-    def strategy(self) -> Strategy:
-        """The strategy in use."""
-        return self._strategy
-
-    @property
-    def global_rank(self) -> int:
-        """This process's number among all processes of the run."""
-        return self._strategy.global_rank if self._joined else 0
-
-    @property
-    def local_rank(self) -> int:
-        """This process's number on its machine."""
-        return self._strategy.local_rank if self._joined else 0
-
-    @property
-    def world_size(self) -> int:
-        """How many processes the run has."""
-        return self._strategy.world_size if self._joined else self._layout.world_size
-
-    @property
-    def node_rank(self) -> int:
-        """This machine's number among the machines of the run."""
-        ranks = self._layout.ranks or Ranks()
-        return ranks.rank // ranks.local_world_size
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this is the process that prints and writes."""
-        return self.global_rank == 0
 
     @property
     def last_step_skipped(self) -> bool:
@@ -197,20 +140,6 @@ class Fabric:
         arguments = (self._arguments, function, args, kwargs)
         return self._strategy.start_processes(_run_launched, arguments, self._layout)
 
-    def _check_launched(self, all_call: str = "") -> None:
-        """Raises where processes are not started yet; where all ranks must be in `all_call`, returns when they are."""
-        if self._presence is not None:
-            if all_call:
-                self._presence.all_call(all_call)
-            return
-        missing = " ".join(f"{name}={value}" for name, value in self._strategy.missing_variables().items())
-        needs = (
-            f"this run needs a process that was started with {missing}"
-            if missing
-            else f"this run has {self._layout.world_size} processes, and they are not started yet"
-        )
-        raise RuntimeError(f"{needs}: call fabric.launch() right after Fabric(...)")
-
     @overload
     def setup(self, model: Model) -> Model: ...
     @overload
@@ -227,59 +156,27 @@ class Fabric:
         Raises:
             ValueError: something that was set up before, or that the precision refuses; nothing was set up.
         """
-        self._check_optimizers(optimizers)
-        if isinstance(model, nn.Module):
-            membership.check_together(_uncompiled(model), optimizers, *self._known_params())
-        self._strategy.check_optimizers(*optimizers)
-        self._precision.register_optimizers(*optimizers)  # before the model is converted: it may refuse one
-        with self._undone_on_error():
-            model = self._setup_module(model, optimizers)
-            self._setup_optimizers(*optimizers)
-            self._strategy.setup_together(_uncompiled(model), optimizers)
-            forget_cast(_uncompiled(model))  # that was the engine
+        self._attached.register(optimizers, model)
+        with self._attached.undone_on_error():
+            self._check_can_setup(model)
+            model = self._attached.module(model, optimizers)
+            self._attached.take_optimizers(*optimizers)
+            self._strategy.setup_together(uncompiled(model), optimizers)
+            forget_cast(uncompiled(model))  # that was the engine
         return (model, *optimizers) if optimizers else model
 
     def setup_module(self, model: Model) -> Model:
         """Sets up a model without optimizers, for evaluation for example; see `setup`."""
-        with self._undone_on_error():
-            result: Any = self._setup_module(model)
-            self._strategy.setup_together(_uncompiled(result), ())
+        with self._attached.undone_on_error():
+            self._check_can_setup(model)
+            result: Any = self._attached.module(model)
+            self._strategy.setup_together(uncompiled(result), ())
         return result
 
-    def _setup_module(self, model: nn.Module, optimizers: tuple[Optimizer, ...] = ()) -> nn.Module:
+    def _check_can_setup(self, model: Any) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"fabric.setup expected a torch.nn.Module first, got a {type(model).__name__}")
         self._check_launched()
-        target = _uncompiled(model)
-        if is_overridden(target, "forward"):
-            raise ValueError(f"this {type(target).__name__} is set up already; a copy of it needs no setup either")
-        self._strategy.check_together(target, optimizers)
-        before = named_params(target)
-        bytes_before = module_bytes(target) if self._upcast else 0
-        items = upcast(target, self._precision.policy, self._precision.storage) if self._upcast else []
-        converted = self._precision.convert_module(target)
-        if items:
-            report = self._precision.report
-            both = (*items, *report.converted)
-            self._precision.report = replace(report, converted=both, bytes_before=bytes_before)
-        converted = self._strategy.setup_module(converted)
-        if converted is not target is not model:  # torch.compile holds on to the one that it was given
-            raise ValueError(
-                f"{self._precision.mode} replaced the whole compiled {type(target).__name__}: set it up first, then "
-                "compile what fabric.setup returns"
-            )
-        self._replaced.update(replaced_params(before, converted))
-        self._models.add(converted)
-        outer = model if converted is target else converted
-        self._override_method(converted, outer, "forward")
-        policy = self._precision.policy
-        forget_cast(converted)
-        self._restores.append(override(converted, "_apply", following_casts(policy.params)))
-        for name in unmarked.methods(converted) if policy.mixed else ():
-            if name not in vars(converted):  # not what the user has put there
-                watch = unmarked.watching(name, self.device.type, self._precision.mode)
-                self._restores.append(override(converted, name, watch))
-        return outer
 
     @overload
     def setup_optimizers(self, optimizer: Opt, /) -> Opt: ...
@@ -287,67 +184,11 @@ class Fabric:
     def setup_optimizers(self, *optimizers: Optimizer) -> tuple[Optimizer, ...]: ...
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Sets up optimizers apart from their model; returns the one, or a tuple of them."""
-        self._check_optimizers(optimizers)
-        membership.warn_apart(optimizers, list(self._models), *self._known_params())
-        self._strategy.check_optimizers(*optimizers)
-        self._precision.register_optimizers(*optimizers)
-        with self._undone_on_error():
-            self._setup_optimizers(*optimizers)
+        self._attached.register(optimizers)
+        with self._attached.undone_on_error():
+            self._attached.take_optimizers(*optimizers)
             self._strategy.setup_together(None, optimizers)
         return optimizers[0] if len(optimizers) == 1 else optimizers
-
-    def _setup_optimizers(self, *optimizers: Optimizer) -> None:
-        for optimizer in optimizers:
-            repoint(optimizer, self._replaced)
-            self._strategy.setup_optimizer(optimizer)
-            self._optimizers.add(optimizer)
-            self._restores.append(override(optimizer, "step", self._make_step))
-
-    @contextmanager
-    def _undone_on_error(self) -> Iterator[None]:
-        """Context that gives objects their own methods back when it raises, those of precision and strategy too."""
-        before = len(self._restores)
-        try:
-            with undone_on_error():
-                yield
-        except BaseException:
-            while len(self._restores) > before:
-                self._restores.pop()()
-            raise
-
-    def _check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
-        for index, optimizer in enumerate(optimizers):
-            if not isinstance(optimizer, Optimizer):
-                raise ValueError(f"fabric.setup expected a torch optimizer, got a {type(optimizer).__name__}")
-            if is_overridden(optimizer, "step") or any(optimizer is other for other in optimizers[:index]):
-                raise ValueError(f"this {type(optimizer).__name__} is set up already")
-
-    def _known_params(self) -> tuple[WeakIdKeyDictionary, set[int]]:
-        """Returns the parameters of models that were set up, as they were and are, and ids of what optimizers hold."""
-        known = WeakIdKeyDictionary()
-        known.update(self._replaced)
-        for model in self._models:
-            known.update({param: param for param in model.parameters()})
-        return known, {id(param) for optimizer in self._optimizers for param in params_of(optimizer)}
-
-    def _make_step(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        run, losses = self._strategy.optimizer_step, self._losses
-        losses.sees_steps = True
-
-        def step(self: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-            result = run(self, closure, **kwargs)
-            losses.stepped()
-            return result
-
-        def plain(optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
-            return function(optimizer, **kwargs) if closure is None else function(optimizer, closure, **kwargs)
-
-        def let_go() -> None:
-            nonlocal run
-            run = plain
-
-        self._restores.append(let_go)  # a scheduler that has wrapped this step goes on calling it after teardown
-        return step
 
     def mark_forward_method(self, model: nn.Module, name: str) -> None:
         """Lets the model's method `name` run in the precision too, as forward does.
@@ -355,21 +196,7 @@ class Fabric:
         Raises:
             ValueError: the model is not set up, has no such method, or the method is marked already.
         """
-        target = _uncompiled(model)
-        if not is_overridden(target, "forward"):
-            raise ValueError("fabric.mark_forward_method: set the model up first with fabric.setup(model)")
-        method = getattr(target, name, None) if isinstance(name, str) else None
-        if not callable(method) or isinstance(method, nn.Module):
-            raise ValueError(f"fabric.mark_forward_method: {type(target).__name__} has no method {name!r}")
-        if is_overridden(target, name) and not unmarked.is_watched(target, name):
-            raise ValueError(f"fabric.mark_forward_method: {name!r} is marked already")
-        self._override_method(target, model, name)
-
-    def _override_method(self, module: nn.Module, outer: nn.Module, name: str) -> None:
-        self._restores.append(override(module, name, self._strategy.make_forward))
-        make = self._strategy.make_outer_forward(module)
-        if make is not None:  # outside of torch.compile: an engine is not to be traced
-            self._restores.append(override(outer, name, make))
+        self._attached.mark_forward_method(model, name)
 
     @overload
     def setup_dataloaders(
@@ -431,8 +258,8 @@ class Fabric:
         """
         check_loss(tensor, has_gradient=(bool(args) and args[0] is not None) or kwargs.get("gradient") is not None)
         if not self._precision.policy.scale:  # else the scaler skips such steps, and counts them
-            self._losses.backward(tensor)
-        self._strategy.backward(tensor, None if model is None else _uncompiled(model), *args, **kwargs)
+            self._attached.losses.backward(tensor)
+        self._strategy.backward(tensor, None if model is None else uncompiled(model), *args, **kwargs)
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Makes the gradients of `optimizer` true, once per step, before your own code reads or changes `p.grad`.
@@ -457,7 +284,7 @@ class Fabric:
     ) -> Tensor | None:
         """Clips true gradients, of `optimizer` or of the whole `model`; see `Precision.clip_gradients`."""
         return self._strategy.clip_gradients(
-            None if model is None else _uncompiled(model),
+            None if model is None else uncompiled(model),
             optimizer,
             max_norm=max_norm,
             clip_val=clip_val,
@@ -467,64 +294,7 @@ class Fabric:
 
     def no_backward_sync(self, model: nn.Module, enabled: bool = True) -> AbstractContextManager[Any]:
         """Context for all but the last backward of an accumulation: gradients are not reduced over ranks in it."""
-        return self._strategy.no_backward_sync(_uncompiled(model), enabled)
-
-    def all_gather(self, data: T) -> T:
-        """Returns `data`, any nesting, with each tensor as (world_size, *shape): those of all ranks, of one shape."""
-        self._check_launched()
-        return self._strategy.all_gather(data)
-
-    def all_reduce(self, data: T, op: Any = "mean", *, reduce_op: Any = None) -> T:
-        """Returns `data`, any nesting, with each tensor's "mean", "sum", "min" or "max" over all ranks.
-
-        `reduce_op` is another name for `op`, as Lightning Fabric has it; "avg" and torch's `ReduceOp` are understood.
-
-        Raises:
-            ValueError: another operation, or two.
-        """
-        self._check_launched()
-        name = operation_name(op)
-        if reduce_op is not None:
-            if name not in ("mean", operation_name(reduce_op, "reduce_op")):
-                raise ValueError(f"all_reduce(op={op!r}, reduce_op={reduce_op!r}): pass one of them")
-            name = operation_name(reduce_op, "reduce_op")
-        return self._strategy.all_reduce(data, name)
-
-    def broadcast(self, data: T, src: int = 0) -> T:
-        """Returns rank `src`'s `data` on every rank: any object that pickles, its tensors on the rank's device."""
-        self._check_launched()
-        return self._strategy.broadcast(data, src)
-
-    def barrier(self, name: str | None = None) -> None:
-        """Waits until every process is here; `name` is for the reader."""
-        self._check_launched()
-        self._strategy.barrier()
-
-    @contextmanager
-    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
-        """Context that rank 0 runs before the others, to download data say; with `local`, rank 0 of each machine.
-
-        The others wait for it at a barrier, as long as the strategy's `timeout` allows, and go on where it raises.
-        """
-        self._check_launched()
-        is_first = (self.local_rank if local else self.global_rank) == 0
-        if not is_first:
-            self._strategy.barrier()
-        try:
-            yield
-        finally:
-            if is_first:
-                self._strategy.barrier()
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints on the first rank only."""
-        if self.is_global_zero:
-            print(*args, **kwargs)
-
-    @staticmethod
-    def seed_everything(seed: int) -> int:
-        """Seeds Python's, numpy's and torch's generators, all devices included; returns `seed`."""
-        return rng.seed_everything(seed)
+        return self._strategy.no_backward_sync(uncompiled(model), enabled)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -614,7 +384,7 @@ class Fabric:
         from precision_core.checkpoint.paths import local_path
         from precision_core.checkpoint.weights.files import save_module
 
-        place, target = local_path(path, "fabric.save_module"), _uncompiled(module)
+        place, target = local_path(path, "fabric.save_module"), uncompiled(module)
         self._check_launched("fabric.save_module")
         with agreed(self._strategy, "save"), self._strategy.whole(target):
             save_module(place, target, max_shard_size=max_shard_size, keep=self.is_global_zero)
@@ -635,7 +405,7 @@ class Fabric:
         from precision_core.checkpoint.tensors import is_sharded
         from precision_core.checkpoint.weights.files import load_module
 
-        place, target = local_path(path, "fabric.load_module"), _uncompiled(module)
+        place, target = local_path(path, "fabric.load_module"), uncompiled(module)
         self._check_launched("fabric.load_module" if any(map(is_sharded, target.parameters())) else "")
         if any(param.is_meta for param in target.parameters()):
             self._precision.before_load(target)
@@ -647,8 +417,7 @@ class Fabric:
 
     def teardown(self) -> None:
         """Gives the objects that were set up their own methods back; dtypes stay."""
-        while self._restores:
-            self._restores.pop()()
+        self._attached.detach()
         if self._presence is not None:
             from precision_core.checkpoint.background import forget
 
@@ -669,11 +438,3 @@ def _run_launched(
     result = function(fabric, *args, **kwargs)
     fabric.teardown()  # not after an error: other ranks would fail of the closed connection, and perhaps say so first
     return result
-
-
-def _uncompiled(model: nn.Module) -> nn.Module:
-    """Returns the module inside `torch.compile(module)`, where an override is traced; any other as it is."""
-    if isinstance(model, torch.jit.ScriptModule):  # whose modules have no `get`
-        return model
-    inner = model._modules.get("_orig_mod")  # no getattr: a module takes long to say that it has no such attribute
-    return model if inner is None else inner

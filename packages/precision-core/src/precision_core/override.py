@@ -86,6 +86,14 @@ def original(obj: Any, name: str) -> Callable[..., Any]:
     return getattr(obj, name) if method is None else method
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Returns the module inside `torch.compile(module)`, where an override is traced; any other as it is."""
+    if isinstance(model, torch.jit.ScriptModule):  # whose modules have no `get`
+        return model
+    inner = model._modules.get("_orig_mod")  # no getattr: a module takes long to say that it has no such attribute
+    return model if inner is None else inner
+
+
 def _unbound(obj: Any, name: str) -> Callable[..., Any]:
     method = getattr(obj, name)
     if isinstance(obj, torch.jit.ScriptModule):  # its methods are no functions, and a copy is to run its own

@@ -102,8 +102,10 @@ def test_what_has_its_reasons_is_set_up(case: str) -> None:
 def test_an_optimizer_apart_that_misses_the_model_is_warned_of() -> None:
     host, model = fabric(), nn.Linear(2, 2)
     host.setup_module(model)
-    with pytest.warns(UserWarning, match="holds no parameter of a model that was set up, and no optimizer holds those"):
+    says = "holds no parameter of a model that was set up, and no optimizer holds those"
+    with pytest.warns(UserWarning, match=says) as warned:
         host.setup_optimizers(sgd(copy.deepcopy(model)))
+    assert warned[0].filename == __file__
 
 
 def beside(where: str) -> tuple[list[str], list[float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
 from precision_core import MixedPrecision, Policy, Precision
-from precision_core.precision import Item, Report, Restore, make_plugin
+from precision_core.precision import Item, Report, make_plugin
 from precision_core.scaling import Scaler
 from precision_fsdp.float32 import compute_in_float32, float32_statistics
 from precision_fsdp.policies import casts_of
@@ -47,7 +47,7 @@ class FSDPPrecision(Precision):
         super().__init__()
         self.policy = Policy.parse(precision)
         self._given_scaler = scaler
-        self._restores: list[Restore] = []
+        self._restores = ExitStack()
         if scaler is not None and not self.policy.scale:
             raise ValueError(
                 f"FSDPPrecision({str(self.policy)!r}, scaler=...): this policy does not scale the loss; leave it out"
@@ -108,7 +108,8 @@ class FSDPPrecision(Precision):
             with float32_statistics(module, self.policy) as kept:
                 module = self._plugin.convert_module(module)
             self.report = _with_kept(self._plugin.report, kept)
-            self._restores += compute_in_float32(module, self.policy)
+            for restore in compute_in_float32(module, self.policy):
+                self._restores.callback(restore)
         else:
             module = self._plugin.convert_module(module)
             self.report = self._plugin.report
@@ -134,8 +135,7 @@ class FSDPPrecision(Precision):
 
     def teardown(self) -> None:
         """Gives modules their own forward back."""
-        while self._restores:
-            self._restores.pop()()
+        self._restores.close()
         self._plugin.teardown()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from types import MethodType
@@ -28,7 +28,6 @@ from torch.optim import Optimizer
 
 from precision_core import Policy, Precision, Strategy
 from precision_core.override import override
-from precision_core.precision import Restore
 from precision_core.strategies import Collectives, Ranks, join
 from precision_fsdp.arguments import check_arguments, check_reshard, make_mesh
 from precision_fsdp.copies import refuse_copies
@@ -122,7 +121,7 @@ class FSDPStrategy(Collectives, Strategy):
         self.backend = backend
         self.timeout = timeout
         self._made_group = False
-        self._restores: list[Restore] = []
+        self._restores = ExitStack()
         self._device_mesh: DeviceMesh | None = None
         self._held_back = HeldBack()
         self._members = Members()
@@ -186,7 +185,7 @@ class FSDPStrategy(Collectives, Strategy):
                 setup, whose gradients would not be reduced.
         """
         self._members.check(optimizer, self._held_back.roots, self.precision.name_of)
-        self._restores.append(override(optimizer, "zero_grad", dropping(self._held_back.drop)))
+        self._restores.callback(override(optimizer, "zero_grad", dropping(self._held_back.drop)))
         return super().setup_optimizer(optimizer)
 
     def setup_module(self, module: nn.Module) -> nn.Module:
@@ -211,7 +210,8 @@ class FSDPStrategy(Collectives, Strategy):
         mesh = self._get_mesh()
         check_reshard(self._reshard_after_forward, mesh)
         check_can_shard(module, mesh)
-        self._restores += recompute(again.items(), self.precision)
+        for restore in recompute(again.items(), self.precision):
+            self._restores.callback(restore)
         offload = CPUOffloadPolicy() if self._cpu_offload else OffloadPolicy()
         for group in groups:
             send(group.params, self.device)
@@ -229,7 +229,7 @@ class FSDPStrategy(Collectives, Strategy):
         notes = notes_of(module, groups, mesh, len(again))
         report = self.precision.report
         self.precision.report = replace(report, notes=(*report.notes, *self._notes, *notes))
-        self._restores.append(override(module, "zero_grad", dropping(drop)))
+        self._restores.callback(override(module, "zero_grad", dropping(drop)))
         self._held_back.add(module)
         return module
 
@@ -298,8 +298,7 @@ class FSDPStrategy(Collectives, Strategy):
 
     def teardown(self) -> None:
         """Gives checkpointed blocks their own forward back, and ends the process group if it was made here."""
-        while self._restores:
-            self._restores.pop()()
+        self._restores.close()
         if self._made_group and dist.is_initialized():
             dist.destroy_process_group()
         self._made_group = False

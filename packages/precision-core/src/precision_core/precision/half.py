@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ class HalfPrecision(Precision):
         elif buffers is not None:
             raise ValueError(f"HalfPrecision(buffers={buffers!r}): expected a float dtype, or name patterns of buffers")
         self._device_type: str | None = None
-        self._restores: list[Restore] = []
+        self._restores = ExitStack()
 
     def connect(self, strategy: Strategy) -> None:
         """Takes the device type, which exceptions in mixed precision need."""
@@ -117,7 +117,8 @@ class HalfPrecision(Precision):
         aligns = bool(packed or wide.why or wide_norms or self._float32_buffers or restores)
         if aligns:
             restores += _cast_for_unseen_products(module, policies)
-        self._restores += restores
+        for restore in restores:
+            self._restores.callback(restore)
         self._aligns = self._aligns or aligns
         self._warn_of_buffers([name for name in names if name in {*changed, *statistics}])
         if wide.cast:
@@ -175,7 +176,7 @@ class HalfPrecision(Precision):
             check_hyperparameters(optimizer, range(len(optimizer.param_groups)), self._dtypes_in_steps())
         for optimizer in optimizers:
             if not is_overridden(optimizer, "add_param_group"):
-                self._restores.append(override(optimizer, "add_param_group", self._make_add_param_group))
+                self._restores.callback(override(optimizer, "add_param_group", self._make_add_param_group))
         super().register_optimizers(*optimizers)
 
     def _make_add_param_group(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -203,8 +204,7 @@ class HalfPrecision(Precision):
 
     def teardown(self) -> None:
         """Gives modules that are exceptions their own forward back."""
-        while self._restores:
-            self._restores.pop()()
+        self._restores.close()
 
 
 def _cast_for_unseen_products(module: nn.Module, policies: EffectivePolicies) -> list[Restore]:

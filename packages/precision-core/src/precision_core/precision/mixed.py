@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +17,7 @@ from precision_core.policy.dtypes import FLOAT_DTYPES, dtype_name
 from precision_core.policy.policy import Policy
 from precision_core.precision.base import Precision
 from precision_core.precision.model.cast_module import cast_buffers, cast_parameters
-from precision_core.precision.model.regions import EffectivePolicies, Restore, apply_exceptions
+from precision_core.precision.model.regions import EffectivePolicies, apply_exceptions
 from precision_core.precision.model.report import Item, Report, module_bytes
 from precision_core.precision.runnable import check_runnable
 from precision_core.scaling.loss_scaler import LossScaler
@@ -72,7 +72,7 @@ class MixedPrecision(Precision):
         self._upcast = upcast
         self._min_scale = min_scale
         self._max_skips = max_skips
-        self._restores: list[Restore] = []
+        self._restores = ExitStack()
 
     def check_policy(self, policy: Policy) -> Policy:
         check_runnable(policy)
@@ -124,7 +124,8 @@ class MixedPrecision(Precision):
             lambda name, param: None if name in frozen or self.storage(param) is None else policies.of(name).params,
         )
         items += cast_buffers(module, lambda name, buffer: _buffer_dtype(policies.of(name).buffers, buffer))[0]
-        self._restores += apply_exceptions(module, policies, self.device_type)
+        for restore in apply_exceptions(module, policies, self.device_type):
+            self._restores.callback(restore)
         self.report = Report(
             self.mode,
             converted=tuple(items),
@@ -221,8 +222,7 @@ class MixedPrecision(Precision):
         """Gives modules that are exceptions their own forward back, and unscales gradients that were not stepped."""
         if "scaler" in vars(self):
             self.scaler.teardown()
-        while self._restores:
-            self._restores.pop()()
+        self._restores.close()
 
 
 def _buffer_dtype(dtype: torch.dtype, buffer: Tensor) -> torch.dtype | None:

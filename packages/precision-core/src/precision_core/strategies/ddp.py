@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from precision_core.override import uncompiled
 from precision_core.scaling.gradients import params_of
 from precision_core.strategies.base import Strategy
 from precision_core.strategies.collectives import Collectives
@@ -76,7 +77,7 @@ class DDPStrategy(Collectives, Strategy):
 
         def make(function: Callable[..., Any]) -> Callable[..., Any]:
             def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-                reducer = reducers.get(_uncompiled(self)) if torch.is_grad_enabled() else None
+                reducer = reducers.get(uncompiled(self)) if torch.is_grad_enabled() else None
                 engine = None if reducer is None else reducer.engine()
                 if engine is None:
                     return function(self, *args, **kwargs)
@@ -120,11 +121,6 @@ class DDPStrategy(Collectives, Strategy):
         if self._made_group and dist.is_initialized():
             dist.destroy_process_group()
         self._made_group = False
-
-
-def _uncompiled(module: nn.Module) -> nn.Module:
-    scripted = isinstance(module, torch.jit.ScriptModule)  # whose modules have no `get`
-    return module if scripted else module._modules.get("_orig_mod") or module
 
 
 class _Caller(nn.Module):

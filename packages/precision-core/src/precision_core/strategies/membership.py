@@ -48,7 +48,7 @@ def warn_apart(
                 f"fabric.setup_optimizers got a {kind} that holds no parameter of a model that was set up, and no "
                 f"optimizer holds those of the {name}: make the {kind} over the parameters() of what fabric.setup "
                 f"returned. If the {name} is not to train, freeze it by requires_grad_(False)",
-                stacklevel=3,
+                stacklevel=4,
             )
             return
 

@@ -1,0 +1,149 @@
+"""Run: the processes of a run, as one of them sees them, and what it says to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from precision_core.data import rng
+from precision_core.strategies.base import Strategy
+from precision_core.strategies.collectives import operation_name
+from precision_core.strategies.layout import Layout
+from precision_core.strategies.processes import Ranks
+
+if TYPE_CHECKING:
+    from precision_core.checkpoint.presence import Presence
+
+T = TypeVar("T")
+
+
+class Run:
+    """The run's processes under `strategy`; `Fabric` is one, and adds the precision and the loop.
+
+    Before `launch` no other process is there: ranks are 0, and what needs the others raises `RuntimeError`.
+    """
+
+    _presence: Presence | None = None
+    """What ranks know of each other, once this process has joined them."""
+
+    def __init__(self, strategy: Strategy, layout: Layout) -> None:
+        self._strategy = strategy
+        self._layout = layout
+        is_started = layout.ranks is not None or not strategy.multiprocess
+        self._joined = is_started and not strategy.missing_variables()
+        if self._joined:
+            strategy.join(layout.ranks or Ranks())
+
+    # ---------------------------------------------------------------- who this is
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._strategy.device
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy in use."""
+        return self._strategy
+
+    @property
+    def global_rank(self) -> int:
+        """This process's number among all processes of the run."""
+        return self._strategy.global_rank if self._joined else 0
+
+    @property
+    def local_rank(self) -> int:
+        """This process's number on its machine."""
+        return self._strategy.local_rank if self._joined else 0
+
+    @property
+    def world_size(self) -> int:
+        """How many processes the run has."""
+        return self._strategy.world_size if self._joined else self._layout.world_size
+
+    @property
+    def node_rank(self) -> int:
+        """This machine's number among the machines of the run."""
+        ranks = self._layout.ranks or Ranks()
+        return ranks.rank // ranks.local_world_size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.global_rank == 0
+
+    # ---------------------------------------------------------------- what all of them do
+
+    def _check_launched(self, all_call: str = "") -> None:
+        """Raises where processes are not started yet; where all ranks must be in `all_call`, returns when they are."""
+        if self._presence is not None:
+            if all_call:
+                self._presence.all_call(all_call)
+            return
+        missing = " ".join(f"{name}={value}" for name, value in self._strategy.missing_variables().items())
+        needs = (
+            f"this run needs a process that was started with {missing}"
+            if missing
+            else f"this run has {self._layout.world_size} processes, and they are not started yet"
+        )
+        raise RuntimeError(f"{needs}: call fabric.launch() right after Fabric(...)")
+
+    def all_gather(self, data: T) -> T:
+        """Returns `data`, any nesting, with each tensor as (world_size, *shape): those of all ranks, of one shape."""
+        self._check_launched()
+        return self._strategy.all_gather(data)
+
+    def all_reduce(self, data: T, op: Any = "mean", *, reduce_op: Any = None) -> T:
+        """Returns `data`, any nesting, with each tensor's "mean", "sum", "min" or "max" over all ranks.
+
+        `reduce_op` is another name for `op`, as Lightning Fabric has it; "avg" and torch's `ReduceOp` are understood.
+
+        Raises:
+            ValueError: another operation, or two.
+        """
+        self._check_launched()
+        name = operation_name(op)
+        if reduce_op is not None:
+            if name not in ("mean", operation_name(reduce_op, "reduce_op")):
+                raise ValueError(f"all_reduce(op={op!r}, reduce_op={reduce_op!r}): pass one of them")
+            name = operation_name(reduce_op, "reduce_op")
+        return self._strategy.all_reduce(data, name)
+
+    def broadcast(self, data: T, src: int = 0) -> T:
+        """Returns rank `src`'s `data` on every rank: any object that pickles, its tensors on the rank's device."""
+        self._check_launched()
+        return self._strategy.broadcast(data, src)
+
+    def barrier(self, name: str | None = None) -> None:
+        """Waits until every process is here; `name` is for the reader."""
+        self._check_launched()
+        self._strategy.barrier()
+
+    @contextmanager
+    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
+        """Context that rank 0 runs before the others, to download data say; with `local`, rank 0 of each machine.
+
+        The others wait for it at a barrier, as long as the strategy's `timeout` allows, and go on where it raises.
+        """
+        self._check_launched()
+        is_first = (self.local_rank if local else self.global_rank) == 0
+        if not is_first:
+            self._strategy.barrier()
+        try:
+            yield
+        finally:
+            if is_first:
+                self._strategy.barrier()
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Prints on the first rank only."""
+        if self.is_global_zero:
+            print(*args, **kwargs)
+
+    @staticmethod
+    def seed_everything(seed: int) -> int:
+        """Seeds Python's, numpy's and torch's generators, all devices included; returns `seed`."""
+        return rng.seed_everything(seed)
