@@ -1,0 +1,167 @@
+"""Records: what is known of each optimizer's gradients, and the checks that need no more than that.
+
+NONE      no loss was scaled since its last step; gradients that lie in p.grad are unscaled
+SCALED    one was; gradients in p.grad carry the scale
+UNSCALED  they were unscaled since, by `unscale` or `clip`, and not yet stepped
+"""
+
+from __future__ import annotations
+
+import enum
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim import LBFGS, Optimizer
+
+from precision_core.scaling.gradients import multiply, params_of
+from precision_core.scaling.guard import Snapshot
+from precision_core.scaling.scaler import NameOf
+
+_FIRST_STEPS = 3
+"""In so many steps the values of sharded gradients are looked at, which tell of changes that no version tells of."""
+
+
+class Gradients(enum.Enum):
+    """Whether an optimizer's gradients carry the scale."""
+
+    NONE = enum.auto()
+    SCALED = enum.auto()
+    UNSCALED = enum.auto()
+
+
+class Record:
+    """What is known of one optimizer's gradients."""
+
+    def __init__(self, reference: weakref.ref[Optimizer]) -> None:
+        self.reference = reference
+        self.registered = False  # as one of the run, before its first clip or step
+        self.gradients = Gradients.NONE
+        self.stepped = False  # since the last scaling
+        self.found_inf: bool | Tensor = False  # in UNSCALED gradients; a tensor where the host must not wait
+        self.counted = True  # found_inf has gone into an update of the scale
+        self.steps = 0
+        self.snapshot: Snapshot | None = None  # of gradients that are SCALED, where the end of backward was seen
+
+    def look(self, optimizer: Optimizer) -> None:
+        """Takes a snapshot of gradients that carry the scale."""
+        self.snapshot = Snapshot(optimizer, shards=self.steps < _FIRST_STEPS)
+
+    def is_unchanged(self, optimizer: Optimizer) -> bool:
+        """Whether there is a snapshot, and the gradients are as it saw them."""
+        return self.snapshot is not None and not self.snapshot.changed(optimizer)
+
+
+class Records:
+    """The records of all known optimizers, none of which it keeps alive."""
+
+    def __init__(self, torch_scaler: GradScaler, name_of: NameOf, *, lazy: bool) -> None:
+        self._torch_scaler = torch_scaler
+        self._name_of = name_of
+        self._lazy = lazy
+        self._by_id: dict[int, Record] = {}
+        self.added = 0
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def get(self, optimizer: Optimizer) -> Record | None:
+        """Returns the record of `optimizer`; None: it is not known."""
+        return self._by_id.get(id(optimizer))
+
+    def live(self) -> list[tuple[Optimizer, Record]]:
+        """Returns the optimizers that are still there, each with its record."""
+        pairs = [(record.reference(), record) for record in list(self._by_id.values())]
+        return [(optimizer, record) for optimizer, record in pairs if optimizer is not None]
+
+    def add(self, optimizer: Optimizer) -> Record:
+        """Returns a new record.
+
+        Raises:
+            ValueError: LBFGS, or a parameter that another optimizer holds too.
+        """
+        self._check(optimizer)
+        key, by_id = id(optimizer), self._by_id
+        record = by_id[key] = Record(weakref.ref(optimizer, lambda _: by_id.pop(key, None)))
+        self.added += 1
+        return record
+
+    def _check(self, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, LBFGS):
+            raise ValueError(
+                "LBFGS evaluates the loss several times a step and cannot run with a scaled loss: "
+                'use another optimizer, or a mode that does not scale such as precision="bf16-mixed"'
+            )
+        ours = {id(param) for param in params_of(optimizer)}
+        for other, _ in self.live():
+            if any(id(param) in ours for param in params_of(other)):
+                raise ValueError(
+                    f"{type(optimizer).__name__} and {type(other).__name__} hold the same parameter: under "
+                    "a scaled loss gradients are unscaled per optimizer, so each parameter may be in one optimizer only"
+                )
+
+    def any_scaled(self) -> bool:
+        """Whether gradients of any carry the scale, as far as the records say."""
+        return any(record.gradients is Gradients.SCALED for record in self._by_id.values())
+
+    def all_stepped(self) -> bool:
+        """Whether every optimizer of the run has stepped since the last scaling."""
+        records = [record for _, record in self.live()]
+        return all(record.stepped for record in [each for each in records if each.registered] or records)
+
+    # ---------------------------------------------------------------- one of them
+
+    def is_scaled(self, optimizer: Optimizer, record: Record) -> bool:
+        """Whether its gradients carry the scale, and nobody has called `unscale_` of torch's scaler on it."""
+        if record.gradients is Gradients.SCALED:
+            state = self._torch_scaler._per_optimizer_states.get(id(optimizer))
+            if state is not None and state["stage"] is OptState.UNSCALED:
+                self.now_unscaled(optimizer, record)
+        return record.gradients is Gradients.SCALED
+
+    def check_unchanged(self, optimizer: Optimizer, record: Record) -> None:
+        """Raises `RuntimeError` where somebody changed gradients since their backward, while they carry the scale."""
+        changed = record.snapshot.changed(optimizer) if record.snapshot is not None else ()
+        if changed:
+            raise RuntimeError(
+                f"the gradients of {first(map(self._name_of, changed))} were changed after fabric.backward, while "
+                f"they carried the loss scale ({self._torch_scaler.get_scale():g}). Call "
+                "fabric.unscale_gradients(optimizer) before anything reads or changes p.grad, or clip with "
+                f"fabric.clip_gradients(model, optimizer, max_norm=...); zero_grad() of {type(optimizer).__name__} "
+                "drops them"
+            )
+
+    def check_scaled(self, optimizer: Optimizer, record: Record, gradients: list[Tensor]) -> None:
+        """Raises `RuntimeError` for gradients that come from no loss that was scaled."""
+        if record.gradients is Gradients.NONE and gradients:
+            raise RuntimeError(
+                f"the gradients of {type(optimizer).__name__} come from no scaled loss: nothing was scaled since its "
+                "last step. Call fabric.backward(loss) instead of loss.backward(); in a loop without Fabric, "
+                "precision.pre_backward(loss, model).backward()"
+            )
+
+    def now_unscaled(self, optimizer: Optimizer, record: Record, flag: Tensor | None = None) -> None:
+        """Notes what the check of the gradients found; `flag` is given when it was not torch's scaler that checked."""
+        if flag is not None:
+            state = self._torch_scaler._per_optimizer_states[id(optimizer)]
+            state["stage"], state["found_inf_per_device"] = OptState.UNSCALED, {flag.device: flag}
+        flags = [flag] if flag is not None else list(self._torch_scaler._found_inf_per_device(optimizer).values())
+        if self._lazy and flags:
+            record.found_inf = torch.stack([each.to(flags[0].device) for each in flags]).sum()
+        else:
+            record.found_inf = sum([each.item() for each in flags]) != 0
+        record.gradients, record.counted, record.snapshot = Gradients.UNSCALED, not flags, None
+
+
+def rescale(gradients: list[Tensor], old: float | Tensor, new: float | Tensor) -> None:
+    """Brings gradients that carry the scale `old` to `new`, in place."""
+    if gradients and (isinstance(new, Tensor) or old != new):
+        multiply(gradients, new / old)
+
+
+def first(names: Iterable[str], count: int = 5) -> str:
+    """Returns the first names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -1,0 +1,133 @@
+"""Watch: steps and updates of others, and gradients that no known optimizer holds, while gradients carry the scale."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterable
+
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from precision_core.scaling.gradients import gradients_of, params_of
+from precision_core.scaling.guard import StepHook, Unheld, stepping, wraps
+from precision_core.scaling.records import Gradients, Record, Records, first
+from precision_core.scaling.scaler import NameOf
+
+
+class Watch:
+    """Raises where somebody is about to step gradients that carry the scale; warns of what it sees too late."""
+
+    def __init__(
+        self,
+        records: Records,
+        models: Callable[[], Collection[nn.Module]],
+        torch_scaler: GradScaler,
+        name_of: NameOf,
+    ) -> None:
+        self._records = records
+        self._models = models
+        self._torch_scaler = torch_scaler
+        self._name_of = name_of
+        self._hook: StepHook[Watch] | None = None
+        self.unheld = Unheld(models)
+        self._found: tuple[int, int, int] | None = None  # optimizers ever added and alive, and models, at its last look
+        self._warned = False
+
+    def begin(self, live: list[tuple[Optimizer, Record]]) -> None:
+        """Has every step be seen from now on, until no gradients carry the scale."""
+        self._find_unheld(live)
+        if not self._warned:
+            self._check_left(live)
+        if self.unheld and self.unheld.trains():  # a closure runs after the hook of the step that calls it
+            for optimizer in stepping():
+                if self._records.get(optimizer) is None:
+                    self._check_foreign(optimizer, self.unheld.in_models)
+        if self._hook is None:
+            self._hook = StepHook(self, Watch._before_step)
+        self._hook.add()
+
+    def _find_unheld(self, live: list[tuple[Optimizer, Record]]) -> None:
+        found = (self._records.added, len(live), len(self._models()))
+        if self._found != found:
+            self._found = found
+            self.unheld.find({id(param) for optimizer, _ in live for param in params_of(optimizer)})
+
+    def rest(self) -> None:
+        """Ends it where no gradients are known to carry the scale."""
+        if self._hook is None or self._records.any_scaled():
+            return
+        if self._found is None or self._found[0] != self._records.added:  # one has come, which may hold them now
+            self._find_unheld(self._records.live())
+        if not self.unheld or not self.unheld.gradients():
+            self._hook.remove()
+
+    def end(self) -> None:
+        """Forgets gradients that carry the scale, and steps of others."""
+        self.unheld = Unheld(self._models)
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """Raises `RuntimeError` where `optimizer`, anybody's, is about to step gradients that carry the scale."""
+        record = self._records.get(optimizer)
+        if record is None:
+            self._check_foreign(optimizer, self.unheld.carrying)
+        elif (
+            record.gradients is Gradients.SCALED
+            and self._records.is_scaled(optimizer, record)
+            and gradients_of(optimizer)
+        ):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} was about to step gradients that carry the loss scale, by a call that "
+                "went past what fabric.setup(model, optimizer) put on it: call optimizer.step() of the very object, or "
+                "without Fabric precision.optimizer_step(optimizer, model, None)"
+            )
+
+    def _check_foreign(
+        self, optimizer: Optimizer, find: Callable[[Iterable[nn.Parameter]], nn.Parameter | None]
+    ) -> None:
+        """Raises `RuntimeError` where others hold parameters of `optimizer`, or `find` returns one of the rest."""
+        holders = {
+            id(param): (holder, record) for holder, record in self._records.live() for param in params_of(holder)
+        }
+        params = list(params_of(optimizer))
+        for param in params:
+            holder, record = holders.get(id(param), (None, None))
+            if holder is None or record is None or param.grad is None or wraps(optimizer, holder):
+                continue
+            if self._records.is_scaled(holder, record):
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} was about to step gradients that carry the loss scale. "
+                    f"{type(holder).__name__}, which fabric.setup was given, holds the same parameters: call its "
+                    f"step, or fabric.unscale_gradients on it before {type(optimizer).__name__} steps"
+                )
+        scaled = find(param for param in params if id(param) not in holders)
+        if scaled is not None:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} was not set up, and was about to step gradients that carry the loss "
+                f"scale, such as that of {self._name_of(scaled)}: give it to fabric.setup(model, optimizer), or to "
+                "fabric.setup_optimizers(optimizer) where it is made later; without Fabric call "
+                "precision.optimizer_step(optimizer, model, None)"
+            )
+
+    def _check_left(self, live: list[tuple[Optimizer, Record]]) -> None:
+        """Warns once of updates that no hook has seen, where what they leave behind tells of them."""
+        updated, unstepped = self.unheld.left() if self.unheld else ([], [])
+        for optimizer, record in live:
+            if record.gradients is Gradients.SCALED and record.snapshot is not None:
+                updated += record.snapshot.updated(optimizer)
+        if not updated and not unstepped:
+            return
+        self._warned = True
+        what = (
+            f"{first(map(self._name_of, updated))} changed while their gradients carried the loss scale, and no step "
+            "that the precision knows of did that. An update by hand, or a method such as first_step, reads gradients "
+            f"that are {self._torch_scaler.get_scale():g} times too large: call fabric.unscale_gradients(optimizer) "
+            "before it"
+            if updated
+            else f"{first(map(self._name_of, unstepped))} have gradients that carry the loss scale, and that nobody "
+            "stepped or dropped: no optimizer that was set up holds them. Give it to fabric.setup(model, optimizer) or "
+            "fabric.setup_optimizers(optimizer), or call requires_grad_(False) on what does not train"
+        )
+        warnings.warn(what, stacklevel=7)
