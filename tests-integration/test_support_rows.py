@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from precision_core import Fabric, SupportRow
-from precision_core.devices import ACCELERATORS, is_available
+from precision_core.hardware import ACCELERATORS, is_available
 from precision_core.support import discovery, read_table
 from precision_core.testing import Net, run_in_ranks
 from precision_core.testing import train_net as train

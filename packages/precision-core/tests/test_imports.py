@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 
 LEVELS = (
     ("override", "lightning_names", "policy"),
-    ("scaling", "devices"),
+    ("scaling",),
     ("hardware",),
     ("precision", "data"),
     ("strategies", "surgery"),

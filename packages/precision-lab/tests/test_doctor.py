@@ -12,7 +12,7 @@ from rich.console import Console
 
 from precision_core import MODES, SupportRow, supports
 from precision_core import hardware as formats
-from precision_core.devices import is_available
+from precision_core.hardware import is_available
 from precision_core.support import discovery
 from precision_lab import machine
 from precision_lab.cli import main

@@ -6,8 +6,7 @@ import torch
 
 from precision_bnb.config import MODES
 from precision_core import SupportRow
-from precision_core.devices import is_available
-from precision_core.hardware import FORMATS, Level
+from precision_core.hardware import FORMATS, Level, is_available
 
 DEVICES = ("cpu", "cuda", "xpu")
 """What bitsandbytes 0.50 has kernels for and its tests run on."""

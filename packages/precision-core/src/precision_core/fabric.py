@@ -31,8 +31,7 @@ from precision_core.precision.model.upcast import check_upcast
 from precision_core.strategies import Strategy
 from precision_core.strategies.attach import Attached
 from precision_core.strategies.run import Run
-from precision_core.support.composition import check_composition
-from precision_core.support.resolve import resolve_precision, resolve_strategy
+from precision_core.support.resolve import check_composition, resolve_precision, resolve_strategy
 
 if TYPE_CHECKING:
     from precision_core.checkpoint.background import PendingSave

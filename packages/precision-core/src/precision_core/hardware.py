@@ -1,15 +1,52 @@
-"""How well each kind of device computes in each dtype: what core's rows of the support table are made from."""
+"""Which devices this machine has, and how well each kind computes in each dtype (core's rows of the support table)."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
-from precision_core.devices import is_available
 from precision_core.policy.policy import Policy
+
+ACCELERATORS: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu",),
+    "gpu": ("cuda", "xpu", "mps"),
+    "cuda": ("cuda",),
+    "mps": ("mps",),
+    "xpu": ("xpu",),
+    "tpu": ("xla",),
+    "auto": ("cuda", "xpu", "mps", "cpu"),
+}
+"""`accelerator=` -> the device types it may mean, the first that is here wins."""
+
+MODULES: dict[str, Any] = {}
+"""Device type -> what stands in for `torch.cuda` where torch has no such module: `is_available`, `device_count`,
+`manual_seed_all`, `get_rng_state`, `set_rng_state`. Packages add theirs when one of their objects is made."""
+
+
+def module_of(device_type: str) -> Any:
+    """Returns the module of a kind of device (`torch.cuda`, ...); raises as `torch.get_device_module` does."""
+    return MODULES.get(device_type) or torch.get_device_module(device_type)
+
+
+def is_available(device_type: str) -> bool:
+    """Whether torch finds a device of that type (`"cuda"`, `"mps"`, ...) on this machine."""
+    if device_type == "cpu":
+        return True
+    try:
+        return bool(module_of(device_type).is_available())
+    except (RuntimeError, AttributeError):  # torch has no such module, or it cannot tell
+        return False
+
+
+def device_count(device_type: str) -> int:
+    """Returns how many devices of that type there are; a CPU is one."""
+    if device_type == "cpu":
+        return 1
+    return int(module_of(device_type).device_count()) if is_available(device_type) else 0
+
 
 Level = Literal["native", "emulated", "slow", "no"]
 """From best to worst: by instructions for the format; right, but computed in a wider one; right, but an order of

@@ -11,7 +11,7 @@ import torch
 
 from precision_core import Fabric
 from precision_core.data.rng import rng_state, seed_everything, set_rng_state
-from precision_core.devices import MODULES
+from precision_core.hardware import MODULES
 
 CPU = torch.device("cpu")
 

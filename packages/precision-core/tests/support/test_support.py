@@ -10,8 +10,7 @@ from torch import nn
 
 from precision_core import MODES, Fabric, Policy, SingleDeviceStrategy, Support, SupportRow, supports
 from precision_core import hardware as formats
-from precision_core.devices import ACCELERATORS, is_available
-from precision_core.hardware import FORMATS
+from precision_core.hardware import ACCELERATORS, FORMATS, is_available
 from precision_core.support.discovery import how_to_install
 from precision_core.support.table import read_table
 

@@ -11,8 +11,7 @@ from importlib.util import find_spec
 import torch
 
 from precision_core import Support
-from precision_core.devices import device_count, is_available
-from precision_core.hardware import FORMATS
+from precision_core.hardware import FORMATS, device_count, is_available
 from precision_core.policy import dtype_name
 
 

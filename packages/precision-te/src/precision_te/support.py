@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from precision_core import SupportRow
-from precision_core.devices import is_available
-from precision_core.hardware import FORMATS, Level
+from precision_core.hardware import FORMATS, Level, is_available
 from precision_te.plugin import MODES
 from precision_te.recipes import Delayed
 from precision_te.vendor.engine import TransformerEngine

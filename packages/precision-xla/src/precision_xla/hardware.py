@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from precision_core import Policy
-from precision_core.devices import MODULES
-from precision_core.hardware import LEVELS, Answer
+from precision_core.hardware import LEVELS, MODULES, Answer
 from precision_xla import vendor
 
 ACCELERATORS = {"cpu": "CPU", "tpu": "TPU"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from precision_core.devices import MODULES, module_of
+from precision_core.hardware import MODULES, module_of
 
 
 def seed_everything(seed: int) -> int:

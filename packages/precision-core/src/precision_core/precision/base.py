@@ -31,11 +31,9 @@ from precision_core.hardware import FORMATS, by_dtypes
 from precision_core.policy.casting import cast, map_tensors
 from precision_core.policy.dtypes import FLOAT_DTYPES
 from precision_core.policy.policy import MODES, Policy
-from precision_core.precision.model.cast_module import cast_buffers, cast_parameters, packed_parameters
+from precision_core.precision.model.cast_module import cast_buffers, cast_parameters, packed_parameters, parameters_in
 from precision_core.precision.model.default_dtype import created_as
-from precision_core.precision.model.parameter_init import parameters_in
 from precision_core.precision.model.report import Report, module_bytes
-from precision_core.precision.plugin_state import STATE_VERSION, check_state
 from precision_core.precision.runnable import check_runnable
 from precision_core.scaling.clipping import make_clip
 from precision_core.scaling.scaler import Scaler
@@ -46,6 +44,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
+
+_STATE_VERSION = 1
 
 
 _RUNNERS = {
@@ -282,7 +282,7 @@ class Precision:
     def state_dict(self) -> dict[str, Any]:
         """Returns version, mode, step counts, and the loss scaler's state, as plain values."""
         counts = self.scaler.counter.state_dict()
-        return {"version": STATE_VERSION, "mode": self.mode, "scaler": self.scaler.state_dict(), **counts}
+        return {"version": _STATE_VERSION, "mode": self.mode, "scaler": self.scaler.state_dict(), **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned.
@@ -293,7 +293,7 @@ class Precision:
         Raises:
             ValueError: for anything that `state_dict` did not return, or that a newer version did; nothing changes.
         """
-        state = check_state(state_dict)
+        state = _check_state(state_dict)
         if state["scaler"] and self.policy.scale:
             self.scaler.load_state_dict(state["scaler"])
         self.scaler.counter.load_state_dict(state)
@@ -334,3 +334,20 @@ class Precision:
                 if candidate is param:
                     return name
         return f"a parameter of shape {tuple(param.shape)}"
+
+
+def _check_state(state: Any) -> dict[str, Any]:
+    """Returns `state`; raises `ValueError` unless it is what `Precision.state_dict` returns."""
+    counts = ("steps", "skipped_steps", "skipped_in_a_row", "last_step_skipped")
+    if not isinstance(state, dict) or not {"version", "mode", "scaler", *counts} <= state.keys():
+        raise ValueError(f"this is no precision state: {str(state)[:80]}; pass what precision.state_dict() returned")
+    if state["version"] != _STATE_VERSION:
+        raise ValueError(
+            f"precision state of version {state['version']!r}: this release reads version {_STATE_VERSION}"
+        )
+    if not isinstance(state["mode"], str) or not isinstance(state["scaler"], dict):
+        raise ValueError("this is no precision state: mode is no string, or scaler is no dict")
+    for key in counts:
+        if type(state[key]) is not int or state[key] < 0:
+            raise ValueError(f"this is no precision state: {key} is {state[key]!r}")
+    return state

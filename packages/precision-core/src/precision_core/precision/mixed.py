@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from precision_core.devices import is_available
+from precision_core.hardware import is_available
 from precision_core.policy.dtypes import FLOAT_DTYPES, dtype_name
 from precision_core.policy.policy import Policy
 from precision_core.precision.base import Precision

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from precision_core.data.loader import DeviceLoader
-from precision_core.devices import ACCELERATORS
+from precision_core.hardware import ACCELERATORS
 from precision_core.policy.casting import holds, map_tensors
 from precision_core.policy.dtypes import FLOAT_DTYPES
 from precision_core.policy.policy import MODES, Policy

@@ -4,9 +4,15 @@ Its modules are core's own; others import from here what `__all__` lists.
 """
 
 from precision_core.support import discovery
-from precision_core.support.composition import refusal
 from precision_core.support.discovery import KNOWN, PLUGINS, STRATEGIES, SUPPORT, find, how_to_install, names
-from precision_core.support.resolve import base_of, is_core_mode, load_plugin, resolve_precision, resolve_strategy
+from precision_core.support.resolve import (
+    base_of,
+    is_core_mode,
+    load_plugin,
+    refusal,
+    resolve_precision,
+    resolve_strategy,
+)
 from precision_core.support.support import Support, supports
 from precision_core.support.table import SupportRow, read_table
 

@@ -1,15 +1,14 @@
-"""From what the user passed as `precision` and `strategy` to the objects that run."""
+"""From what the user passed as `precision` and `strategy` to the objects that run, and whether they run together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from precision_core.devices import choose_type
 from precision_core.policy.hints import hint
 from precision_core.policy.policy import ALIASES, MODES, Policy
 from precision_core.precision.base import Precision
 from precision_core.strategies import STRATEGIES, Strategy
-from precision_core.strategies.layout import Layout, make_layout
+from precision_core.strategies.layout import Layout, choose_type, make_layout
 from precision_core.support import discovery
 
 
@@ -51,6 +50,24 @@ def resolve_strategy(
             'strategy="ddp"'
         )
     return made, layout
+
+
+def refusal(precision: Precision, strategy: Strategy) -> str | None:
+    """Returns why `precision` cannot run under `strategy`, and what to pass instead; None: it can.
+
+    Both are asked: the plugin (`Precision.refuses`), then the strategy (`Strategy.refuses`).
+    """
+    return precision.refuses(strategy) or strategy.refuses(precision)
+
+
+def check_composition(precision: Precision, strategy: Strategy) -> None:
+    """Raises `ValueError` naming the pair and the reason when `precision` cannot run under `strategy`."""
+    reason = refusal(precision, strategy)
+    if reason is not None:
+        raise ValueError(
+            f'precision="{precision.mode}" ({type(precision).__name__}) cannot run under {type(strategy).__name__} '
+            f"on {strategy.device}: {reason}"
+        )
 
 
 def _by_name(name: str) -> Strategy:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from precision_core.devices import ACCELERATORS, is_available
-from precision_core.hardware import FORMATS, Level, by_dtypes
+from precision_core.hardware import ACCELERATORS, FORMATS, Level, by_dtypes, is_available
 from precision_core.policy.policy import MODES, Policy
 from precision_core.precision.runnable import check_runnable
 from precision_core.strategies import STRATEGIES, Strategy

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from precision_core.devices import device_count, is_available
+from precision_core.hardware import device_count, is_available
 
 
 def needs(device_type: str, count: int = 1, *, capability: tuple[int, int] | None = None) -> Any:

@@ -1,22 +1,32 @@
 """Converting a module's parameters and buffers, one tensor at a time, so that it needs one more at most.
 
-Parameters stay the same objects (an optimizer made before still holds them) and tied ones stay tied.
+Parameters stay the same objects (an optimizer made before still holds them) and tied ones stay tied. `parameters_in`
+casts each as it is registered, while its module is built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from precision_core.policy.casting import cast_dtype, cast_tensor
+from precision_core.policy.casting import cast, cast_dtype, cast_tensor, map_tensors
+from precision_core.precision.model.aligned import tensors
 from precision_core.precision.model.report import Item
 
 ParamDtype = Callable[[str, nn.Parameter], torch.dtype | None]
 BufferDtype = Callable[[str, Tensor], torch.dtype | None]
+
+_NO_KERNEL = ("not implemented for", "Low precision dtypes")
+"""What torch says where it has no kernel for a dtype."""
 
 
 def cast_parameters(module: nn.Module, dtype_of: ParamDtype) -> list[Item]:
@@ -103,3 +113,50 @@ def _values(tensor: Tensor) -> Tensor:
 
 def _change(tensor: Tensor, dtype: torch.dtype) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} -> {str(dtype).removeprefix('torch.')}"
+
+
+class _Float32WhereNeeded(TorchFunctionMode):
+    """Context in which calls for which torch has no half kernel (factorisations, `nn.init.orthogonal_`) use float32."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:  # NotImplementedError is one
+            halves = {t.dtype for t in tensors((args, kwargs)) if t.dtype in (torch.float16, torch.bfloat16)}
+            if not halves or not any(words in str(error) for words in _NO_KERNEL):
+                raise
+        (half,) = halves if len(halves) == 1 else (torch.float32,)
+        wide: dict[Tensor, Tensor] = {}
+        wide_args, wide_kwargs = map_tensors(
+            (args, kwargs), lambda t: wide.setdefault(t, t.float()) if t.dtype in halves else t
+        )
+        result = func(*wide_args, **wide_kwargs)
+        if getattr(func, "__name__", "").endswith("_"):
+            for tensor, new in wide.items():  # what it was to change in place
+                tensor.copy_(new)
+            return args[0]
+        return map_tensors(result, lambda t: t.to(half) if t.dtype is torch.float32 else t)
+
+
+@contextmanager
+def parameters_in(dtype: torch.dtype) -> Iterator[None]:
+    """Casts each floating parameter that this thread registers on a module.
+
+    Initialisers that torch has no half kernel for run in float32, and what they return is rounded.
+    """
+    thread = threading.get_ident()
+
+    def hook(module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        if threading.get_ident() == thread and param is not None:
+            param.data = cast(param.data, dtype)
+        return param
+
+    handle = register_module_parameter_registration_hook(hook)  # type: ignore[arg-type]
+    try:
+        with _Float32WhereNeeded():
+            yield
+    finally:
+        handle.remove()

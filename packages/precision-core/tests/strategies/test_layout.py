@@ -1,4 +1,4 @@
-"""Devices: what each accelerator= and devices= means here, and every error."""
+"""Layout: what each accelerator= and devices= means here, and every error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from precision_core import Fabric
-from precision_core.devices import ACCELERATORS, choose_indices, choose_type, device_count, device_of, is_available
+from precision_core.hardware import ACCELERATORS, device_count, is_available
+from precision_core.strategies.layout import choose_indices, choose_type, device_of
 
 HERE = [name for name, types in ACCELERATORS.items() if any(map(is_available, types))]
 MISSING = [name for name in ACCELERATORS if name not in HERE]
@@ -23,7 +24,7 @@ def test_one_cpu(devices: Any) -> None:
 def test_processes_share_a_cpu_but_not_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(choose_indices(3, "cpu")) == [0, 1, 2] and len(choose_indices(10**9, "cpu")) == 10**9
     assert Fabric(accelerator="cpu", devices=3).world_size == 3
-    monkeypatch.setattr("precision_core.devices.device_count", lambda device_type: 4)
+    monkeypatch.setattr("precision_core.strategies.layout.device_count", lambda device_type: 4)
     assert list(choose_indices("auto", "cuda")) == [0, 1, 2, 3] and list(choose_indices([3, 1], "cuda")) == [3, 1]
     assert device_of("cuda", 3) == torch.device("cuda:3")
     with pytest.raises(ValueError, match=r"Fabric\(devices=5\): this machine has 4 cuda devices$"):

@@ -1,4 +1,4 @@
-"""Composition: each pair of plugin and strategy is decided at construction, with the reason and the way out."""
+"""Each pair of plugin and strategy is decided at construction, with the reason and the way out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from precision_core import MODES, Fabric, MixedPrecision, Precision, SingleDeviceStrategy, Strategy
-from precision_core.support.composition import check_composition, refusal
-from precision_core.support.resolve import resolve_precision
+from precision_core.support.resolve import check_composition, refusal, resolve_precision
 
 
 @pytest.mark.parametrize("mode", MODES)
