@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from precision_bnb import fast
@@ -24,14 +23,11 @@ from precision_bnb.share import left_out, quantised_share
 from precision_bnb.support import DEVICES, compute_dtype
 from precision_core import HalfPrecision, MixedPrecision, Policy, Precision, Report
 from precision_core.policy import check_pattern
-from precision_core.precision import Item, cast_parameters, make_plugin, module_bytes
-from precision_core.scaling import Scaler
+from precision_core.precision import Item, Wrapping, cast_parameters, hidden_parameters, make_plugin, module_bytes
 from precision_core.surgery import Surgery
 
 if TYPE_CHECKING:
     from precision_core import Strategy
-
-T = TypeVar("T")
 
 _DEFAULT_BASES = {  # compute dtype -> the base where something trains, which is float32 then, and where nothing does
     torch.float32: ("32-true", "32-true"),
@@ -47,7 +43,7 @@ class _Half(HalfPrecision):
         return f'BitsandbytesPrecision(base="{replace(self.policy, buffers=torch.float32)}")'
 
 
-class BitsandbytesPrecision(Precision):
+class BitsandbytesPrecision(Wrapping):
     """Linear layers in 4 or 8 bits; they are frozen (int8-training's train), all else is as `base` has it.
 
     Args:
@@ -88,8 +84,8 @@ class BitsandbytesPrecision(Precision):
         self._given_base = None if base is None else Policy.parse(base)
         self._strategy: Strategy | None = None
         self._device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        self._base = self._make_base(self._device_type, trains=True)
-        self.policy = self._base.policy
+        self.wrapped = self._make_base(self._device_type, trains=True)
+        self.policy = self.wrapped.policy
 
     @cached_property
     def _packed(self) -> WeakIdKeyDictionary:
@@ -128,10 +124,10 @@ class BitsandbytesPrecision(Precision):
         return _Half(policy) if is_half else make_plugin(policy, device_type)
 
     def _use(self, base: Precision) -> None:
-        base.scaler.counter.load_state_dict(self._base.scaler.counter.state_dict())
+        base.scaler.counter.load_state_dict(self.wrapped.scaler.counter.state_dict())
         if self._strategy is not None:
             base.connect(self._strategy)
-        self._base, self.policy = base, base.policy
+        self.wrapped, self.policy = base, base.policy
 
     # ---------------------------------------------------------------- set-up
 
@@ -151,11 +147,11 @@ class BitsandbytesPrecision(Precision):
             self._device_type = strategy.device.type
             self._use(self._make_base(self._device_type, trains=True))
         else:
-            self._base.connect(strategy)
+            super().connect(strategy)
 
     def storage(self, param: nn.Parameter) -> torch.dtype | None:
         """Returns base's answer; None for packed weights, which no cast may touch whatever they are stored as."""
-        return None if param in self._packed else self._base.storage(param)
+        return None if param in self._packed else super().storage(param)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Quantises the layers, one after another and in place, casts the rest as `base` says, and returns the module.
@@ -190,9 +186,9 @@ class BitsandbytesPrecision(Precision):
         self._choose_base(trains=any(param.requires_grad for model in models for param in model.parameters()))
         self._set_up_layers(module)
         vectors = [item for model in models if self.policy.mixed for item in self._widen_vectors(model)]
-        with _hidden(module):
-            self._base.convert_module(module)
-        rest, experts = self._base.report, left_out(module)
+        with hidden_parameters(module, self._packed.__contains__):
+            self.wrapped.convert_module(module)
+        rest, experts = self.wrapped.report, left_out(module)
         self.report = Report(
             self.mode,
             converted=(*report.converted, *vectors, *rest.converted),
@@ -299,33 +295,6 @@ class BitsandbytesPrecision(Precision):
         """
         return parameters_on_meta()
 
-    # ---------------------------------------------------------------- as base does
-
-    def convert_input(self, data: T) -> T:
-        """Returns what base makes of it."""
-        return self._base.convert_input(data)
-
-    def forward_context(self) -> AbstractContextManager[Any]:
-        """Context in which forward runs: base's."""
-        return self._base.forward_context()
-
-    def convert_output(self, data: T) -> T:
-        """Returns what base makes of it."""
-        return self._base.convert_output(data)
-
-    @property
-    def scaler(self) -> Scaler:
-        """Base's loss scaler."""
-        return self._base.scaler
-
-    def register_optimizers(self, *optimizers: Optimizer) -> None:
-        """Tells base of the optimizers of the run."""
-        self._base.register_optimizers(*optimizers)
-
-    def teardown(self) -> None:
-        """Gives back what base put on the module; layers stay quantised."""
-        self._base.teardown()
-
 
 def _checked(patterns: Iterable[str] | None) -> tuple[str, ...] | None:
     if patterns is None:
@@ -334,19 +303,3 @@ def _checked(patterns: Iterable[str] | None) -> tuple[str, ...] | None:
         raise ValueError(f"BitsandbytesPrecision(ignore_modules={patterns!r}): expected a set of name patterns")
     given = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     return tuple(check_pattern(pattern) for pattern in given)
-
-
-@contextmanager
-def _hidden(module: nn.Module) -> Iterator[None]:
-    """Context in which packed weights are none of the module's, so that no cast reaches them; their order stays."""
-    slots: list[tuple[dict[str, Any], str]] = [
-        (layer._parameters, "weight") for _, layer in converted(module) if isinstance(layer, Quantized)
-    ]
-    kept = [(table, key, table[key]) for table, key in slots]
-    for table, key, _ in kept:
-        table[key] = None
-    try:
-        yield
-    finally:
-        for table, key, tensor in kept:
-            table[key] = tensor

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch.optim import Optimizer
 
 from precision_core import MODES, HalfPrecision, Policy, Precision
-from precision_core.precision import make_plugin
+from precision_core.precision import Wrapping, make_plugin
 from precision_deepspeed.config import has_pure_state
 from precision_deepspeed.scaler import DynamicScaler, EngineScaler, SectionScaler
 from precision_deepspeed.support import NO_FLOAT16, NO_FLOAT64, REDUCES_IN_FLOAT32
@@ -21,15 +20,13 @@ from precision_deepspeed.vendor import supports_float16
 if TYPE_CHECKING:
     from precision_core import Strategy
 
-T = TypeVar("T")
-
 _HALF = (torch.float16, torch.bfloat16)
 
 # Named as users know it, for its warnings. The engine casts all parameters alike, and leaves buffers as they are.
 _Half = type("DeepSpeedPrecision", (HalfPrecision,), {"_keeps_params": False})
 
 
-class DeepSpeedPrecision(Precision):
+class DeepSpeedPrecision(Wrapping):
     """A mode under a DeepSpeed engine; `policy` has the dtypes that the engine uses for it.
 
     Mixed modes are DeepSpeed's `torch_autocast` over float32 parameters. `bf16-true` and `16-true` are its sections
@@ -74,6 +71,7 @@ class DeepSpeedPrecision(Precision):
         elif buffers is not None:
             raise ValueError(f"DeepSpeedPrecision({self._mode!r}, buffers=...): only true half modes cast buffers")
         self._device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        self.wrapped = self._make_wrapped()
 
     def _make_half(self) -> Precision:
         return _Half(self._core_policy, buffers=self._buffers)
@@ -115,42 +113,20 @@ class DeepSpeedPrecision(Precision):
     def connect(self, strategy: Strategy) -> None:
         """Takes the device, and from the strategy's config whether there are master weights."""
         self._device_type = strategy.device.type
-        self.__dict__.pop("_core", None)
+        self.wrapped = self._make_wrapped()
         if self.policy.params is torch.bfloat16:
             pure = has_pure_state(getattr(strategy, "config", None))
             self.policy = replace(self.policy, master=None if pure else torch.float32)
 
-    @cached_property
-    def _core(self) -> Precision:
-        """Core's plugin for the mode: it converts, and runs forward, as it does on one device."""
+    def _make_wrapped(self) -> Precision:
+        """Returns core's plugin for the mode: it converts, and runs forward, as it does on one device."""
         if self.policy.params in _HALF:
             return self._make_half()
         return make_plugin(self._core_policy, self._device_type)
 
-    def storage(self, param: nn.Parameter) -> torch.dtype | None:
-        """Returns the dtype that `param` is to be stored in; None: as it is."""
-        return self._core.storage(param)
-
-    def convert_module(self, module: nn.Module) -> nn.Module:
-        """Converts as core's plugin for the mode does, and takes its report; raises what that raises."""
-        self._core.convert_module(module)
-        self.report = self._core.report
-        self.remember(module)
-        return module
-
-    def module_init_context(self) -> AbstractContextManager[Any]:
-        """Context in which modules are built with parameters in `policy.params`."""
-        return self._core.module_init_context()
-
-    # ---------------------------------------------------------------- forward
-
-    def convert_input(self, data: T) -> T:
-        """Returns `data` with floating tensors in the parameters' dtype in true modes; as it is in mixed ones."""
-        return self._core.convert_input(data)
-
-    def forward_context(self) -> AbstractContextManager[Any]:
-        """Autocast in mixed modes, as `torch_autocast` enters it; in true ones created tensors get the dtype."""
-        return self._core.forward_context()
+    def register_optimizers(self, *optimizers: Optimizer) -> None:
+        """Takes note of the optimizers; the engine steps them, and not in the parameters' dtype."""
+        self.scaler.register(optimizers)
 
     # ---------------------------------------------------------------- scaling
 
@@ -160,10 +136,6 @@ class DeepSpeedPrecision(Precision):
         if not self.policy.scale:
             return EngineScaler()
         return DynamicScaler(**self._scaler_options) if self.policy.mixed else SectionScaler()
-
-    def teardown(self) -> None:
-        """Gives back what `convert_module` put on the module besides dtypes."""
-        self._core.teardown()
 
 
 def _check_amp(amp_type: str, amp_level: str | None) -> None:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp import MixedPrecision as FSDP1MixedPrecision
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.optim import Optimizer
 
-from precision_core import MixedPrecision, Policy, Precision
-from precision_core.precision import Item, Report, make_plugin
-from precision_core.scaling import Scaler
+from precision_core import MixedPrecision, Policy
+from precision_core.precision import Item, Report, Wrapping, make_plugin
 from precision_fsdp.float32 import compute_in_float32, float32_statistics
 from precision_fsdp.policies import casts_of
 
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class FSDPPrecision(Precision):
+class FSDPPrecision(Wrapping):
     """Core's modes, with the parameters of mixed ones gathered in the compute dtype.
 
     True modes are core's. In mixed modes the shards, gradients and optimizer state are float32; FSDP gathers parameters
@@ -57,9 +55,9 @@ class FSDPPrecision(Precision):
     def _use_device(self, device_type: str) -> None:
         self._device_type = device_type
         if self._given_scaler is not None:
-            self._plugin: Precision = self._with_scaler(device_type)
+            self.wrapped = self._with_scaler(device_type)
         else:
-            self._plugin = make_plugin(self.policy, device_type)
+            self.wrapped = make_plugin(self.policy, device_type)
 
     def _with_scaler(self, device_type: str) -> MixedPrecision:
         given = self._given_scaler
@@ -98,45 +96,25 @@ class FSDPPrecision(Precision):
 
     def connect(self, strategy: Strategy) -> None:
         """Takes the device, and the policy as the strategy may have changed it."""
-        if (strategy.device.type, self.policy) != (self._device_type, self._plugin.policy):
+        if (strategy.device.type, self.policy) != (self._device_type, self.wrapped.policy):
             self._use_device(strategy.device.type)
-        self._plugin.connect(strategy)
+        super().connect(strategy)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Converts as core's plugin of the mode does; in mixed modes all but matrix products will run in float32."""
-        if self.policy.mixed:
-            with float32_statistics(module, self.policy) as kept:
-                module = self._plugin.convert_module(module)
-            self.report = _with_kept(self._plugin.report, kept)
-            for restore in compute_in_float32(module, self.policy):
-                self._restores.callback(restore)
-        else:
-            module = self._plugin.convert_module(module)
-            self.report = self._plugin.report
-        self.remember(module)
+        if not self.policy.mixed:
+            return super().convert_module(module)
+        with float32_statistics(module, self.policy) as kept:
+            module = super().convert_module(module)
+        self.report = _with_kept(self.report, kept)
+        for restore in compute_in_float32(module, self.policy):
+            self._restores.callback(restore)
         return module
-
-    def convert_input(self, data: T) -> T:
-        """Returns `data` cast in true modes, as it is in mixed ones."""
-        return self._plugin.convert_input(data)
-
-    def forward_context(self) -> AbstractContextManager[Any]:
-        """Context in which forward runs: autocast in mixed modes, else created tensors get the dtype."""
-        return self._plugin.forward_context()
-
-    @property
-    def scaler(self) -> Scaler:
-        """The loss scaler; one that does nothing where the loss is not scaled."""
-        return self._plugin.scaler
-
-    def register_optimizers(self, *optimizers: Optimizer) -> None:
-        """Takes note of the optimizers of the run; raises `ValueError` for one that cannot run in the mode."""
-        self._plugin.register_optimizers(*optimizers)
 
     def teardown(self) -> None:
         """Gives modules their own forward back."""
         self._restores.close()
-        self._plugin.teardown()
+        super().teardown()
 
 
 def _with_kept(report: Report, names: list[str]) -> Report:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim import Optimizer
 
-from precision_core import Policy, Precision, Report
+from precision_core import Policy, Report
 from precision_core.policy import parse_dtype
-from precision_core.precision import make_plugin, module_bytes
-from precision_core.scaling import Scaler
+from precision_core.precision import Wrapping, hidden_parameters, make_plugin, module_bytes
 from precision_core.support import base_of
 from precision_core.surgery import Surgery
 from precision_te.checks import check_base, check_counts, check_engine, check_flags, check_layers, name_patterns
@@ -22,7 +20,7 @@ from precision_te.convert import convert
 from precision_te.coverage import notes
 from precision_te.engine import Engine
 from precision_te.nested import Nested
-from precision_te.quantized import hidden, is_quantized
+from precision_te.quantized import is_quantized
 from precision_te.recipes import recipe_from
 from precision_te.reference.engine import ReferenceEngine
 from precision_te.vendor.engine import TransformerEngine
@@ -30,8 +28,6 @@ from precision_te.vendor.recipes import vendor_recipe
 
 if TYPE_CHECKING:
     from precision_core import Strategy
-
-T = TypeVar("T")
 
 MODES: dict[str, dict[str, str]] = {
     "transformer-engine": {"engine": "te"},
@@ -51,7 +47,7 @@ def from_mode(mode: str, **options: Any) -> TransformerEnginePrecision:
     return TransformerEnginePrecision(f"bf16-mixed{mode.strip()[len(base) :]}", **MODES[base] | options)
 
 
-class TransformerEnginePrecision(Precision):
+class TransformerEnginePrecision(Wrapping):
     """Linear layers in FP8 or narrower, through NVIDIA Transformer Engine or a reference in plain torch.
 
     Args:
@@ -108,7 +104,7 @@ class TransformerEnginePrecision(Precision):
         self._calibrating = False
         policy = _combined(Policy.parse(precision), weights_dtype, fallback_compute_dtype)
         self._device_type = "cuda" if engine == "te" or torch.cuda.is_available() else "cpu"
-        self._base = make_plugin(policy, self._device_type)
+        self.wrapped = make_plugin(policy, self._device_type)
         self.policy = policy
         self._stays = (*name_patterns(exclude), *(pattern for pattern, _ in policy.exceptions))
 
@@ -163,11 +159,11 @@ class TransformerEnginePrecision(Precision):
         """Takes the device, and the processes over whom delayed scaling takes the largest values."""
         self._strategy = strategy
         self._use(strategy.device.type)
-        self._base.connect(strategy)
+        super().connect(strategy)
 
     def storage(self, param: nn.Parameter) -> torch.dtype | None:
         """Returns base's answer; None for quantised weights, which no cast may touch."""
-        return None if is_quantized(param) else self._base.storage(param)
+        return None if is_quantized(param) else super().storage(param)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Replaces the layers in place, casts as `base` says, and returns the module.
@@ -184,9 +180,9 @@ class TransformerEnginePrecision(Precision):
         there = [(name, layer) for name, layer in module.named_modules() if self._engine.is_layer(layer)]
         self._check(module, there)
         self._follow(module)
-        with hidden(module):
-            self._base.convert_module(module)
-        rest = self._base.report
+        with hidden_parameters(module, is_quantized):
+            self.wrapped.convert_module(module)
+        rest = self.wrapped.report
         if self._replace:
             surgery = self._convert(module)
             module, done = surgery.module, surgery.report
@@ -238,9 +234,9 @@ class TransformerEnginePrecision(Precision):
 
     def _use(self, device_type: str) -> None:
         if device_type != self._device_type:
-            counts = self._base.scaler.counter.state_dict()
-            self._device_type, self._base = device_type, make_plugin(self.policy, device_type)
-            self._base.scaler.counter.load_state_dict(counts)
+            counts = self.wrapped.scaler.counter.state_dict()
+            self._device_type, self.wrapped = device_type, make_plugin(self.policy, device_type)
+            self.wrapped.scaler.counter.load_state_dict(counts)
 
     def module_init_context(self) -> AbstractContextManager[Any]:
         """Context in which parameters have base's dtype; with `quantized_weights` the vendor's layers store them so."""
@@ -254,7 +250,7 @@ class TransformerEnginePrecision(Precision):
     def forward_context(self) -> AbstractContextManager[Any]:
         """Context in which forward runs: the engine's, inside of base's."""
         engines = self._engine.context(self.recipe, group=self._group(), calibrating=self._calibrating)
-        return Nested(self._base.forward_context(), engines)
+        return Nested(super().forward_context(), engines)
 
     def _group(self) -> dist.ProcessGroup | None:
         """Returns the processes over whom delayed scaling takes the largest values: all that train the model."""
@@ -276,29 +272,6 @@ class TransformerEnginePrecision(Precision):
         In place of `torch.utils.checkpoint.checkpoint`, which would compute outside of the engine's context.
         """
         return self._engine.checkpoint(function, *args, **kwargs)
-
-    # ---------------------------------------------------------------- as base does
-
-    def convert_input(self, data: T) -> T:
-        """Returns what base makes of it."""
-        return self._base.convert_input(data)
-
-    def convert_output(self, data: T) -> T:
-        """Returns what base makes of it."""
-        return self._base.convert_output(data)
-
-    @property
-    def scaler(self) -> Scaler:
-        """Base's loss scaler."""
-        return self._base.scaler
-
-    def register_optimizers(self, *optimizers: Optimizer) -> None:
-        """Tells base of the optimizers of the run."""
-        self._base.register_optimizers(*optimizers)
-
-    def teardown(self) -> None:
-        """Gives back what base put on the module; layers stay converted."""
-        self._base.teardown()
 
 
 def _combined(policy: Policy, params: Any, compute: Any) -> Policy:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.amp.grad_scaler import GradScaler
-from torch.optim import Optimizer
 
-from precision_core import MixedPrecision, Policy, Precision
-from precision_core.precision import make_plugin
-from precision_core.scaling import Scaler
+from precision_core import MixedPrecision, Policy
+from precision_core.precision import Wrapping, make_plugin
 from precision_xla.attention import casts_attention
 from precision_xla.environment import check_environment
 from precision_xla.hardware import register
@@ -21,10 +18,8 @@ from precision_xla.hardware import register
 if TYPE_CHECKING:
     from precision_core import Strategy
 
-T = TypeVar("T")
 
-
-class XLAPrecision(Precision):
+class XLAPrecision(Wrapping):
     """Core's modes on an XLA device: `*-true` casts the module and its inputs, `*-mixed` is `torch.autocast("xla")`.
 
     Nothing is asked of torch_xla's environment variables (`XLA_USE_BF16` and its kin); those that would change the
@@ -54,9 +49,7 @@ class XLAPrecision(Precision):
             raise ValueError(
                 f"XLAPrecision({str(self.policy)!r}, scaler=...): this policy does not scale the loss; leave it out"
             )
-        self._plugin: Precision = (
-            make_plugin(self.policy, "xla") if scaler is None else MixedPrecision(self.policy, "xla", scaler)
-        )
+        self.wrapped = make_plugin(self.policy, "xla") if scaler is None else MixedPrecision(self.policy, "xla", scaler)
 
     def refuses(self, strategy: Strategy) -> str | None:
         """Returns why not: another kind of device. What the hardware behind an XLA device lacks, the strategy knows."""
@@ -67,43 +60,15 @@ class XLAPrecision(Precision):
             )
         return None
 
-    def connect(self, strategy: Strategy) -> None:
-        """Takes the device type, which exceptions in mixed precision need."""
-        self._plugin.connect(strategy)
-
-    def convert_module(self, module: nn.Module) -> nn.Module:
-        """Casts parameters and buffers in place as core's plugin of the mode does, and returns `module`."""
-        module = self._plugin.convert_module(module)
-        self.report = self._plugin.report
-        self.remember(module)
-        return module
-
-    def convert_input(self, data: T) -> T:
-        """Returns `data` cast in true modes, as it is in mixed ones."""
-        return self._plugin.convert_input(data)
-
     def forward_context(self) -> AbstractContextManager[Any]:
         """Context in which forward runs: `torch.autocast("xla")` in mixed modes, else created tensors get the dtype."""
-        context = self._plugin.forward_context()
+        context = super().forward_context()
         if isinstance(context, torch.autocast) and not torch.compiler.is_compiling():  # torch 2.9 traces no such mode
             return casts_attention(context)
         return context
 
     def setup_scaler(self) -> GradScaler:
         """Returns torch's scaler in use; a disabled one where nothing is scaled."""
-        if isinstance(self._plugin, MixedPrecision):
-            return self._plugin.setup_scaler()
+        if isinstance(self.wrapped, MixedPrecision):
+            return self.wrapped.setup_scaler()
         return torch.amp.GradScaler("xla", enabled=False)
-
-    @property
-    def scaler(self) -> Scaler:
-        """The loss scaler; one that does nothing where the loss is not scaled."""
-        return self._plugin.scaler
-
-    def register_optimizers(self, *optimizers: Optimizer) -> None:
-        """Takes note of the optimizers of the run; raises `ValueError` for one that cannot run in the mode."""
-        self._plugin.register_optimizers(*optimizers)
-
-    def teardown(self) -> None:
-        """Gives modules that are exceptions their own forward back."""
-        self._plugin.teardown()

@@ -13,6 +13,7 @@ from precision_core.precision.model.regions import Restore
 from precision_core.precision.model.report import Item, Report, module_bytes
 from precision_core.precision.model.wide import RULES, marks
 from precision_core.precision.plugins import make_plugin
+from precision_core.precision.wrapping import Wrapping, hidden_parameters
 
 __all__ = [
     "RULES",
@@ -23,8 +24,10 @@ __all__ = [
     "Precision",
     "Report",
     "Restore",
+    "Wrapping",
     "cast_parameters",
     "created_as",
+    "hidden_parameters",
     "make_plugin",
     "marks",
     "module_bytes",
