@@ -22,7 +22,7 @@ from precision_bnb.meta import parameters_on_meta
 from precision_bnb.share import left_out, quantised_share
 from precision_bnb.support import DEVICES, compute_dtype
 from precision_core import HalfPrecision, MixedPrecision, Policy, Precision, Report
-from precision_core.policy import check_pattern
+from precision_core.policy import check_pattern, listed
 from precision_core.precision import Item, Wrapping, cast_parameters, hidden_parameters, make_plugin, module_bytes
 from precision_core.surgery import Surgery
 
@@ -249,10 +249,9 @@ class BitsandbytesPrecision(Wrapping):
         trainable = [name for name, param in module.named_parameters() if param.requires_grad and name not in frozen]
         if not trainable:
             return
-        more = f" and {len(trainable) - 10} more" if len(trainable) > 10 else ""
         raise ValueError(
             f'BitsandbytesPrecision(base="{self._given_base}") has float16 parameters, whose gradients overflow or '
-            f'vanish, and these train: {", ".join(trainable[:10])}{more}. Pass base="16-mixed", leave base out, or '
+            f'vanish, and these train: {listed(trainable)}. Pass base="16-mixed", leave base out, or '
             "freeze them with requires_grad_(False)"
         )
 

@@ -6,7 +6,7 @@ import numpy
 import pytest
 import torch
 
-from precision_core.policy.dtypes import FLOAT_DTYPES, FLOATS, dtype_name, nearest, parse_dtype
+from precision_core.policy.dtypes import FLOAT_DTYPES, FLOATS, dtype_name, parse_dtype
 
 SPELLINGS = {
     torch.float64: ("float64", "double", "fp64", "f64", "torch.float64", " float64 ", torch.float64, torch.double),
@@ -50,17 +50,3 @@ def test_anything_else_is_refused_with_what_is_allowed(given: object, message: s
         parse_dtype(given)  # type: ignore[arg-type]
     assert message in str(error.value)
     assert "allowed are float64, float32, bfloat16, float16" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("given", "allowed", "hint"),
-    [
-        ("comput", ["params", "compute"], '; did you mean "compute"?'),
-        ("COMPUTE ", ["params", "compute"], '; did you mean "compute"?'),
-        ("lm_head", ["LM_Head"], '; did you mean "LM_Head"?'),
-        ("zzz", ["params", "compute"], ""),
-        ("x", [], ""),
-    ],
-)
-def test_nearest(given: str, allowed: list[str], hint: str) -> None:
-    assert nearest(given, allowed) == hint

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from precision_core.policy import listed
 from precision_core.scaling import NameOf, Scaler, params_of
-from precision_fsdp.limits import listed
 
 _GROUPS = ("_fsdp_param_groups", "_fsdp_param_group")
 """Of a module's FSDP state: the list of its groups; before that was a list, torch 2.9, its only group or None."""

@@ -9,6 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from precision_core.policy import listed
+
 _LIMITS: tuple[tuple[Callable[[nn.Parameter], bool], str], ...] = (
     (
         lambda param: param.ndim == 0,
@@ -50,8 +52,3 @@ def _check_integers(root: nn.Module, mesh: DeviceMesh) -> None:
             f"torch {torch.__version__} cannot shard parameters of integers: {listed(names, 5)}. Use a newer "
             'torch, or store packed weights in a float dtype (bitsandbytes: bnb_4bit_quant_storage="bfloat16")'
         ) from error
-
-
-def listed(names: list[str], count: int = 10) -> str:
-    """Returns the first names, and how many more there are."""
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -17,8 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from precision_core.policy import cast_tensor
-from precision_fsdp.limits import listed
+from precision_core.policy import cast_tensor, listed
 
 InitFn = Callable[[nn.Module], Any]
 

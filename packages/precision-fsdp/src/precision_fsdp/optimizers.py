@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Optimizer, Rprop, SparseAdam
 
+from precision_core.policy import listed
+
 _NOT_FOR_SHARDS: dict[tuple[type[Optimizer], bool], str] = {
     (SGD, True): "torch has no fused SGD for shards; pass fused=False",
     (Adagrad, True): "torch has no fused Adagrad for shards; pass fused=False",
@@ -29,7 +31,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     full = [param for param in params if not isinstance(param, DTensor) and optimizer.state.get(param)]
     if full:
-        shapes = ", ".join(str(tuple(param.shape)) for param in full[:5]) + (", ..." if len(full) > 5 else "")
+        shapes = listed((str(tuple(param.shape)) for param in full), 5)
         why = " (Adagrad makes its state in its constructor)" if isinstance(optimizer, Adagrad) else ""
         raise ValueError(
             f"this {kind.__name__} has state for {len(full)} unsharded parameters, of shapes {shapes}{why}, and FSDP "

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from precision_core.policy import listed
 from precision_te.engine import Engine
 from precision_te.recipes import Recipe
 
@@ -41,5 +42,4 @@ def notes(module: nn.Module, engine: Engine, recipe: Recipe, there: int) -> Iter
     if engine.name == "reference":
         yield "the reference has linear layers alone; norms stay torch's"
     if small := small_layers(module, engine):
-        more = f" and {len(small) - 10} more" if len(small) > 10 else ""
-        yield f"fewer than 2**20 weights, perhaps too small to win: {', '.join(small[:10])}{more}"
+        yield f"fewer than 2**20 weights, perhaps too small to win: {listed(small)}"

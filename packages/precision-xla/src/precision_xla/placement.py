@@ -12,6 +12,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
+from precision_core.policy import listed
+
 Slot = tuple[nn.Module, str]
 
 
@@ -21,12 +23,12 @@ def check_movable(module: nn.Module) -> None:
     lazy = [name for name, tensor in named if is_lazy(tensor)]
     if lazy:
         raise ValueError(
-            f"{_first(lazy)} have no shape yet: run one batch through the model on the CPU, then set it up"
+            f"{listed(lazy, 5)} have no shape yet: run one batch through the model on the CPU, then set it up"
         )
     meta = [name for name, tensor in named if tensor.is_meta]
     if meta:
         raise ValueError(
-            f"{_first(meta)} are on the meta device and have no values: build the model on the CPU or in "
+            f"{listed(meta, 5)} are on the meta device and have no values: build the model on the CPU or in "
             "fabric.init_module(), or call to_empty(device='cpu') and initialise or load it first"
         )
     sparse = [
@@ -36,7 +38,7 @@ def check_movable(module: nn.Module) -> None:
     ]
     if sparse:
         raise ValueError(
-            f"{_first(sparse)} would have sparse gradients, and XLA has no sparse tensors: make it with sparse=False"
+            f"{listed(sparse, 5)} would have sparse gradients, and XLA has no sparse tensors: make it with sparse=False"
         )
 
 
@@ -101,7 +103,3 @@ def _take_over(old: Tensor, new: Tensor) -> None:
         new._backward_hooks = old._backward_hooks
     if old._post_accumulate_grad_hooks:
         new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
-
-
-def _first(names: list[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

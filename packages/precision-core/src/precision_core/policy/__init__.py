@@ -4,7 +4,8 @@ Its modules are core's own; others import from here what `__all__` lists.
 """
 
 from precision_core.policy.casting import cast_tensor, map_tensors
-from precision_core.policy.dtypes import FLOAT_DTYPES, dtype_name, nearest, parse_dtype
+from precision_core.policy.dtypes import FLOAT_DTYPES, dtype_name, parse_dtype
+from precision_core.policy.messages import listed, nearest
 from precision_core.policy.patterns import check_pattern, covers, matches
 from precision_core.policy.policy import ALIASES, MODES, Policy
 
@@ -17,6 +18,7 @@ __all__ = [
     "check_pattern",
     "covers",
     "dtype_name",
+    "listed",
     "map_tensors",
     "matches",
     "nearest",

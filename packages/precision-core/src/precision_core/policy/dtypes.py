@@ -1,11 +1,10 @@
-"""The floating dtypes a policy may name: parsing, printing, and the nearest match for an error message."""
+"""The floating dtypes a policy may name: parsing and printing."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-
 import torch
+
+from precision_core.policy.messages import nearest
 
 FLOATS: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -51,10 +50,3 @@ def parse_dtype(value: str | torch.dtype) -> torch.dtype:
 def dtype_name(dtype: torch.dtype) -> str:
     """Returns the name that `parse_dtype` reads back, `"bfloat16"` for `torch.bfloat16`."""
     return _NAMES[dtype]
-
-
-def nearest(given: str, allowed: Iterable[str]) -> str:
-    """Returns `'; did you mean "..."?'` for the closest of `allowed`, or an empty string when none is close."""
-    lower = {name.lower(): name for name in allowed}
-    match = difflib.get_close_matches(given.strip().lower(), lower, n=1, cutoff=0.5)
-    return f'; did you mean "{lower[match[0]]}"?' if match else ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 
-from precision_core.policy.dtypes import nearest
+from precision_core.policy.messages import nearest
 
 ELSEWHERE: dict[tuple[str, ...], str] = {
     ("16-mixed", "16-true"): (

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from precision_core.policy.dtypes import nearest
+from precision_core.policy.messages import nearest
 
 
 @lru_cache(maxsize=1024)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from precision_core.policy.dtypes import dtype_name, nearest, parse_dtype
+from precision_core.policy.dtypes import dtype_name, parse_dtype
 from precision_core.policy.hints import hint
+from precision_core.policy.messages import nearest
 from precision_core.policy.patterns import check_pattern, covers
 
 _KEYS = ("params", "compute", "reduce", "output", "buffers", "master", "scale")

@@ -48,14 +48,6 @@ _log = logging.getLogger(__name__)
 _STATE_VERSION = 1
 
 
-_RUNNERS = {
-    torch.float64: "DoublePrecision",
-    torch.float32: "Precision",
-    torch.bfloat16: "HalfPrecision",
-    torch.float16: "HalfPrecision",
-}
-
-
 class Precision:
     """Float32 throughout: parameters, buffers and inputs are cast to float32, outputs come as they are.
 
@@ -69,7 +61,7 @@ class Precision:
         if policy is not None:
             self.policy = self.check_policy(Policy.parse(policy))
 
-    _runs: tuple[torch.dtype, ...] = (torch.float32,)  # what params and compute may be, alike
+    _runs: tuple[torch.dtype, ...] = (torch.float32,)  # what params and compute may be, alike; plugins.py finds it by
     _applies_exceptions = False
     _aligns = False  # whether products are to take operands of several dtypes, since a model holds such
 
@@ -78,11 +70,11 @@ class Precision:
         check_runnable(policy)
         name = f"{type(self).__name__}({str(policy)!r})"
         if policy.mixed or policy.params not in self._runs:
-            modes = " and ".join(
-                mode for mode, known in MODES.items() if known.params in self._runs and not known.mixed
-            )
-            runner = "MixedPrecision" if policy.mixed else _RUNNERS[policy.params]
-            raise ValueError(f"{name}: this plugin runs {modes}; for this policy there is {runner}")
+            from precision_core.precision.plugins import class_for  # which imports the subclasses of this class
+
+            modes = [mode for mode, known in MODES.items() if known.params in self._runs and not known.mixed]
+            right = class_for(policy).__name__
+            raise ValueError(f"{name}: this plugin runs {' and '.join(modes)}; for this policy there is {right}")
         if policy.exceptions and not self._applies_exceptions:
             raise ValueError(f"{name}: this plugin applies no exceptions; bf16-true, 16-true and the mixed modes do")
         return policy

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from precision_core.override import is_overridden, override
 from precision_core.policy.dtypes import FLOATS, dtype_name, parse_dtype
+from precision_core.policy.messages import listed
 from precision_core.policy.patterns import check_all_used, check_pattern, covers
 from precision_core.policy.policy import Policy
 from precision_core.precision.base import Precision
@@ -124,7 +125,7 @@ class HalfPrecision(Precision):
         if wide.cast:
             warnings.warn(
                 f"{type(self).__name__} stores all parameters in {dtype_name(self.policy.params)}, and the model marks "
-                f"these to stay float32: {', '.join(wide.cast[:10])}{', ...' * (len(wide.cast) > 10)}. A mixed mode "
+                f"these to stay float32: {listed(wide.cast)}. A mixed mode "
                 "keeps them, and so do other strategies",
                 stacklevel=2,
             )

@@ -14,6 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from precision_core.hardware import is_available
 from precision_core.policy.dtypes import FLOAT_DTYPES, dtype_name
+from precision_core.policy.messages import listed
 from precision_core.policy.policy import Policy
 from precision_core.precision.base import Precision
 from precision_core.precision.model.cast_module import cast_buffers, cast_parameters
@@ -140,10 +141,9 @@ class MixedPrecision(Precision):
 
     def _check_trainable(self, wrong: list[tuple[str, nn.Parameter]]) -> None:
         if wrong and not self._upcast:
-            names = ", ".join(f"{name} ({dtype_name(param.dtype)})" for name, param in wrong[:10])
-            more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+            names = listed(f"{name} ({dtype_name(param.dtype)})" for name, param in wrong)
             raise ValueError(
-                f"{self.policy.flat} trains float32 parameters, these are not: {names}{more}. To cast them to float32 "
+                f"{self.policy.flat} trains float32 parameters, these are not: {names}. To cast them to float32 "
                 f'pass Fabric(precision="{self.policy}", upcast=True), or without Fabric MixedPrecision('
                 f'"{self.policy}", device="{self.device_type}", upcast=True); or load the model in float32 '
                 "(transformers: dtype=torch.float32), or freeze them with requires_grad_(False)"
@@ -156,10 +156,9 @@ class MixedPrecision(Precision):
             if param.is_complex() and param.requires_grad
         ]
         if names and self.policy.scale:
-            more = f" and {len(names) - 10} more" if len(names) > 10 else ""
             raise ValueError(
                 f"{self.policy.flat} scales the loss, and torch unscales no complex gradients, those of "
-                f'{", ".join(names[:10])}{more}: use precision="bf16-mixed", which does not scale, hold them as real '
+                f'{listed(names)}: use precision="bf16-mixed", which does not scale, hold them as real '
                 "parameters (torch.view_as_real), or freeze them with requires_grad_(False)"
             )
 

@@ -21,6 +21,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from precision_core.override import original
+from precision_core.policy.messages import listed
 from precision_core.scaling.gradients import (
     all_finite,
     gradients_of,
@@ -29,7 +30,7 @@ from precision_core.scaling.gradients import (
     skips_on_device,
     takes_flag,
 )
-from precision_core.scaling.records import Gradients, Record, first
+from precision_core.scaling.records import Gradients, Record
 from precision_core.scaling.scaled_gradients import ScaledGradients
 from precision_core.scaling.scaler import NameOf
 
@@ -196,6 +197,6 @@ class LossScaler(ScaledGradients):
         raise FloatingPointError(
             f"{self.counter.skipped_in_a_row} optimizer steps in a row were skipped, the loss scale is "
             f"{self.torch_scaler.get_scale():g}: inf or NaN in the gradients of "
-            f"{first(bad) or 'parameters whose gradients are gone by now'}. Look for NaN in the data or the loss, "
+            f"{listed(bad, 5) or 'parameters whose gradients are gone by now'}. Look for NaN in the data or the loss, "
             'lower the learning rate, or use precision="bf16-mixed", which needs no scaling'
         )

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import LBFGS, Optimizer
 
+from precision_core.policy.messages import listed
 from precision_core.scaling.gradients import multiply, params_of
 from precision_core.scaling.guard import Snapshot
 from precision_core.scaling.scaler import NameOf
@@ -126,7 +126,7 @@ class Records:
         changed = record.snapshot.changed(optimizer) if record.snapshot is not None else ()
         if changed:
             raise RuntimeError(
-                f"the gradients of {first(map(self._name_of, changed))} were changed after fabric.backward, while "
+                f"the gradients of {listed(map(self._name_of, changed), 5)} were changed after fabric.backward, while "
                 f"they carried the loss scale ({self._torch_scaler.get_scale():g}). Call "
                 "fabric.unscale_gradients(optimizer) before anything reads or changes p.grad, or clip with "
                 f"fabric.clip_gradients(model, optimizer, max_norm=...); zero_grad() of {type(optimizer).__name__} "
@@ -159,9 +159,3 @@ def rescale(gradients: list[Tensor], old: float | Tensor, new: float | Tensor) -
     """Brings gradients that carry the scale `old` to `new`, in place."""
     if gradients and (isinstance(new, Tensor) or old != new):
         multiply(gradients, new / old)
-
-
-def first(names: Iterable[str], count: int = 5) -> str:
-    """Returns the first names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from precision_core.policy.messages import listed
 from precision_core.scaling.clipping import Clip, clip_true_gradients
 from precision_core.scaling.gradients import all_finite, clip_scaled, gradients_of, is_plain, params_of
-from precision_core.scaling.records import Gradients, Record, Records, first, rescale
+from precision_core.scaling.records import Gradients, Record, Records, rescale
 from precision_core.scaling.scale import Scale
 from precision_core.scaling.scaler import NameOf, Scaler
 from precision_core.scaling.watch import Watch
@@ -197,8 +198,8 @@ class ScaledGradients(Scaler):
         ]
         if wrong:
             raise ValueError(
-                f"16-mixed scales the loss, and unscales no half and no complex gradients: {first(wrong)}. They train "
-                "since fabric.setup, or came with add_param_group: freeze them with requires_grad_(False), cast "
+                f"16-mixed scales the loss, and unscales no half and no complex gradients: {listed(wrong, 5)}. They "
+                "train since fabric.setup, or came with add_param_group: freeze them with requires_grad_(False), cast "
                 'them to float32 before setup, or use precision="bf16-mixed", which does not scale'
             )
 
@@ -246,7 +247,7 @@ class ScaledGradients(Scaler):
         if wanted:
             raise ValueError(
                 f"clip_gradients(model) found scaled gradients that no known optimizer holds: "
-                f"{first(name_of(param) for param in wanted.values())}. Pass the optimizer, give it to fabric.setup, "
+                f"{listed(map(name_of, wanted.values()), 5)}. Pass the optimizer, give it to fabric.setup, "
                 "or call requires_grad_(False) on parameters that are not trained"
             )
         return holders

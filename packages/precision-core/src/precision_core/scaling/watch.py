@@ -9,9 +9,10 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from precision_core.policy.messages import listed
 from precision_core.scaling.gradients import gradients_of, params_of
 from precision_core.scaling.guard import StepHook, Unheld, stepping, wraps
-from precision_core.scaling.records import Gradients, Record, Records, first
+from precision_core.scaling.records import Gradients, Record, Records
 from precision_core.scaling.scaler import NameOf
 
 
@@ -120,14 +121,15 @@ class Watch:
         if not updated and not unstepped:
             return
         self._warned = True
+        names = listed(map(self._name_of, updated or unstepped), 5)
         what = (
-            f"{first(map(self._name_of, updated))} changed while their gradients carried the loss scale, and no step "
-            "that the precision knows of did that. An update by hand, or a method such as first_step, reads gradients "
+            f"{names} changed while their gradients carried the loss scale, and no step that the "
+            "precision knows of did that. An update by hand, or a method such as first_step, reads gradients "
             f"that are {self._torch_scaler.get_scale():g} times too large: call fabric.unscale_gradients(optimizer) "
             "before it"
             if updated
-            else f"{first(map(self._name_of, unstepped))} have gradients that carry the loss scale, and that nobody "
-            "stepped or dropped: no optimizer that was set up holds them. Give it to fabric.setup(model, optimizer) or "
+            else f"{names} have gradients that carry the loss scale, and that nobody stepped "
+            "or dropped: no optimizer that was set up holds them. Give it to fabric.setup(model, optimizer) or "
             "fabric.setup_optimizers(optimizer), or call requires_grad_(False) on what does not train"
         )
         warnings.warn(what, stacklevel=7)

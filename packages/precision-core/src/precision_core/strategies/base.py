@@ -20,6 +20,7 @@ from precision_core.data.loader import DeviceLoader
 from precision_core.hardware import ACCELERATORS
 from precision_core.policy.casting import holds, map_tensors
 from precision_core.policy.dtypes import FLOAT_DTYPES
+from precision_core.policy.messages import listed
 from precision_core.policy.policy import MODES, Policy
 from precision_core.precision.base import Precision
 from precision_core.precision.model.default_dtype import created_as
@@ -169,10 +170,9 @@ class Strategy:
         tensors = itertools.chain(module.named_parameters(), module.named_buffers())
         empty = [name for name, tensor in tensors if tensor.is_meta]
         if empty and self.device.type != "meta":
-            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
             raise ValueError(
                 f"fabric.setup got a {type(module).__name__} without values, on the meta device: "
-                f"{', '.join(empty[:5])}{more}. Load them first with fabric.load_module(file, model), or give them "
+                f"{listed(empty, 5)}. Load them first with fabric.load_module(file, model), or give them "
                 "values of your own"
             )
         return module.to(self.device)

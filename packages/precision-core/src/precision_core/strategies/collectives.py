@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from precision_core.policy.casting import map_tensors
-from precision_core.policy.dtypes import nearest
+from precision_core.policy.messages import nearest
 from precision_core.strategies.processes import Ranks
 
 T = TypeVar("T")

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from precision_core.override import uncompiled
+from precision_core.policy.messages import listed
 from precision_core.scaling.gradients import params_of
 from precision_core.strategies.base import Strategy
 from precision_core.strategies.collectives import Collectives
@@ -102,7 +103,7 @@ class DDPStrategy(Collectives, Strategy):
         for reducer in self._reducers.values() if others else ():
             others = [param for param in others if not reducer.has(param)]
         if others and self.world_size > 1:
-            shapes = ", ".join(str(tuple(param.shape)) for param in others[:5]) + ", ..." * (len(others) > 5)
+            shapes = listed((str(tuple(param.shape)) for param in others), 5)
             warnings.warn(
                 f"this {type(optimizer).__name__} steps {len(others)} parameters of no model that was set up, of "
                 f"shapes {shapes}, whose gradients nobody averages over ranks: each rank will have values of its own. "

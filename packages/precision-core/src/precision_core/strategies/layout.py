@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from precision_core.hardware import ACCELERATORS, device_count, is_available
-from precision_core.policy.dtypes import nearest
+from precision_core.policy.messages import nearest
 from precision_core.strategies.processes import Ranks, ranks_from_environment
 
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
+from precision_core.policy.messages import listed
+
 if TYPE_CHECKING:
     from precision_core.checkpoint.presence import Presence
 
@@ -136,7 +138,8 @@ class Reducer:
         by_name, before = dict(self._module.named_parameters()), self._reduced.keys()
         names = [name for name, param in by_name.items() if id(param) in trained]
         changed = {name for name, param in by_name.items() if (id(param) in trained) != (id(param) in before)}
-        what = f"{_list(changed)} of this {type(self._module).__name__}" if changed else "layers that were replaced"
+        kind = type(self._module).__name__
+        what = f"{listed(sorted(changed))} of this {kind}" if changed else "layers that were replaced"
         if self._presence is not None:
             try:
                 self._presence.all_call("a forward of a model in which other parameters train")
@@ -153,8 +156,8 @@ class Reducer:
                 differ = set(others).symmetric_difference(names)
                 raise RuntimeError(
                     f"rank {dist.get_rank()} and rank {rank} train other parameters of this "
-                    f"{type(self._module).__name__}: {_list(differ)}. Freeze, unfreeze and add parameters on all ranks "
-                    "alike, before the same forward"
+                    f"{type(self._module).__name__}: {listed(sorted(differ))}. Freeze, unfreeze and add parameters on "
+                    "all ranks alike, before the same forward"
                 )
 
 
@@ -177,8 +180,3 @@ class _Census:
             list(map(_requires_grad, self._listed)) == self._flags
             and list(map(id, chain.from_iterable(self._views))) == self._ids
         )
-
-
-def _list(names: set[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:10]) + f" and {len(shown) - 10} more" * (len(shown) > 10)

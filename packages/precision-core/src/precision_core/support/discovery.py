@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from precision_core.policy.dtypes import nearest
 from precision_core.policy.hints import hint
+from precision_core.policy.messages import nearest
 
 PLUGINS = "precision.plugins"
 STRATEGIES = "precision.strategies"

@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
+from precision_core.policy.messages import listed
+
 ParamMap = MutableMapping[nn.Parameter, nn.Parameter]
 ParamRef = Callable[[], nn.Parameter | None]
-
-_SHOWN = 10
 
 
 def named_params(module: nn.Module) -> dict[str, ParamRef]:
@@ -62,10 +62,9 @@ def repoint(optimizer: Optimizer, params: Mapping[nn.Parameter, nn.Parameter]) -
         if param in params and optimizer.state.get(param)
     ]
     if with_state:
-        names = ", ".join(with_state[:_SHOWN]) + (", ..." if len(with_state) > _SHOWN else "")
         raise ValueError(
-            f"this {type(optimizer).__name__} has state for parameters that the conversion replaced: {names}; "
-            "make the optimizer after setup, or convert the model first"
+            f"this {type(optimizer).__name__} has state for parameters that the conversion replaced: "
+            f"{listed(with_state)}; make the optimizer after setup, or convert the model first"
         )
     held = {param for group in optimizer.param_groups for param in group["params"] if param not in params}
     for group in optimizer.param_groups:
