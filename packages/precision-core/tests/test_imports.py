@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,3 +99,14 @@ def test_others_import_what_the_packages_list() -> None:
             if "." in package or (name and name not in listed and not is_module):
                 wrong.append(f"{path.relative_to(ROOT)}:{line} {module}.{name}")
     assert not wrong
+
+
+@pytest.mark.slow_start  # in a process that has imported nothing else
+def test_importing_core_takes_what_training_needs_alone() -> None:
+    code = "import sys, precision_core; print(*(each for each in sys.modules if each.startswith('precision_core.')))"
+    lines = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    late = ("checkpoint", "surgery", "testing", "strategies.launch", "support.support", "support.table", "data.sharing")
+    late += ("scaling.loss_scaler", "precision.model.integer_inputs")
+    taken = {each.removeprefix("precision_core.") for each in lines.split()}
+    taken = {each for each in taken if each.startswith(late)}
+    assert taken == {"checkpoint", "checkpoint.error"}

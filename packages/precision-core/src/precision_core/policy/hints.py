@@ -57,7 +57,7 @@ _NO_MODES = {
 }
 _BY_NAME = {name: modes for modes, names in ELSEWHERE.items() for name in names.split()}
 
-_FORMAT = re.compile(r"(mxfp|nvfp|bfloat|float|bf|fp|nf|int|uint|f)?-?(\d+)(?!\d)")
+_FORMAT = r"(mxfp|nvfp|bfloat|float|bf|fp|nf|int|uint|f)?-?(\d+)(?!\d)"  # compiled when a name is wrong
 _CANONICAL = {"bfloat": "bf", "float": "", "fp": "", "f": "", None: ""}
 _BITS = {"16", "32", "64", "8", "4"}
 
@@ -87,7 +87,7 @@ def _format(name: str) -> tuple[str | None, str] | None:
 
     Of an unknown number of bits the prefix is None: its digits may be swapped, in whatever format.
     """
-    found = _FORMAT.match(name)
+    found = re.match(_FORMAT, name)
     if found is None:
         return None
     if found[1] == "nf":  # of one number of bits only

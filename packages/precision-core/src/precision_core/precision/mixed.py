@@ -21,7 +21,6 @@ from precision_core.precision.model.cast_module import cast_buffers, cast_parame
 from precision_core.precision.model.regions import EffectivePolicies, apply_exceptions
 from precision_core.precision.model.report import Item, Report, module_bytes
 from precision_core.precision.runnable import check_runnable
-from precision_core.scaling.loss_scaler import LossScaler
 from precision_core.scaling.scaler import Scaler
 
 if TYPE_CHECKING:
@@ -205,6 +204,8 @@ class MixedPrecision(Precision):
         """The loss scaler; one that does nothing where the loss is not scaled."""
         if not self.policy.scale:
             return Scaler()
+        from precision_core.scaling.loss_scaler import LossScaler  # most modes do not scale
+
         by_exception = {exception.params for _, exception in self.policy.exceptions}
         # Reading a value waits for any device but the CPU.
         return LossScaler(

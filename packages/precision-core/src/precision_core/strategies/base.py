@@ -24,7 +24,6 @@ from precision_core.policy.messages import listed
 from precision_core.policy.policy import MODES, Policy
 from precision_core.precision.base import Precision
 from precision_core.precision.model.default_dtype import created_as
-from precision_core.precision.model.integer_inputs import explained
 from precision_core.precision.model.recast import cast_to, check_trains
 from precision_core.precision.plugins import make_plugin
 from precision_core.strategies.collectives import reduce_op
@@ -227,6 +226,8 @@ class Strategy:
                     try:
                         output = function(module, *args, **kwargs)
                     except (RuntimeError, ValueError) as error:
+                        from precision_core.precision.model.integer_inputs import explained
+
                         clearer = explained(error, module, mine.policy)
                         if clearer is None:
                             raise

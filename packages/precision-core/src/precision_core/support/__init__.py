@@ -3,6 +3,11 @@
 Its modules are core's own; others import from here what `__all__` lists.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from precision_core.support import discovery
 from precision_core.support.discovery import KNOWN, PLUGINS, STRATEGIES, SUPPORT, find, how_to_install, names
 from precision_core.support.resolve import (
@@ -13,8 +18,10 @@ from precision_core.support.resolve import (
     resolve_precision,
     resolve_strategy,
 )
-from precision_core.support.support import Support, supports
-from precision_core.support.table import SupportRow, read_table
+
+if TYPE_CHECKING:
+    from precision_core.support.support import Support, supports
+    from precision_core.support.table import SupportRow, read_table
 
 __all__ = [
     "KNOWN",
@@ -36,3 +43,12 @@ __all__ = [
     "resolve_strategy",
     "supports",
 ]
+
+# These come when they are asked for: training needs no support table.
+_HOMES = {"Support": "support", "SupportRow": "table", "read_table": "table", "supports": "support"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
