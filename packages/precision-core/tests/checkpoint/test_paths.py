@@ -13,7 +13,7 @@ from torch import nn
 
 from precision_core import Fabric
 from precision_core.checkpoint.paths import local_path
-from precision_core.checkpoint.storage.folder import read_folder, write_folder
+from precision_core.checkpoint.storage.folder import write_folder
 from precision_core.checkpoint.weights.files import load_module, save_module
 
 FABRIC = Fabric(accelerator="cpu")
@@ -25,7 +25,6 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "save_module": lambda path: save_module(path, nn.Linear(1, 1)),
     "load_module": lambda path: load_module(path, nn.Linear(1, 1)),
     "write_folder": lambda path: write_folder(path, {"x": torch.ones(1)}),
-    "read_folder": lambda path: read_folder(path),
 }
 ADDRESSES = [
     "s3://bucket/last.ckpt",

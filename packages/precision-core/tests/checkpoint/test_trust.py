@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from precision_core import CheckpointError, Fabric
 from precision_core.checkpoint.storage import manifest as folder_manifest
-from precision_core.checkpoint.storage.folder import METADATA, STRUCTURE, write_folder
+from precision_core.checkpoint.storage.folder import STRUCTURE, write_folder
 
 FABRIC = Fabric(accelerator="cpu")
 
@@ -40,15 +39,6 @@ def write_structure(path: Path, hostile: Hostile) -> None:
     sign(path)
 
 
-def write_metadata(path: Path, hostile: Hostile) -> None:
-    FABRIC.save(path.with_name("file"), {"step": 1})
-    write_folder(path, torch.load(path.with_name("file"), weights_only=True))
-    metadata = pickle.loads((path / METADATA).read_bytes())
-    metadata.planner_data = hostile
-    (path / METADATA).write_bytes(pickle.dumps(metadata))
-    sign(path)
-
-
 def sign(path: Path) -> None:
     """Writes the manifest anew, as whoever writes the folder can."""
     body = json.loads((path / "manifest.json").read_text())
@@ -57,7 +47,7 @@ def sign(path: Path) -> None:
     (path / "manifest.json").write_text(json.dumps({**body, "crc": folder_manifest._crc(body)}))
 
 
-@pytest.mark.parametrize("write", [write_file, write_structure, write_metadata])
+@pytest.mark.parametrize("write", [write_file, write_structure])
 @pytest.mark.parametrize("into", [False, True])
 def test_nothing_is_executed_without_trust(write: Any, into: bool, tmp_path: Path) -> None:
     state = {"step": 0} if into else None

@@ -1,7 +1,10 @@
-"""What a checkpoint that cannot be used raises, and the key that is the format's own."""
+"""What a checkpoint that cannot be used raises, the key that is the format's own, and the format's number."""
 
 RESERVED = "__precision__"
 """The key of a checkpoint's top-level dict that holds its version, policy, precision state and random generators."""
+
+FORMAT_VERSION = 2
+"""Of files and folders. 1: folders had no `chunks.json`, files were the same."""
 
 
 class CheckpointError(ValueError):

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from precision_core.checkpoint import background
 from precision_core.checkpoint.agreement import agreed, gather_over, together
 from precision_core.checkpoint.background import PendingSave
-from precision_core.checkpoint.error import RESERVED
+from precision_core.checkpoint.error import FORMAT_VERSION, RESERVED
 from precision_core.checkpoint.live.optimizer_names import param_names
 from precision_core.checkpoint.live.state import Filter, collect, param_dtypes, stateful_objects
 from precision_core.checkpoint.shards import check_alike, check_parts, describe, made_whole
@@ -42,7 +42,7 @@ def save(
         check_parts(sharded)
         shards = describe(sharded)
         header = {
-            "version": checkpoint.FORMAT_VERSION,
+            "version": FORMAT_VERSION,
             "policy": str(strategy.precision.policy),
             "torch": str(torch.__version__),
             "precision": strategy.precision.state_dict(),

@@ -25,14 +25,22 @@ def host_like(live: Tensor, dtype: torch.dtype) -> Tensor:
 
 def cut(whole: Tensor, live: Tensor) -> Tensor:
     """Returns `whole` sharded as `live` is: a DTensor with a copy of this rank's part in host memory."""
-    sharded: Any = host_like(live, whole.dtype)
-    local = sharded.to_local()
+    sharded = host_like(live, whole.dtype)
+    local, offsets = local_part(sharded)
     if local.numel():
-        (chunk,) = sharded.__create_chunk_list__()
-        for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+        for dim, (offset, size) in enumerate(zip(offsets, local.shape, strict=True)):
             whole = whole.narrow(dim, offset, size)
         local.copy_(whole)
     return sharded
+
+
+def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """Returns what this rank has of a tensor, all of one that is not sharded, and at which index it begins."""
+    if not is_sharded(tensor):
+        return tensor, [0] * tensor.dim()
+    sharded: Any = tensor
+    local: Tensor = sharded.to_local()
+    return local, list(sharded.__create_chunk_list__()[0].offsets) if local.numel() else [0] * tensor.dim()
 
 
 def made_whole(content: dict[str, Any], keep: bool) -> dict[str, Any]:

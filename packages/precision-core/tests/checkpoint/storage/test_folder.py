@@ -19,7 +19,7 @@ from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.storage import dcp as folder_dcp
 from precision_core.checkpoint.storage import folder as folder_checkpoint
 from precision_core.checkpoint.storage import manifest as folder_manifest
-from precision_core.checkpoint.storage.folder import read_folder, write_folder
+from precision_core.checkpoint.storage.folder import Folder, write_folder
 
 HEADER = {"policy": "bf16-mixed", "version": 1}
 
@@ -83,65 +83,53 @@ def path(tmp_path: Path) -> Path:
 )
 def test_what_goes_in_comes_out(value: Any, tmp_path: Path) -> None:
     write_folder(tmp_path / "x", {"value": value})
-    assert same(read_folder(tmp_path / "x"), {"value": value})
+    assert same(Folder(tmp_path / "x").everything(), {"value": value})
 
 
 def test_names_that_meet_when_joined_by_dots(tmp_path: Path) -> None:
     value = {"a": {"b": torch.zeros(1)}, "a.b": torch.ones(1), "a.b~": torch.full((1,), 2.0)}
     write_folder(tmp_path / "x", value)
-    assert same(read_folder(tmp_path / "x"), value)
+    assert same(Folder(tmp_path / "x").everything(), value)
 
 
 def test_a_training_state_comes_out_and_loads(path: Path) -> None:
-    read = read_folder(path)
-    assert same(read, content()) and read["model"]._metadata == content()["model"]._metadata
+    read = Folder(path).everything()
+    saved = content()
+    saved.pop("__precision__")
+    assert same(read, saved) and read["model"]._metadata == content()["model"]._metadata
     model, optimizer = trained()
     model.load_state_dict(read["model"])
     optimizer.load_state_dict(read["optimizer"])
     assert optimizer.state_dict()["state"][0]["step"].item() == 1
 
 
-def test_into_fills_live_tensors_and_returns_them(path: Path) -> None:
-    model, _ = trained()
-    nn.init.zeros_(model[0].weight)  # type: ignore[arg-type]
-    read = read_folder(path, {"model": model.state_dict()})
-    assert torch.equal(model[0].weight, content()["model"]["0.weight"])  # type: ignore[arg-type]
-    assert read["model"]["0.weight"].data_ptr() == model[0].weight.data_ptr()  # type: ignore[union-attr, operator]
-    assert same(read, content())
-
-
-def test_into_takes_a_wider_dtype(path: Path) -> None:
-    weight = torch.zeros(4, 3, dtype=torch.float64)
-    read_folder(path, {"model": {"0.weight": weight}})
-    assert torch.equal(weight, content()["model"]["0.weight"].double())
-
-
-def test_without_rest_only_into_is_read(path: Path) -> None:
-    bias = torch.zeros(4)
-    read = read_folder(path, {"model": {"0.bias": bias}}, rest=False)
-    assert torch.equal(bias, content()["model"]["0.bias"])
-    assert read["model"]["0.weight"].is_meta and read["model"]["0.weight"].shape == (4, 3)
-    assert read["step"] == 3
-
-
 def test_what_it_holds_without_reading_a_tensor(path: Path) -> None:
-    read = read_folder(path, rest=False)
-    assert all(tensor.is_meta for tensor in read["model"].values())
-    assert read["optimizer"]["param_groups"] == content()["optimizer"]["param_groups"]
+    held = Folder(path).content
+    assert all(tensor.is_meta for tensor in held["model"].values())
+    assert held["optimizer"]["param_groups"] == content()["optimizer"]["param_groups"]
+    assert held["__precision__"] == HEADER
+
+
+def test_a_part_is_read_and_the_rest_left(path: Path) -> None:
+    folder = Folder(path)
+    read = folder.fetch(folder.content["model"], leave=lambda key_path: key_path != ("0.bias",))
+    assert torch.equal(read["0.bias"], content()["model"]["0.bias"])
+    assert read["0.weight"].is_meta and read["0.weight"].shape == (4, 3)
 
 
 def test_the_vendors_reader_reads_the_tensors(path: Path) -> None:
-    model, _ = trained()
-    nn.init.zeros_(model[0].weight)  # type: ignore[arg-type]
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in content()["model"].items()}
+    moment = torch.zeros(4, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load({"model": model.state_dict()}, checkpoint_id=path, no_dist=True)
-    assert torch.equal(model[0].weight, content()["model"]["0.weight"])  # type: ignore[arg-type]
+        dcp.load({"model": tensors, "optimizer.state.0.exp_avg": moment}, checkpoint_id=path, no_dist=True)
+    assert same(tensors, dict(content()["model"]))
+    assert torch.equal(moment, content()["optimizer"]["state"][0]["exp_avg"])
 
 
 def test_no_tensors_at_all(tmp_path: Path) -> None:
     write_folder(tmp_path / "x", {"step": 3})
-    assert read_folder(tmp_path / "x") == {"step": 3}
+    assert Folder(tmp_path / "x").everything() == {"step": 3}
 
 
 def test_a_digest_is_of_the_whole_file(tmp_path: Path) -> None:
@@ -156,33 +144,6 @@ def test_the_manifest_says_what_is_there(path: Path) -> None:
     assert sorted([*manifest["files"], "manifest.json"]) == sorted(os.listdir(path))
     for name, (size, crc) in manifest["files"].items():
         assert folder_manifest.digest(path / name) == (size, crc) and size == (path / name).stat().st_size
-
-
-# ---------------------------------------------------------------- what does not fit
-
-
-@pytest.mark.parametrize(
-    ("into", "message"),
-    [
-        ({"model": {"0.weight": torch.zeros(3, 4)}}, r"model.0.weight: shape \(4, 3\) in the checkpoint, \(3, 4\)"),
-        ({"model": {"0.weight": torch.zeros(4, 3).half()}}, "model.0.weight: torch.float32 .* strict=False rounds"),
-        ({"model": {"2.weight": torch.zeros(4, 3)}}, "model.2.weight: missing in the checkpoint"),
-        ({"model": {"0.weight": torch.zeros(4, 3, device="meta")}}, "model.0.weight: it is on the meta device"),
-        ({"model": {f"x{n}": torch.zeros(1) for n in range(12)}}, "model.x9: missing in the checkpoint\n.*and 2 more"),
-    ],
-)
-def test_what_does_not_fit_is_named_and_nothing_is_changed(into: dict[str, Any], message: str, path: Path) -> None:
-    bias = torch.zeros(4)
-    into["model"]["0.bias"] = bias
-    with pytest.raises(CheckpointError, match=message):
-        read_folder(path, into)
-    assert torch.equal(bias, torch.zeros(4))
-
-
-def test_not_strict_rounds_and_leaves_the_rest_alone(path: Path) -> None:
-    weight, other = torch.zeros(4, 3, dtype=torch.float16), torch.full((2,), 7.0)
-    read_folder(path, {"model": {"0.weight": weight, "other": other}}, strict=False)
-    assert torch.equal(weight, content()["model"]["0.weight"].half()) and other.tolist() == [7, 7]
 
 
 def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
@@ -205,7 +166,7 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
 def test_a_newer_save_replaces_an_older(path: Path) -> None:
     (path.parent / ".last.old").mkdir()  # of a save that was cut off at its very end
     write_folder(path, {"step": 4})
-    assert read_folder(path) == {"step": 4} and os.listdir(path.parent) == ["last"]
+    assert Folder(path).everything() == {"step": 4} and os.listdir(path.parent) == ["last"]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +180,7 @@ def test_a_save_that_fails_leaves_the_old_one(name: str, path: Path, monkeypatch
     with pytest.raises(OSError, match="no space left"):
         write_folder(path, {"step": 4})
     monkeypatch.undo()
-    assert read_folder(path)["step"] == 3 and os.listdir(path.parent) == ["last"]
+    assert Folder(path).everything()["step"] == 3 and os.listdir(path.parent) == ["last"]
 
 
 def test_a_disk_error_inside_of_the_vendors_writer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,9 +211,9 @@ def test_a_crash_between_the_two_renames_is_recovered(path: Path, monkeypatch: p
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not path.exists()
-    assert read_folder(path)["step"] == 3
+    assert Folder(path).everything()["step"] == 3
     write_folder(path, {"step": 5})
-    assert read_folder(path) == {"step": 5}
+    assert Folder(path).everything() == {"step": 5}
     assert not (path.parent / ".last.old").exists()
 
 
@@ -262,29 +223,27 @@ def test_what_is_no_checkpoint_is_not_replaced(path: Path) -> None:
     for target in (others, others / "file"):
         with pytest.raises(ValueError, match=r"there is something that is no checkpoint folder"):
             write_folder(target, {"step": 4})
-    assert read_folder(path)["step"] == 3
+    assert Folder(path).everything()["step"] == 3
     (others / "empty").mkdir()
     write_folder(others / "empty", {"step": 4})
-    assert read_folder(others / "empty") == {"step": 4}
+    assert Folder(others / "empty").everything() == {"step": 4}
 
 
 def test_a_folder_replaced_while_it_is_read_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load, bias = folder_dcp.load, torch.zeros(4)
+    load = folder_dcp.load
 
-    def replace(*args: Any) -> Any:
-        staged = load(*args)
+    def replace(*args: Any) -> None:
+        load(*args)
         write_folder(path, {"step": 4})
-        return staged
 
     monkeypatch.setattr(folder_dcp, "load", replace)
     with pytest.raises(CheckpointError, match="was replaced while it was read"):
-        read_folder(path, {"model": {"0.bias": bias}})
-    assert torch.equal(bias, torch.zeros(4))
+        Folder(path).everything()
 
 
 def test_a_missing_folder_and_a_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
-        read_folder(tmp_path / "x")
+        Folder(tmp_path / "x")
     (tmp_path / "x").write_text("x")
     with pytest.raises(CheckpointError, match="is a file"):
-        read_folder(tmp_path / "x")
+        Folder(tmp_path / "x")

@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoint folders: values equal or an error, nothing executed, live tensors as they were."""
+"""Damaged and hostile checkpoint folders: values equal or an error, nothing executed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from precision_core.checkpoint.error import CheckpointError
-from precision_core.checkpoint.storage.folder import read_folder, write_folder
-from precision_core.checkpoint.storage.manifest import FORMAT_VERSION, MANIFEST
+from precision_core.checkpoint.error import FORMAT_VERSION, CheckpointError
+from precision_core.checkpoint.storage.chunks import CHUNKS
+from precision_core.checkpoint.storage.folder import Folder, write_folder
+from precision_core.checkpoint.storage.manifest import MANIFEST
 
 WEIGHTS = {f"w{number}": torch.arange(12.0).reshape(3, 4) + number for number in range(4)}
+NAMES = [f"model.{name}" for name in WEIGHTS]
 PLAIN = {"step": 3, "nested": [1.5, None, (True, "x")]}
 
 
@@ -31,22 +32,15 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "whole"
 
 
-def live() -> dict[str, Any]:
-    return {"model": {name: torch.full((3, 4), -1.0) for name in WEIGHTS}}
-
-
 def refused(folder: Path, match: str = "") -> bool:
-    """Returns whether reading is refused, with nothing changed; else what is read must be what was written."""
-    into = live()
+    """Returns whether reading is refused; else what is read must be what was written."""
     try:
-        read = read_folder(folder, into)
+        read = Folder(folder).everything()
     except CheckpointError as error:
         assert match in str(error), error
-        assert all(bool((tensor == -1).all()) for tensor in into["model"].values())
         return True
     assert {key: read[key] for key in PLAIN} == PLAIN
-    for name, weight in WEIGHTS.items():
-        assert torch.equal(read["model"][name], weight) and torch.equal(into["model"][name], weight)
+    assert all(torch.equal(read["model"][name], weight) for name, weight in WEIGHTS.items())
     return False
 
 
@@ -89,7 +83,7 @@ def older(folder: Path, dice: random.Random) -> None:
     """A file of another save of the same shapes."""
     other = folder.with_name("other")
     write_folder(other, {"model": {name: -weight for name, weight in WEIGHTS.items()}, **PLAIN, "step": 4})
-    name = dice.choice(sorted(file.name for file in folder.iterdir()))
+    name = dice.choice(sorted(file.name for file in folder.iterdir() if file.name != CHUNKS))  # that one is the same
     shutil.copy(other / name, folder / name)
     shutil.rmtree(other)
 
@@ -143,70 +137,99 @@ def torch_file(value: Any) -> bytes:
     return file.getvalue()
 
 
-def edit(folder: Path, change: Callable[[Metadata], Any]) -> None:
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    change(metadata)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
-def first(metadata: Metadata) -> Any:
-    return next(iter(metadata.storage_data.values()))
-
-
 def put(file: str, value: Callable[[Path], bytes]) -> Callable[[Path, Path], None]:
     return lambda folder, victim: (folder / file).write_bytes(value(victim)) and None
 
 
-def editing(change: Callable[[Metadata, Path], Any]) -> Callable[[Path, Path], None]:
-    return lambda folder, victim: edit(folder, lambda metadata: change(metadata, victim))
+def editing(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path, Path], None]:
+    """Edits what chunks.json says of model.w0."""
+
+    def edit(folder: Path, victim: Path) -> None:
+        table = json.loads((folder / CHUNKS).read_text())
+        change(table["model.w0"])
+        (folder / CHUNKS).write_text(json.dumps(table))
+
+    return edit
 
 
-def hostile_bytes(folder: Path, victim: Path) -> None:
-    """An entry of bytes, as torch has it for plain values, which its planner unpickles."""
-    data = torch_file(CreatesAFile(victim))
+def chunk(*numbers: Any, at: int = 0) -> Callable[[Path, Path], None]:
+    """Puts `numbers` into the chunk of model.w0, from the entry `at` on: its file, start, length, offsets, sizes."""
+    return editing(lambda entry: entry["chunks"][0].__setitem__(slice(at, at + len(numbers)), numbers))
 
-    def change(metadata: Metadata) -> None:
-        metadata.state_dict_metadata["model.w0"] = BytesStorageMetadata()
-        for info in metadata.storage_data.values():
-            vars(info).update(offset=0, length=len(data))
 
-    edit(folder, change)
-    (folder / "__0_0.distcp").write_bytes(data)
+def split(*parts: tuple[list[Any], list[Any]]) -> Callable[[Path, Path], None]:
+    """Has the chunk of model.w0 in parts: offsets and sizes of each."""
+    return editing(lambda entry: entry.update(chunks=[[*entry["chunks"][0][:3], *part] for part in parts]))
 
 
 def hostile_tensor(folder: Path, victim: Path) -> None:
     """One tensor of the four, the last that is read."""
-    data = torch_file(CreatesAFile(victim))
-    file = folder / "__0_0.distcp"
-    size = file.stat().st_size
+    data, file = torch_file(CreatesAFile(victim)), folder / "__0_0.distcp"
+    start = file.stat().st_size
     file.write_bytes(file.read_bytes() + data)
-    edit(folder, lambda metadata: vars(list(metadata.storage_data.values())[-1]).update(offset=size, length=len(data)))
+    table = json.loads((folder / CHUNKS).read_text())
+    table["model.w3"]["chunks"][0][1:3] = start, len(data)
+    (folder / CHUNKS).write_text(json.dumps(table))
+
+
+def structure_of(tensor: torch.Tensor) -> Callable[[Path, Path], None]:
+    """The one tensor of a folder, whatever chunks.json says of it; the latter agrees on shape and dtype."""
+
+    def write(folder: Path, victim: Path) -> None:
+        table = json.loads((folder / CHUNKS).read_text())
+        entry = {**table["model.w0"], "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
+        entry["chunks"][0][3:] = [0] * tensor.dim(), list(tensor.shape)
+        (folder / CHUNKS).write_text(json.dumps({"x": entry}))
+        (folder / "structure.pt").write_bytes(torch_file({"x": tensor}))
+
+    return write
 
 
 HOSTILE: dict[str, tuple[Callable[[Path, Path], None], str]] = {
-    "metadata": (put(".metadata", lambda v: pickle.dumps(CreatesAFile(v))), "asks for io.open"),
-    "metadata, protocol 0": (put(".metadata", lambda v: pickle.dumps(CreatesAFile(v), 0)), "opcode GLOBAL"),
-    "metadata, planner": (editing(lambda m, v: setattr(m, "planner_data", {"x": CreatesAFile(v)})), "io.open"),
     "structure": (put("structure.pt", lambda v: torch_file({"x": CreatesAFile(v)})), "not written by"),
     "structure, pickle": (put("structure.pt", lambda v: pickle.dumps(CreatesAFile(v))), "not written by"),
     "structure, no dict": (put("structure.pt", lambda _: torch_file([1])), "holds no dict"),
     "structure, more": (put("structure.pt", lambda _: torch_file({"x": torch.ones(1, device="meta")})), "other"),
-    "bytes": (hostile_bytes, "has bytes for the tensor model.w0"),
-    "tensor": (hostile_tensor, "cannot be read: rank 0: UnpicklingError"),
-    "path above": (editing(lambda m, _: vars(first(m)).update(relative_path="../x")), "outside of"),
-    "path of the manifest": (editing(lambda m, _: vars(first(m)).update(relative_path=MANIFEST)), "outside of"),
-    "absolute path": (editing(lambda m, _: vars(first(m)).update(relative_path="/etc/passwd")), "outside of"),
-    "offset": (editing(lambda m, _: vars(first(m)).update(offset=10**12)), "outside of"),
-    "negative offset": (editing(lambda m, _: vars(first(m)).update(offset=-1)), "outside of"),
-    "negative length": (editing(lambda m, _: vars(first(m)).update(length=-1)), "outside of"),
-    "transforms": (editing(lambda m, _: vars(first(m)).update(transform_descriptors=["x"])), "storage entry"),
-    "shape": (editing(lambda m, _: setattr(m.state_dict_metadata["model.w0"], "size", torch.Size([9]))), "shape"),
-    "dtype": (editing(lambda m, _: setattr(m.state_dict_metadata["model.w0"].properties, "dtype", torch.half)), ""),
-    "no chunks": (editing(lambda m, _: m.state_dict_metadata["model.w0"].chunks.clear()), "0 of the 12 values"),
-    "chunk": (editing(lambda m, _: m.state_dict_metadata["model.w0"].chunks.append(3)), "model.w0 that is none"),
-    "storage": (editing(lambda m, _: m.storage_data.clear()), "cannot be read"),
-    "no storage": (editing(lambda m, _: setattr(m, "storage_data", {})), "cannot be read"),
-    "a tensor less": (editing(lambda m, _: m.state_dict_metadata.pop("model.w0")), "other tensors: ['model.w0']"),
+    "structure, gigantic": (structure_of(torch.empty(10**15, device="meta")), "bytes for a chunk of x of shape (1000"),
+    "structure, wider": (structure_of(torch.empty(300, dtype=torch.float64, device="meta")), "bytes for a chunk of x"),
+    "structure, narrower": (structure_of(torch.empty(3, 4, dtype=torch.half, device="meta")), "in torch.float16"),
+    "structure, transposed": (structure_of(torch.empty(4, 3, device="meta")), "not a tensor of [4, 3] in"),
+    "tensor": (hostile_tensor, "UnpicklingError"),
+    "no JSON": (put(CHUNKS, lambda v: pickle.dumps(CreatesAFile(v))), "does not say where tensors lie: UnicodeDecode"),
+    "half of it": (put(CHUNKS, lambda _: b'{"model.w0": {'), "does not say where tensors lie: JSONDecodeError"),
+    "nested": (put(CHUNKS, lambda _: b"[" * 10**6), "does not say where tensors lie: RecursionError"),
+    "long number": (put(CHUNKS, lambda _: b"1" * 10**5), "does not say where tensors lie: ValueError"),
+    "no dict": (put(CHUNKS, lambda _: b"[]"), "does not say where tensors lie: AttributeError"),
+    "no dicts": (put(CHUNKS, lambda _: json.dumps(dict.fromkeys(NAMES)).encode()), "where tensors lie: TypeError"),
+    "a tensor less": (put(CHUNKS, lambda _: json.dumps(dict.fromkeys(NAMES[1:])).encode()), "tensors: ['model.w0']"),
+    "dtype": (editing(lambda entry: entry.update(dtype="torch.float16")), "another shape or dtype for model.w0"),
+    "shape": (editing(lambda entry: entry.update(shape=[4, 3])), "another shape or dtype for model.w0"),
+    "no chunks": (editing(lambda entry: entry.pop("chunks")), "does not say where tensors lie: KeyError"),
+    "chunks, none": (editing(lambda entry: entry["chunks"].clear()), "model.w0 that overlap, or leave out elements"),
+    "chunks, twice": (editing(lambda entry: entry["chunks"].extend(entry["chunks"])), "overlap, or leave out"),
+    "chunks, a number": (editing(lambda entry: entry["chunks"].append(3)), "does not say where tensors lie: TypeError"),
+    "path above": (chunk("../x"), "outside of the checkpoint's files"),
+    "path of the manifest": (chunk(MANIFEST), "outside of the checkpoint's files"),
+    "absolute path": (chunk("/etc/passwd"), "outside of the checkpoint's files"),
+    "path, a list": (chunk([]), "does not say where tensors lie: TypeError"),
+    "start": (chunk(10**12, at=1), "outside of the checkpoint's files"),
+    "start, negative": (chunk(-1, at=1), "outside of the checkpoint's files"),
+    "start, text": (chunk("0", at=1), "invalid chunk for model.w0"),
+    "length, negative": (chunk(-1, at=2), "outside of the checkpoint's files"),
+    "length, short": (chunk(47, at=2), "has 47 bytes for a chunk of model.w0 of shape (3, 4)"),
+    "length, gigantic": (chunk(10**400, at=2), "outside of the checkpoint's files"),
+    "length, not finite": (chunk(float("nan"), at=2), "invalid chunk for model.w0"),
+    "offsets, negative": (chunk([-1, 0], at=3), "invalid chunk for model.w0"),
+    "offsets, too few": (chunk([0], [3], at=3), "invalid chunk for model.w0"),
+    "offsets, truth": (chunk([False, False], at=3), "invalid chunk for model.w0"),
+    "sizes, negative": (chunk([-3, 4], at=4), "invalid chunk for model.w0"),
+    "sizes, none": (chunk([0, 4], at=4), "invalid chunk for model.w0"),
+    "sizes, gigantic": (chunk([10**30, 4], at=4), "a chunk outside of model.w0, which has the shape (3, 4)"),
+    "sizes, too small": (chunk([2, 4], at=4), "overlap, or leave out elements"),
+    "overlap and a gap": (split(([0, 0], [2, 4]), ([1, 0], [1, 4])), "overlap, or leave out elements"),
+    "a gap": (split(([0, 0], [1, 4]), ([2, 0], [1, 4])), "overlap, or leave out elements"),
+    "crossing": (split(([0, 0], [3, 2]), ([0, 2], [1, 2]), ([0, 0], [1, 4])), "overlap, or leave out elements"),
+    "smaller tensors": (split(([0, 0], [3, 1]), ([0, 1], [3, 3])), "not a tensor of [3, 1] in"),
 }  # fmt: skip
 
 
@@ -216,10 +239,13 @@ def test_a_hostile_folder_is_refused_and_not_executed(kind: str, path: Path) -> 
     attack, message = HOSTILE[kind]
     attack(path, victim)
     seal(path)
-    assert refused(path, message)
-    with pytest.raises(CheckpointError):
-        read_folder(path)
-    assert not victim.exists()
+    assert refused(path, message) and not victim.exists()
+
+
+def test_torchs_metadata_is_not_opened(path: Path) -> None:
+    (path / ".metadata").write_bytes(pickle.dumps(CreatesAFile(path.parent / "created")))
+    seal(path)
+    assert not refused(path) and not (path.parent / "created").exists()
 
 
 def test_files_that_change_after_they_were_verified_are_not_executed(
@@ -229,7 +255,7 @@ def test_files_that_change_after_they_were_verified_are_not_executed(
 
     def change(file: Path) -> bytes:
         data = read_bytes(file)
-        if file.name in (".metadata", "structure.pt"):
+        if file.name in (CHUNKS, "structure.pt"):
             file.write_bytes(pickle.dumps(CreatesAFile(victim)))
         return data
 
@@ -255,14 +281,15 @@ def test_a_torn_folder_says_what_is_missing(name: str, message: str, path: Path)
     assert refused(path, message)
 
 
-def test_a_newer_format_is_refused(path: Path) -> None:
+@pytest.mark.parametrize(("version", "age"), [(FORMAT_VERSION + 1, "a newer"), (1, "an older")])
+def test_another_format_is_refused(version: int, age: str, path: Path) -> None:
     body = json.loads((path / MANIFEST).read_text())
-    (path / MANIFEST).write_text(json.dumps({**body, "version": FORMAT_VERSION + 1}))
+    (path / MANIFEST).write_text(json.dumps({**body, "version": version}))
     seal(path)
-    assert refused(path, f"has format {FORMAT_VERSION + 1}, written by a newer precision-core")
+    assert refused(path, f"has format {version}, written by {age} precision-core; this one reads {FORMAT_VERSION}")
 
 
-@pytest.mark.parametrize("body", [{}, {"version": "x"}, {"version": 1, "files": []}, {"version": 1, "files": {"a": 3}}])
+@pytest.mark.parametrize("body", [{}, {"version": "x"}, {"version": 2, "files": []}, {"version": 2, "files": {"a": 3}}])
 def test_a_manifest_that_is_none_is_refused(body: dict[str, Any], path: Path) -> None:
     (path / MANIFEST).write_text(json.dumps({**body, "crc": zlib.crc32(json.dumps(body, sort_keys=True).encode())}))
     assert refused(path, "is no manifest of a checkpoint")

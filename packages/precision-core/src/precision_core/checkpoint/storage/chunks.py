@@ -1,120 +1,92 @@
-"""The `.metadata` file of torch.distributed.checkpoint: read without executing it, and checked before it is used.
+"""Where the tensors of a checkpoint folder lie: `chunks.json`, which says as plain values what a `.metadata` pickles.
 
-It says of each tensor its shape, dtype and chunks, and of each chunk the file, offset and length. torch reads it with
-plain pickle.
+{"model.weight": {"dtype": "torch.half", "shape": [8, 3], "chunks": [[file, start, length, offsets, sizes], ...]}}
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 from collections.abc import Mapping
-from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from precision_core.checkpoint.error import CheckpointError
-from precision_core.checkpoint.storage import safe_pickle
-from precision_core.checkpoint.storage.safe_pickle import Call, Record
 
-_MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.preserve_format)
-_PATH = Call(lambda *parts: "/".join(parts))  # where it was written: nobody opens it
-_MODULE = "torch.distributed.checkpoint.metadata"
-
-ALLOWED: dict[str, Any] = {
-    # Looked up in what torch 2.9 and 2.13 write on Python 3.10 to 3.13.
-    f"{_MODULE}.Metadata": Record(
-        Metadata,
-        {
-            "state_dict_metadata": (dict,),
-            "planner_data": (dict, NoneType),
-            "storage_data": (dict,),
-            "storage_meta": (StorageMeta, NoneType),
-            "version": (str, NoneType),
-        },
-    ),
-    f"{_MODULE}.TensorStorageMetadata": Record(
-        TensorStorageMetadata, {"properties": (TensorProperties,), "size": (torch.Size,), "chunks": (list,)}
-    ),
-    f"{_MODULE}.TensorProperties": Record(
-        TensorProperties,
-        {
-            "dtype": (torch.dtype,),
-            "layout": (torch.layout,),
-            "requires_grad": (bool,),
-            "memory_format": (torch.memory_format,),
-            "pin_memory": (bool,),
-        },
-    ),
-    f"{_MODULE}.ChunkStorageMetadata": Record(ChunkStorageMetadata, {"offsets": (torch.Size,), "sizes": (torch.Size,)}),
-    f"{_MODULE}.BytesStorageMetadata": Record(BytesStorageMetadata, {}),
-    f"{_MODULE}.MetadataIndex": Record(
-        MetadataIndex, {"fqn": (str,), "offset": (torch.Size, NoneType), "index": (int, NoneType)}
-    ),
-    f"{_MODULE}.StorageMeta": Record(
-        StorageMeta,
-        {
-            "checkpoint_id": (str, NoneType),
-            "save_id": (str, NoneType),
-            "load_id": (str, NoneType),
-            "modules": (list,),
-        },
-    ),
-    "torch.distributed.checkpoint.filesystem._StorageInfo": Record(
-        _StorageInfo, {"relative_path": (str,), "offset": (int,), "length": (int,), "transform_descriptors": (list,)}
-    ),
-    f"{_MODULE}._MEM_FORMAT_ENCODING": Call(lambda number: _MEMORY_FORMATS[number]),
-    "torch.Size": Call(torch.Size),
-    "torch.serialization._get_layout": Call(lambda name: torch.strided if name == "torch.strided" else None),
-    "pathlib.PosixPath": _PATH,
-    "pathlib.WindowsPath": _PATH,
-    "pathlib._local.PosixPath": _PATH,  # Python 3.13
-    "pathlib._local.WindowsPath": _PATH,
-    **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
-}
+CHUNKS = "chunks.json"
 
 
-def parse(data: bytes, *, trust: bool = False) -> Metadata:
-    """Returns what the bytes of a `.metadata` file hold; `trust` executes whatever they say.
+class Chunk(NamedTuple):
+    """A part of a tensor, and the bytes of a file that are its `torch.save`."""
+
+    file: str
+    start: int
+    length: int
+    offsets: list[int]
+    sizes: list[int]
+
+
+def dumps(metadata: Metadata) -> bytes:
+    """Returns the text of `chunks.json` for what `dcp.save` returned; chunks without elements are left out."""
+    table: dict[str, Any] = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        chunks = []
+        for chunk in (chunk for chunk in entry.chunks if math.prod(chunk.sizes)):  # type: ignore[union-attr]
+            found = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            chunks.append([found.relative_path, found.offset, found.length, chunk.offsets, chunk.sizes])
+        table[name] = {"dtype": str(entry.properties.dtype), "shape": entry.size, "chunks": chunks}  # type: ignore[union-attr]
+    return json.dumps(table).encode()
+
+
+def loads(data: bytes, tensors: Mapping[str, Tensor], files: Mapping[str, int]) -> dict[str, list[Chunk]]:
+    """Returns the chunks of exactly `tensors`, within `files` (name -> bytes); they have each element once.
 
     Raises:
-        CheckpointError: anything in it that such a file does not need; nothing was executed.
+        CheckpointError: anything else; names the tensor.
     """
-    metadata = safe_pickle.loads(data, ALLOWED, trust=trust)
-    if type(metadata) is not Metadata:
-        raise CheckpointError(f"a {type(metadata).__name__} is not what .metadata holds")
-    return metadata
+    chunks: dict[str, list[Chunk]] = {}
+    try:
+        table = json.loads(data)
+        if table.keys() != tensors.keys():
+            raise CheckpointError(f"{CHUNKS} has other tensors: {sorted(table.keys() ^ tensors.keys())[:10]}")
+        for name, tensor in tensors.items():
+            if (table[name]["dtype"], table[name]["shape"]) != (str(tensor.dtype), list(tensor.shape)):
+                raise CheckpointError(f"{CHUNKS} has another shape or dtype for {name}")
+            chunks[name] = [Chunk(*chunk) for chunk in table[name]["chunks"]]
+            for chunk in chunks[name]:
+                _check(name, tensor, chunk, files)
+            if not _is_tiled(tensor, chunks[name]):
+                raise CheckpointError(f"{CHUNKS} has chunks of {name} that overlap, or leave out elements")
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{CHUNKS} does not say where tensors lie: {type(error).__name__}: {error}") from error
+    return chunks
 
 
-def check(metadata: Metadata, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
-    """Raises `CheckpointError` unless `metadata` has exactly `tensors`, in the files of `sizes` (name -> bytes).
+def _check(name: str, tensor: Tensor, chunk: Chunk, files: Mapping[str, int]) -> None:
+    """Raises `CheckpointError` unless the chunk is within the tensor, in a file with bytes for all of it."""
+    file, start, length, offsets, sizes = chunk
+    ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+    integers = all(type(number) is int for number in (start, length, *offsets, *sizes))
+    if not integers or len(ends) != tensor.dim() or min([1, *sizes]) < 1 or min([0, *offsets]) < 0:
+        raise CheckpointError(f"{CHUNKS} has an invalid chunk for {name}: {str(chunk)[:200]}")
+    if any(end > size for end, size in zip(ends, tensor.shape, strict=True)):
+        raise CheckpointError(f"{CHUNKS} has a chunk outside of {name}, which has the shape {tuple(tensor.shape)}")
+    if not 0 <= start <= start + length <= files.get(file, -1):
+        raise CheckpointError(f"{CHUNKS} puts {name} outside of the checkpoint's files")
+    if math.prod(sizes) * tensor.itemsize > length:
+        raise CheckpointError(f"{CHUNKS} has {length} bytes for a chunk of {name} of shape {tuple(sizes)}")
 
-    A path such as "../x" is in no such list.
-    """
-    entries = metadata.state_dict_metadata
-    if entries.keys() != tensors.keys():
-        raise CheckpointError(f".metadata has other tensors: {sorted(map(str, entries.keys() ^ tensors.keys()))[:10]}")
-    for name, tensor in tensors.items():
-        entry = entries[name]
-        if type(entry) is not TensorStorageMetadata:
-            raise CheckpointError(f".metadata has bytes for the tensor {name}, which nobody opens")
-        if (entry.size, entry.properties.dtype) != (tensor.shape, tensor.dtype):
-            raise CheckpointError(f".metadata has another shape or dtype for {name}")
-        for chunk in entry.chunks:
-            if type(chunk) is not ChunkStorageMetadata or not len(chunk.offsets) == len(chunk.sizes) == tensor.dim():
-                raise CheckpointError(f".metadata has a chunk of {name} that is none")
-    for index, info in (metadata.storage_data or {}).items():
-        if type(index) is not MetadataIndex or type(info) is not _StorageInfo or info.transform_descriptors:
-            raise CheckpointError(".metadata has a storage entry that is none")
-        if not 0 <= info.offset <= info.offset + info.length <= sizes.get(info.relative_path, -1):
-            raise CheckpointError(f".metadata puts {index.fqn} outside of the files that belong to it")
+
+def _is_tiled(tensor: Tensor, chunks: list[Chunk]) -> bool:
+    """Whether the chunks are a grid, as shards along dimensions are, that has every element once."""
+    cuts = [sorted({0, size, *(chunk.offsets[dim] for chunk in chunks)}) for dim, size in enumerate(tensor.shape)]
+    next_cut = [dict(itertools.pairwise(each)) for each in cuts]
+    for chunk in chunks:
+        if any(next_cut[dim][offset] != offset + chunk.sizes[dim] for dim, offset in enumerate(chunk.offsets)):
+            return False
+    return len({tuple(chunk.offsets) for chunk in chunks}) == len(chunks) == math.prod(map(len, next_cut))

@@ -1,33 +1,30 @@
-"""torch.distributed.checkpoint as checkpoint folders use it: flat names, and nothing unpickled."""
+"""The tensors of a checkpoint folder: written by torch.distributed.checkpoint, read with nothing unpickled."""
 
 from __future__ import annotations
 
-import io
-import math
 import warnings
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from precision_core.checkpoint.agreement import is_distributed, losses_told
 from precision_core.checkpoint.error import CheckpointError
+from precision_core.checkpoint.shards import local_part
+from precision_core.checkpoint.storage.chunks import Chunk
 
-_FLAT = {"flatten_state_dict": False, "flatten_sharded_tensors": False}
 
-
-def save(tensors: dict[str, Tensor], folder: Path, group: ProcessGroup | None) -> None:
-    """Writes the tensors, each rank its shards, rank zero what is not sharded.
+def save(tensors: dict[str, Tensor], folder: Path, group: ProcessGroup | None) -> Metadata:
+    """Writes the tensors, each rank its shards, rank zero what is not sharded; returns where they lie, on each rank.
 
     Raises:
         OSError: on every rank when one fails.
@@ -37,57 +34,53 @@ def save(tensors: dict[str, Tensor], folder: Path, group: ProcessGroup | None) -
     try:
         # No `_quiet` among several: this may run in a thread, and what it sets is the whole process's.
         with losses_told(), _quiet() if alone else nullcontext():
-            dcp.save(
+            return dcp.save(
                 tensors,
                 storage_writer=dcp.FileSystemWriter(folder),
-                planner=DefaultSavePlanner(**_FLAT, dedup_save_to_lowest_rank=True),
+                planner=DefaultSavePlanner(
+                    flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True
+                ),
                 process_group=group,
                 no_dist=alone,
             )
     except CheckpointException as error:  # no Exception; every rank has it
-        raise OSError(f"could not write {folder}: {_first(error)}") from error
+        rank, (reason, _) = min(error.failures.items())
+        raise OSError(f"could not write {folder}: rank {rank}: {type(reason).__name__}: {reason}") from error
 
 
-def load(tensors: dict[str, Tensor], folder: Path, metadata: Metadata) -> None:
-    """Reads into tensors in host memory, into this rank's shards only; no rank waits for another.
+def load(tensors: dict[str, Tensor], folder: Path, chunks: Mapping[str, list[Chunk]]) -> None:
+    """Reads into tensors in CPU memory, into this rank's shards only; no rank waits for another.
 
     Raises:
         CheckpointError: damaged; `tensors` may hold parts of it.
     """
+    for name, tensor in tensors.items():
+        local, start = local_part(tensor)
+        for chunk in chunks[name]:
+            lows = [max(pair) for pair in zip(start, chunk.offsets, strict=True)]
+            ends = zip(start, local.shape, chunk.offsets, chunk.sizes, strict=True)
+            sizes = [min(a + m, b + n) - low for low, (a, m, b, n) in zip(lows, ends, strict=True)]
+            if min([1, *sizes]) < 1:
+                continue
+            into, saved = local, _read(folder, name, chunk, tensor.dtype)
+            for dim, (low, size) in enumerate(zip(lows, sizes, strict=True)):
+                into = into.narrow(dim, low - start[dim], size)
+                saved = saved.narrow(dim, low - chunk.offsets[dim], size)
+            into.copy_(saved)
+
+
+def _read(folder: Path, name: str, chunk: Chunk, dtype: torch.dtype) -> Tensor:
     try:
-        with _quiet():
-            dcp.load(tensors, storage_reader=_Reader(folder, metadata), planner=_Planner(**_FLAT), no_dist=True)
-    except CheckpointException as error:  # no Exception
-        raise CheckpointError(f"the checkpoint {folder} cannot be read: {_first(error)}") from error
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads what `metadata` says; torch's would unpickle the file. It loads tensors with weights_only=True itself."""
-
-    def __init__(self, folder: Path, metadata: Metadata) -> None:
-        super().__init__(folder)
-        self._metadata = metadata
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._metadata
-
-
-class _Planner(DefaultLoadPlanner):
-    """Torch's, which would leave what was in the memory where chunks are missing."""
-
-    def create_local_plan(self) -> LoadPlan:
-        plan = super().create_local_plan()
-        read: Counter[str] = Counter()
-        for item in plan.items:
-            read[item.dest_index.fqn] += math.prod(item.lengths)
-        for name, tensor in self.state_dict.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            if read[name] != local.numel():
-                raise CheckpointError(f"the chunks of {name} have {read[name]} of the {local.numel()} values here")
-        return plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise CheckpointError(f"{read_item.dest_index.fqn} is bytes, which torch would unpickle")
+        with open(folder / chunk.file, "rb") as file:
+            view: Any = _create_file_view(file, chunk.start, chunk.length)
+            saved = torch.load(view, "cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise CheckpointError(f"{name} of {folder} cannot be read: {type(error).__name__}: {reason}") from error
+    is_plain = isinstance(saved, Tensor) and saved.layout is torch.strided and not saved.is_meta
+    if not is_plain or (list(saved.shape), saved.dtype) != (chunk.sizes, dtype):
+        raise CheckpointError(f"{name} of {folder} cannot be read: not a tensor of {chunk.sizes} in {dtype}")
+    return saved
 
 
 @contextmanager
@@ -96,8 +89,3 @@ def _quiet() -> Iterator[None]:
         for text in (".*torch.distributed is disabled, unavailable or uninitialized", "TypedStorage is deprecated"):
             warnings.filterwarnings("ignore", message=text)  # torch's of itself
         yield
-
-
-def _first(error: CheckpointException) -> str:
-    rank, (reason, _) = min(error.failures.items())
-    return f"rank {rank}: {type(reason).__name__}: {reason}"

@@ -14,7 +14,7 @@ from typing import Any
 from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.storage import file as checkpoint
 from precision_core.checkpoint.storage import manifest as folder_manifest
-from precision_core.checkpoint.tree import Path as Place
+from precision_core.checkpoint.tree import Path as KeyPath
 from precision_core.support import discovery
 from precision_core.support.discovery import STRATEGIES
 
@@ -31,8 +31,8 @@ def is_engines(path: Path) -> bool:
     return folder_manifest.is_folder(path) and (folder_manifest.find(path) / STATE).exists()
 
 
-def read(path: Path, trust: bool) -> tuple[dict[str, Any], dict[Place, str]]:
-    """Returns what the folder `path` holds, models with their values; and why others have none, by their places.
+def read(path: Path, trust: bool) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """Returns what the folder `path` holds, models with their values; and why others have none, by their key paths.
 
     Raises:
         CheckpointError: torn, damaged, or what wrote it is not installed; says what to install.

@@ -20,11 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from precision_core.checkpoint.error import RESERVED, CheckpointError
+from precision_core.checkpoint.error import FORMAT_VERSION, RESERVED, CheckpointError
 from precision_core.checkpoint.storage.archive import verify, verify_storages
 from precision_core.checkpoint.storage.atomic import replace_file
-
-FORMAT_VERSION = 1
 
 _PLAIN = (
     Tensor,

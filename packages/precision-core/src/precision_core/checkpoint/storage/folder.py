@@ -1,7 +1,8 @@
 """Checkpoint folders, for strategies that shard: torch.distributed.checkpoint's format, all or nothing, never executed.
 
-A folder holds each rank's shards (`*.distcp`) and their `.metadata`, from which `torch.distributed.checkpoint.load`
-reads them under dotted names too, `structure.pt` with everything else, and a manifest. Any number of ranks reads what
+A folder holds each rank's shards (`*.distcp`), `chunks.json` with where each tensor lies in them, `structure.pt` with
+everything else, and a manifest; and a `.metadata`, from which `torch.distributed.checkpoint.load` reads the tensors
+under dotted names too. Any number of ranks reads what
 any other number wrote. Tensors that are not sharded, and plain values, are rank zero's: gather what every rank has for
 itself (`agreement.gather`) before. All ranks of the group call these functions; an error on one is an error on all.
 """
@@ -13,31 +14,28 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.metadata import Metadata
 
 from precision_core.checkpoint.agreement import gather, rank_of, size_of, together
-from precision_core.checkpoint.error import RESERVED, CheckpointError
-from precision_core.checkpoint.fit import misfit, refuse
+from precision_core.checkpoint.error import FORMAT_VERSION, RESERVED, CheckpointError
 from precision_core.checkpoint.paths import local_path
 from precision_core.checkpoint.shards import check_alike, describe, host_like
-from precision_core.checkpoint.storage import chunks as folder_metadata
+from precision_core.checkpoint.storage import chunks
 from precision_core.checkpoint.storage import dcp as folder_dcp
 from precision_core.checkpoint.storage import manifest as folder_manifest
 from precision_core.checkpoint.storage.file import check_saveable
 from precision_core.checkpoint.storage.manifest import Manifest
-from precision_core.checkpoint.tree import Path as Place
-from precision_core.checkpoint.tree import look_up, map_leaves, named, paths, split
+from precision_core.checkpoint.tree import Path as KeyPath
+from precision_core.checkpoint.tree import map_leaves, named, paths, split
 
 STRUCTURE = "structure.pt"
-METADATA = ".metadata"
 
 
 def write_folder(
@@ -56,7 +54,7 @@ def write_folder(
     path, rank, group = local_path(path, "write_folder").absolute(), rank_of(process_group), process_group
     with together(group):
         structure, tensors = split(content)
-        check_saveable(map_leaves(structure, lambda _, leaf: None if _stands_in(leaf) else leaf))
+        check_saveable(map_leaves(structure, lambda _, leaf: None if _is_placeholder(leaf) else leaf))
         if rank == 0:
             folder_manifest.check_replaceable(path)
     check_alike(gather(describe(tensors), group))
@@ -65,13 +63,11 @@ def write_folder(
         with together(group):
             if rank == 0:
                 temporary.mkdir(parents=True)
-        folder_dcp.save(tensors, temporary, group)
+        metadata = folder_dcp.save(tensors, temporary, group)
         with together(group):
             if rank == 0:
-                with open(temporary / STRUCTURE, "xb") as file:
-                    torch.save(structure, file)
-                    file.flush()
-                    os.fsync(file.fileno())
+                _write_file(temporary / STRUCTURE, lambda file: torch.save(structure, file))
+                _write_file(temporary / chunks.CHUNKS, lambda file: file.write(chunks.dumps(metadata)))
             written = {name: folder_manifest.digest(temporary / name) for name in _written_by(rank, temporary)}
         files = {name: entry for entries in gather(written, group) for name, entry in sorted(entries.items())}
         with together(group):
@@ -86,129 +82,89 @@ def write_folder(
 
 
 class Folder:
-    """A checkpoint folder that is read: what it holds at once, values when they are asked for.
+    """A checkpoint folder that is read: what it holds at once, values when they are asked for (see `source.Source`).
 
-    Each rank reads for itself, and waits for no other. `structure` is the content with a meta tensor in the place of
-    each. `trust` executes whatever the pickles in it say.
+    Each rank reads for itself, and waits for no other. `content` has a meta tensor in the place of each. `trust`
+    executes whatever `structure.pt` says.
 
     Raises:
-        CheckpointError: torn, damaged, foreign or newer. Nothing was executed.
+        CheckpointError: torn, damaged, foreign, older or newer. Nothing was executed.
         FileNotFoundError: there is no such folder.
     """
 
+    refused: Mapping[KeyPath, str] = {}
+
     def __init__(self, path: str | PathLike[str], *, trust: bool = False) -> None:
-        self.path = folder_manifest.find(local_path(path, "read_folder").absolute())
+        self.path = folder_manifest.find(local_path(path, "fabric.load").absolute())
         self._version = folder_manifest.version(self.path)
-        self._manifest = folder_manifest.read(self.path)
-        self.structure, self._metadata = _open(self.path, self._manifest, trust)
-        found = paths(self.structure, _stands_in)
-        self.stand_ins = dict(found)
-        self._names = {id(tensor): name for name, tensor in named(found).items()}
+        self._manifest = folder_manifest.read(self.path, oldest=FORMAT_VERSION)
+        self.content = self._structure(trust)
+        tensors = named(paths(self.content, _is_placeholder))
+        self._names = {id(tensor): name for name, tensor in tensors.items()}
         sizes = {name: entry.size for name, entry in self._manifest.files.items()}
-        folder_metadata.check(self._metadata, named(found), sizes)
+        self._chunks = chunks.loads(self._read(chunks.CHUNKS), tensors, sizes)
 
     def verify(self, rank: int = 0, ranks: int = 1) -> None:
         """Raises `CheckpointError` unless the files are what the manifest says; together, `ranks` verify them all."""
         folder_manifest.verify(self.path, self._manifest, sorted(self._manifest.files)[rank::ranks])
 
-    def fill(self, tree: Any, host: Callable[[Place, Tensor], Tensor | None]) -> Any:
-        """Returns a copy of `tree`, which holds stand-ins from `structure`, with values in their place.
+    def fetch(
+        self, tree: Any, shardings: Mapping[KeyPath, Tensor] = {}, leave: Callable[[KeyPath], bool] = lambda _: False
+    ) -> Any:
+        """Returns a copy of `tree`, which holds placeholders from `content`, with values on the CPU in their place.
 
-        `host(place, stand_in)` returns the tensor in host memory that is filled, a DTensor with this rank's shards; or
-        None: the stand-in stays.
+        A key path in `shardings` gives a DTensor with this rank's shards. Where `leave(key_path)`, it stays as it is.
 
         Raises:
             CheckpointError: damaged, or replaced meanwhile.
         """
-        hosts: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
 
-        def take(place: Place, leaf: Any) -> None:
+        def take(key_path: KeyPath, leaf: Any) -> None:
             name = self._names.get(id(leaf))
-            if name is not None and name not in hosts and (tensor := host(place, leaf)) is not None:
-                hosts[name] = tensor
+            if name is None or name in values or (leave(key_path) and key_path not in shardings):
+                return
+            values[name] = host_like(shardings.get(key_path, leaf), leaf.dtype)
 
         map_leaves(tree, take)
-        folder_dcp.load(hosts, self.path, self._metadata)
+        folder_dcp.load(values, self.path, self._chunks)
         if folder_manifest.version(self.path) != self._version:
             raise CheckpointError(f"{self.path} was replaced while it was read")
-        return map_leaves(tree, lambda _, leaf: hosts.get(self._names.get(id(leaf), ""), leaf))
+        return map_leaves(tree, lambda _, leaf: values.get(self._names.get(id(leaf), ""), leaf))
+
+    def everything(self) -> dict[str, Any]:
+        """Returns all of it, on the CPU, but for the header."""
+        self.verify()
+        return self.fetch({key: value for key, value in self.content.items() if key != RESERVED})
+
+    def _read(self, name: str) -> bytes:
+        return folder_manifest.read_file(self.path, name, self._manifest)
+
+    def _structure(self, trust: bool) -> dict[str, Any]:
+        """Returns the structure, from bytes that were read once; executed only if `trust`."""
+        path, data = self.path / STRUCTURE, self._read(STRUCTURE)
+        try:
+            structure = torch.load(io.BytesIO(data), weights_only=not trust)
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise CheckpointError(f"{path} was not written by Fabric.save: {reason}") from error
+        if type(structure) is not dict:
+            raise CheckpointError(f"{path} was not written by Fabric.save: it holds no dict")
+        return structure
 
 
-def read_folder(
-    path: str | PathLike[str],
-    into: dict[str, Any] | None = None,
-    *,
-    strict: bool = True,
-    rest: bool = True,
-    process_group: ProcessGroup | None = None,
-) -> dict[str, Any]:
-    """Returns the content of a checkpoint folder, and fills the tensors of `into` in place, sharded as they are.
-
-    `into` is nested as the content was; each of its tensors and DTensors that stands where one was saved gets those
-    values, and is what the returned content has there. They are read into host memory first, this rank's shards only,
-    and copied when all ranks have everything, so that an error leaves `into` as it was. `strict` wants every tensor of
-    `into` in the checkpoint, and none to be rounded. What `into` has no place for is returned whole, on the CPU, on
-    each rank; with `rest` false it is left on the meta device, so that `read_folder(path, rest=False)` is what a
-    checkpoint holds: plain values, shapes and dtypes. Sparse tensors and other odd ones are returned, not filled in.
-
-    Raises:
-        CheckpointError: damaged, torn, foreign, newer, or does not fit; names what. Nothing was executed or changed.
-        FileNotFoundError: there is no such folder.
-    """
-    together_all = together(process_group)
-    with together_all:
-        folder = Folder(path)
-        live = dict(paths(into or {}, lambda tensor: True))
-        refuse(folder.path, _problems(folder.stand_ins, live, folder.structure, strict))
-    with together_all:
-        folder.verify(rank_of(process_group), size_of(process_group))
-
-    def host(place: Place, stand_in: Tensor) -> Tensor | None:
-        if place in live:
-            return host_like(live[place], stand_in.dtype)
-        return torch.empty_like(stand_in, device="cpu") if rest else None
-
-    with together_all:
-        content = folder.fill(folder.structure, host)
-    filled = {place: tensor for place, tensor in live.items() if place in folder.stand_ins}
-    with torch.no_grad():
-        for place, tensor in filled.items():
-            tensor.copy_(look_up(content, place))
-    return map_leaves(content, lambda place, leaf: filled.get(place, leaf))
-
-
-def _stands_in(leaf: Any) -> bool:
+def _is_placeholder(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_meta
 
 
-def _problems(saved: dict[Any, Tensor], live: dict[Any, Tensor], structure: Any, strict: bool) -> Iterator[str]:
-    odd = {place for place, _ in paths(structure, lambda tensor: not tensor.is_meta)}  # returned, not filled in
-    for place, tensor in live.items():
-        name = ".".join(map(str, place))
-        if tensor.is_meta:
-            yield f"{name}: it is on the meta device; give it memory first (to_empty)"
-        elif place in saved:
-            if reason := misfit(saved[place], tensor, strict=strict):
-                yield f"{name}: {reason}"
-        elif strict and place not in odd:
-            yield f"{name}: missing in the checkpoint"
+def _write_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    with open(path, "xb") as file:
+        fill(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _written_by(rank: int, folder: Path) -> list[str]:
     """Returns the files that `rank` wrote; rank zero also what belongs to nobody alone."""
     names = [(name, re.match(r"__(\d+)_", name)) for name in os.listdir(folder)]
     return [name for name, match in names if (int(match[1]) if match else 0) == rank]
-
-
-def _open(folder: Path, manifest: Manifest, trust: bool) -> tuple[dict[str, Any], Metadata]:
-    """Returns the structure and metadata, from bytes that were read once; executed only if `trust`."""
-    metadata = folder_metadata.parse(folder_manifest.read_file(folder, METADATA, manifest), trust=trust)
-    data = folder_manifest.read_file(folder, STRUCTURE, manifest)
-    try:
-        structure = torch.load(io.BytesIO(data), weights_only=not trust)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(f"{folder / STRUCTURE} was not written by Fabric.save: {reason}") from error
-    if type(structure) is not dict:
-        raise CheckpointError(f"{folder / STRUCTURE} was not written by Fabric.save: it holds no dict")
-    return structure, metadata

@@ -21,10 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from precision_core.checkpoint.error import CheckpointError
+from precision_core.checkpoint.error import FORMAT_VERSION, CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
 _CHUNK = 1 << 20
 
 
@@ -78,11 +77,11 @@ def write(folder: Path, manifest: Manifest) -> None:
     _sync(folder)
 
 
-def read(folder: Path) -> Manifest:
+def read(folder: Path, oldest: int = 1) -> Manifest:
     """Returns the manifest, once the folder has the files that it lists, in their sizes, and no others.
 
     Raises:
-        CheckpointError: the folder is torn, damaged, foreign, or of a newer format.
+        CheckpointError: the folder is torn, damaged, foreign, of a newer format, or one older than `oldest`.
     """
     try:
         body = json.loads((folder / MANIFEST).read_bytes())
@@ -96,10 +95,11 @@ def read(folder: Path) -> Manifest:
     if not isinstance(body, dict) or body.pop("crc", None) != _crc(body):
         raise CheckpointError(f"{folder / MANIFEST} is damaged: it does not match its checksum")
     try:
-        if body["version"] > FORMAT_VERSION:
+        if not oldest <= body["version"] <= FORMAT_VERSION:
+            age = "a newer" if body["version"] > FORMAT_VERSION else "an older"
             raise CheckpointError(
-                f"{folder} has format {body['version']}, written by a newer precision-core; "
-                f"this one reads {FORMAT_VERSION}"
+                f"{folder} has format {body['version']}, written by {age} precision-core; this one reads "
+                f"{FORMAT_VERSION}"
             )
         files = {name: Entry(*entry) for name, entry in body["files"].items()}
         manifest = Manifest(body["policy"], body["world_size"], files)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from precision_core.checkpoint.error import RESERVED
@@ -17,33 +16,31 @@ from precision_core.checkpoint.storage import engine as engine_checkpoint
 from precision_core.checkpoint.storage import file as checkpoint
 from precision_core.checkpoint.storage import manifest as folder_manifest
 from precision_core.checkpoint.tensors import deep_copied
-from precision_core.checkpoint.tree import Path as Place
+from precision_core.checkpoint.tree import Path as KeyPath
 from precision_core.checkpoint.tree import map_leaves
-
-if TYPE_CHECKING:
-    from precision_core.checkpoint.storage.folder import Folder
 
 
 class Source(Protocol):
-    """What a checkpoint holds. The tensors in `content`, its header included, stand for their values until `fetch`."""
+    """What a checkpoint holds. The tensors in `content`, its header included, may be placeholders until `fetch`."""
 
     content: dict[str, Any]
-    refused: Mapping[Place, str]
-    """Places of objects for which it has no values that any strategy reads, and why."""
+    refused: Mapping[KeyPath, str]
+    """Key paths of objects for which it has no values that any strategy reads, and why."""
 
     def verify(self, rank: int = 0, ranks: int = 1) -> None:
         """Raises `CheckpointError` if it is damaged; `ranks` look at all of it together."""
 
     def fetch(
-        self, tree: Any, shardings: Mapping[Place, Tensor] = {}, leave: Callable[[Place], bool] = lambda _: False
+        self, tree: Any, shardings: Mapping[KeyPath, Tensor] = {}, leave: Callable[[KeyPath], bool] = lambda _: False
     ) -> Any:
-        """Returns `tree`, of parts of `content`, with values: this rank's shards where `shardings` has a DTensor.
+        """Returns `tree`, of parts of `content`, with values in place of the placeholders.
 
-        Where `leave(place)`, the tensor is returned on the meta device.
+        A key path in `shardings` gives a DTensor with this rank's shards; where `leave(key_path)`, the tensor is on the
+        meta device.
         """
 
     def everything(self) -> dict[str, Any]:
-        """Returns all of it, whole, and depending on nothing, but for the header."""
+        """Returns all of it, unsharded, and depending on nothing, but for the header."""
 
 
 def open_checkpoint(path: Path, trust: bool) -> Source:
@@ -58,14 +55,16 @@ def open_checkpoint(path: Path, trust: bool) -> Source:
     if folder_manifest.is_folder(path):
         from precision_core.checkpoint.storage.folder import Folder  # takes seconds to import
 
-        return _FolderSource(path, Folder(path, trust=trust))
+        folder = Folder(path, trust=trust)
+        checkpoint.check_header(path, folder.content)
+        return folder
     return _FileSource(path, trust)
 
 
 class _FileSource:
     """Its tensors are mapped from the file."""
 
-    refused: Mapping[Place, str] = {}
+    refused: Mapping[KeyPath, str] = {}
 
     def __init__(self, path: Path, trust: bool) -> None:
         self.content = checkpoint.read(path, trust=trust)
@@ -74,19 +73,19 @@ class _FileSource:
         pass  # was done before it was unpickled
 
     def fetch(
-        self, tree: Any, shardings: Mapping[Place, Tensor] = {}, leave: Callable[[Place], bool] = lambda _: False
+        self, tree: Any, shardings: Mapping[KeyPath, Tensor] = {}, leave: Callable[[KeyPath], bool] = lambda _: False
     ) -> Any:
         from precision_core.checkpoint.shards import cut
 
-        def value(place: Place, leaf: Any) -> Any:
-            if place in shardings:
-                return cut(leaf, shardings[place])
-            return leaf.to("meta") if isinstance(leaf, Tensor) and leave(place) else leaf
+        def value(key_path: KeyPath, leaf: Any) -> Any:
+            if key_path in shardings:
+                return cut(leaf, shardings[key_path])
+            return leaf.to("meta") if isinstance(leaf, Tensor) and leave(key_path) else leaf
 
         return map_leaves(tree, value)
 
     def everything(self) -> dict[str, Any]:
-        return deep_copied(_less_header(self.content))
+        return deep_copied({key: value for key, value in self.content.items() if key != RESERVED})
 
 
 class _EngineSource(_FileSource):
@@ -94,34 +93,3 @@ class _EngineSource(_FileSource):
 
     def __init__(self, path: Path, trust: bool) -> None:
         self.content, self.refused = engine_checkpoint.read(path, trust)
-
-
-class _FolderSource:
-    refused: Mapping[Place, str] = {}
-
-    def __init__(self, path: Path, folder: Folder) -> None:
-        checkpoint.check_header(path, folder.structure)
-        self._folder, self.content = folder, folder.structure
-
-    def verify(self, rank: int = 0, ranks: int = 1) -> None:
-        self._folder.verify(rank, ranks)
-
-    def fetch(
-        self, tree: Any, shardings: Mapping[Place, Tensor] = {}, leave: Callable[[Place], bool] = lambda _: False
-    ) -> Any:
-        from precision_core.checkpoint.shards import host_like
-
-        def host(place: Place, stand_in: Tensor) -> Tensor | None:
-            if place in shardings:
-                return host_like(shardings[place], stand_in.dtype)
-            return None if leave(place) else torch.empty_like(stand_in, device="cpu")
-
-        return self._folder.fill(tree, host)
-
-    def everything(self) -> dict[str, Any]:
-        self.verify()
-        return self.fetch(_less_header(self.content))
-
-
-def _less_header(content: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in content.items() if key != RESERVED}
