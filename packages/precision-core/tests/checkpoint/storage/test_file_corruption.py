@@ -162,24 +162,6 @@ def a_bomb(data: bytes, dice: random.Random, victim: Path) -> bytes:
     return repacked([*parts.items(), (name + "0", bytes(10**7))], zipfile.ZIP_DEFLATED)
 
 
-def another_dtype(data: bytes, dice: random.Random, victim: Path) -> bytes:
-    """With right checksums: a storage's type in the pickle is another one."""
-    parts = records(data)
-    name = next(name for name in parts if name.endswith("data.pkl"))
-    kind = dice.choice([b"IntStorage", b"HalfStorage", b"DoubleStorage", b"ComplexDoubleStorage"])
-    parts[name] = parts[name].replace(b"FloatStorage", kind)
-    return repacked(list(parts.items()))
-
-
-def more_elements(data: bytes, dice: random.Random, victim: Path) -> bytes:
-    """With right checksums: a tensor's storage claims more elements than its record has."""
-    parts = records(data)
-    name = next(name for name in parts if name.endswith("data.pkl"))
-    claimed = struct.pack("<BI", ord("J"), dice.choice([10**4, 10**6, 2**31 - 1]))
-    parts[name] = parts[name].replace(b"K\x30tq", claimed + b"tq", 1)
-    return repacked(list(parts.items()))
-
-
 class Executes:
     def __init__(self, victim: Path, function: Any) -> None:
         self.victim, self.function = victim, function
@@ -222,8 +204,6 @@ DAMAGES: dict[Damage, int] = {
     another_size: 6,
     compressed: 2,
     a_bomb: 1,
-    another_dtype: 2,
-    more_elements: 2,
     hostile: 3,
     of_another_model: 1,
 }

@@ -59,23 +59,7 @@ def test_a_record_marked_as_a_folder_is_found(path: Path) -> None:
     entry = whole.rindex(b"PK\x01\x02", 0, name)
     whole[entry + 38] ^= 0x10  # the external attributes in the central directory
     path.write_bytes(whole)
-    with pytest.raises(CheckpointError, match="data/0 does not match its checksum"):
-        read(path)
-
-
-def test_bytes_between_the_last_record_and_the_directory_are_found(path: Path) -> None:
-    whole = path.read_bytes()
-    directory = whole.index(b"PK\x01\x02")
-    widened = bytearray(whole[:directory] + bytes(8) + whole[directory:])
-    for signature, at, size in ((b"PK\x05\x06", 16, 4), (b"PK\x06\x06", 48, 8), (b"PK\x06\x07", 8, 8)):
-        start = widened.rfind(signature)  # the ends of the directory, of 32 bits and of 64, say where things begin
-        if start >= 0:
-            field = slice(start + at, start + at + size)
-            widened[field] = (int.from_bytes(widened[field], "little") + 8).to_bytes(size, "little")
-    path.write_bytes(widened)
-    with zipfile.ZipFile(path) as archive:
-        assert archive.testzip() is None  # to others it is whole
-    with pytest.raises(CheckpointError, match="its records do not fill it"):
+    with pytest.raises(CheckpointError, match="data/0 has attributes that torch does not write"):
         read(path)
 
 

@@ -33,7 +33,7 @@ SCRIPT = f"""
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_checkpoint_kill import save_forever
+from test_file_kill import save_forever
 save_forever(Path(sys.argv[1]), int(sys.argv[2]))
 """
 
