@@ -30,8 +30,7 @@ LEVELS = (
 )
 """What imports from those before it, and from its own package."""
 IN_CHECKPOINT = (
-    ("error", "paths", "tensors"),
-    ("tree", "fit"),
+    ("error", "paths", "tree"),
     ("agreement", "shards"),
     ("storage", "live", "background"),
     ("save", "load", "weights", "presence"),

@@ -401,7 +401,7 @@ class Fabric(Run):
         """
         from precision_core.checkpoint.agreement import agreed
         from precision_core.checkpoint.paths import local_path
-        from precision_core.checkpoint.tensors import is_sharded
+        from precision_core.checkpoint.shards import is_sharded
         from precision_core.checkpoint.weights.files import load_module
 
         place, target = local_path(path, "fabric.load_module"), uncompiled(module)

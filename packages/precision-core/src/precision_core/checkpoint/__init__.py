@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     from precision_core.checkpoint.error import RESERVED, CheckpointError
     from precision_core.checkpoint.live.state import Filter, stateful_objects
     from precision_core.checkpoint.paths import local_path
-    from precision_core.checkpoint.shards import cut
+    from precision_core.checkpoint.shards import cut, is_sharded
     from precision_core.checkpoint.storage import file as file
     from precision_core.checkpoint.storage import manifest as manifest
     from precision_core.checkpoint.storage.manifest import Manifest
-    from precision_core.checkpoint.tensors import is_sharded
 
 __all__ = [
     "RESERVED",
@@ -49,7 +48,7 @@ _HOMES = {
     "cut": "shards",
     "file": "storage.file",
     "gather": "agreement",
-    "is_sharded": "tensors",
+    "is_sharded": "shards",
     "local_path": "paths",
     "manifest": "storage.manifest",
     "stateful_objects": "live.state",

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from precision_core.checkpoint.agreement import is_distributed
-from precision_core.checkpoint.tensors import deep_copied, is_sharded
+from precision_core.checkpoint.shards import deep_copied, is_sharded
 from precision_core.policy.casting import map_tensors
 from precision_core.strategies import Strategy
 

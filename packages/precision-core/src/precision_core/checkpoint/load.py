@@ -1,4 +1,4 @@
-"""What Fabric.load does: a checkpoint's values, read into host memory, compared and agreed on, into the live objects.
+"""What Fabric.load does: a checkpoint's values, read into CPU memory, compared and agreed on, into the live objects.
 
 No rank begins to write values into live objects before all of them have compared theirs. Nothing in between is a
 collective, so that an error on any rank is one on all.
@@ -14,22 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from precision_core.checkpoint.agreement import agreed
 from precision_core.checkpoint.background import settle
 from precision_core.checkpoint.error import RESERVED
-from precision_core.checkpoint.fit import refuse
 from precision_core.checkpoint.live import left_out
 from precision_core.checkpoint.live.alignment import aligned, replaced
-from precision_core.checkpoint.live.compare import check_fits
+from precision_core.checkpoint.live.compare import check_fits, raise_mismatches
+from precision_core.checkpoint.live.optimizer_state import indexed_params
 from precision_core.checkpoint.live.restore import restore
-from precision_core.checkpoint.live.sharding import shardings
 from precision_core.checkpoint.live.state import Filter, check_filter, is_plain, select, state_of, stateful_objects
 from precision_core.checkpoint.live.transaction import Step
 from precision_core.checkpoint.live.undo import undo_of
+from precision_core.checkpoint.shards import is_sharded
 from precision_core.checkpoint.storage.source import open_checkpoint
+from precision_core.checkpoint.tree import KeyPath, leads_to, look_up, paths
 from precision_core.data import rng
+from precision_core.data.loader import DeviceLoader
 from precision_core.strategies import Strategy
 
 _NOBODYS: dict[str, Any] = {"rng": None, "loaders": {}}
@@ -53,17 +56,17 @@ def load(
             content = replaced(content, keys, position)
         content = _filled_up(state, content, filter or {})
         origin = f"{path} (policy {header.get('policy')}, torch {header.get('torch')})"
-        refuse(origin, _refused(state, source.refused))
+        raise_mismatches(origin, _refused(state, source.refused))
         content, dtypes, problems, notes = aligned(state, content, header, strict=strict)
         check_fits(state, content, strict=strict, dtypes=dtypes, origin=origin)
-        refuse(origin, problems)
+        raise_mismatches(origin, problems)
     with all_ranks:
         source.verify(strategy.global_rank, strategy.world_size)
     with all_ranks:
         host = source.fetch({"rng": mine["rng"], "precision": header["precision"]})
-        shards = shardings(state, content)
+        shards = _shardings(state, content)
         is_lean = strategy.sharded or bool(shards)
-        content = source.fetch(content, shards, leave=lambda place: is_lean and not _has_place(state, place))
+        content = source.fetch(content, shards, leave=lambda key_path: is_lean and not _has_place(state, key_path))
     with all_ranks:
         steps = [_precision_step(host["precision"], notes, strategy)]
         if host["rng"] is not None:  # a rank that the saving run did not have keeps its own
@@ -80,15 +83,39 @@ def _of_rank(header: dict[str, Any], strategy: Strategy) -> dict[str, Any]:
     return mine if len(ranks) == strategy.world_size else {**mine, "loaders": {}}
 
 
-def _has_place(tree: Any, place: tuple[Any, ...]) -> bool:
-    """Whether an object or a plain value of `tree` takes what stands at `place`."""
-    for depth, key in enumerate(place):
+def _has_place(tree: Any, key_path: tuple[Any, ...]) -> bool:
+    """Whether an object or a plain value of `tree` takes what stands at `key_path`."""
+    for depth, key in enumerate(key_path):
         if type(tree) is not dict:
             return True
         if key not in tree:
             return depth > 0 and is_plain(tree)  # a dict of plain values takes all there are
         tree = tree[key]
     return True
+
+
+def _shardings(tree: dict[str, Any], content: dict[str, Any]) -> dict[KeyPath, Tensor]:
+    """Returns the live DTensor whose sharding each tensor in `content` takes, by its path; others are needed whole.
+
+    State that an optimizer does not have yet takes its parameter's.
+    """
+    found: dict[KeyPath, Tensor] = {}
+    for path, live in stateful_objects(tree):
+        if isinstance(live, DeviceLoader) or not leads_to(path, content):
+            continue
+        saved = dict(paths(look_up(content, path), lambda tensor: True))
+        sharded = dict(paths(state_of(live), is_sharded))
+        if isinstance(live, Optimizer) and any(is_sharded(p) for group in live.param_groups for p in group["params"]):
+            params = dict(indexed_params(live, look_up(content, path)))
+            of_params = {place: params.get(place[1]) for place in saved if place[0] == "state"}
+            sharded = {
+                **{p: param for p, param in of_params.items() if param is not None and is_sharded(param)},
+                **sharded,
+            }
+        for place, tensor in saved.items():
+            if place in sharded and sharded[place].shape == tensor.shape:
+                found[(*path, *place)] = sharded[place]
+    return found
 
 
 def _rng_step(state: dict[str, Any], device: torch.device) -> Step:

@@ -18,9 +18,8 @@ from precision_core.checkpoint.background import PendingSave
 from precision_core.checkpoint.error import FORMAT_VERSION, RESERVED
 from precision_core.checkpoint.live.optimizer_names import param_names
 from precision_core.checkpoint.live.state import Filter, collect, param_dtypes, stateful_objects
-from precision_core.checkpoint.shards import check_alike, check_parts, describe, made_whole
+from precision_core.checkpoint.shards import check_alike, check_parts, describe, is_sharded, made_whole
 from precision_core.checkpoint.storage import file as checkpoint
-from precision_core.checkpoint.tensors import is_sharded
 from precision_core.checkpoint.tree import map_leaves, named, paths
 from precision_core.data import rng
 from precision_core.data.loader import DeviceLoader

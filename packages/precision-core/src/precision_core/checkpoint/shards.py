@@ -1,30 +1,43 @@
-"""Shards: the part of a saved tensor that belongs to this rank, and whole tensors made of all ranks' parts.
+"""Tensors that are more than one block of memory: DTensors, of which each rank has a shard, and subclasses of parts.
 
 A model under a strategy that shards has DTensors for parameters, and its optimizer DTensors for state. What is loaded
-is brought into host memory as DTensors of the same sharding first, in the dtype that it was saved in.
+is brought into CPU memory as DTensors of the same sharding first, in the dtype that it was saved in. Subclasses without
+a `clone`, as torchao's quantised optimizer states are, are copied by the parts that they flatten to for torch.compile;
+any other knows how it is copied.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from precision_core.checkpoint.error import CheckpointError
-from precision_core.checkpoint.tensors import is_made_of_parts, is_sharded
-from precision_core.checkpoint.tree import Path, map_leaves
+from precision_core.checkpoint.tree import KeyPath, map_leaves
+from precision_core.policy.casting import map_tensors
 
 Described = list[tuple[Any, ...]]
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Returns whether it is a DTensor, without the import of that class, which takes over a second."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def is_made_of_parts(tensor: Tensor) -> bool:
+    """Whether a tensor has no memory of its own, but is a wrapper around other tensors; a DTensor does not count."""
+    return hasattr(type(tensor), "__tensor_flatten__") and not is_sharded(tensor)
+
+
 def host_like(live: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns an empty tensor in host memory: of the shape of `live`, and this rank's shards where it is a DTensor."""
+    """Returns an empty tensor in CPU memory: of the shape of `live`, and this rank's shards where it is a DTensor."""
     return torch.empty_like(live.detach(), dtype=dtype, device="cpu")
 
 
 def cut(whole: Tensor, live: Tensor) -> Tensor:
-    """Returns `whole` sharded as `live` is: a DTensor with a copy of this rank's part in host memory."""
+    """Returns `whole` sharded as `live` is: a DTensor with a copy of this rank's part in CPU memory."""
     sharded = host_like(live, whole.dtype)
     local, offsets = local_part(sharded)
     if local.numel():
@@ -44,14 +57,14 @@ def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def made_whole(content: dict[str, Any], keep: bool) -> dict[str, Any]:
-    """Returns `content` with every DTensor as a whole tensor on the CPU, where `keep`; elsewhere with nothing of them.
+    """Returns `content` with every DTensor unsharded on the CPU, where `keep`; elsewhere with nothing of them.
 
     One tensor after the other is gathered, so that a rank that does not keep them never holds two. All ranks of the
     DTensors' meshes call it, with the same ones.
     """
     problem: Exception | None = None
 
-    def take(_: Path, leaf: Any) -> Any:
+    def take(_: KeyPath, leaf: Any) -> Any:
         nonlocal problem
         if not isinstance(leaf, Tensor) or not is_sharded(leaf):
             return leaf
@@ -91,3 +104,33 @@ def check_alike(described: list[Described]) -> None:
         if theirs != described[0]:
             differ = sorted(str(item[0]) for item in set(theirs) ^ set(described[0])) or ["their order"]
             raise CheckpointError(f"cannot save: ranks 0 and {rank} have different tensors: {', '.join(differ[:10])}")
+
+
+# ---------------------------------------------------------------- copies
+
+
+def copy_of(tensor: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """Returns a copy, by parts where the subclass has no way of its own; these on `device`, None: where they are."""
+    if not is_made_of_parts(tensor):
+        return copy.deepcopy(tensor)
+    try:
+        return copy.deepcopy(tensor)
+    except (NotImplementedError, RuntimeError, TypeError):
+        kind: Any = type(tensor)
+        names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        parts = {name: getattr(tensor, name).detach().to(device, copy=True) for name in names}
+        made: Tensor = kind.__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
+        return made.requires_grad_(tensor.requires_grad)
+
+
+def deep_copied(tree: Any, memo: dict[int, Any] | None = None, device: torch.device | str | None = None) -> Any:
+    """Returns `copy.deepcopy(tree, memo)`, which such subclasses would fail."""
+    copies = {} if memo is None else memo
+
+    def keep(tensor: Tensor) -> Tensor:
+        if is_made_of_parts(tensor) and id(tensor) not in copies:
+            copies[id(tensor)] = copy_of(tensor, device)
+        return tensor
+
+    map_tensors(tree, keep)
+    return copy.deepcopy(tree, copies)

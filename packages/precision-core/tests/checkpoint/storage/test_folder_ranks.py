@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from precision_core.checkpoint.agreement import gather, together
 from precision_core.checkpoint.error import CheckpointError
+from precision_core.checkpoint.shards import is_sharded
 from precision_core.checkpoint.storage import manifest as folder_manifest
 from precision_core.checkpoint.storage.folder import Folder, write_folder
-from precision_core.checkpoint.tensors import is_sharded
 from precision_core.checkpoint.tree import paths
 from precision_core.testing.ranks import run_in_ranks
 

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from precision_core.checkpoint.live.compare import Dtypes
 from precision_core.checkpoint.live.optimizer_names import Match, match, param_names
 from precision_core.checkpoint.live.state import stateful_objects
-from precision_core.checkpoint.tree import Path, leads_to, look_up
+from precision_core.checkpoint.tree import KeyPath, leads_to, look_up
 
 _PER_GROUP = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "lr_lambdas")
 """What torch's schedulers keep as lists with one entry for each group."""
@@ -55,7 +55,7 @@ def aligned(tree: dict[str, Any], content: dict[str, Any], header: dict[str, Any
     return result
 
 
-def replaced(content: Any, keys: Path, value: Any) -> Any:
+def replaced(content: Any, keys: KeyPath, value: Any) -> Any:
     """Returns `content` with `value` at `keys`; what is not there is left out."""
     if not keys:
         return value

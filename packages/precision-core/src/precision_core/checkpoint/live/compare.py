@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from precision_core.checkpoint.fit import misfit, refuse
+from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.live.optimizer_state import is_torchs, wanted_dtype
 from precision_core.checkpoint.live.state import is_stateful, plain_name, state_of
-from precision_core.checkpoint.tree import Path
+from precision_core.checkpoint.tree import KeyPath
+from precision_core.policy.dtypes import FLOAT_DTYPES
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 """What torch's own optimizers keep in the shape of each parameter."""
 _ENGINE = "torch.distributed.fsdp."
-Dtypes = Mapping[Path, list[torch.dtype]]
+Dtypes = Mapping[KeyPath, list[torch.dtype]]
 
 
 def check_fits(
@@ -37,7 +38,33 @@ def check_fits(
     Raises:
         CheckpointError: `content` does not fit; names where, ten places at most.
     """
-    refuse(origin, _differences(tree, content, (), strict, dtypes or {}))
+    raise_mismatches(origin, _differences(tree, content, (), strict, dtypes or {}))
+
+
+def mismatch(saved: Tensor, live: Tensor, *, strict: bool) -> str:
+    """Returns why values of `saved` cannot go into `live`, or an empty string; both may be on the meta device.
+
+    Shapes must be equal. `strict` wants a dtype that holds every value: a wider one is fine.
+    """
+    if saved.shape != live.shape:
+        return f"shape {tuple(saved.shape)} in the checkpoint, {tuple(live.shape)} in the model"
+    if strict and _would_lose(saved.dtype, live.dtype):
+        return f"{saved.dtype} in the checkpoint, {live.dtype} in the model; strict=False rounds the values"
+    return ""
+
+
+def raise_mismatches(path: object, problems: Iterable[str]) -> None:
+    """Raises `CheckpointError` with the first ten problems, if there are any."""
+    problems = list(problems)
+    if problems:
+        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise CheckpointError(f"{path} does not fit:\n  " + "\n  ".join(problems[:10]) + more)
+
+
+def _would_lose(saved: torch.dtype, live: torch.dtype) -> bool:
+    if {saved, live} <= FLOAT_DTYPES or (saved.is_complex and live.is_complex):
+        return torch.promote_types(saved, live) is not live
+    return saved is not live
 
 
 def loads_its_own_way(module: nn.Module) -> bool:
@@ -55,7 +82,7 @@ def hooks_of_others(hooks: Mapping[Any, Any]) -> int:
     return sum(not str(getattr(function, "__module__", "")).startswith(_ENGINE) for function in functions)
 
 
-def _differences(tree: Any, content: Any, path: Path, strict: bool, dtypes: Dtypes) -> Iterator[str]:
+def _differences(tree: Any, content: Any, path: KeyPath, strict: bool, dtypes: Dtypes) -> Iterator[str]:
     for key, value in tree.items():
         name = ".".join(map(str, (*path, key)))
         if key not in content:
@@ -91,7 +118,7 @@ def _module_differences(module: nn.Module, saved: dict[str, Any], name: str, str
         theirs = saved[key]
         if not isinstance(theirs, Tensor):
             yield f"{name}.{key}: a {type(theirs).__name__} in the checkpoint, a tensor is expected"
-        elif problem := misfit(theirs, mine, strict=strict):
+        elif problem := mismatch(theirs, mine, strict=strict):
             yield f"{name}.{key}: {problem}"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from precision_core.checkpoint.live.state import is_stateful, plain_name, state_of
-from precision_core.checkpoint.tree import Path as Place
+from precision_core.checkpoint.tree import KeyPath
 
 _SHOWN = 10
 
@@ -27,13 +27,13 @@ def absent(tree: dict[str, Any], content: dict[str, Any]) -> Iterator[str]:
         yield f"these are not in the checkpoint and keep their values: {_listed(values)}"
 
 
-def _absent(tree: dict[str, Any], content: Any, path: Place, values: list[str]) -> Iterator[str]:
+def _absent(tree: dict[str, Any], content: Any, path: KeyPath, values: list[str]) -> Iterator[str]:
     for key, value in tree.items():
-        place = (*path, key)
-        name = ".".join(map(str, place))
+        key_path = (*path, key)
+        name = ".".join(map(str, key_path))
         found = isinstance(content, dict) and key in content
         if type(value) is dict:
-            yield from _absent(value, content[key] if found else {}, place, values)
+            yield from _absent(value, content[key] if found else {}, key_path, values)
         elif not found and is_stateful(value):
             others = sorted(map(str, content))[:_SHOWN] if isinstance(content, dict) else []
             yield f"{_nothing(name, value)}: it has no {str(key)!r}, but {others}"
@@ -41,7 +41,7 @@ def _absent(tree: dict[str, Any], content: Any, path: Place, values: list[str]) 
             values.append(name)
 
 
-def of_module(place: Place, module: nn.Module, saved: dict[str, Any], result: Any = None) -> str:
+def of_module(key_path: KeyPath, module: nn.Module, saved: dict[str, Any], result: Any = None) -> str:
     """Returns what is to be said of a module, or an empty string; `result` is what its `load_state_dict` returned."""
     if result is None:
         live = state_of(module)
@@ -51,7 +51,7 @@ def of_module(place: Place, module: nn.Module, saved: dict[str, Any], result: An
     missing = _less_tied(module, missing)
     if not missing and not unexpected:
         return ""
-    name = ".".join(map(str, place))
+    name = ".".join(map(str, key_path))
     fits_in_part = len(saved) > len(unexpected)
     head = f"the checkpoint fits {name} ({type(module).__name__}) in part" if fits_in_part else _nothing(name, module)
     lists = (("missing", missing), ("unexpected", unexpected))

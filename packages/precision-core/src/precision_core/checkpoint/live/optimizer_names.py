@@ -14,16 +14,16 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from precision_core.checkpoint.live.state import plain_name, stateful_objects
-from precision_core.checkpoint.tree import Path
+from precision_core.checkpoint.tree import KeyPath
 
-Names = Sequence[Sequence[tuple[Path, str]]]
+Names = Sequence[Sequence[tuple[KeyPath, str]]]
 """Of each parameter, in the order of the groups: the keys of its module, and its name there; tied ones have several."""
 _Tags = list[tuple[Any, ...]]
 
 
-def param_names(tree: dict[str, Any]) -> dict[Path, Names]:
+def param_names(tree: dict[str, Any]) -> dict[KeyPath, Names]:
     """Returns the names of each optimizer's parameters, as far as modules in `tree` have them."""
-    names: dict[int, list[tuple[Path, str]]] = {}
+    names: dict[int, list[tuple[KeyPath, str]]] = {}
     for path, live in stateful_objects(tree):
         if isinstance(live, nn.Module):
             for name, param in live.named_parameters(remove_duplicate=False):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from precision_core.checkpoint.tensors import copy_of, is_made_of_parts, is_sharded
+from precision_core.checkpoint.shards import copy_of, is_made_of_parts, is_sharded
 from precision_core.policy.casting import map_tensors
 from precision_core.policy.dtypes import FLOAT_DTYPES
 

@@ -22,7 +22,7 @@ from precision_core.checkpoint.live.optimizer_state import is_torchs, prepare, r
 from precision_core.checkpoint.live.state import is_plain, is_stateful, named_as, plain_name, stateful_objects
 from precision_core.checkpoint.live.transaction import Step, Transaction
 from precision_core.checkpoint.live.undo import is_copied_into, undo_groups, undo_of
-from precision_core.checkpoint.tensors import deep_copied
+from precision_core.checkpoint.shards import deep_copied
 from precision_core.checkpoint.tree import leads_to, look_up
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from precision_core.checkpoint.live.numpy_scalars import as_python
-from precision_core.checkpoint.tree import Path
+from precision_core.checkpoint.tree import KeyPath
 
 Filter = dict[str, Any]
 """Key -> `callable(name, value) -> bool`, nested as the state is."""
@@ -60,7 +60,7 @@ def is_plain(tree: dict[str, Any]) -> bool:
     return not any(is_stateful(value) or (type(value) is dict and not is_plain(value)) for value in tree.values())
 
 
-def stateful_objects(tree: dict[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def stateful_objects(tree: dict[str, Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """Yields the stateful objects in `tree` with their paths."""
     for key, value in tree.items():
         if type(value) is dict:
@@ -69,7 +69,7 @@ def stateful_objects(tree: dict[str, Any], path: Path = ()) -> Iterator[tuple[Pa
             yield (*path, key), value
 
 
-def param_dtypes(tree: dict[str, Any]) -> dict[Path, list[torch.dtype]]:
+def param_dtypes(tree: dict[str, Any]) -> dict[KeyPath, list[torch.dtype]]:
     """Returns the dtypes of each optimizer's parameters by its path, so that loading knows which state follows them."""
     return {
         path: [param.dtype for group in value.param_groups for param in group["params"]]

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from precision_core.checkpoint.live.optimizer_state import is_torchs
 from precision_core.checkpoint.live.transaction import Undo
-from precision_core.checkpoint.tensors import copy_of, is_made_of_parts, is_sharded
+from precision_core.checkpoint.shards import copy_of, is_made_of_parts, is_sharded
 from precision_core.data.loader import DeviceLoader
 from precision_core.policy.casting import map_tensors
 from precision_core.precision.base import Precision

@@ -14,7 +14,7 @@ from typing import Any
 from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.storage import file as checkpoint
 from precision_core.checkpoint.storage import manifest as folder_manifest
-from precision_core.checkpoint.tree import Path as KeyPath
+from precision_core.checkpoint.tree import KeyPath
 from precision_core.support import discovery
 from precision_core.support.discovery import STRATEGIES
 

@@ -20,20 +20,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from precision_core.checkpoint.agreement import gather, rank_of, size_of, together
 from precision_core.checkpoint.error import FORMAT_VERSION, RESERVED, CheckpointError
 from precision_core.checkpoint.paths import local_path
-from precision_core.checkpoint.shards import check_alike, describe, host_like
+from precision_core.checkpoint.shards import check_alike, describe, host_like, is_sharded
 from precision_core.checkpoint.storage import chunks
 from precision_core.checkpoint.storage import dcp as folder_dcp
 from precision_core.checkpoint.storage import manifest as folder_manifest
 from precision_core.checkpoint.storage.file import check_saveable
 from precision_core.checkpoint.storage.manifest import Manifest
-from precision_core.checkpoint.tree import Path as KeyPath
-from precision_core.checkpoint.tree import map_leaves, named, paths, split
+from precision_core.checkpoint.tree import KeyPath, map_leaves, named, paths
 
 STRUCTURE = "structure.pt"
 
@@ -53,7 +52,7 @@ def write_folder(
     """
     path, rank, group = local_path(path, "write_folder").absolute(), rank_of(process_group), process_group
     with together(group):
-        structure, tensors = split(content)
+        structure, tensors = _split(content)
         check_saveable(map_leaves(structure, lambda _, leaf: None if _is_placeholder(leaf) else leaf))
         if rank == 0:
             folder_manifest.check_replaceable(path)
@@ -79,6 +78,40 @@ def write_folder(
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _split(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the structure of `content` and its tensors by name; sparse and the like stay in the structure.
+
+    The structure is the content with a meta tensor in the place of each: it keeps keys and types, where
+    torch.distributed.checkpoint alone turns an optimizer's integer keys into strings and loses tuples, and it tells
+    shapes and dtypes before a tensor is read.
+
+    Raises:
+        ValueError: it contains itself, or a tensor on the meta device.
+    """
+    tensors: list[tuple[KeyPath, Tensor]] = []
+
+    def take(path: KeyPath, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_meta:
+            raise ValueError(f"cannot save {'.'.join(map(str, path))}: it is on the meta device and has no values")
+        if not _is_sharded_or_plain(leaf):
+            return leaf
+        tensors.append((path, leaf.detach()))
+        return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+
+    try:
+        structure = map_leaves(content, take)
+    except RecursionError as error:
+        raise ValueError("cannot save the state: it contains itself, or is nested too deep") from error
+    return structure, named(tensors)
+
+
+def _is_sharded_or_plain(leaf: Any) -> bool:
+    if isinstance(leaf, Tensor) and is_sharded(leaf):
+        return True
+    plain = type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided and not vars(leaf)
+    return plain and not (leaf.is_quantized or leaf.is_conj() or leaf.is_neg())
 
 
 class Folder:

@@ -12,12 +12,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from precision_core.checkpoint.error import RESERVED
+from precision_core.checkpoint.shards import cut, deep_copied
 from precision_core.checkpoint.storage import engine as engine_checkpoint
 from precision_core.checkpoint.storage import file as checkpoint
 from precision_core.checkpoint.storage import manifest as folder_manifest
-from precision_core.checkpoint.tensors import deep_copied
-from precision_core.checkpoint.tree import Path as KeyPath
-from precision_core.checkpoint.tree import map_leaves
+from precision_core.checkpoint.tree import KeyPath, map_leaves
 
 
 class Source(Protocol):
@@ -75,8 +74,6 @@ class _FileSource:
     def fetch(
         self, tree: Any, shardings: Mapping[KeyPath, Tensor] = {}, leave: Callable[[KeyPath], bool] = lambda _: False
     ) -> Any:
-        from precision_core.checkpoint.shards import cut
-
         def value(key_path: KeyPath, leaf: Any) -> Any:
             if key_path in shardings:
                 return cut(leaf, shardings[key_path])

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from precision_core.checkpoint.error import CheckpointError
-from precision_core.checkpoint.fit import refuse
+from precision_core.checkpoint.live.compare import raise_mismatches
+from precision_core.checkpoint.live.state import plain_name
 from precision_core.checkpoint.paths import local_path
+from precision_core.checkpoint.shards import is_sharded, made_whole
 from precision_core.checkpoint.storage.manifest import MANIFEST
-from precision_core.checkpoint.tensors import is_sharded
 from precision_core.checkpoint.weights import safetensors as safetensors_files
 from precision_core.checkpoint.weights.layers import (
     VERSIONS,
@@ -29,8 +30,7 @@ from precision_core.checkpoint.weights.layers import (
     layers_of,
     load_own_way,
     load_plain,
-    misfits,
-    plain_name,
+    mismatches,
     prefix_of,
     sources_of,
     versions_of,
@@ -70,8 +70,6 @@ def save_module(
     versions = {prefix_of(name): item["version"] for name, item in modules.items() if "version" in item}
     metadata = {**ties, "format": "pt", VERSIONS: json.dumps(versions)}  # "pt" is what Hugging Face asks for
     if any(map(is_sharded, tensors.values())):
-        from precision_core.checkpoint.shards import made_whole
-
         tensors = made_whole(tensors, keep)
     if keep:
         safetensors_files.write(place, tensors, metadata, max_shard_size)
@@ -137,7 +135,7 @@ def load_module(
         missing = sorted(names - sources.keys())
         unexpected = [name for name in files.names if name not in names and not name.startswith(own)]
         differences = _differences(missing, unexpected) if strict else []
-        refuse(path, [*differences, *contradictions, *misfits(files, layers, sources, strict)])
+        raise_mismatches(path, [*differences, *contradictions, *mismatches(files, layers, sources, strict)])
         agree()
         everything = {**aliases, **{name: name for name in files.names}}
         made: dict[int, Tensor] = {}
@@ -149,7 +147,7 @@ def load_module(
                 done.add(layer.module)
                 theirs = load_own_way(files, layer, everything, versions, strict)
                 if strict:
-                    refuse(f"{path} (other layers are changed)", _differences(*theirs))
+                    raise_mismatches(f"{path} (other layers are changed)", _differences(*theirs))
                 missing += theirs.missing
                 unexpected += theirs.unexpected
     return Loaded(tuple(missing), tuple(unexpected))

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from precision_core.checkpoint.error import CheckpointError
-from precision_core.checkpoint.fit import misfit
-from precision_core.checkpoint.live.compare import hooks_of_others
-from precision_core.checkpoint.tensors import is_sharded
+from precision_core.checkpoint.live.compare import hooks_of_others, mismatch
+from precision_core.checkpoint.live.state import plain_name
+from precision_core.checkpoint.shards import cut, is_sharded
 from precision_core.checkpoint.weights.safetensors import Files
 
-_COMPILED = "_orig_mod."
 VERSIONS = "precision.versions"
 """The key of a file's metadata with the versions of the modules in it, as JSON, by their prefixes."""
 
@@ -110,14 +109,14 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return same and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))  # NaN equals NaN
 
 
-def misfits(files: Files, layers: list[Layer], sources: dict[str, str], strict: bool) -> Iterator[str]:
+def mismatches(files: Files, layers: list[Layer], sources: dict[str, str], strict: bool) -> Iterator[str]:
     """Yields what would not fit, or would be left without values, other than names."""
     for layer in layers:
         for name, live in layer.slots.items():
             if is_lazy(live):
                 yield f"{name}: it has no shape yet; run a forward first"
             elif name in sources:
-                if reason := misfit(files.get(sources[name]), live, strict=strict):
+                if reason := mismatch(files.get(sources[name]), live, strict=strict):
                     yield f"{name}: {reason}"
             elif live.is_meta and not strict:
                 yield f"{name}: on the meta device, and missing in the checkpoint"
@@ -149,8 +148,6 @@ def _sharded_like(live: Tensor | None, values: Tensor) -> Tensor:
     """Returns `values`, or this rank's part of them where `live` is sharded."""
     if live is None or not is_sharded(live) or live.shape != values.shape:
         return values
-    from precision_core.checkpoint.shards import cut  # imports what a model on one device does not need
-
     return cut(values, live).to(live.device)
 
 
@@ -214,11 +211,6 @@ def _detach_from_file(module: nn.Module, values: Iterable[Tensor]) -> None:
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
     params, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
     return {**dict(params), **dict(buffers)}
-
-
-def plain_name(name: str) -> str:
-    """Returns the name of a tensor without `torch.compile` around any module."""
-    return name.replace(_COMPILED, "")
 
 
 def prefix_of(module_name: str) -> str:
