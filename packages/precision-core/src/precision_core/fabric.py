@@ -345,8 +345,8 @@ class Fabric(Run):
         """Reads a checkpoint, a file or a folder, verified and not executed; into `state` all or nothing.
 
         With `state`, its objects, its plain values, the precision and the random generators are brought to what was
-        saved, and what `state` has no key for is returned. If anything raises, all of them are as before; an interrupt
-        that comes while the last values are being copied waits until they are. `filter` as for `save`, of modules only:
+        saved, and what `state` has no key for is returned. If anything raises, all of them are as before; only a signal
+        (Ctrl-C) while the last values are copied leaves parts of both. `filter` as for `save`, of modules only:
         entries that it says no to stay as they are. Without `state`, all is returned and nothing live is touched.
         `strict=False` allows missing keys and rounding, and warns of each object that did not fit whole.
         Under a strategy that shards, tensors that `state` has no key for are not read: they are on the meta device.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -252,56 +250,6 @@ def test_an_interrupt_stays_one_and_changes_nothing(
     with pytest.raises(KeyboardInterrupt):
         run.fabric.load(path, run.state)
     assert same(run.snapshot(), before)
-
-
-@pytest.fixture
-def ticking() -> Iterator[Callable[[float], None]]:
-    """Starts a timer whose handler raises KeyboardInterrupt wherever the program is then."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    old = signal.signal(signal.SIGALRM, interrupt)
-    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds) and None
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, old)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it hits zipfile's __del__, too
-@pytest.mark.parametrize("wanted", [15, pytest.param(60, marks=pytest.mark.full)])
-def test_an_interrupt_at_any_moment_leaves_all_of_before_or_all_of_the_checkpoint(
-    wanted: int, path: Path, ticking: Callable[[float], None]
-) -> None:
-    whole = Run(0)
-    whole.fabric.load(path, whole.state)
-    after = whole.snapshot()
-    run = Run(0)
-    run.train()
-    saved = path.parent / "before.ckpt"
-    run.fabric.save(saved, run.state)
-    run.fabric.load(saved, run.state)
-    before, seen, dice = run.snapshot(), {"before": 0, "after": 0}, random.Random(0)
-    start = time.perf_counter()
-    run.fabric.load(saved, run.state)
-    typical = time.perf_counter() - start
-    for _ in range(100 * wanted):  # however fast the machine is, and however busy
-        if seen["before"] == wanted:
-            break
-        try:
-            ticking(dice.uniform(0.01, 1.5) * typical)
-            run.fabric.load(path, run.state)
-            ticking(0)
-        except KeyboardInterrupt:
-            now = run.snapshot()
-            for each in (now, before, after):
-                each["plain"].pop() if len(each["plain"]) == 3 else None  # the report tells of each load
-            if same(now, before):
-                seen["before"] += 1
-            else:
-                assert same(now, after)
-                seen["after"] += 1
-        run.fabric.load(saved, run.state)
-    assert seen["before"] == wanted
 
 
 def test_what_was_loaded_depends_on_the_file_no_more(path: Path) -> None:

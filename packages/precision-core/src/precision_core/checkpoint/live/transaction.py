@@ -1,7 +1,4 @@
-"""A transaction: steps that are taken back if one raises, and a part at its end that nothing interrupts.
-
-Interrupts (Ctrl-C and other signals with a handler in Python) wait until a step is over.
-"""
+"""A transaction: steps that are taken back if one raises, and a last part that is not taken back."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ from collections.abc import Callable
 from types import TracebackType
 
 from precision_core.checkpoint.error import CheckpointError
-from precision_core.checkpoint.live.interrupts import InterruptsHeld
 
 Name = str | tuple[object, ...]
 """What messages call a step: text, or the keys that lead to an object."""
@@ -30,43 +26,33 @@ class Transaction:
         self._step: Name = ""
         self._undos: list[tuple[Name, Undo]] = []
         self._written: list[Name] | None = None  # since `commit`
-        self._interrupts = InterruptsHeld()
 
     def undo_by(self, name: Name, undo: Undo) -> None:
         """Takes note of what takes a step back."""
         self._undos.append((name, undo))
 
     def at(self, name: Name) -> None:
-        """Says which step is next; before `commit` the one before may have been interrupted, and that raises here."""
+        """Says which step is next."""
         self._step = name
-        if self._written is None:
-            self._interrupts.deliver()
-        else:
+        if self._written is not None:
             self._written.append(name)
 
     def commit(self) -> None:
-        """Begins the last part, which is not taken back: interrupts wait until it is over."""
-        self._interrupts.deliver()
+        """Begins the last part, which is not taken back."""
         self._written = []
 
     def __enter__(self) -> Transaction:
-        self._interrupts.__enter__()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
-        try:
-            if error is None:
-                return
-            lost = self._roll_back() + (self._written or [])
-            if not isinstance(error, Exception) or isinstance(error, CheckpointError):
-                return
-            state = f"{', '.join(map(_text, lost))} may hold parts of it" if lost else "nothing was changed"
-            reason = f"{type(error).__name__}: {error}"
-            raise CheckpointError(
-                f"{self._origin}: {_text(self._step)} could not be loaded, {state}: {reason}"
-            ) from error
-        finally:
-            self._interrupts.__exit__()
+        if error is None:
+            return
+        lost = self._roll_back() + (self._written or [])
+        if not isinstance(error, Exception) or isinstance(error, CheckpointError):
+            return
+        state = f"{', '.join(map(_text, lost))} may hold parts of it" if lost else "nothing was changed"
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{self._origin}: {_text(self._step)} could not be loaded, {state}: {reason}") from error
 
     def _roll_back(self) -> list[Name]:
         """Runs the undos and returns the names of those that raised."""
