@@ -8,17 +8,17 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 import torch
 
 from precision_core import Fabric
-from precision_core.checkpoint.storage.atomic import replace_file
+from precision_core.checkpoint.storage.atomic import atomically
 
 
-def fill(file: BinaryIO) -> None:
-    file.write(b"new")
+def write(path: Path) -> None:
+    with atomically(path) as new:
+        new.write_bytes(b"new")
 
 
 @pytest.fixture
@@ -29,19 +29,20 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_the_new_file_takes_the_place(path: Path) -> None:
-    replace_file(path, fill)
+    write(path)
     assert path.read_bytes() == b"new" and os.listdir(path.parent) == ["last.ckpt"]
 
 
 def test_a_folder_in_the_way_is_named_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError, match=r"folder is a folder: remove it, or save to .*folder/last\.ckpt"):
-        replace_file(tmp_path / "folder", lambda file: pytest.fail("written"))
+        write(tmp_path / "folder")
+    assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_a_file_where_the_folder_should_be(path: Path) -> None:
     with pytest.raises(OSError, match=r"could not write .*last\.ckpt/new\.ckpt: (File exists|Not a directory)"):
-        replace_file(path / "new.ckpt", fill)
+        write(path / "new.ckpt")
     assert path.read_bytes() == b"old"
 
 
@@ -89,14 +90,10 @@ def start(path: Path, stop: Callable[[], object]) -> int:
     reader, writer = os.pipe()
     process = os.fork()
     if process == 0:
-
-        def half(file: BinaryIO) -> None:
-            file.write(b"half")
-            file.flush()
+        with atomically(path) as new:
+            new.write_bytes(b"half")
             os.write(writer, b"there")
             stop()
-
-        replace_file(path, half)
         os._exit(0)
     os.read(reader, 5)
     os.close(reader)
@@ -115,7 +112,7 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_stay(path: Pa
         (path.parent / name).write_bytes(b"somebody else's")
     left = {name for name in os.listdir(path.parent) if name.startswith(".last.ckpt.")} - others
     assert len(left) == 1 and path.read_bytes() == b"old"  # the living one removed the dead one's
-    replace_file(path, fill)
+    write(path)
     assert set(os.listdir(path.parent)) == {"last.ckpt", *others, *left} and path.read_bytes() == b"new"
     go_on.touch()
     assert os.waitpid(living, 0)[1] == 0 and path.read_bytes() == b"half"

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from precision_core import Fabric, Precision
 from precision_core.checkpoint.error import CheckpointError
-from precision_core.checkpoint.storage import atomic as place
+from precision_core.checkpoint.storage import atomic
 from precision_core.checkpoint.weights.files import load_module, save_module
 from precision_core.checkpoint.weights.safetensors import parse_size
 from precision_core.testing import run_in_ranks
@@ -152,7 +152,7 @@ def test_a_save_that_is_killed_leaves_nothing_for_ever(size: int, path: Path) ->
     assert sum(name.endswith(".partial") for name in os.listdir(path.parent)) > 1
     synced: list[Path] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, "_sync_folder", synced.append)
+        patch.setattr(atomic, "sync_folder", synced.append)
         save_module(path, Model(2), max_shard_size=size)
     left = {name for name in os.listdir(path.parent) if name.startswith(".")}
     assert left == others and synced and set(synced) == {path.parent}

@@ -11,14 +11,14 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from precision_core.checkpoint.error import CheckpointError
-from precision_core.checkpoint.live.optimizer_state import is_torchs, wanted_dtype
-from precision_core.checkpoint.live.state import is_stateful, plain_name, state_of
+from precision_core.checkpoint.live.optimizer_state import wanted_dtype
+from precision_core.checkpoint.live.own_way import judges_for_itself, overrides, own_prefixes
+from precision_core.checkpoint.live.state import is_stateful, state_of
 from precision_core.checkpoint.tree import KeyPath
 from precision_core.policy.dtypes import FLOAT_DTYPES
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 """What torch's own optimizers keep in the shape of each parameter."""
-_ENGINE = "torch.distributed.fsdp."
 Dtypes = Mapping[KeyPath, list[torch.dtype]]
 
 
@@ -67,21 +67,6 @@ def _would_lose(saved: torch.dtype, live: torch.dtype) -> bool:
     return saved is not live
 
 
-def loads_its_own_way(module: nn.Module) -> bool:
-    """Whether this very module may rename, reshape or refuse what it is given; only it knows what fits."""
-    methods = (type(module)._load_from_state_dict, type(module).load_state_dict)
-    is_torchs = all(method.__module__.startswith("torch.") for method in methods)
-    hooks = hooks_of_others(module._load_state_dict_pre_hooks)
-    hooks -= hasattr(module, "_load_hook")  # a lazy layer's: any shape fits
-    return hooks > 0 or not is_torchs or "load_state_dict" in vars(module)
-
-
-def hooks_of_others(hooks: Mapping[Any, Any]) -> int:
-    """Returns how many hooks are not FSDP2's, which only see to it that the shards are in their place."""
-    functions = [getattr(hook, "hook", hook) for hook in hooks.values()]
-    return sum(not str(getattr(function, "__module__", "")).startswith(_ENGINE) for function in functions)
-
-
 def _differences(tree: Any, content: Any, path: KeyPath, strict: bool, dtypes: Dtypes) -> Iterator[str]:
     for key, value in tree.items():
         name = ".".join(map(str, (*path, key)))
@@ -102,11 +87,7 @@ def _differences(tree: Any, content: Any, path: KeyPath, strict: bool, dtypes: D
 
 
 def _module_differences(module: nn.Module, saved: dict[str, Any], name: str, strict: bool) -> Iterator[str]:
-    own_way = tuple(
-        f"{plain_name(child_name)}." if plain_name(child_name) else ""
-        for child_name, child in module.named_modules()
-        if loads_its_own_way(child)
-    )
+    own_way = own_prefixes(module, judges_for_itself)
     live = {key: value for key, value in state_of(module).items() if not key.startswith(own_way)}
     saved = {key: value for key, value in saved.items() if not str(key).startswith(own_way)}
     if strict:
@@ -125,7 +106,7 @@ def _module_differences(module: nn.Module, saved: dict[str, Any], name: str, str
 def _optimizer_differences(
     optimizer: Optimizer, saved: dict[str, Any], name: str, strict: bool, dtypes: list[torch.dtype] | None
 ) -> Iterator[str]:
-    if not is_torchs(optimizer):
+    if overrides(optimizer, "load_state_dict"):
         return  # it has a way of its own to load; only it knows what fits
     try:
         theirs = [len(group["params"]) for group in saved["param_groups"]]

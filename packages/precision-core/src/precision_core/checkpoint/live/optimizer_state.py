@@ -20,18 +20,6 @@ from precision_core.policy.casting import map_tensors
 from precision_core.policy.dtypes import FLOAT_DTYPES
 
 
-def is_torchs(optimizer: Optimizer) -> bool:
-    """Whether the optimizer loads as torch's base class does."""
-    return type(optimizer).load_state_dict is Optimizer.load_state_dict and "load_state_dict" not in vars(optimizer)
-
-
-def runs_others_code(optimizer: Optimizer) -> bool:
-    """Whether loading runs code that is not torch's: a method of its own, or hooks."""
-    hooks = (optimizer._optimizer_load_state_dict_pre_hooks, optimizer._optimizer_load_state_dict_post_hooks)
-    own = not type(optimizer).__setstate__.__module__.startswith("torch.")
-    return own or any(hooks) or not is_torchs(optimizer)
-
-
 def wanted_dtype(value: Tensor, param: Tensor, saved_param: torch.dtype | None) -> torch.dtype:
     """Returns the dtype that state is loaded in; `saved_param` is what its parameter had then, None: nobody knows."""
     if value.dtype not in FLOAT_DTYPES and not value.is_complex():

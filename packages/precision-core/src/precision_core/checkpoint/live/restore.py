@@ -17,9 +17,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from precision_core.checkpoint.live import left_out
-from precision_core.checkpoint.live.compare import Dtypes, hooks_of_others, loads_its_own_way
-from precision_core.checkpoint.live.optimizer_state import is_torchs, prepare, runs_others_code
-from precision_core.checkpoint.live.state import is_plain, is_stateful, named_as, plain_name, stateful_objects
+from precision_core.checkpoint.live.compare import Dtypes
+from precision_core.checkpoint.live.optimizer_state import prepare
+from precision_core.checkpoint.live.own_way import loads_its_own_way, overrides, own_prefixes
+from precision_core.checkpoint.live.state import is_plain, is_stateful, named_as, stateful_objects
 from precision_core.checkpoint.live.transaction import Step, Transaction
 from precision_core.checkpoint.live.undo import is_copied_into, undo_groups, undo_of
 from precision_core.checkpoint.shards import deep_copied
@@ -49,7 +50,7 @@ def restore(
     """
     saved = {path: look_up(content, path) for path, _ in stateful_objects(tree) if leads_to(path, content)}
     parts = {path: live for path, live in stateful_objects(tree) if path in saved}
-    strangers = {path: live for path, live in parts.items() if _runs_others_code(live)}
+    custom = {path: live for path, live in parts.items() if _needs_snapshot(live)}
     results: dict[Any, Any] = {}  # of modules' load_state_dict
     dtypes = dtypes or {}
     with Transaction(origin) as transaction:
@@ -59,10 +60,10 @@ def restore(
             transaction.at(path)
             if isinstance(live, Optimizer):
                 transaction.undo_by(path, undo_groups(live))
-        for path, live in strangers.items():
+        for path, live in custom.items():
             transaction.at(path)
             transaction.undo_by(path, undo_of(live))
-        for path, live in strangers.items():
+        for path, live in custom.items():
             transaction.at(path)
             load = _loader(live, _independent_where_needed(live, saved[path]), strict, dtypes.get(path))
             results[path] = load()
@@ -72,7 +73,7 @@ def restore(
         loads = {}
         for path, live in parts.items():
             transaction.at(path)
-            if path not in strangers:
+            if path not in custom:
                 loads[path] = _loader(live, saved[path], strict, dtypes.get(path))
         transaction.at("the plain values")
         plain = _plain_values(tree, content, {})
@@ -87,24 +88,19 @@ def restore(
         return _place(tree, plain)
 
 
-def _runs_others_code(live: Any) -> bool:
+def _needs_snapshot(live: Any) -> bool:
     """Whether loading `live` may raise, or change what a snapshot has to bring back."""
     if isinstance(live, nn.Module):
-        own = any(map(_has_own_code, live.modules()))
-        return own or not all(map(is_copied_into, live.state_dict().values()))
-    return not isinstance(live, Optimizer) or runs_others_code(live)
-
-
-def _has_own_code(module: nn.Module) -> bool:
-    extra = type(module).set_extra_state is not nn.Module.set_extra_state
-    return loads_its_own_way(module) or extra or hooks_of_others(module._load_state_dict_post_hooks) > 0
+        own = own_prefixes(live, loads_its_own_way)
+        return bool(own) or not all(map(is_copied_into, live.state_dict().values()))
+    return loads_its_own_way(live)
 
 
 def _loader(live: Any, saved: Any, strict: bool, dtypes: list[torch.dtype] | None) -> Callable[[], Any]:
     """Returns what brings `live` to `saved`."""
     if isinstance(live, nn.Module):
         return functools.partial(_load_module, live, named_as(live, saved), strict)
-    if isinstance(live, Optimizer) and is_torchs(live):
+    if isinstance(live, Optimizer) and not overrides(live, "load_state_dict"):
         return prepare(live, saved, dtypes)
     return functools.partial(live.load_state_dict, saved)
 
@@ -135,11 +131,7 @@ def _independent_where_needed(live: Any, saved: Any) -> Any:
     """Returns `saved`; what others' code may keep is copied out of the file that it is mapped from."""
     if not isinstance(live, nn.Module):
         return deep_copied(saved)
-    own = tuple(
-        f"{name}." if name else ""
-        for name, child in ((plain_name(name), child) for name, child in live.named_modules())
-        if _has_own_code(child)
-    )
+    own = own_prefixes(live, loads_its_own_way)
     kept = {name: deep_copied(value) if name.startswith(own) else value for name, value in saved.items()}
     state = OrderedDict(kept)
     state._metadata = getattr(saved, "_metadata", {})  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from precision_core.checkpoint.live.optimizer_state import is_torchs
+from precision_core.checkpoint.live.own_way import overrides
 from precision_core.checkpoint.live.transaction import Undo
 from precision_core.checkpoint.shards import copy_of, is_made_of_parts, is_sharded
 from precision_core.data.loader import DeviceLoader
@@ -28,7 +28,7 @@ def undo_of(live: Any) -> Undo:
     for kind, make in _KINDS.items():
         if isinstance(live, kind):
             return make(live)
-    return _undo_stranger(live)
+    return _undo_custom(live)
 
 
 def undo_groups(optimizer: Optimizer) -> Undo:
@@ -107,7 +107,7 @@ def _attributes(live: Any) -> Undo:
     return undo
 
 
-def _undo_stranger(live: Any) -> Undo:
+def _undo_custom(live: Any) -> Undo:
     state = live.state_dict()
     values, attributes = _Values(state), _attributes(live)
     snapshot = values.in_copy_of(state)
@@ -155,7 +155,7 @@ def _extra_state(module: nn.Module) -> tuple[nn.Module, tuple[Any, ...]]:
 def _undo_optimizer(optimizer: Optimizer) -> Undo:
     state, entries = optimizer.state, {param: _shallow(entry) for param, entry in optimizer.state.items()}
     values, groups, attributes = _Values(list(entries.values())), undo_groups(optimizer), _attributes(optimizer)
-    more = None if is_torchs(optimizer) else _undo_stranger(optimizer)
+    more = _undo_custom(optimizer) if overrides(optimizer, "load_state_dict") else None
 
     def undo() -> None:
         try:

@@ -21,77 +21,64 @@ _SUFFIX = ".partial"
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-z]{16}\.partial", re.DOTALL)
 
 
-def replace_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Has `fill` write a new file beside `path`, then puts it in place; removes what dead processes left of theirs.
+@contextlib.contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """Context with the name of a file to write, which then replaces `path`; if anything raises, nothing is left of it.
+
+    It is in a folder of its own beside `path`, where vendors leave what they want, and whose lock goes with the
+    process; what crashed processes left of theirs is removed. The file gets the permissions that a new one has here.
 
     Raises:
         OSError: of its own kind (full disk, no permission, a folder in the way), naming `path`; the old file stays.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: remove it, or save to another path, {path / 'last.ckpt'} say")
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, lambda name: name == path.name)
-        _forget(path)
-        temporary, file = _create(path)
-        with file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-            if fcntl is None:
-                file.close()  # Windows moves no open file; elsewhere the lock lasts until the file is in place
-            os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        cause = _os_error(error)
-        if cause is None:
-            raise
-        reason = cause.strerror or str(cause)
-        kept = "; the old file is as it was" if path.is_file() else ""
-        raise OSError(cause.errno, f"could not write {path}: {reason}{kept}") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent, lambda name: name == path.name)
+            _forget(path)
+            folder = _create_folder(path, stack)
+            new = folder / path.name
+            yield new
+            with open(folder / ".new", "xb") as other, open(new, "r+b") as file:
+                os.fsync(file.fileno())
+                mode = stat.S_IMODE(os.fstat(other.fileno()).st_mode)
+            os.chmod(new, mode)
+            os.replace(new, path)
+            sync_folder(path.parent)
+        except BaseException as error:
+            cause = _os_error(error)
+            if cause is None:
+                raise
+            reason = cause.strerror or str(cause)
+            kept = "; the old file is as it was" if path.is_file() else ""
+            raise OSError(cause.errno, f"could not write {path}: {reason}{kept}") from error
 
 
-def replace_file_by_name(path: Path, save: Callable[[Path], None]) -> None:
-    """Has `save` write a file of the name that it is given, for vendors who open it themselves; then as `replace_file`.
-
-    It is in a folder of its own beside `path`, where they leave what they want, and whose lock goes with the process.
-    The file gets the permissions that a new one has here, whatever theirs are. Raises what `save` raises.
-    """
-    folder, lock = _create_folder(path)
-    try:
-        inside = folder / path.name
-        save(inside)
-        with open(folder / ".new", "xb") as new:
-            mode = stat.S_IMODE(os.fstat(new.fileno()).st_mode)
-        os.chmod(inside, mode)
-        with open(inside, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(inside, path)
-        _sync_folder(path.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+@contextlib.contextmanager
+def synced(path: Path) -> Iterator[BinaryIO]:
+    """Context with a new file that is on disk at its end."""
+    with open(path, "xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _create_folder(path: Path) -> tuple[Path, int | None]:
+def _create_folder(path: Path, stack: contextlib.ExitStack) -> Path:
+    """Returns a new folder beside `path`, locked, which `stack` removes."""
     while True:
         folder = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_SUFFIX}")
         folder.mkdir()
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         if fcntl is None:
-            return folder, None
-        try:
-            lock = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # someone took it for a leftover
-            continue
-        with contextlib.suppress(OSError):  # as for files
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():
-            return folder, lock
-        os.close(lock)
+            return folder
+        with contextlib.suppress(FileNotFoundError):  # else someone took it for a leftover before the lock was ours
+            lock = stack.enter_context(_opened(folder))
+            with contextlib.suppress(OSError):  # a file system without locks: nobody removes anything
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder
 
 
 def _forget(path: Path) -> None:
@@ -113,19 +100,6 @@ def _os_error(error: BaseException) -> OSError | None:
             return found
         found = found.__context__
     return None
-
-
-def _create(path: Path) -> tuple[Path, BinaryIO]:
-    while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_SUFFIX}")
-        file = open(temporary, "xb")  # noqa: SIM115 - the caller closes it
-        if fcntl is None:
-            return temporary, file
-        with contextlib.suppress(OSError):  # a file system without locks: nobody gets one, so nobody removes anything
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if temporary.exists():  # else someone took it for a leftover before the lock was ours
-            return temporary, file
-        file.close()
 
 
 def remove_leftovers(folder: Path, is_ours: Callable[[str], object]) -> None:
@@ -157,7 +131,7 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes the new name durable, where folders can be opened: whoever deletes older checkpoints next relies on it."""
     with contextlib.suppress(OSError), _opened(folder) as descriptor:
         os.fsync(descriptor)

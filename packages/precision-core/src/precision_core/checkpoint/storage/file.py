@@ -7,7 +7,6 @@ weights_only=True)` reads it too.
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import pickle
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from precision_core.checkpoint.error import FORMAT_VERSION, RESERVED, CheckpointError
-from precision_core.checkpoint.storage.atomic import replace_file
+from precision_core.checkpoint.storage.atomic import atomically
 
 _PLAIN = (
     Tensor,
@@ -55,7 +54,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
         OSError: the file cannot be written (a full disk, a folder in the way); names the path. The old file stays.
     """
     check_saveable(content)
-    replace_file(path, functools.partial(save_with_checksums, content))
+    with atomically(path) as new, open(new, "xb") as file:
+        save_with_checksums(content, file)
 
 
 _WITH_CHECKSUMS = threading.Lock()

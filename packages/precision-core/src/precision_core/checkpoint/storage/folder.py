@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from precision_core.checkpoint.shards import check_alike, describe, host_like, i
 from precision_core.checkpoint.storage import chunks
 from precision_core.checkpoint.storage import dcp as folder_dcp
 from precision_core.checkpoint.storage import manifest as folder_manifest
+from precision_core.checkpoint.storage.atomic import synced
 from precision_core.checkpoint.storage.file import check_saveable
 from precision_core.checkpoint.storage.manifest import Manifest
 from precision_core.checkpoint.tree import KeyPath, map_leaves, named, paths
@@ -65,8 +66,9 @@ def write_folder(
         metadata = folder_dcp.save(tensors, temporary, group)
         with together(group):
             if rank == 0:
-                _write_file(temporary / STRUCTURE, lambda file: torch.save(structure, file))
-                _write_file(temporary / chunks.CHUNKS, lambda file: file.write(chunks.dumps(metadata)))
+                with synced(temporary / STRUCTURE) as structure_file, synced(temporary / chunks.CHUNKS) as chunks_file:
+                    torch.save(structure, structure_file)
+                    chunks_file.write(chunks.dumps(metadata))
             written = {name: folder_manifest.digest(temporary / name) for name in _written_by(rank, temporary)}
         files = {name: entry for entries in gather(written, group) for name, entry in sorted(entries.items())}
         with together(group):
@@ -188,13 +190,6 @@ class Folder:
 
 def _is_placeholder(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_meta
-
-
-def _write_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    with open(path, "xb") as file:
-        fill(file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _written_by(rank: int, folder: Path) -> list[str]:

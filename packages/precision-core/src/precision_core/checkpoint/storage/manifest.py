@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from precision_core.checkpoint.error import FORMAT_VERSION, CheckpointError
+from precision_core.checkpoint.storage.atomic import sync_folder, synced
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
@@ -70,11 +71,9 @@ def write(folder: Path, manifest: Manifest) -> None:
         "files": manifest.files,
         "complete": True,
     }
-    with open(folder / MANIFEST, "x", encoding="utf-8") as file:
-        json.dump({**body, "crc": _crc(body)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(folder)
+    with synced(folder / MANIFEST) as file:
+        file.write(json.dumps({**body, "crc": _crc(body)}, indent=1).encode())
+    sync_folder(folder)
 
 
 def read(folder: Path, oldest: int = 1) -> Manifest:
@@ -192,19 +191,9 @@ def put_in_place(temporary: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)  # of a save that was cut off after its second rename
         os.rename(path, old)
     os.rename(temporary, path)
-    _sync(path.parent)
+    sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "nt":  # which cannot open folders
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

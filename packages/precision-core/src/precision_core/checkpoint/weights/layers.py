@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from precision_core.checkpoint.error import CheckpointError
-from precision_core.checkpoint.live.compare import hooks_of_others, mismatch
+from precision_core.checkpoint.live.compare import mismatch
+from precision_core.checkpoint.live.own_way import loads_its_own_way, overrides
 from precision_core.checkpoint.live.state import plain_name
 from precision_core.checkpoint.shards import cut, is_sharded
 from precision_core.checkpoint.weights.safetensors import Files
@@ -46,7 +47,8 @@ class Layer:
 
 def layers_of(module: nn.Module, prefix: str = "") -> Iterator[Layer]:
     """Yields the layers of a module whose tensors' names start with `prefix`, in order."""
-    if _has_own_way(module) or (not prefix and has_own_load_state_dict(module)):
+    is_lazy_layer = hasattr(module, "_load_hook")
+    if loads_its_own_way(module) or is_lazy_layer or (not prefix and overrides(module, "load_state_dict")):
         yield Layer(prefix, module, True)
         return
     buffers = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
@@ -64,23 +66,6 @@ def versions_of(files: Files, path: object) -> dict[str, int]:
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: its metadata has {VERSIONS!r} that is no JSON") from error
     return versions if isinstance(versions, dict) else {}
-
-
-def has_own_load_state_dict(module: nn.Module) -> bool:
-    """Whether `module.load_state_dict` is the user's: it is what loads a root, and nobody calls a part's."""
-    method = type(module).load_state_dict
-    return "load_state_dict" in vars(module) or not method.__module__.startswith("torch.")
-
-
-def _has_own_way(module: nn.Module) -> bool:
-    method = type(module)._load_from_state_dict
-    return bool(
-        hooks_of_others(module._load_state_dict_pre_hooks)
-        or hooks_of_others(module._load_state_dict_post_hooks)
-        or "_load_from_state_dict" in vars(module)
-        or not method.__module__.startswith("torch.nn.modules.")
-        or type(module).set_extra_state is not nn.Module.set_extra_state
-    )
 
 
 def sources_of(files: Files, layers: list[Layer], aliases: dict[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -172,7 +157,7 @@ def load_own_way(files: Files, layer: Layer, sources: dict[str, str], versions: 
     state._metadata = {  # type: ignore[attr-defined]
         name: {"version": versions[full]} for name, full in prefixes.items() if full in versions
     }
-    is_users = has_own_load_state_dict(module)
+    is_users = overrides(module, "load_state_dict")
     options: dict[str, Any] = {
         "strict": strict and is_users,
         **({"assign": on_meta} if on_meta or not is_users else {}),

@@ -7,7 +7,6 @@ place last. Where both are there the index counts: it is removed after the file 
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import secrets
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from precision_core.checkpoint.error import CheckpointError
-from precision_core.checkpoint.storage.atomic import remove_leftovers, replace_file, replace_file_by_name
+from precision_core.checkpoint.storage.atomic import atomically, remove_leftovers
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".index.json"
@@ -113,16 +112,19 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], m
     )
     names = [f"{stem}-{token}{number:05}-of-{len(shards):05}{SUFFIX}" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        replace_file_by_name(file, lambda new: _save(new, shards[0], metadata))
+        with atomically(file) as new:
+            _save(new, shards[0], metadata)
         index.unlink(missing_ok=True)
     else:
         for name, shard in zip(names, shards, strict=True):
-            replace_file_by_name(file.with_name(name), functools.partial(_save, tensors=shard, metadata=metadata))
+            with atomically(file.with_name(name)) as new:
+                _save(new, shard, metadata)
         content = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
             "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
         }
-        replace_file(index, lambda new: new.write(f"{json.dumps(content, indent=2)}\n".encode()))
+        with atomically(index) as new:
+            new.write_text(f"{json.dumps(content, indent=2)}\n", encoding="utf-8", newline="\n")
         file.unlink(missing_ok=True)
     for name in old - set(names if len(shards) > 1 else ()):
         file.with_name(name).unlink(missing_ok=True)
