@@ -329,7 +329,9 @@ class Fabric(Run):
         place = local_path(path, "fabric.save")
         check_is_dict("fabric.save", state)
         self._check_launched("fabric.save")
-        if self._strategy.save_checkpoint(place, state, filter):
+        engines = self._strategy.checkpoint_format
+        if engines is not None and engines.takes(self._strategy, state):
+            engines.save(self._strategy, place, state, filter)
             return PendingSave(place)
         return save(place, state, filter, self._strategy, wait)
 
@@ -359,14 +361,14 @@ class Fabric(Run):
         from precision_core.checkpoint.live.state import check_is_dict
         from precision_core.checkpoint.load import load
         from precision_core.checkpoint.paths import local_path
-        from precision_core.checkpoint.storage.engine import folder_of
+        from precision_core.checkpoint.storage.engine import folder_of, is_engines
 
         place = folder_of(local_path(path, "fabric.load"))
         check_is_dict("fabric.load", {} if state is None else state)
         self._check_launched("" if state is None else "fabric.load")  # without one each rank may read for itself
-        loaded = self._strategy.load_checkpoint(place, state, strict, filter, trust)
-        if loaded is not None:
-            return loaded
+        engines = self._strategy.checkpoint_format
+        if engines is not None and is_engines(place):
+            return engines.load(self._strategy, place, state, strict, filter, trust)
         return load(place, state, strict, filter, trust, self._strategy)
 
     def save_module(self, path: str | PathLike[str], module: nn.Module, *, max_shard_size: int | str = "5GB") -> None:

@@ -31,6 +31,48 @@ from precision_deepspeed.engines import make_engine
 from precision_deepspeed.plugin import DeepSpeedPrecision
 
 
+class _Format:
+    """A folder with the engine's own files, where the state has the engine's model or optimizer in it."""
+
+    def takes(self, strategy: DeepSpeedStrategy, state: dict[str, Any]) -> bool:
+        """Whether the engine holds the model or the optimizer.
+
+        Raises:
+            ValueError: a model for evaluation that is in shards.
+        """
+        objects = list(stateful_objects(state))
+        for path_to, value in objects:
+            if any(value is evaluated.module for evaluated in strategy._evaluated):
+                raise ValueError(
+                    f"fabric.save: the model at {path_to} was set up for evaluation and is in shards, of which "
+                    "DeepSpeed writes no checkpoint; fabric.save_module(path, model) gathers and writes it"
+                )
+        return strategy._engine is not None and any(strategy._engine.holds(value) for _, value in objects)
+
+    def save(self, strategy: DeepSpeedStrategy, path: Path, state: dict[str, Any], filter: Filter | None) -> None:
+        """Writes the folder; see `checkpoint.save`."""
+        assert strategy._engine is not None
+        checkpoint.save(path, state, filter, strategy, strategy._engine)
+
+    def load(
+        self,
+        strategy: DeepSpeedStrategy,
+        path: Path,
+        state: dict[str, Any] | None,
+        strict: bool,
+        filter: Filter | None,
+        trust: bool,
+    ) -> dict[str, Any]:
+        """Reads the folder; see `checkpoint.load`."""
+        return checkpoint.load(path, state, strict, filter, trust, strategy, strategy._engine)
+
+    def read(
+        self, folder: Path, content: dict[str, Any], trust: bool
+    ) -> tuple[dict[str, Any], dict[tuple[Any, ...], str]]:
+        """Returns `content` with the model's float32 values, and how the optimizer's state is converted."""
+        return read_plain(folder, content, trust)
+
+
 class DeepSpeedStrategy(Collectives, Strategy):
     """One process per device; optimizer state (stage 1), gradients (2) and parameters (3) are sharded over them.
 
@@ -53,6 +95,7 @@ class DeepSpeedStrategy(Collectives, Strategy):
 
     name = "deepspeed"
     multiprocess = True
+    checkpoint_format = _Format()
 
     def __init__(
         self,
@@ -296,39 +339,6 @@ class DeepSpeedStrategy(Collectives, Strategy):
             yield
         if writes and self._engine is not None and self._engine.is_model(module):
             self._engine.parameters_changed()
-
-    def save_checkpoint(self, path: Path, state: dict[str, Any], filter: Filter | None) -> bool:
-        """Writes a folder with the engine's own files, where `state` has the engine's model or optimizer in it.
-
-        Raises:
-            ValueError: as `checkpoint.save` does; a model for evaluation that is in shards.
-        """
-        for path_to, value in stateful_objects(state):
-            if any(value is evaluated.module for evaluated in self._evaluated):
-                raise ValueError(
-                    f"fabric.save: the model at {path_to} was set up for evaluation and is in shards, of which "
-                    "DeepSpeed writes no checkpoint; fabric.save_module(path, model) gathers and writes it"
-                )
-        engine = self._engine
-        if engine is None or not any(map(engine.holds, (value for _, value in stateful_objects(state)))):
-            return False
-        checkpoint.save(path, state, filter, self, engine)
-        return True
-
-    def load_checkpoint(
-        self, path: Path, state: dict[str, Any] | None, strict: bool, filter: Filter | None, trust: bool
-    ) -> dict[str, Any] | None:
-        """Reads a folder that `save_checkpoint` wrote; None for any other path."""
-        if not checkpoint.is_checkpoint(path):
-            return None
-        return checkpoint.load(path, state, strict, filter, trust, self, self._engine)
-
-    @staticmethod
-    def read_engine_checkpoint(
-        folder: Path, content: dict[str, Any], trust: bool
-    ) -> tuple[dict[str, Any], dict[tuple[Any, ...], str]]:
-        """Returns `content` with the model's float32 values, and how the optimizer's state is converted."""
-        return read_plain(folder, content, trust)
 
     def teardown(self) -> None:
         """Destroys the engines, undoes what they changed in torch, and the process group if `join` made it."""

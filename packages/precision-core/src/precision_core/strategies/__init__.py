@@ -3,6 +3,7 @@
 Its modules are core's own; others import from here what `__all__` lists.
 """
 
+from precision_core.strategies.base import CheckpointFormat as CheckpointFormat
 from precision_core.strategies.base import Strategy as Strategy
 from precision_core.strategies.collectives import Collectives, reduce_op
 from precision_core.strategies.ddp import DDPStrategy as DDPStrategy
@@ -12,6 +13,7 @@ from precision_core.strategies.single_device import SingleDeviceStrategy as Sing
 
 __all__ = [
     "STRATEGIES",
+    "CheckpointFormat",
     "Collectives",
     "DDPStrategy",
     "Layout",

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,29 @@ T = TypeVar("T")
 _TRUE = {policy.params: policy for policy in MODES.values() if not policy.mixed}
 
 
+class CheckpointFormat(Protocol):
+    """Checkpoints in an engine's own files: a folder with a manifest and, for all else, core's `state.ckpt`."""
+
+    def takes(self, strategy: Any, state: dict[str, Any]) -> bool:
+        """Whether `state` holds objects that only the engine of `strategy` can save; else core's format is written."""
+
+    def save(self, strategy: Any, path: Path, state: dict[str, Any], filter: Filter | None) -> None:
+        """Does what `Fabric.save` does."""
+
+    def load(
+        self, strategy: Any, path: Path, state: dict[str, Any] | None, strict: bool, filter: Filter | None, trust: bool
+    ) -> dict[str, Any]:
+        """Does what `Fabric.load` does with a folder that `save` wrote."""
+
+    def read(
+        self, folder: Path, content: dict[str, Any], trust: bool
+    ) -> tuple[dict[str, Any], dict[tuple[Any, ...], str]]:
+        """Returns `content`, of a folder that `save` wrote, for other strategies to load.
+
+        Models in it have their values; the second dict says of other objects, by key path, why they have none.
+        """
+
+
 class Strategy:
     """One process on one device; subclasses say which, and override what their engine does itself."""
 
@@ -48,6 +71,8 @@ class Strategy:
     """Whether it runs one process a device; Fabric then calls `join` before anything else."""
     sharded: bool = False
     """Whether checkpoints are folders, to which each rank writes its shards; else rank zero writes a whole file."""
+    checkpoint_format: CheckpointFormat | None = None
+    """Of an engine that keeps what core cannot save; a value of the class, as it reads where no strategy was made."""
     device: torch.device = torch.device("cpu")
     precision: Precision
     presence: Presence | None = None
@@ -277,26 +302,6 @@ class Strategy:
         torch reads a file of CUDA tensors without CUDA, and one of XLA tensors not without torch_xla.
         """
         return content
-
-    def save_checkpoint(self, path: Path, state: dict[str, Any], filter: Filter | None) -> bool:
-        """Writes what `Fabric.save` is to, for an engine with checkpoints of its own; False: it is core's to do."""
-        return False
-
-    def load_checkpoint(
-        self, path: Path, state: dict[str, Any] | None, strict: bool, filter: Filter | None, trust: bool
-    ) -> dict[str, Any] | None:
-        """Returns what `Fabric.load` is to return, where `save_checkpoint` wrote `path`; None: it is core's to do."""
-        return None
-
-    @staticmethod
-    def read_engine_checkpoint(
-        folder: Path, content: dict[str, Any], trust: bool
-    ) -> tuple[dict[str, Any], dict[tuple[Any, ...], str]]:
-        """Returns `content`, of a folder that this strategy's engine wrote, for others to load.
-
-        Models in it have their values; the second dict says of other objects, by place, why they have none.
-        """
-        return content, {}
 
     def teardown(self) -> None:
         """Ends what the engine started."""

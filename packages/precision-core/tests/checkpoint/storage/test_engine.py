@@ -13,16 +13,19 @@ from torch import nn
 from precision_core import Fabric
 from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.storage import manifest as folder_manifest
+from precision_core.strategies import SingleDeviceStrategy
 
 _SOURCE = """
 import torch
 from precision_core import Strategy
 
-class Mine(Strategy):
-    @staticmethod
-    def read_engine_checkpoint(folder, content, trust):
+class Format:
+    def read(self, folder, content, trust):
         weights = torch.load(folder / "engine.pt", weights_only=True)
         return {**content, "net": weights}, {("adam",): "call engine.convert(path)"}
+
+class Mine(Strategy):
+    checkpoint_format = Format()
 """
 
 
@@ -63,6 +66,42 @@ def test_an_engine_that_is_not_installed_is_named(tmp_path: Path, install: Calla
     model = nn.Linear(3, 2)
     with pytest.raises(CheckpointError, match=r"written by the engine of xla.*pip install"):
         Fabric(accelerator="cpu").load(tmp_path / "last", {"net": model})
+
+
+def test_an_engine_without_a_format_is_named(tmp_path: Path, install: Callable[..., None]) -> None:
+    source = "from precision_core import Strategy\nclass Plain(Strategy): ..."
+    install("plain", "[precision.strategies]\nplain = plain_module:Plain\n", "plain_module", source)
+    written(tmp_path / "last", "plain")
+    with pytest.raises(
+        CheckpointError, match="written by the engine of plain, which says of itself that it writes none"
+    ):
+        Fabric(accelerator="cpu").load(tmp_path / "last")
+
+
+class _OneValue:
+    """A format that writes and reads one value of the state, whatever else is in it."""
+
+    def takes(self, strategy: Any, state: dict[str, Any]) -> bool:
+        return "mine" in state
+
+    def save(self, strategy: Any, path: Path, state: dict[str, Any], filter: Any) -> None:
+        path.mkdir()
+        torch.save(state["mine"], path / "state.ckpt")
+
+    def load(self, strategy: Any, path: Path, state: Any, strict: bool, filter: Any, trust: bool) -> dict[str, Any]:
+        return {"mine": torch.load(path / "state.ckpt"), "strict": strict, "trust": trust}
+
+
+class _Mine(SingleDeviceStrategy):
+    checkpoint_format = _OneValue()  # type: ignore[assignment]
+
+
+def test_a_strategys_format_takes_what_it_says_and_loads_its_folders(tmp_path: Path) -> None:
+    fabric = Fabric(accelerator="cpu", strategy=_Mine())
+    assert fabric.save(tmp_path / "mine", {"mine": 3, "step": 1}).done
+    assert fabric.load(tmp_path / "mine", strict=False) == {"mine": 3, "strict": False, "trust": False}
+    fabric.save(tmp_path / "cores", {"step": 1})
+    assert fabric.load(tmp_path / "cores") == {"step": 1}
 
 
 def test_load_module_says_what_reads_a_checkpoint(tmp_path: Path) -> None:

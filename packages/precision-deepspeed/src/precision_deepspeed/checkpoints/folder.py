@@ -62,11 +62,6 @@ class Placeholder:
             self.load = None
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a folder that `save` wrote, complete or not."""
-    return path.is_dir() and (path / STATE).exists()
-
-
 def save(path: Path, state: dict[str, Any], filter: Filter | None, strategy: DeepSpeedStrategy, engine: Engine) -> None:
     """Writes the folder, all ranks together; an older one is replaced when every rank is done.
 

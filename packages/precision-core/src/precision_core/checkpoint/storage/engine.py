@@ -45,10 +45,12 @@ def read(path: Path, trust: bool) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     if name is None:
         return content, {}
     try:
-        strategy = discovery.load(STRATEGIES, name)
+        engines = discovery.load(STRATEGIES, name).checkpoint_format
     except (ValueError, ImportError) as error:
         raise CheckpointError(f"{path} was written by the engine of {name}, and only that reads it: {error}") from error
-    return strategy.read_engine_checkpoint(folder, content, trust)
+    if engines is None:
+        raise CheckpointError(f"{path} was written by the engine of {name}, which says of itself that it writes none")
+    return engines.read(folder, content, trust)
 
 
 def _engines(content: Any) -> Iterator[str]:
