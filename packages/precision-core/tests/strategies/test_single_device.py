@@ -98,7 +98,7 @@ def test_hooks_are_given_the_module_inside_a_compiled_one() -> None:
 
 def test_it_is_one_process_and_moves_the_module_to_its_device() -> None:
     strategy = SingleDeviceStrategy("meta")
-    assert (strategy.global_rank, strategy.world_size, strategy.is_global_zero) == (0, 1, True)
+    assert (strategy.group.rank, strategy.group.world_size, strategy.group.is_rank_zero) == (0, 1, True)
     assert strategy.device == torch.device("meta") and SingleDeviceStrategy().device == torch.device("cpu")
     model = nn.Linear(2, 2)
     assert strategy.setup_module(model) is model and model.weight.device.type == "meta"

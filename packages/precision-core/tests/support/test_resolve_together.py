@@ -35,7 +35,7 @@ def test_a_device_that_core_knows_nothing_of_is_the_strategys_business() -> None
 
 class Loner(Precision):
     def refuses(self, strategy: Strategy) -> str | None:
-        return None if strategy.world_size == 1 else "it keeps one copy of its state: use devices=1"
+        return None if strategy.group.world_size == 1 else "it keeps one copy of its state: use devices=1"
 
 
 class Crowd(Strategy):

@@ -17,7 +17,7 @@ from precision_core import Policy, Precision, Strategy
 from precision_core.checkpoint import Filter, stateful_objects
 from precision_core.override import original
 from precision_core.scaling import make_clip
-from precision_core.strategies import Collectives, Ranks, join
+from precision_core.strategies import Ranks, TorchGroup, join
 from precision_core.support import is_core_mode
 from precision_deepspeed import vendor
 from precision_deepspeed.arguments import check_optimizer, check_together, config_of
@@ -73,7 +73,7 @@ class _Format:
         return read_plain(folder, content, trust)
 
 
-class DeepSpeedStrategy(Collectives, Strategy):
+class DeepSpeedStrategy(Strategy):
     """One process per device; optimizer state (stage 1), gradients (2) and parameters (3) are sharded over them.
 
     `fabric.setup(model, optimizer)` gives both to one DeepSpeed engine and returns the same objects; `model(...)`,
@@ -121,9 +121,9 @@ class DeepSpeedStrategy(Collectives, Strategy):
 
     def join(self, ranks: Ranks) -> None:
         """Joins the other processes of the run, and has DeepSpeed use the device."""
-        self.ranks = ranks
         vendor.use_accelerator(self.device.type)
         self._made_group = join(ranks, self.device, self.backend, self.timeout)
+        self.group = TorchGroup(ranks, self.device)
         if self.stage == 3:  # which reads LOCAL_RANK in the first steps, also in a process that no launcher started
             self._until_teardown.enter_context(vendor.local_rank_variable(ranks.local_rank))
 
@@ -178,7 +178,7 @@ class DeepSpeedStrategy(Collectives, Strategy):
             module, optimizer = check_together(module, optimizers, self.stage, self._engine is not None)
             names = describe(module, optimizer)
             with self._inside():
-                engine = vendor.initialize(self.local_rank, model=module, optimizer=optimizer, config=config)
+                engine = vendor.initialize(self.group.local_rank, model=module, optimizer=optimizer, config=config)
             precision = self.precision
             assert isinstance(precision, DeepSpeedPrecision)
             scaled_here = precision.policy.scale and precision.policy.mixed
@@ -187,7 +187,7 @@ class DeepSpeedStrategy(Collectives, Strategy):
             bind(optimizer, self._engine)
             precision.scaler.attach(engine)
         elif self.stage == 3:
-            self._evaluated.append(vendor.initialize(self.local_rank, model=module, config=config))
+            self._evaluated.append(vendor.initialize(self.group.local_rank, model=module, config=config))
         else:
             module.to(self.device)
 
@@ -202,7 +202,7 @@ class DeepSpeedStrategy(Collectives, Strategy):
             if self.stage < 3 or precision.policy.params is not torch.float32:
                 yield
                 return
-            with vendor.zero_init(self.local_rank, deepspeed_config(precision.policy, self.config)):
+            with vendor.zero_init(self.group.local_rank, deepspeed_config(precision.policy, self.config)):
                 yield
 
     def make_outer_forward(self, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

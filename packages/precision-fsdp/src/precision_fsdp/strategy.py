@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from precision_core import Policy, Precision, Strategy
 from precision_core.override import override
-from precision_core.strategies import Collectives, Ranks, join
+from precision_core.strategies import Ranks, TorchGroup, join
 from precision_fsdp.arguments import check_arguments, check_reshard, make_mesh
 from precision_fsdp.copies import refuse_copies
 from precision_fsdp.groups import make_groups
@@ -48,7 +48,7 @@ from precision_fsdp.start import send
 _OWN_POLICY = "_policy_before_fsdp"
 
 
-class FSDPStrategy(Collectives, Strategy):
+class FSDPStrategy(Strategy):
     """One process a device; each holds a shard of every parameter, its gradient and its optimizer state.
 
     The model is sharded in place: it keeps its attributes and keys. FSDP2 swaps its class for a subclass, and a model
@@ -130,8 +130,8 @@ class FSDPStrategy(Collectives, Strategy):
 
     def join(self, ranks: Ranks) -> None:
         """Joins the other processes of the run."""
-        self.ranks = ranks
         self._made_group = join(ranks, self.device, self.backend, self.timeout)
+        self.group = TorchGroup(ranks, self.device)
 
     # ---------------------------------------------------------------- precision
 
@@ -310,7 +310,7 @@ class FSDPStrategy(Collectives, Strategy):
 
     def _get_mesh(self) -> DeviceMesh:
         if self._device_mesh is None:
-            self._device_mesh = make_mesh(self._mesh, self.device, self.world_size)
+            self._device_mesh = make_mesh(self._mesh, self.device, self.group.world_size)
         return self._device_mesh
 
 

@@ -254,7 +254,7 @@ class TransformerEnginePrecision(Wrapping):
 
     def _group(self) -> dist.ProcessGroup | None:
         """Returns the processes over whom delayed scaling takes the largest values: all that train the model."""
-        several = self._strategy is None or self._strategy.world_size > 1
+        several = self._strategy is None or self._strategy.group.world_size > 1
         return dist.group.WORLD if several and dist.is_available() and dist.is_initialized() else None
 
     @contextmanager

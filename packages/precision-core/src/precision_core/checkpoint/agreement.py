@@ -50,10 +50,10 @@ def gather(value: T, group: ProcessGroup | None) -> list[T]:
 
 def gather_over(strategy: Strategy, value: T) -> list[T]:
     """Returns every rank's `value` as `gather` does, over whatever engine the strategy has."""
-    if strategy.world_size == 1:
+    if strategy.group.world_size == 1:
         return [value]
     with losses_told():
-        return [strategy.broadcast(value, src=rank) for rank in range(strategy.world_size)]
+        return [strategy.group.broadcast(value, src=rank) for rank in range(strategy.group.world_size)]
 
 
 @contextmanager

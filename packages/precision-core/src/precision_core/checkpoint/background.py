@@ -113,9 +113,9 @@ def begin(strategy: Strategy, path: Path, write: Callable[[ProcessGroup | None],
         ValueError: there are several processes, and torch.distributed has not joined them.
     """
     background = _OF.setdefault(strategy, _Background())
-    if strategy.world_size > 1 and not is_distributed():
+    if strategy.group.world_size > 1 and not is_distributed():
         raise ValueError("fabric.save(wait=False) among several processes needs torch.distributed; use wait=True")
-    if strategy.world_size > 1 and background.group is None:
+    if strategy.group.world_size > 1 and background.group is None:
         background.group = dist.new_group(backend="gloo")  # training has the other one to itself
     group = background.group
     background.save = PendingSave(path, lambda: write(group))

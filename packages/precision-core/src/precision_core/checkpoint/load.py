@@ -61,7 +61,7 @@ def load(
         check_fits(state, content, strict=strict, dtypes=dtypes, origin=origin)
         raise_mismatches(origin, problems)
     with all_ranks:
-        source.verify(strategy.global_rank, strategy.world_size)
+        source.verify(strategy.group.rank, strategy.group.world_size)
     with all_ranks:
         host = source.fetch({"rng": mine["rng"], "precision": header["precision"]})
         shards = _shardings(state, content)
@@ -71,7 +71,7 @@ def load(
         steps = [_precision_step(host["precision"], notes, strategy)]
         if host["rng"] is not None:  # a rank that the saving run did not have keeps its own
             steps.insert(0, _rng_step(host["rng"], strategy.device))
-        say = partial(left_out.warn, path) if strategy.is_global_zero else (lambda _: None)
+        say = partial(left_out.warn, path) if strategy.group.is_rank_zero else (lambda _: None)
         reach = all_ranks.reach
         return restore(state, content, strict=strict, dtypes=dtypes, host=steps, agree=reach, say=say, origin=origin)
 
@@ -79,8 +79,8 @@ def load(
 def _of_rank(header: dict[str, Any], strategy: Strategy) -> dict[str, Any]:
     """Returns this rank's random generators and loaders' positions; these only of as many ranks."""
     ranks = header.get("ranks") or [{"rng": header["rng"], "loaders": {}}]
-    mine = ranks[strategy.global_rank] if strategy.global_rank < len(ranks) else _NOBODYS
-    return mine if len(ranks) == strategy.world_size else {**mine, "loaders": {}}
+    mine = ranks[strategy.group.rank] if strategy.group.rank < len(ranks) else _NOBODYS
+    return mine if len(ranks) == strategy.group.world_size else {**mine, "loaders": {}}
 
 
 def _has_place(tree: Any, key_path: tuple[Any, ...]) -> bool:

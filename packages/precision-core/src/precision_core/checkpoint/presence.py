@@ -39,9 +39,9 @@ class Presence:
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = weakref.ref(strategy)
         self._desk: _Desk | None = None
-        if strategy.world_size == 1 or not is_distributed():
+        if strategy.group.world_size == 1 or not is_distributed():
             return
-        self._rank, self._size = strategy.global_rank, strategy.world_size
+        self._rank, self._size = strategy.group.rank, strategy.group.world_size
         self._limit = getattr(strategy, "timeout", None) or _TIME_LIMIT
         ranks = getattr(strategy, "ranks", None)
         self._one_machine = ranks is not None and ranks.local_world_size == ranks.world_size

@@ -54,9 +54,9 @@ def save(
     if not wait:
         with agreed(strategy, "save"):  # what is wrong is said now, as far as it can be
             checkpoint.check_saveable(map_leaves(content, lambda _, leaf: None if is_sharded(leaf) else leaf))
-            content = background.copied(content) if shards or strategy.sharded or strategy.is_global_zero else {}
+            content = background.copied(content) if shards or strategy.sharded or strategy.group.is_rank_zero else {}
     if shards and not strategy.sharded:
-        content = made_whole(content, keep=strategy.is_global_zero)
+        content = made_whole(content, keep=strategy.group.is_rank_zero)
 
     def write(group: ProcessGroup | None) -> None:
         if strategy.sharded:
@@ -65,7 +65,7 @@ def save(
             write_folder(path, content, process_group=group)
             return
         with agreed(strategy, "save") if group is None else together(group):
-            if strategy.is_global_zero:
+            if strategy.group.is_rank_zero:
                 checkpoint.write(path, content)
 
     if not wait:

@@ -5,7 +5,7 @@ Its modules are core's own; others import from here what `__all__` lists.
 
 from precision_core.strategies.base import CheckpointFormat as CheckpointFormat
 from precision_core.strategies.base import Strategy as Strategy
-from precision_core.strategies.collectives import Collectives, reduce_op
+from precision_core.strategies.collectives import Group, TorchGroup
 from precision_core.strategies.ddp import DDPStrategy as DDPStrategy
 from precision_core.strategies.layout import Layout
 from precision_core.strategies.processes import Ranks, join
@@ -14,14 +14,14 @@ from precision_core.strategies.single_device import SingleDeviceStrategy as Sing
 __all__ = [
     "STRATEGIES",
     "CheckpointFormat",
-    "Collectives",
     "DDPStrategy",
+    "Group",
     "Layout",
     "Ranks",
     "SingleDeviceStrategy",
     "Strategy",
+    "TorchGroup",
     "join",
-    "reduce_op",
 ]
 
 STRATEGIES: dict[str, type[Strategy]] = {"single_device": SingleDeviceStrategy, "ddp": DDPStrategy}

@@ -26,7 +26,7 @@ from precision_core.precision.base import Precision
 from precision_core.precision.model.default_dtype import created_as
 from precision_core.precision.model.recast import cast_to, check_trains
 from precision_core.precision.plugins import make_plugin
-from precision_core.strategies.collectives import reduce_op
+from precision_core.strategies.collectives import Group
 from precision_core.strategies.layout import Layout, make_layout
 from precision_core.strategies.processes import Ranks
 
@@ -74,6 +74,8 @@ class Strategy:
     checkpoint_format: CheckpointFormat | None = None
     """Of an engine that keeps what core cannot save; a value of the class, as it reads where no strategy was made."""
     device: torch.device = torch.device("cpu")
+    group: Group = Group()
+    """The processes of the run, once this one has joined them."""
     precision: Precision
     presence: Presence | None = None
     """What ranks know of each other in calls that are for all of them; Fabric gives it."""
@@ -117,44 +119,8 @@ class Strategy:
             restart_script(layout.world_size, missing)
         return run_function(function, args, layout.world_size, missing)
 
-    @property
-    def global_rank(self) -> int:
-        """This process's number among all processes of the run."""
-        return 0
-
-    @property
-    def local_rank(self) -> int:
-        """This process's number on its node."""
-        return 0
-
-    @property
-    def world_size(self) -> int:
-        """How many processes run."""
-        return 1
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this is the process that prints and writes."""
-        return self.global_rank == 0
-
     def join(self, ranks: Ranks) -> None:
-        """Joins the other processes of the run, where `multiprocess`; `device` is set before."""
-
-    def barrier(self) -> None:
-        """Waits until every process is here."""
-
-    def all_gather(self, data: T) -> T:
-        """Returns `data` with each tensor as (world_size, *shape): those of all ranks, which must be of one shape."""
-        return map_tensors(data, lambda tensor: tensor.detach().unsqueeze(0))
-
-    def all_reduce(self, data: T, op: str = "mean") -> T:
-        """Returns `data` with each tensor replaced by its mean, sum, min or max over all ranks, in its own dtype."""
-        reduce_op(op)
-        return map_tensors(data, lambda tensor: tensor.detach() / 1 if op == "mean" else tensor.detach().clone())
-
-    def broadcast(self, data: T, src: int = 0) -> T:
-        """Returns rank `src`'s `data`, any object that pickles; its tensors arrive on this rank's device."""
-        return data
+        """Joins the other processes of the run and makes `group`, where `multiprocess`; `device` is set before."""
 
     # ---------------------------------------------------------------- precision
 

@@ -1,4 +1,4 @@
-"""Collectives: what a script does over all processes, with tensors in any nesting of containers."""
+"""The processes of a run as one of them sees them, and what it does together with the others."""
 
 from __future__ import annotations
 
@@ -33,31 +33,48 @@ def operation_name(op: Any, argument: str = "op") -> str:
     return str(name)
 
 
-def reduce_op(op: str) -> Any:
-    """Returns torch's operation for "mean", "sum", "min" or "max"; raises `ValueError` for another."""
-    return _OPERATIONS[operation_name(op)]
+class Group:
+    """The processes of a run, with tensors in any nesting of containers; this one: a run of one process."""
 
-
-class Collectives:
-    """The collectives of torch.distributed's default group, for strategies with one process a device."""
-
-    device: torch.device
-    ranks: Ranks
-
-    @property
-    def global_rank(self) -> int:
-        """This process's number among all processes of the run."""
-        return self.ranks.rank
+    rank = 0
+    """This process's number among all processes of the run."""
+    local_rank = 0
+    """This process's number on its machine."""
+    world_size = 1
+    """How many processes run."""
 
     @property
-    def local_rank(self) -> int:
-        """This process's number on its node."""
-        return self.ranks.local_rank
+    def is_rank_zero(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
 
-    @property
-    def world_size(self) -> int:
-        """How many processes run."""
-        return self.ranks.world_size
+    def barrier(self) -> None:
+        """Waits until every process is here."""
+
+    def all_gather(self, data: T) -> T:
+        """Returns `data` with each tensor as (world_size, *shape): those of all ranks, which must be of one shape."""
+        return map_tensors(data, lambda tensor: tensor.detach().unsqueeze(0))
+
+    def all_reduce(self, data: T, op: str = "mean") -> T:
+        """Returns `data` with each tensor replaced by its mean, sum, min or max over all ranks, in its own dtype.
+
+        Raises:
+            ValueError: another operation.
+        """
+        operation_name(op)
+        return map_tensors(data, lambda tensor: tensor.detach() / 1 if op == "mean" else tensor.detach().clone())
+
+    def broadcast(self, data: T, src: int = 0) -> T:
+        """Returns rank `src`'s `data`, any object that pickles; its tensors arrive on this rank's device."""
+        return data
+
+
+class TorchGroup(Group):
+    """The processes of torch.distributed's default group, one a device."""
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self.rank, self.local_rank, self.world_size = ranks.rank, ranks.local_rank, ranks.world_size
+        self._device = device
 
     def barrier(self) -> None:
         """Waits until every process is here."""
@@ -67,7 +84,7 @@ class Collectives:
         """Returns `data` with each tensor as (world_size, *shape): those of all ranks, which must be of one shape."""
 
         def gather(tensor: Tensor) -> Tensor:
-            sent = tensor.detach().to(self.device).contiguous()
+            sent = tensor.detach().to(self._device).contiguous()
             parts = [torch.empty_like(sent) for _ in range(self.world_size)]
             dist.all_gather(parts, sent)
             return torch.stack(parts).to(tensor.device)
@@ -76,10 +93,10 @@ class Collectives:
 
     def all_reduce(self, data: T, op: str = "mean") -> T:
         """Returns `data` with each tensor replaced by its mean, sum, min or max over all ranks, in its own dtype."""
-        how = reduce_op(op)
+        how = _OPERATIONS[operation_name(op)]
 
         def reduce(tensor: Tensor) -> Tensor:
-            sent = tensor.detach().to(self.device, copy=True).contiguous()
+            sent = tensor.detach().to(self._device, copy=True).contiguous()
             dist.all_reduce(sent, how)
             if op == "mean":
                 sent = sent / self.world_size  # of integers, too: torch.mean refuses them, and truncating would lie
@@ -90,5 +107,5 @@ class Collectives:
     def broadcast(self, data: T, src: int = 0) -> T:
         """Returns rank `src`'s `data`, any object that pickles; its tensors arrive on this rank's device."""
         box: list[Any] = [data]
-        dist.broadcast_object_list(box, src=src, device=self.device)
-        return map_tensors(box[0], lambda tensor: tensor.to(self.device))
+        dist.broadcast_object_list(box, src=src, device=self._device)
+        return map_tensors(box[0], lambda tensor: tensor.to(self._device))

@@ -20,12 +20,12 @@ from precision_core.override import uncompiled
 from precision_core.policy.messages import listed
 from precision_core.scaling.gradients import params_of
 from precision_core.strategies.base import Strategy
-from precision_core.strategies.collectives import Collectives
+from precision_core.strategies.collectives import TorchGroup
 from precision_core.strategies.processes import Ranks, join
 from precision_core.strategies.reducer import Reducer
 
 
-class DDPStrategy(Collectives, Strategy):
+class DDPStrategy(Strategy):
     """One process a device, each with the whole model; gradients are averaged in `policy.reduce`.
 
     The model keeps its class, attributes and keys: the engine is looked up for the very instance that was set up, so
@@ -50,10 +50,10 @@ class DDPStrategy(Collectives, Strategy):
 
     def join(self, ranks: Ranks) -> None:
         """Joins the other processes of the run."""
-        self.ranks = ranks
         self._reducers: WeakKeyDictionary[nn.Module, Reducer] = WeakKeyDictionary()
         self._stepped: WeakSet[Optimizer] = WeakSet()
         self._made_group = join(ranks, self.device, self.backend, self.timeout)
+        self.group = TorchGroup(ranks, self.device)
 
     # ---------------------------------------------------------------- set-up
 
@@ -102,7 +102,7 @@ class DDPStrategy(Collectives, Strategy):
         others = [param for param in params_of(optimizer) if param.grad is not None]
         for reducer in self._reducers.values() if others else ():
             others = [param for param in others if not reducer.has(param)]
-        if others and self.world_size > 1:
+        if others and self.group.world_size > 1:
             shapes = listed((str(tuple(param.shape)) for param in others), 5)
             warnings.warn(
                 f"this {type(optimizer).__name__} steps {len(others)} parameters of no model that was set up, of "

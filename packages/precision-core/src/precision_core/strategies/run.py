@@ -52,17 +52,17 @@ class Run:
     @property
     def global_rank(self) -> int:
         """This process's number among all processes of the run."""
-        return self._strategy.global_rank if self._joined else 0
+        return self._strategy.group.rank if self._joined else 0
 
     @property
     def local_rank(self) -> int:
         """This process's number on its machine."""
-        return self._strategy.local_rank if self._joined else 0
+        return self._strategy.group.local_rank if self._joined else 0
 
     @property
     def world_size(self) -> int:
         """How many processes the run has."""
-        return self._strategy.world_size if self._joined else self._layout.world_size
+        return self._strategy.group.world_size if self._joined else self._layout.world_size
 
     @property
     def node_rank(self) -> int:
@@ -94,7 +94,7 @@ class Run:
     def all_gather(self, data: T) -> T:
         """Returns `data`, any nesting, with each tensor as (world_size, *shape): those of all ranks, of one shape."""
         self._check_launched()
-        return self._strategy.all_gather(data)
+        return self._strategy.group.all_gather(data)
 
     def all_reduce(self, data: T, op: Any = "mean", *, reduce_op: Any = None) -> T:
         """Returns `data`, any nesting, with each tensor's "mean", "sum", "min" or "max" over all ranks.
@@ -110,17 +110,17 @@ class Run:
             if name not in ("mean", operation_name(reduce_op, "reduce_op")):
                 raise ValueError(f"all_reduce(op={op!r}, reduce_op={reduce_op!r}): pass one of them")
             name = operation_name(reduce_op, "reduce_op")
-        return self._strategy.all_reduce(data, name)
+        return self._strategy.group.all_reduce(data, name)
 
     def broadcast(self, data: T, src: int = 0) -> T:
         """Returns rank `src`'s `data` on every rank: any object that pickles, its tensors on the rank's device."""
         self._check_launched()
-        return self._strategy.broadcast(data, src)
+        return self._strategy.group.broadcast(data, src)
 
     def barrier(self, name: str | None = None) -> None:
         """Waits until every process is here; `name` is for the reader."""
         self._check_launched()
-        self._strategy.barrier()
+        self._strategy.group.barrier()
 
     @contextmanager
     def rank_zero_first(self, local: bool = False) -> Iterator[None]:
@@ -131,12 +131,12 @@ class Run:
         self._check_launched()
         is_first = (self.local_rank if local else self.global_rank) == 0
         if not is_first:
-            self._strategy.barrier()
+            self._strategy.group.barrier()
         try:
             yield
         finally:
             if is_first:
-                self._strategy.barrier()
+                self._strategy.group.barrier()
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Prints on the first rank only."""

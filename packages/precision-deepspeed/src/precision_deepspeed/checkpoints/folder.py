@@ -74,27 +74,27 @@ def save(path: Path, state: dict[str, Any], filter: Filter | None, strategy: Dee
         _check_name(path)
         placeholders = _placeholders(state, engine, strategy)
         _check_both(state, placeholders, filter)
-        if strategy.is_global_zero:
+        if strategy.group.is_rank_zero:
             folder_manifest.check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{gather(secrets.token_hex(8), None)[0]}.partial")
     try:
         with together(None):
-            if strategy.is_global_zero:
+            if strategy.group.is_rank_zero:
                 temporary.mkdir(parents=True)
         engine.save(temporary / "engine", "tag")
         saving.save(temporary / STATE, placeholders, filter, strategy)
         with together(None):
-            if strategy.is_global_zero:
+            if strategy.group.is_rank_zero:
                 for file in (temporary / "engine" / "tag").iterdir():
                     os.rename(file, temporary / file.name)
                 shutil.rmtree(temporary / "engine")
                 names = sorted(file.name for file in temporary.iterdir())
                 files = {name: folder_manifest.digest(temporary / name) for name in names}
                 policy = str(strategy.precision.policy)
-                folder_manifest.write(temporary, Manifest(policy, strategy.world_size, files))
+                folder_manifest.write(temporary, Manifest(policy, strategy.group.world_size, files))
                 folder_manifest.put_in_place(temporary, path)
     except BaseException:
-        if strategy.is_global_zero:
+        if strategy.group.is_rank_zero:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 
@@ -148,7 +148,7 @@ def load(
     rest = loading.load(folder / STATE, placeholders, strict, filter, trust, strategy)
     _copy_plain(state, placeholders)
     strategy.converted = ", ".join(differing)
-    if differing and strategy.is_global_zero:
+    if differing and strategy.group.is_rank_zero:
         _log.info("%s was converted: %s", path, strategy.converted)
     return rest
 
@@ -164,7 +164,7 @@ def _check_name(path: Path) -> None:
 def _record(engine: Engine, strategy: DeepSpeedStrategy) -> dict[str, Any]:
     """Returns the description of an engine that reading its files requires."""
     return {
-        "world_size": strategy.world_size,
+        "world_size": strategy.group.world_size,
         "stage": strategy.stage,
         "mode": strategy.precision.mode,
         "master": str(strategy.precision.policy.master),
