@@ -79,13 +79,14 @@ class Fabric(Run):
             check_upcast(self._precision.policy, self._precision.mode)
         self._arguments = (accelerator, strategy, devices, precision), {"num_nodes": num_nodes, "upcast": upcast}
         super().__init__(chosen, layout)
-        self._attached = Attached(self._precision, chosen, upcast=upcast)
-        chosen.presence = None
         if self._joined:
             from precision_core.checkpoint.presence import Presence  # a plain `import precision_core` takes none of it
 
             chosen.connect(self._precision)
-            chosen.presence = self._presence = Presence(chosen)
+            self._presence = Presence(chosen)
+        chosen.presence = self._presence
+        self._attached = Attached(self._precision, chosen, upcast=upcast)  # connecting may have changed the policy
+        if self._joined:
             chosen.optimizers = self._attached.optimizers
 
     def __repr__(self) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from precision_core import Fabric
+from precision_core import Fabric, Policy, Precision, SingleDeviceStrategy
 from precision_core.precision.loss_watch import LossWatch
 
 NAN, INF = math.nan, math.inf
@@ -31,6 +31,19 @@ def run(mode: str, losses: list[list[float]], set_up: bool = True) -> list[int]:
             assert all(mode.partition(";")[0] in str(each.message) for each in caught)
         optimizer.step()
     return said
+
+
+def test_the_mode_is_the_one_that_the_strategy_made_of_it() -> None:
+    class Narrows(SingleDeviceStrategy):
+        def connect(self, precision: Precision) -> None:
+            precision.policy = Policy.parse("params=float32,output=bfloat16")
+            super().connect(precision)
+
+    fabric = Fabric(strategy=Narrows("cpu"), precision="32-true")
+    param = nn.Parameter(torch.ones(()))
+    with pytest.warns(UserWarning, match=r"output=bfloat16,\S+ skips no such step"):
+        for _ in range(10):
+            fabric.backward(param * NAN)
 
 
 @pytest.mark.parametrize("mode", ["32-true", "64-true", "bf16-true", "16-true", "bf16-mixed"])
