@@ -165,10 +165,10 @@ def _live(rank: int, pipes: list[tuple[Connection, Connection]], job: Job | None
 
 
 def _clean() -> None:
+    groups = list(dist.distributed_c10d._world.pg_map)
     for cleanup in CLEANUPS:
         cleanup()
-    groups = list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []
-    if groups:
+    if dist.is_initialized():
         dist.destroy_process_group()
     torch.set_default_dtype(torch.float32)
     torch.set_grad_enabled(True)
