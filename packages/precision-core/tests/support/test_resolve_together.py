@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from precision_core import MODES, Fabric, MixedPrecision, Precision, SingleDeviceStrategy, Strategy
+from precision_core.strategies import Group
 from precision_core.support.resolve import check_composition, refusal, resolve_precision
 
 
@@ -42,9 +43,9 @@ class Crowd(Strategy):
     name = "crowd"
     asked: Precision | None = None
 
-    @property
-    def world_size(self) -> int:
-        return 2
+    def __init__(self) -> None:
+        self.group = Group()
+        self.group.world_size = 2
 
     def refuses(self, precision: Precision) -> str | None:
         self.asked = precision

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from precision_core import Fabric, SingleDeviceStrategy
+from precision_core.strategies import Group
 from precision_core.testing.problem import ROWS, Problem, adamw, mean_curve, train
 
 
@@ -57,11 +58,10 @@ def test_a_batch_that_does_not_divide_is_refused(world_size: int, accumulate: in
 class Ranked(SingleDeviceStrategy):
     """One rank of four, which notes when gradients would be reduced."""
 
-    global_rank = 2  # type: ignore[assignment]
-    world_size = 4  # type: ignore[assignment]
-
     def __init__(self) -> None:
         super().__init__()
+        self.group = Group()
+        self.group.rank, self.group.world_size = 2, 4
         self.unreduced: list[bool] = []
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from precision_core import Fabric, SingleDeviceStrategy
+from precision_core.strategies import Group
 from precision_te import MXFP8, Block, Current, Delayed, TransformerEnginePrecision, restore
 from precision_te.recipes import RECIPES
 from precision_te.vendor.engine import TransformerEngine
@@ -123,12 +124,11 @@ def test_amax_is_reduced_over_the_strategys_processes(te: Any, tmp_path: Any) ->
         with torch.no_grad(), plugin.forward_context():
             assert state(te).fp8_distributed_group is dist.group.WORLD
 
-        class Several(SingleDeviceStrategy):
-            world_size = 2  # type: ignore[assignment]
-
-        for strategy, group in ((Several(), dist.group.WORLD), (SingleDeviceStrategy(), None)):
+        for world_size, group in ((2, dist.group.WORLD), (1, None)):
             plugin = TransformerEnginePrecision("32-true")
-            strategy.device = torch.device("cuda")
+            strategy = SingleDeviceStrategy("cuda")
+            strategy.group = Group()
+            strategy.group.world_size = world_size
             plugin.connect(strategy)
             with torch.no_grad(), plugin.forward_context():
                 assert state(te).fp8_distributed_group is group

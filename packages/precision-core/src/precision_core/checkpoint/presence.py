@@ -43,8 +43,7 @@ class Presence:
             return
         self._rank, self._size = strategy.group.rank, strategy.group.world_size
         self._limit = getattr(strategy, "timeout", None) or _TIME_LIMIT
-        ranks = getattr(strategy, "ranks", None)
-        self._one_machine = ranks is not None and ranks.local_world_size == ranks.world_size
+        self._one_machine = strategy.group.local_world_size == strategy.group.world_size
         self._store = dist.distributed_c10d._get_default_store()
         self._desk = _Desk(_own_address(self._one_machine))
         number = self._store.add(f"presence/{self._rank}", 1)  # of this rank's Fabrics, over one store

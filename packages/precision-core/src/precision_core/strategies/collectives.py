@@ -42,6 +42,8 @@ class Group:
     """This process's number on its machine."""
     world_size = 1
     """How many processes run."""
+    local_world_size = 1
+    """How many of them run on this machine."""
 
     @property
     def is_rank_zero(self) -> bool:
@@ -73,7 +75,8 @@ class TorchGroup(Group):
     """The processes of torch.distributed's default group, one a device."""
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
-        self.rank, self.local_rank, self.world_size = ranks.rank, ranks.local_rank, ranks.world_size
+        self.rank, self.local_rank = ranks.rank, ranks.local_rank
+        self.world_size, self.local_world_size = ranks.world_size, ranks.local_world_size
         self._device = device
 
     def barrier(self) -> None:
