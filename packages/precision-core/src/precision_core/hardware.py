@@ -19,10 +19,10 @@ ACCELERATORS: dict[str, tuple[str, ...]] = {
     "tpu": ("xla",),
     "auto": ("cuda", "xpu", "mps", "cpu"),
 }
-"""`accelerator=` -> the device types it may mean, the first that is here wins."""
+"""`accelerator=` -> the device types it may mean; the first that is available wins."""
 
 MODULES: dict[str, Any] = {}
-"""Device type -> what stands in for `torch.cuda` where torch has no such module: `is_available`, `device_count`,
+"""Device type -> a replacement of `torch.cuda` where torch has no such module: `is_available`, `device_count`,
 `manual_seed_all`, `get_rng_state`, `set_rng_state`. Packages add theirs when one of their objects is made."""
 
 
@@ -49,8 +49,8 @@ def device_count(device_type: str) -> int:
 
 
 Level = Literal["native", "emulated", "slow", "no"]
-"""From best to worst: by instructions for the format; right, but computed in a wider one; right, but an order of
-magnitude slower; not at all."""
+"""From best to worst: instructions for the dtype; correct, computed in a wider one; correct, an order of magnitude
+slower; not supported."""
 
 LEVELS: tuple[Level, ...] = get_args(Level)
 
@@ -78,7 +78,7 @@ def _cpu_float16() -> Answer:
 
 
 def cpu_has_float16() -> bool:
-    """Whether torch multiplies float16 matrices with instructions of this CPU."""
+    """Whether torch multiplies float16 matrices with float16 instructions of this CPU."""
     if platform.system() == "Darwin":  # torch has no oneDNN there; all ARM CPUs that it runs on have units
         return platform.machine().lower() == "arm64"
     return _onednn("_is_mkldnn_fp16_supported")
@@ -148,7 +148,7 @@ FORMATS: dict[str, dict[torch.dtype, _Probe]] = {
         torch.float16: _always(_EVERYWHERE),
     },
 }
-"""Device type -> dtype -> a probe of this machine: the level and the reason. Ask only for devices that are here."""
+"""Device type -> dtype -> a probe of this machine: level and reason. Call only those of available devices."""
 
 
 def by_dtypes(policy: Policy, device_type: str) -> Answer:
@@ -159,5 +159,7 @@ def by_dtypes(policy: Policy, device_type: str) -> Answer:
         return "no", f"torch finds no {device_type} device here"
     parts = [policy.flat, *(exception for _, exception in policy.exceptions)]
     dtypes = {dtype for part in parts for dtype in (part.compute, part.params)}
-    narrow_first = sorted(dtypes, key=lambda dtype: (dtype.itemsize, str(dtype)))  # among equals its reason says most
+    narrow_first = sorted(
+        dtypes, key=lambda dtype: (dtype.itemsize, str(dtype))
+    )  # among equals the narrowest gives the reason
     return max((FORMATS[device_type][dtype]() for dtype in narrow_first), key=lambda answer: LEVELS.index(answer[0]))

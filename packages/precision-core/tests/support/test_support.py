@@ -166,12 +166,12 @@ def test_a_mode_without_rows_is_judged_by_its_dtypes(install: Install) -> None:
 
 
 def test_a_row_with_another_level_is_refused() -> None:
-    with pytest.raises(ValueError, match="level is one of native, emulated, slow, no"):
+    with pytest.raises(ValueError, match="level must be one of native, emulated, slow, no"):
         SupportRow("mine", "cpu", "fast", "")  # type: ignore[arg-type]
 
 
 def test_one_device_is_no_strategy_of_its_own() -> None:
-    with pytest.raises(ValueError, match="one device is strategy=None"):
+    with pytest.raises(ValueError, match="for one device pass strategy=None"):
         SupportRow("mine", "cpu", "native", "", strategy="single_device")
 
 

@@ -114,7 +114,7 @@ def test_full_and_not_full_backward_hooks_do_not_mix() -> None:
     old.register_full_backward_hook(double)
     old.register_forward_hook(double)
     handle = new.register_backward_hook(double)
-    with pytest.raises(ValueError, match="full and not full"):
+    with pytest.raises(ValueError, match="full and non-full"):
         move_hooks(old, new)
     assert len(old._forward_hooks) == 1 and not new._forward_hooks
     handle.remove()

@@ -533,7 +533,7 @@ def test_takes_says_what_else_the_new_layer_has() -> None:
     ("make", "error", "message"),
     [
         (lambda layer: 1 / 0, RuntimeError, r"1 could not be converted \(layers converted before it: 1\): division"),
-        (lambda layer: layer.weight, TypeError, "1: make returned no module but a Parameter"),
+        (lambda layer: layer.weight, TypeError, "1: make returned a Parameter, not a module"),
         (lambda layer: nn.Identity(), ValueError, "1: the new Identity has no weight, bias"),
     ],
 )

@@ -1,6 +1,6 @@
 """Which modes and strategies there are, and which run here.
 
-Its modules are core's own; others import from here what `__all__` lists.
+Other packages import what `__all__` lists from here; the modules themselves are private.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
     "supports",
 ]
 
-# These come when they are asked for: training needs no support table.
+# Imported on first use: training needs no support table.
 _HOMES = {"Support": "support", "SupportRow": "table", "read_table": "table", "supports": "support"}
 
 

@@ -7,7 +7,7 @@
     [project.entry-points."precision.support"]          package -> function() -> its rows of the support table
     precision-bnb = "precision_bnb.support:rows"
 
-Names are listed from the packages' metadata, nothing is imported for it; `load` imports the one that is asked for.
+Names are listed from the packages' metadata, without imports; `load` imports the one that is asked for.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KNOWN: dict[str, dict[str, tuple[str, ...]]] = {
     },
     STRATEGIES: {"fsdp": ("fsdp",), "deepspeed": ("deepspeed",), "xla": ("xla",)},
 }
-"""Group -> extra of precision-core -> the names that its package brings: what to install for a name that is missing."""
+"""Group -> extra of precision-core -> the names that its package brings: what to install for a missing name."""
 
 
 def names(group: str) -> list[str]:
@@ -47,10 +47,10 @@ def names(group: str) -> list[str]:
 
 
 def find(group: str, name: str, *, taken: bool = False) -> EntryPoint | None:
-    """Returns what is registered as `name` in `group`, not imported; None: no installed package brings it.
+    """Returns the entry point `name` in `group`, not imported; None if no installed package brings it.
 
     Raises:
-        ValueError: two distributions claim the name, core included when it has it itself (`taken`); names them.
+        ValueError: two distributions claim the name (core is one of them if `taken`); names them.
     """
     found = {_distribution(entry): entry for entry in entry_points(group=group, name=name)}
     claims = sorted({*found, "precision-core"} if taken else found)
@@ -63,7 +63,7 @@ def find(group: str, name: str, *, taken: bool = False) -> EntryPoint | None:
 
 
 def load(group: str, name: str) -> Any:
-    """Imports and returns what is registered as `name` in `group`.
+    """Imports and returns the object registered as `name` in `group`.
 
     Raises:
         ValueError: no installed package brings the name, with what to install; or two claim it.
@@ -82,7 +82,7 @@ def load(group: str, name: str) -> Any:
 
 
 def missing(group: str, name: str, core: Iterable[str] = ()) -> str:
-    """Returns what to say of a `name` that no installed package brings: what to install, else what there is.
+    """Returns the message for a `name` that no installed package brings: what to install, else the names there are.
 
     `core` are the names that core itself has.
     """
@@ -97,23 +97,23 @@ def missing(group: str, name: str, core: Iterable[str] = ()) -> str:
 
 
 def how_to_install(extra: str) -> str:
-    """Returns how the package is installed that an extra of precision-core brings."""
+    """Returns the command that installs the package of an extra of precision-core."""
     return f"pip install ./packages/precision-{extra} in a checkout of the project (it is on no package index yet)"
 
 
 def extra_of(group: str, name: str) -> str | None:
-    """Returns the extra of precision-core that brings `name`; None: we know of none."""
+    """Returns the extra of precision-core that brings `name`, or None."""
     return next((extra for extra, known_names in KNOWN[group].items() if name in known_names), None)
 
 
 def package_of(mode: str) -> str | None:
-    """Returns the package of ours that brings a mode; None: we know of none."""
+    """Returns the package of this project that brings a mode, or None."""
     extra = extra_of(PLUGINS, mode)
     return None if extra is None else f"precision-{extra}"
 
 
 def known(group: str) -> list[str]:
-    """Returns the names that installed packages bring, and those that we know others bring."""
+    """Returns the names that installed packages bring, and those in `KNOWN`."""
     return sorted({*names(group), *(each for known_names in KNOWN[group].values() for each in known_names)})
 
 

@@ -1,4 +1,4 @@
-"""From what the user passed as `precision` and `strategy` to the objects that run, and whether they run together."""
+"""Resolves the user's `precision` and `strategy` to objects, and checks that they run together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def resolve_precision(precision: str | int | Policy | Precision, strategy: Strat
     Core's modes go to the strategy, which may have a plugin of its own for them; others to the package that has them.
 
     Raises:
-        ValueError: no mode, with what to install if it is known; a policy that nothing runs; a mode that two
+        ValueError: an unknown mode (with what to install, if known), a policy that no plugin runs, a mode that two
             distributions claim.
         ImportError: the package that brings the mode cannot be imported.
     """
@@ -37,8 +37,8 @@ def resolve_strategy(
     """Returns the strategy of that name, on this process's device, and the run's layout.
 
     Raises:
-        ValueError: an unknown name, with what to install if it is known; what `make_layout` and the strategy refuse;
-            several processes under a strategy that runs in one.
+        ValueError: an unknown name (with what to install, if known), devices that are not here or that the strategy
+            refuses, several processes under a strategy that runs in one.
     """
     if strategy == "auto":
         strategy = _auto(accelerator, devices, num_nodes)
@@ -53,7 +53,7 @@ def resolve_strategy(
 
 
 def refusal(precision: Precision, strategy: Strategy) -> str | None:
-    """Returns why `precision` cannot run under `strategy`, and what to pass instead; None: it can.
+    """Returns why `precision` cannot run under `strategy`, and what to pass instead; None if it can.
 
     Both are asked: the plugin (`Precision.refuses`), then the strategy (`Strategy.refuses`).
     """
@@ -79,7 +79,7 @@ def _by_name(name: str) -> Strategy:
     made = (STRATEGIES.get(name) or discovery.load(discovery.STRATEGIES, name))()
     if not isinstance(made, Strategy):
         raise ValueError(f'strategy="{name}": its factory returned a {type(made).__name__}, not a Strategy')
-    vars(made).pop("device", None)  # only an object that the user made has been made for a device
+    vars(made).pop("device", None)  # a device is kept only from an object that the user made
     return made
 
 
@@ -92,7 +92,7 @@ def _auto(accelerator: str, devices: int | str | Sequence[int], num_nodes: int) 
 
 
 def is_core_mode(precision: object) -> bool:
-    """Whether `precision` is core's to parse: no string, or one that starts with a mode, an alias, or a `key=value`."""
+    """Whether core parses `precision`: not a string, or one that starts with a mode, an alias, or `key=value`."""
     if not isinstance(precision, str):
         return True
     base = base_of(precision)
@@ -128,4 +128,4 @@ def _unknown(mode: str, base: str) -> str:
         there_are = [*MODES, *discovery.known(discovery.PLUGINS)]
         without = str(error).removesuffix(hint(base, MODES))
         return f"{without}{brought}{hint(base, there_are, discovery.package_of)}"
-    raise AssertionError(f"{mode!r} is no mode of core")
+    raise AssertionError(f"{mode!r} is not a mode of core")

@@ -1,6 +1,6 @@
-"""The support query: can this machine run that mode, how well, and why (not).
+"""The support query: whether this machine runs a mode, how well, and why (not).
 
-The answer comes from the support table (`support_table`), else from the dtypes of the mode's policy.
+The answer comes from the support table (`table`), else from the dtypes of the mode's policy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CORE = {discovery.PLUGINS: MODES, discovery.STRATEGIES: ("auto", *STRATEGIES)}
 
 @dataclass(frozen=True)
 class Support:
-    """An answer: "native", "emulated", "slow" or "no", and the reason. True unless it is "no"."""
+    """An answer: level ("native", "emulated", "slow" or "no") and reason. Its truth value is False for "no"."""
 
     level: Level
     reason: str
@@ -35,7 +35,7 @@ class Support:
 
 
 def supports(mode: str | int | Policy, device: str | torch.device, strategy: str | Strategy | None = None) -> Support:
-    """Returns whether this machine runs `mode` on that kind of device under that strategy, how well, and why.
+    """Returns how well this machine runs `mode` on a kind of device under a strategy, and why.
 
     Args:
         mode: any mode that `Fabric(precision=...)` takes, those of installed packages included, or a policy.
@@ -43,8 +43,8 @@ def supports(mode: str | int | Policy, device: str | torch.device, strategy: str
         strategy: a strategy or its name; None and "auto" are one device.
 
     Raises:
-        ValueError: a mode, device or strategy that nobody knows. One that is known but not installed is a "no".
-        ImportError: rows that may be the answer cannot be loaded; names the package.
+        ValueError: an unknown mode, device or strategy. One that is known but not installed is a "no".
+        ImportError: a package whose rows may be the answer cannot be imported; names it.
     """
     if isinstance(mode, str) and is_core_mode(mode):
         discovery.find(discovery.PLUGINS, base_of(mode), taken=True)  # raises when a package claims it, as Fabric does
@@ -63,7 +63,9 @@ def supports(mode: str | int | Policy, device: str | torch.device, strategy: str
         for row in table.rows
         if (row.mode, row.device) == (str(policy or base_of(str(mode))), device_type)
     }
-    if table.problems and name not in found and (policy is None or name is not None):  # it may be theirs to answer
+    if (
+        table.problems and name not in found and (policy is None or name is not None)
+    ):  # the answer may be among those rows
         raise ImportError("; ".join(table.problems))
     row = found.get(name) or found.get(None)
     if row is not None:

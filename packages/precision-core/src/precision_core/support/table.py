@@ -1,6 +1,6 @@
-"""The support table: what this machine makes of each mode, one row a mode and kind of device.
+"""The support table: how well this machine runs each mode, one row per mode and kind of device.
 
-Core's rows speak of its own modes. Packages add theirs through the entry-point group `precision.support`, whose
+Core's rows are about its own modes. Packages add theirs through the entry-point group `precision.support`, whose
 functions take nothing and return an iterable of `SupportRow`.
 """
 
@@ -16,9 +16,12 @@ from precision_core.support import discovery
 
 @dataclass(frozen=True)
 class SupportRow:
-    """What this machine makes of one mode on one kind of device.
+    """How well this machine runs one mode on one kind of device, and why.
 
-    `strategy` is a strategy's name; None: one device, and every strategy that has no row of its own.
+    `strategy` is a strategy's name; None: one device, and every strategy without a row of its own.
+
+    Raises:
+        ValueError: an unknown level, or a strategy that is one device.
     """
 
     mode: str
@@ -29,14 +32,14 @@ class SupportRow:
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
-            raise ValueError(f"{self}: level is one of {', '.join(LEVELS)}")
+            raise ValueError(f"{self}: level must be one of {', '.join(LEVELS)}")
         if self.strategy in ("auto", "single_device"):
-            raise ValueError(f"{self}: one device is strategy=None")
+            raise ValueError(f"{self}: for one device pass strategy=None")
 
 
 @dataclass(frozen=True)
 class Table:
-    """All rows that could be read, and what is wrong with those that could not, naming the package."""
+    """All rows that could be read, and the errors of those that could not, naming the package."""
 
     rows: list[SupportRow]
     problems: list[str]
@@ -64,9 +67,9 @@ def read_table(devices: Iterable[str] = tuple(FORMATS)) -> Table:
 
 def _checked(rows: Iterable[object]) -> list[SupportRow]:
     listed = list(rows)
-    odd = [row for row in listed if not isinstance(row, SupportRow)]
-    if odd:
-        raise TypeError(f"expected rows of the support table, got {odd[0]!r}")
+    invalid = [row for row in listed if not isinstance(row, SupportRow)]
+    if invalid:
+        raise TypeError(f"expected rows of the support table, got {invalid[0]!r}")
     return [row for row in listed if isinstance(row, SupportRow)]
 
 

@@ -1,4 +1,4 @@
-"""Hooks that move from a module to the one that takes its place."""
+"""Moves hooks from a module to the one that replaces it."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _HOOKS = (
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Moves all hooks of `old` to `new`, behind those it has; the handles that users hold still remove theirs.
+    """Moves all hooks of `old` to `new`, after its own; handles that users hold still remove them.
 
     Raises:
-        ValueError: one has full backward hooks and the other has not full ones; nothing was changed.
+        ValueError: one has full backward hooks, the other non-full ones; nothing was changed.
     """
     if old._backward_hooks:
         if new._backward_hooks and new._is_full_backward_hook is not old._is_full_backward_hook:
-            raise ValueError("full and not full backward hooks cannot be on one module")
+            raise ValueError("full and non-full backward hooks cannot be on one module")
         new._is_full_backward_hook = old._is_full_backward_hook
     for key in _HOOKS:
-        # A handle refers to the dict in which its hook stands, so the dict moves, not its items.
+        # A handle refers to the dict that holds its hook, so the dict moves, not its items.
         hooks, of_new = vars(old)[key], vars(new)[key]
         mine = dict(hooks)
         hooks.clear()

@@ -1,4 +1,4 @@
-"""What layer surgery is going to do, decided in full before it does any of it."""
+"""The plan of layer surgery, made in full before anything changes."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Plan:
 
     layers: deque[Layer]
     skipped: tuple[Item, ...]
-    slots: WeakIdKeyDictionary  # parameter -> [(module, key)]: where it stands outside of these layers
+    slots: WeakIdKeyDictionary  # parameter -> [(module, key)]: its positions outside of these layers
     fast_paths: list[tuple[str, nn.Module, str]]  # name, module and the attribute that gates its fast path
 
 
 def make_plan(root: nn.Module, layers: list[Layer]) -> Plan:
-    """Decides what becomes of `layers`; raises `ValueError` for those that would lose something."""
+    """Returns the plan for `layers`; raises `ValueError` for those that would lose something."""
     slots = _untie(root, layers)
     _check_losses(layers)
     planned = {layer.module for layer in layers if layer.converts}
@@ -60,7 +60,7 @@ class _Slot(NamedTuple):
 
 
 def _untie(root: nn.Module, layers: list[Layer]) -> WeakIdKeyDictionary:
-    """Leaves alone what packs a parameter that is needed unpacked elsewhere; returns `Plan.slots`."""
+    """Skips layers that pack a parameter which is needed unpacked elsewhere; returns `Plan.slots`."""
     owner = {module: layer for layer in layers if layer.converts for module in layer.module.modules()}
     holders: dict[nn.Parameter, list[_Slot]] = {}
     for name, module in root.named_modules():
@@ -69,7 +69,7 @@ def _untie(root: nn.Module, layers: list[Layer]) -> WeakIdKeyDictionary:
                 holders.setdefault(param, []).append(_Slot(name, module, key, owner.get(module)))
     tied = {param: slots for param, slots in holders.items() if len(slots) > 1}
     while any(_leave_one_alone(slots) for slots in tied.values()):
-        pass  # one that is left alone needs its other parameters unpacked, too
+        pass  # a skipped layer needs its other parameters unpacked, too
     elsewhere = WeakIdKeyDictionary()
     for param, slots in tied.items():
         elsewhere[param] = [(slot.module, slot.key) for slot in slots if slot.layer is None or not slot.layer.converts]
@@ -105,8 +105,8 @@ def _check_losses(layers: list[Layer]) -> None:
     names = [name for name in losses if name][:_SHOWN]
     lines = [f"  {shown(name)}: {loss}" for name, loss in list(losses.items())[:_SHOWN]]
     more = [f"  ... and {len(losses) - _SHOWN} more"] if len(losses) > _SHOWN else []
-    way_out = f"undo that, or leave the layers as they are with exclude={names!r}" if names else "undo that"
-    raise ValueError("\n".join(["these layers have what their conversion would lose:", *lines, *more, way_out]))
+    way_out = f"remove that, or skip the layers with exclude={names!r}" if names else "remove that"
+    raise ValueError("\n".join(["converting these layers would lose something:", *lines, *more, way_out]))
 
 
 def _loss(layer: Layer) -> str | None:

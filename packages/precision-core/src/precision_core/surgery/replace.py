@@ -1,7 +1,7 @@
-"""Layer surgery: layers of given types are replaced by others, and everything else about the model stays.
+"""Layer surgery: replaces layers of given types, and keeps everything else about the model.
 
-What is replaced is decided in full before anything changes (`surgery_layers`, `surgery_plan`). Then each layer is
-swapped as soon as its replacement is made, so that its old weights can be freed before the next.
+What is replaced is decided in full before anything changes (`layers`, `plan`). Then each layer is swapped as soon as
+its replacement is made, so that its old weights can be freed before the next.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ __all__ = ["Replacement", "Surgery", "replace_layers"]
 class Surgery:
     """What `replace_layers` did, or with `dry_run` would do.
 
-    `module` is the root, or the new layer where the root itself was replaced. `params` is for `repoint`: old -> new
-    parameter, the old ones held weakly.
+    `module` is the root, or the new layer if the root itself was replaced; `report` lists layers and bytes; `params`
+    maps old to new parameters (the old ones are held weakly), to remap optimizers made before.
     """
 
     module: nn.Module
@@ -46,16 +46,17 @@ def replace_layers(
     mode: str = "",
     dry_run: bool = False,
 ) -> Surgery:
-    """Replaces, in place, the layers whose exact type `replacements` names.
+    """Replaces, in place, the layers whose exact type is a key of `replacements`.
 
-    `include` and `exclude` are name patterns of modules; None includes all, and exclude wins. The new layers keep the
-    old ones' training flag, `requires_grad`, hooks, attributes, and ties to other layers. Layers left alone are in the
-    report with the reason.
+    `include` and `exclude` are patterns of module names; None includes all, and exclude wins. New layers keep the old
+    ones' training flag, `requires_grad`, hooks, attributes, and ties to other layers. Skipped layers are in the report
+    with the reason; `mode` is the report's. With `dry_run` nothing changes.
 
     Raises:
         ValueError: before anything is changed: a pattern that matches no module, or layers that would lose something,
-            a parametrisation for example. Later: a new layer that does not fit the old one.
-        TypeError: `make` returned something that is no module.
+            such as a parametrisation. Later: a new layer without a parameter or buffer of the old one, or whose
+            parameter cannot replace a tied one.
+        TypeError: `make` did not return a module.
         RuntimeError: `make` raised; says how many layers were converted before.
     """
     top = nn.Module()
@@ -83,14 +84,14 @@ def _convert(plan: Plan) -> list[Item]:
     for _, module, gate in plan.fast_paths:
         setattr(module, gate, type(getattr(module, gate))(False))  # 0 or False, as torch has it
     converted: list[Item] = []
-    stands: ParamMap = WeakIdKeyDictionary()  # old parameter -> the one that stands in its place, perhaps itself
+    successors: ParamMap = WeakIdKeyDictionary()  # old parameter -> the one in use instead, perhaps itself
     while plan.layers:
-        converted.append(_swap(plan.layers.popleft(), plan, stands, len(converted)))
+        converted.append(_swap(plan.layers.popleft(), plan, successors, len(converted)))
     return converted
 
 
-def _swap(layer: Layer, plan: Plan, stands: ParamMap, done: int) -> Item:
-    """Puts a new layer at all places of `layer`; its locals are the last that hold the old one."""
+def _swap(layer: Layer, plan: Plan, successors: ParamMap, done: int) -> Item:
+    """Puts a new layer at all positions of `layer`; only locals of this function still refer to the old one."""
     old = layer.module
     before = named_params(old)  # weak, so that `make` can free each weight as soon as it has read it
     flags = {key: (param.requires_grad, param.shape, param.dtype) for key, param in _params(old).items()}
@@ -103,14 +104,14 @@ def _swap(layer: Layer, plan: Plan, stands: ParamMap, done: int) -> Item:
     for key, param in _params(new).items():
         if key in flags:
             _keep_flags(before[key](), param, *flags[key], packs=layer.replacement.packs)
-    _tie(layer, new, before, plan, stands)
+    _tie(layer, new, before, plan, successors)
     if new is not old:
         try:
             _keep(old, new)
         except ValueError as error:
             raise ValueError(f"{shown(layer.name)}: {error}") from error
-    for place in layer.places:
-        place.parents[-1]._modules[place.key] = new
+    for position in layer.positions:
+        position.parents[-1]._modules[position.key] = new
     return Item(shown(layer.name), f"{type(old).__name__} -> {type(new).__name__}")
 
 
@@ -121,7 +122,7 @@ def _make(layer: Layer, done: int) -> nn.Module:
     except Exception as error:
         raise RuntimeError(f"{name} could not be converted (layers converted before it: {done}): {error}") from error
     if not isinstance(new, nn.Module):
-        raise TypeError(f"{name}: make returned no module but a {type(new).__name__}")
+        raise TypeError(f"{name}: make returned a {type(new).__name__}, not a module")
     return new
 
 
@@ -138,18 +139,18 @@ def _keep_flags(
     if old is not None and old is not new:
         for key, value in vars(old).items():
             if not hasattr(new, key):
-                setattr(new, key, value)  # what users and sharding libraries note on parameters
+                setattr(new, key, value)  # attributes that users and sharding libraries set
 
 
-def _tie(layer: Layer, new: nn.Module, before: Mapping[str, ParamRef], plan: Plan, stands: ParamMap) -> None:
-    """Puts one parameter wherever one old parameter was: that of the first layer which holds it."""
+def _tie(layer: Layer, new: nn.Module, before: Mapping[str, ParamRef], plan: Plan, successors: ParamMap) -> None:
+    """Replaces a tied parameter everywhere by that of the first new layer which holds it."""
     moves = []
     params = _params(new)
     for key, reference in before.items():
         old, param = reference(), params.get(key)
         if old is None or param is None:
             continue
-        first = stands.setdefault(old, param)
+        first = successors.setdefault(old, param)
         if first is not param:
             owner, _, last = key.rpartition(".")
             spots, like = [(new.get_submodule(owner), last)], param
@@ -157,8 +158,8 @@ def _tie(layer: Layer, new: nn.Module, before: Mapping[str, ParamRef], plan: Pla
             spots, like = plan.slots.get(old, []), old
         if spots and (type(first), first.shape, first.dtype) != (type(like), like.shape, like.dtype):
             raise ValueError(
-                f"{shown(layer.name)}: its {key} is tied, but the new one cannot stand in: it is a "
-                f"{_kind(first)} and a {_kind(like)} is needed (packs=True leaves tied layers alone)"
+                f"{shown(layer.name)}: its {key} is tied, and the new one cannot replace it elsewhere: "
+                f"it is a {_kind(first)}, a {_kind(like)} is needed (packs=True skips tied layers)"
             )
         moves += [(module, name, first) for module, name in spots]
     for module, name, param in moves:
