@@ -74,8 +74,8 @@ class Contract(StrategyContract):
 
 class ZeroContract(Contract):
     @pytest.mark.xfail(reason="DeepSpeed puts process groups on the parameters, which do not pickle", strict=True)
-    def test_copies_of_a_model_are_whole(self) -> None:
-        super().test_copies_of_a_model_are_whole()
+    def test_copies_of_a_model_are_complete(self) -> None:
+        super().test_copies_of_a_model_are_complete()
 
     @pytest.mark.xfail(reason="under ZeRO the optimizer holds flat float32 shards of the parameters", strict=True)
     def test_an_optimizer_made_before_setup_trains_the_parameters_in_use(self) -> None:

@@ -252,5 +252,5 @@ class TestDeepSpeedPrecision(PrecisionContract):
         super().test_a_loop_by_hand_equals_fabric()
 
     @pytest.mark.xfail(reason="true gradients are DeepSpeed's safe_get_full_grad; the error says so", strict=True)
-    def test_gradients_are_true_once_they_are_asked_for(self) -> None:
-        super().test_gradients_are_true_once_they_are_asked_for()
+    def test_gradients_are_unscaled_once_they_are_asked_for(self) -> None:
+        super().test_gradients_are_unscaled_once_they_are_asked_for()

@@ -37,7 +37,7 @@ class TestFSDPStrategy(StrategyContract):
     def run(self, check: Callable[..., None], *args: Any) -> None:
         run_in_ranks(2, check, self, *args)
 
-    def test_copies_of_a_model_are_whole(self) -> None:
+    def test_copies_of_a_model_are_complete(self) -> None:
         self.run(copies_are_refused)
 
 

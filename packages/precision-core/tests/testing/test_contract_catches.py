@@ -117,13 +117,13 @@ FAULTS: list[tuple[type[Precision], Callable[..., None]]] = [
     (CopiesTheModel, checks_setup.conversion_keeps_flags_ties_and_hooks),
     (BreaksTies, checks_setup.conversion_keeps_flags_ties_and_hooks),
     (WakesUp, checks_setup.conversion_keeps_flags_ties_and_hooks),
-    (LeavesScaled, checks_loop.clipping_returns_the_true_norm_and_bounds_the_step),
-    (LeavesScaled, checks_hooks.gradients_are_true_once_they_are_asked_for),
+    (LeavesScaled, checks_loop.clipping_returns_the_unscaled_norm_and_bounds_the_step),
+    (LeavesScaled, checks_hooks.gradients_are_unscaled_once_they_are_asked_for),
     (StepsAnyway, checks_loop.an_overflow_is_skipped_and_reported),
     (ForgetsState, checks_state.the_precisions_state_survives_a_round_trip),
     (ForgetsState, checks_state.resuming_is_bit_exact),
     (TakesAnything, checks_state.the_precisions_state_survives_a_round_trip),
-    (TakesAnything, checks_state.a_state_that_is_none_is_refused_and_changes_nothing),
+    (TakesAnything, checks_state.an_invalid_state_is_refused_and_changes_nothing),
     (ScalesTheReturnedLoss, checks_hooks.a_loop_by_hand_equals_fabric),
 ]
 

@@ -1,8 +1,8 @@
-"""What tests of backends and of third parties share: contracts, and the yardstick for training curves. Needs pytest."""
+"""For tests of backends and third parties: contracts, and a calibrated bound for training curves. Needs pytest."""
 
 import pytest
 
-# The checks assert; pytest explains a failed assert only in modules that it is told of before they are imported.
+# The checks assert; pytest explains failed asserts only in modules that are registered before they are imported.
 pytest.register_assert_rewrite(*(f"{__name__}.checks_{part}" for part in ("curve", "hooks", "loop", "setup", "state")))
 
 from precision_core.testing.checks_loop import train_net as train_net  # noqa: E402

@@ -1,4 +1,4 @@
-"""What a strategy's training curve is: one device's with the same global batch, and no other."""
+"""A strategy's training curve is that of one device on the same global batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def the_curve_is_that_of_one_device(kit: StrategyContract) -> None:
     bound = loss_bound(kit.mode, _STEPS)
     fabric = kit.make_fabric()
     assert curve_distance(kit.global_curve(fabric, train(fabric, steps=_STEPS)), reference) <= bound
-    for factor in (2.0, LEFT_SCALED):  # ranks summed in place of averaged, gradients left scaled: these must be seen
+    for factor in (2.0, LEFT_SCALED):  # ranks summed instead of averaged, gradients left scaled: must exceed the bound
         fabric = kit.make_fabric()
         wrong = kit.global_curve(fabric, train(fabric, steps=_STEPS, gradient_factor=factor))
         assert curve_distance(wrong, reference) > bound

@@ -1,4 +1,4 @@
-"""What the hooks of a plugin do, called by a strategy or by a loop that was written by hand."""
+"""The hooks of a plugin, called by a strategy and by a hand-written loop."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def a_loop_by_hand_equals_fabric(kit: PrecisionContract) -> None:
     assert_equal(kit.values(by_hand), kit.values(model))
 
 
-def gradients_are_true_once_they_are_asked_for(kit: PrecisionContract) -> None:
+def gradients_are_unscaled_once_they_are_asked_for(kit: PrecisionContract) -> None:
     fabric, model = kit.make_fabric(), kit.make_model()
     optimizer = SGD(model.parameters(), lr=1.0)
     fabric.setup(model, optimizer)
@@ -94,7 +94,7 @@ def gradients_are_true_once_they_are_asked_for(kit: PrecisionContract) -> None:
     for _ in range(30):  # a loss scale may have to fall first
         optimizer.zero_grad()
         fabric.backward(loss_of(model(batch), target))
-        for _ in range(2):  # whoever asks again must not divide again
+        for _ in range(2):  # a second call must not divide again
             plugin.unscale_gradients(optimizer)
         gradients = {name: param.grad.double() for name, param in model.named_parameters() if param.grad is not None}
         before = kit.values(model)
@@ -107,7 +107,7 @@ def gradients_are_true_once_they_are_asked_for(kit: PrecisionContract) -> None:
     assert gradients and moved.item() == pytest.approx(true.item(), rel=kit.tolerance)
 
 
-def a_step_returns_the_closures_true_loss(kit: PrecisionContract) -> None:
+def a_step_returns_the_closures_unscaled_loss(kit: PrecisionContract) -> None:
     fabric, model, optimizer = kit.setup()
     batch, target = make_batch(0, device=fabric.device)
     losses: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What a training loop does: it learns, accumulates, clips, skips and reports as the same loop in float64 would.
+"""A training loop learns, accumulates, clips, skips and reports as the same loop in float64 would.
 
 Where a check needs gradients it reads them off the parameters: one step of SGD with learning rate 1 moves each by its
 gradient, under engines that hide `p.grad` too.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def train_net(fabric: Fabric, model: Net, optimizer: Any, steps: Iterable[int]) -> list[float]:
-    """Returns the loss of each step."""
+    """Trains `model` on the batches of `steps` (see `make_batch`), and returns the loss of each before its update."""
     losses = []
     for step in steps:
         batch, target = make_batch(step, device=fabric.device)
@@ -81,12 +81,12 @@ def accumulation_adds_up(kit: Contract) -> None:
             with fabric.no_backward_sync(model, enabled=not last):
                 fabric.backward(loss(half) / 2)
 
-    whole, halves = _moved(kit, at_once), _moved(kit, in_two)
-    assert _norm(whole) > 0
-    assert _norm({name: halves[name] - whole[name] for name in whole}) <= kit.tolerance * _norm(whole)
+    full, halves = _moved(kit, at_once), _moved(kit, in_two)
+    assert _norm(full) > 0
+    assert _norm({name: halves[name] - full[name] for name in full}) <= kit.tolerance * _norm(full)
 
 
-def clipping_returns_the_true_norm_and_bounds_the_step(kit: Contract) -> None:
+def clipping_returns_the_unscaled_norm_and_bounds_the_step(kit: Contract) -> None:
     norms: list[float] = []  # of the last backward that did not overflow
 
     def clipped(max_norm: float) -> Any:

@@ -1,4 +1,4 @@
-"""What a set-up model and one step look like: identity, flags, hooks, and the dtype after each stage.
+"""A set-up model, and one step: identity, flags, hooks, and the dtype after each stage.
 
 Every check takes the contract (`kit`), which makes fabrics, models and optimizers.
 """
@@ -29,7 +29,7 @@ def setup_returns_the_very_objects(kit: Contract) -> None:
     assert list(model.state_dict()) == keys
 
 
-def copies_of_a_model_are_whole(kit: Contract) -> None:
+def copies_of_a_model_are_complete(kit: Contract) -> None:
     fabric, model = kit.make_fabric(), kit.make_model()
     fabric.setup(model, kit.make_optimizer(model))
     batch, _ = make_batch(0, device=fabric.device)

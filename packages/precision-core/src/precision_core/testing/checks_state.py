@@ -1,4 +1,4 @@
-"""What a checkpoint holds: everything, and a run that goes on from it is the run that was never stopped."""
+"""A checkpoint is complete: a run that resumes from it equals the run that was never stopped, bit for bit."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def the_precisions_state_survives_a_round_trip(kit: Contract, folder: Path) -> N
     )
 
 
-def a_state_that_is_none_is_refused_and_changes_nothing(kit: Contract) -> None:
+def an_invalid_state_is_refused_and_changes_nothing(kit: Contract) -> None:
     plugin = kit.make_fabric().precision_plugin
     before = plugin.state_dict()
     for wrong in ({}, {"garbage": 1}, {**before, "version": 10**6}, {**before, "steps": "many"}):
@@ -79,7 +79,7 @@ def a_state_that_is_none_is_refused_and_changes_nothing(kit: Contract) -> None:
 
 
 def assert_equal(mine: Any, theirs: Any) -> None:
-    """Asserts that two states hold the same keys, types and values, tensors bit for bit."""
+    """Asserts that two states have equal keys, types and values; tensors bit for bit."""
     assert type(mine) is type(theirs)
     if isinstance(mine, dict):
         assert mine.keys() == theirs.keys()

@@ -8,7 +8,7 @@ class TestRing(StrategyContract):
     def make_strategy(self):
         return RingStrategy()
 
-A subclass overrides how things are made, and a test only as `xfail` with its reason.
+A subclass overrides the `make_...` methods, and a test only with `xfail(reason=...)`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, to
 
 
 class Contract:
-    """What both contracts demand of a `Fabric`. Override `make_...`, and `run` for a strategy of several processes."""
+    """What both contracts require of a `Fabric`. Override `make_...`, and `run` for a strategy of several processes."""
 
     accelerator = "cpu"
     learning_rate = 0.05
@@ -53,7 +53,7 @@ class Contract:
         check(self, *args)
 
     def values(self, model: nn.Module) -> dict[str, Tensor]:
-        """Returns copies of the float parameters that train, by name, whole and in float64."""
+        """Returns copies of the parameters that train, by name: unsharded, in float64."""
         return {
             name: getattr(param, "full_tensor", lambda param=param: param)().detach().double().clone()
             for name, param in model.named_parameters()
@@ -62,7 +62,7 @@ class Contract:
 
     @property
     def tolerance(self) -> float:
-        """How far, relative, a gradient may lie from the one that the same step gives in another way."""
+        """The largest relative difference between gradients of the same step computed in two ways."""
         policy = self.make_fabric().precision_plugin.policy
         return max(_TOLERANCES[dtype] for dtype in (policy.params, policy.compute))
 
@@ -78,8 +78,8 @@ class Contract:
     def test_setup_returns_the_very_objects(self) -> None:
         self.run(checks_setup.setup_returns_the_very_objects)
 
-    def test_copies_of_a_model_are_whole(self) -> None:
-        self.run(checks_setup.copies_of_a_model_are_whole)
+    def test_copies_of_a_model_are_complete(self) -> None:
+        self.run(checks_setup.copies_of_a_model_are_complete)
 
     def test_conversion_keeps_flags_ties_and_hooks(self) -> None:
         self.run(checks_setup.conversion_keeps_flags_ties_and_hooks)
@@ -110,8 +110,8 @@ class Contract:
     def test_accumulation_adds_up(self) -> None:
         self.run(checks_loop.accumulation_adds_up)
 
-    def test_clipping_returns_the_true_norm_and_bounds_the_step(self) -> None:
-        self.run(checks_loop.clipping_returns_the_true_norm_and_bounds_the_step)
+    def test_clipping_returns_the_unscaled_norm_and_bounds_the_step(self) -> None:
+        self.run(checks_loop.clipping_returns_the_unscaled_norm_and_bounds_the_step)
 
     def test_clipping_by_value_bounds_every_gradient(self) -> None:
         self.run(checks_loop.clipping_by_value_bounds_every_gradient)
@@ -133,12 +133,12 @@ class Contract:
     def test_the_precisions_state_survives_a_round_trip(self, tmp_path: Path) -> None:
         self.run(checks_state.the_precisions_state_survives_a_round_trip, tmp_path)
 
-    def test_a_state_that_is_none_is_refused_and_changes_nothing(self) -> None:
-        self.run(checks_state.a_state_that_is_none_is_refused_and_changes_nothing)
+    def test_an_invalid_state_is_refused_and_changes_nothing(self) -> None:
+        self.run(checks_state.an_invalid_state_is_refused_and_changes_nothing)
 
 
 class PrecisionContract(Contract):
-    """What every plugin keeps, alone in a hand-written loop and under `Fabric` on one device."""
+    """What every plugin must do, alone in a hand-written loop and under `Fabric` on one device."""
 
     def make_precision(self) -> Precision:
         """Returns a new plugin."""
@@ -153,11 +153,11 @@ class PrecisionContract(Contract):
     def test_a_loop_by_hand_equals_fabric(self) -> None:
         self.run(checks_hooks.a_loop_by_hand_equals_fabric)
 
-    def test_gradients_are_true_once_they_are_asked_for(self) -> None:
-        self.run(checks_hooks.gradients_are_true_once_they_are_asked_for)
+    def test_gradients_are_unscaled_once_they_are_asked_for(self) -> None:
+        self.run(checks_hooks.gradients_are_unscaled_once_they_are_asked_for)
 
-    def test_a_step_returns_the_closures_true_loss(self) -> None:
-        self.run(checks_hooks.a_step_returns_the_closures_true_loss)
+    def test_a_step_returns_the_closures_unscaled_loss(self) -> None:
+        self.run(checks_hooks.a_step_returns_the_closures_unscaled_loss)
 
     def test_conversion_leaves_a_report(self) -> None:
         self.run(checks_hooks.conversion_leaves_a_report)
@@ -167,7 +167,7 @@ class PrecisionContract(Contract):
 
 
 class StrategyContract(Contract):
-    """What every strategy keeps, in each of core's modes."""
+    """What every strategy must do, in each of core's modes."""
 
     modes: tuple[Any, ...] = tuple(MODES)
     """Mode strings; `pytest.param("64-true", marks=...)` marks a mode."""
@@ -181,12 +181,12 @@ class StrategyContract(Contract):
         return Fabric(accelerator=self.accelerator, strategy=self.make_strategy(), precision=self.mode)
 
     def global_curve(self, fabric: Fabric, losses: list[float]) -> list[float]:
-        """Returns the curve of the global batch, from those of every rank's share."""
+        """Returns the losses of the global batch, the mean of all ranks'."""
         mean: list[float] = fabric.all_reduce(torch.tensor(losses, dtype=torch.float64)).tolist()
         return mean
 
     def reference_curve(self, steps: int) -> list[float]:
-        """Returns one device's curve in the mode, whole batches; override it where the policy has master weights."""
+        """Returns one device's losses on the global batches; override it for policies with master weights."""
         alone = Fabric(self.accelerator, SingleDeviceStrategy(self.accelerator), precision=self.mode)
         return train(alone, steps=steps, rank=0, world_size=1)
 
@@ -198,7 +198,7 @@ class StrategyContract(Contract):
         self.mode = request.param
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Runs each test once in each of `modes`; those that no dtype changes once, in one that converts the model."""
+        """Runs each test in each of `modes`; those of `_IN_ONE_MODE` in one, which converts the model."""
         modes: Sequence[Any] = self.modes
         if preferred := _IN_ONE_MODE.get(metafunc.function.__name__):
             unmarked = [mode for mode in modes if isinstance(mode, str)]
@@ -206,13 +206,13 @@ class StrategyContract(Contract):
         metafunc.parametrize("_choose_mode", modes, indirect=True, ids=str)
 
 
-# What no dtype changes, and the mode it runs in if the strategy has that; 16-mixed has a state that can be wrong.
+# Tests that do not depend on the dtype, and their mode if the strategy has it; 16-mixed has a scaler's state.
 _IN_ONE_MODE = {
     "test_setup_returns_the_very_objects": "bf16-true",
-    "test_copies_of_a_model_are_whole": "bf16-true",
+    "test_copies_of_a_model_are_complete": "bf16-true",
     "test_conversion_keeps_flags_ties_and_hooks": "bf16-true",
     "test_an_optimizer_made_before_setup_trains_the_parameters_in_use": "bf16-true",
     "test_nothing_leaks_out_of_forward": "bf16-true",
     "test_the_precisions_state_is_saved_and_loaded_by_hand": "16-mixed",
-    "test_a_state_that_is_none_is_refused_and_changes_nothing": "16-mixed",
+    "test_an_invalid_state_is_refused_and_changes_nothing": "16-mixed",
 }

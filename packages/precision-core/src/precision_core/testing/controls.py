@@ -1,4 +1,4 @@
-"""Runs that `loss_bound` must tell apart from a mode's curve, and runs that it must not.
+"""Runs whose curves must exceed a mode's `loss_bound`, and runs whose curves must not.
 
 controls    one thing wrong: beyond the bound. For any backend, given how it makes its Fabric.
 variations  the same training in another order of arithmetic, or by another engine: within the bound. On one device.
@@ -44,7 +44,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def round_parameters(model: nn.Module) -> None:
-    """Rounds parameters to float8_e4m3fn in place: the step below bfloat16 ones."""
+    """Rounds parameters to float8_e4m3fn values in place, keeping their dtype: one dtype below bfloat16."""
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(param.to(torch.float8_e4m3fn).to(param.dtype))
@@ -55,7 +55,7 @@ def round_parameters(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Control:
-    """A training run with one thing wrong: in `mode`, by `options` of `train`, on ranks that do not talk."""
+    """A training run with one thing wrong: another `mode`, `options` of `train`, ranks that do not communicate."""
 
     mode: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -77,7 +77,7 @@ def controls(mode: Policy | str | int) -> dict[str, Control]:
     """Returns the runs whose curves are not those of `mode`, by name.
 
     Raises:
-        ValueError: a policy that is none of the six modes.
+        ValueError: a policy other than the six modes.
     """
     name = str(Policy.parse(mode))
     if name not in LOWER:
@@ -140,7 +140,7 @@ class Permuted(Problem):
 
 
 class SimulatedRanks(SingleDeviceStrategy):
-    """Takes each backward of an accumulation for another rank's, and averages them in the policy's reduce dtype."""
+    """Treats each backward of an accumulation as another rank's, and averages them in the policy's reduce dtype."""
 
     def __init__(self, device: torch.device | str = "cpu", ranks: int = 2) -> None:
         super().__init__(device)
@@ -149,7 +149,7 @@ class SimulatedRanks(SingleDeviceStrategy):
         self._gradients: list[list[Tensor]] = []
 
     def setup_module(self, module: nn.Module) -> nn.Module:
-        """Moves the module, and notes its parameters."""
+        """Moves the module, and stores its parameters."""
         self._params = list(super().setup_module(module).parameters())
         return module
 
@@ -165,7 +165,7 @@ class SimulatedRanks(SingleDeviceStrategy):
         for param, *gradients in zip(self._params, *self._gradients, strict=True):
             param.grad = (torch.stack(gradients).sum(0) / self.ranks).to(param.dtype)
         self._gradients.clear()
-        self.precision.scaler.after_backward()  # what a reduction in the last backward would have left
+        self.precision.scaler.after_backward()  # as after a reduction in the last backward
         return super().optimizer_step(*args, **kwargs)
 
 

@@ -21,15 +21,15 @@ import torch
 import torch.distributed as dist
 
 Outcome = tuple[str, Any, float]
-"""What became of it (returned, skipped, raised, died, late), its value or the reason, the rank's CPU seconds so far."""
+"""(returned, skipped, raised, died or late; the value or the reason; the rank's CPU seconds so far)."""
 
 CLEANUPS: list[Callable[[], None]] = []
-"""What ranks call after a function, before their process group is destroyed; for engines that keep more than that."""
+"""Functions that ranks call after each job, before their process group is destroyed: for engines with more state."""
 
 
 @dataclass
 class Job:
-    """A function, and what of the process that asks for it the ranks take over."""
+    """A function with its arguments, and the caller's state that ranks take over."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -39,7 +39,7 @@ class Job:
     generators: dict[str, Any]
 
     def run(self, rank: int) -> tuple[str, Any]:
-        """Returns what became of it, in the process that is this rank."""
+        """Runs it as this rank, and returns the outcome's kind and value."""
         os.environ.clear()
         os.environ.update(self.environment, RANK=str(rank), LOCAL_RANK=str(rank))
         os.chdir(self.folder)
@@ -75,12 +75,12 @@ class Forks:
             theirs.close()
 
     def send(self, job: bytes) -> None:
-        """Hands all of them a pickled job."""
+        """Sends a pickled job to all of them."""
         for connection in self._connections:
             connection.send_bytes(job)
 
     def collect(self, timeout: float) -> list[Outcome]:
-        """Returns each rank's outcome. After a failure the others get five seconds: they wait in vain."""
+        """Returns each rank's outcome. After a failure the others get five more seconds."""
         outcomes: dict[int, Outcome] = {}
         deadline = time.monotonic() + timeout
         while len(outcomes) < self.count:
@@ -106,7 +106,7 @@ class Forks:
         return f"it died without a traceback: exit code {code}, of signal N where it is -N"
 
     def clean(self) -> None:
-        """Has them clean up, now that all have returned: until then one may need another's store."""
+        """Tells them to clean up, now that all have returned: before, one may need another's store."""
         for connection in self._connections:
             connection.send_bytes(b"clean")
 

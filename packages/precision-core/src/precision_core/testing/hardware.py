@@ -1,4 +1,4 @@
-"""Hardware that a test needs: `@needs("cuda")` runs it where that is, and elsewhere skips it saying what is missing."""
+"""Hardware that a test needs: `@needs("cuda")` skips it where that is missing, and says so."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from precision_core.hardware import device_count, is_available
 
 
 def needs(device_type: str, count: int = 1, *, capability: tuple[int, int] | None = None) -> Any:
-    """Returns a mark that skips a test, or a class of them, where torch does not find that hardware.
+    """Returns a pytest mark that skips a test or a test class where torch does not find the hardware.
 
     Args:
         device_type: "cuda", "xpu", "mps", "xla", ...
-        count: how many devices of it.
+        count: the least number of devices.
         capability: the least compute capability of a CUDA device, for example (8, 9) for FP8.
     """
     wanted = f"needs {count} {device_type} device{'s' if count != 1 else ''}"

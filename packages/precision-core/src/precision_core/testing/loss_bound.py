@@ -66,12 +66,12 @@ def loss_bound(policy: Policy | str | int, steps: int) -> float:
     """Returns the largest `curve_distance` of two curves of `policy` over `steps` steps.
 
     It stays as it is up to 100 steps, and grows with their square root from there, as noise that adds up does;
-    calibrated up to 300. A policy that is none of the six modes has the widest bound of its parts: what keeps the
+    calibrated up to 300. A policy other than the six modes has the widest bound of its parts: what keeps the
     parameters (master weights, if any) counts as that dtype's true mode, compute, reduction and output as its mixed
     mode, and so do exceptions.
 
     Raises:
-        ValueError: fewer than one step, or no policy.
+        ValueError: fewer than one step, or an invalid policy.
     """
     if steps < 1:
         raise ValueError(f"loss_bound(steps={steps}): expected at least 1")
@@ -87,13 +87,13 @@ def _modes(policy: Policy) -> Iterator[str]:
 
 
 def curve_distance(losses: Sequence[float], reference: Sequence[float]) -> float:
-    """Returns how far `losses` are from `reference`, relative to its mean; inf where they have diverged.
+    """Returns the RMS difference of two curves, relative to the mean of `reference`; inf if `losses` diverged.
 
     Raises:
-        ValueError: curves of different lengths or none, or a reference that has itself diverged.
+        ValueError: curves of different lengths or without steps, or a reference that has diverged.
     """
     if len(losses) != len(reference) or not reference:
-        raise ValueError(f"curves of {len(losses)} and {len(reference)} steps: expected as many, at least one")
+        raise ValueError(f"curves of {len(losses)} and {len(reference)} steps: expected equally many, at least one")
     if not all(map(math.isfinite, reference)):
         raise ValueError("the reference has losses that are not finite")
     if not all(map(math.isfinite, losses)):

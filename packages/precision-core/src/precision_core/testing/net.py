@@ -1,4 +1,4 @@
-"""The small model that the contracts train: all that conversions trip over, in a few hundred parameters."""
+"""The small model that the contracts train: everything that conversions may get wrong, in few parameters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Net(nn.Module):
     """Dict of ids (batch, position), shift (batch, 1, WIDTH) floats, keep (batch, position) bools -> logits.
 
     The head is tied to the embedding, `decay` is a buffer of floats, `offsets` one of integers, `frozen` a parameter
-    that does not train, `custom` an attribute. `seen` holds what the last forward was given.
+    that does not train, `custom` an attribute. `seen` holds the batch of the last forward.
     """
 
     decay: Tensor
@@ -57,7 +57,7 @@ class Net(nn.Module):
 
 
 def make_batch(step: int, size: int = 8, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Tensor]:
-    """Returns (batch, target ids) of that step: each id is to be told its successor. Floats are float32."""
+    """Returns (batch, target ids) of a step: the target of each id is the next id. Floats are float32, ids int64."""
     generator = torch.Generator().manual_seed(1000 + step)
     ids = torch.randint(0, VOCABULARY, (size, LENGTH), generator=generator)
     batch = {
@@ -69,5 +69,5 @@ def make_batch(step: int, size: int = 8, device: torch.device | str = "cpu") -> 
 
 
 def loss_of(logits: Tensor, target: Tensor) -> Tensor:
-    """Returns the mean cross entropy."""
+    """Returns the mean cross entropy of logits (..., VOCABULARY) and target ids (...), a scalar."""
     return nn.functional.cross_entropy(logits.flatten(0, -2), target.flatten())

@@ -44,7 +44,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Takes and returns the stream, (rows, length, width)."""
+        """Takes and returns the residual stream, (rows, length, width)."""
         rows, length, _ = x.shape
         query, key, value = self.qkv(self.attention_norm(x)).view(rows, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         attended = scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -53,7 +53,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens (rows, length), int64, to logits (rows * length, vocabulary)."""
+    """Tokens (rows, length), int64 -> logits (rows * length, vocabulary)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Returns the logits of the next token."""
+        """Returns the logits of each next token."""
         positions = self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         x = self.blocks(self.embedding(tokens) + positions)
         return self.head(self.norm(x).flatten(0, 1))  # of a three-dimensional x it is a view, of which FSDP2 warns
@@ -92,7 +92,7 @@ class Problem:
         return torch.stack(tokens, dim=1).chunk(BATCHES)[step % BATCHES]
 
     def loss(self, model: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        """Returns the mean cross entropy over the tokens of `rows`, in float32 at least."""
+        """Returns the mean cross entropy over the tokens of `rows`, a scalar in float32 or wider."""
         logits = model(rows[:, :-1])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cross_entropy(logits, rows[:, 1:].flatten())
@@ -104,7 +104,7 @@ def sgd(params: Iterable[nn.Parameter], foreach: bool | None = None, fused: bool
 
 
 def adamw(params: Iterable[nn.Parameter]) -> Optimizer:
-    """Returns AdamW, to be compared beside. Not for 16-true, where its squared gradients underflow."""
+    """Returns AdamW, for comparisons without controls. Not for 16-true, where its squared gradients underflow."""
     return AdamW(params, lr=2e-4)
 
 
@@ -158,5 +158,5 @@ def train(
 
 
 def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
-    """Returns the mean over ranks of their curves, step by step."""
+    """Returns the mean of the ranks' curves at each step."""
     return [math.fsum(losses) / len(curves) for losses in zip(*curves, strict=True)]

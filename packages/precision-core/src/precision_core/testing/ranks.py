@@ -1,4 +1,4 @@
-"""Ranks: a function in several processes of this machine, forked from this one, so that nothing has to pickle."""
+"""Ranks: runs a function in several processes of this machine, forked from this one, so that nothing has to pickle."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from precision_core.testing.forks import Forks, Job
 
 
 class RankError(AssertionError):
-    """A rank failed, or did not come to its end in time; holds every rank's traceback."""
+    """A rank failed, or did not finish in time; the message has every failed rank's traceback."""
 
 
 class Pools:
-    """Ranks that are kept for the next function, by their number; none where `key` is None, which is the default.
+    """Ranks that are kept for the next function, by their number; none if `key` is None, which is the default.
 
-    A fresh rank costs a fork and what torch does when it first computes, 0.2 CPU seconds and up to half a second of
-    waiting. Between two functions the process group is destroyed, and what follows the forking process (environment,
-    folder, warnings, random generators) is set anew. What a function leaves behind in other places stays, so nobody
-    gets kept ranks who did not ask for them.
+    A new rank costs a fork and torch's first computation: 0.2 CPU seconds and up to half a second of waiting. Between
+    two functions the process group is destroyed, and environment, folder, warnings and random generators are set to
+    the caller's. Other state that a function leaves behind stays, so kept ranks are opt-in.
     """
 
     def __init__(self) -> None:
@@ -38,16 +37,16 @@ class Pools:
         self._kept: dict[int, Forks] = {}
         self._ends_with_process = False
         self.cpu_seconds = 0.0
-        """What kept ranks have computed, as far as this process's own times do not hold it."""
+        """CPU seconds of kept ranks that this process's own times do not include yet."""
 
     def choose(self, key: str | None) -> None:
-        """Has the next functions run in ranks that were kept under `key`; None: in fresh ones. Others are let go."""
+        """Runs the next functions in ranks kept under `key` (None: in new ones). Ranks of another key are ended."""
         if key != self.key and key is not None and self._kept:
             self.close()
         self.key = key
 
     def take(self, count: int) -> Forks:
-        """Returns ranks that wait for a function; they are the caller's until `give_back`."""
+        """Returns `count` waiting ranks; they belong to the caller until `give_back`."""
         kept = self._kept.pop(count, None)
         if kept is not None and not kept.is_clean(timeout=20.0):
             self.let_go(kept)
@@ -55,7 +54,7 @@ class Pools:
         return kept or Forks(count)
 
     def give_back(self, forks: Forks, cpu_seconds: float) -> None:
-        """Keeps ranks of which each has returned, after so many CPU seconds in all; they clean up meanwhile."""
+        """Keeps ranks that have all returned, with their CPU seconds so far in total; they clean up meanwhile."""
         self.cpu_seconds += cpu_seconds - forks.cpu_seconds
         forks.cpu_seconds = cpu_seconds
         if not self._ends_with_process:
@@ -70,7 +69,7 @@ class Pools:
         self.cpu_seconds -= forks.cpu_seconds  # now it is in this process's times of children
 
     def close(self) -> None:
-        """Lets all kept ranks go."""
+        """Ends all kept ranks."""
         while self._kept:
             self.let_go(self._kept.popitem()[1])
 
@@ -79,18 +78,18 @@ POOLS = Pools()
 
 
 def run_in_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Returns what `function(*args)` returns on each of `count` ranks, in an environment as torchrun makes it.
+    """Runs `function(*args)` on `count` ranks, with torchrun's environment, and returns the results in rank order.
 
-    The results must pickle. On the CPU only: CUDA cannot be forked once it is in use.
+    Results must pickle. CPU only: CUDA cannot be forked once it is in use.
 
     Raises:
-        RankError: a rank raised, died, or was not done within `timeout` seconds; all of them are killed then.
-        RuntimeError: this process has a process group, which the ranks would take for theirs.
+        RankError: a rank raised, died, or did not finish within `timeout` seconds; all are killed then.
+        RuntimeError: this process has a process group, which forked ranks would use as theirs.
     """
     if dist.is_initialized():
         raise RuntimeError(
-            "run_in_ranks: this process has a process group, and forked ranks would take it for theirs. Find who made "
-            "it (a test before this one?), and end it: fabric.teardown(), or run that in ranks too"
+            "run_in_ranks: this process has a process group, and forked ranks would use it as theirs. Find what made "
+            "it (an earlier test?), and end it: fabric.teardown(), or run that in ranks too"
         )
     importlib.import_module("torch._dynamo")  # DDP imports it: 4 seconds that each rank would spend anew
 
@@ -120,7 +119,7 @@ def run_in_ranks(count: int, function: Callable[..., Any], *args: Any, timeout: 
 
 
 def _job(count: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Job:
-    """Returns the function, and of this process what a forked one would have."""
+    """Returns the function with the state of this process that a forked one would have."""
     generators: dict[str, Any] = {"torch": torch.get_rng_state(), "random": random.getstate()}
     if "numpy" in sys.modules:
         generators["numpy"] = sys.modules["numpy"].random.get_state()
