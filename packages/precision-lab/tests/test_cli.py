@@ -271,7 +271,7 @@ def test_the_command_as_users_start_it(install, tmp_path, forked):
         (["--strategy", "abacus"], "abacus"),
         (["--out", "file"], "file"),
         (["--out", "file/inside"], "cannot write in 'file/inside'"),
-        (["--out", "s3://bucket/out"], "s3:// is an address"),
+        (["--out", "s3://bucket/out"], "s3:// addresses are not supported"),
     ],
 )
 def test_bad_options_are_clear_and_early(options, message, tmp_path, monkeypatch, install):

@@ -34,8 +34,8 @@ class Quantized(nn.Module):
     compute_dtype: torch.dtype
     transposed: bool = False
     """Whether float checkpoints have (columns, rows), as Hugging Face's Conv1D does."""
-    loads_whole = ("weight",)
-    """What `fabric.load_module` hands over whole, to be checked, or quantised, before it is cut into shards."""
+    loads_unsharded = ("weight",)
+    """What `fabric.load_module` hands over unsharded, to be checked, or quantised, before it is cut into shards."""
     shown = ""
     _repacked: fast.Repacked | None = None
 

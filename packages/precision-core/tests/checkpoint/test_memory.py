@@ -108,5 +108,5 @@ def test_a_file_that_is_cut_while_it_is_verified_is_an_error(tmp_path: Path, mon
         return crc(data, start)
 
     monkeypatch.setattr(zipfile, "crc32", cut)
-    with pytest.raises(CheckpointError, match="is damaged, or no checkpoint"):
+    with pytest.raises(CheckpointError, match="is damaged, or not a checkpoint"):
         fabric.load(path)

@@ -204,10 +204,10 @@ def test_a_state_is_a_dict_without_the_reserved_key(path: Path) -> None:
         (3, r'{"model": model, "step": step})'),
     ):
         for name, call in (("save", fabric.save), ("load", fabric.load)):
-            said = f"fabric.{name}(path, state): state is a dict, not a {type(wrong).__name__}: fabric.{name}(path, "
+            said = f"fabric.{name}(path, state): state must be a dict, not {type(wrong).__name__}: fabric.{name}(path, "
             with pytest.raises(ValueError, match=re.escape(said + cure.replace("fabric.{}", f"fabric.{name}"))):
                 call(path, wrong)  # type: ignore[operator]
-    with pytest.raises(TypeError, match=r"fabric\.save\(path, \.\.\.\): a path comes first, and this is a dict"):
+    with pytest.raises(TypeError, match=r"fabric\.save\(path, \.\.\.\): path must be a str or a path object, not dict"):
         fabric.save({"model": model}, path)  # type: ignore[arg-type]
     assert path.read_bytes() == before
 

@@ -260,7 +260,7 @@ def other_optimizer(state: dict[str, Any]) -> None:
 
 LOAD_ERRORS: dict[str, tuple[Callable[..., Any], str]] = {
     "model": (other_model, "model.first.weight: unexpected in the checkpoint"),
-    "optimizer": (other_optimizer, "it is of another optimizer than SGD"),
+    "optimizer": (other_optimizer, "so another optimizer than SGD wrote it"),
     "object": (lambda state: state.update(broken=Fails(1)), "broken could not be loaded, nothing was changed"),
     "missing": (lambda state: None, "there is no checkpoint"),
     "value": (lambda state: state.update(epoch=0), "epoch: missing in the checkpoint"),
@@ -369,7 +369,7 @@ def test_a_rank_that_is_killed_in_a_save_leaves_the_older_checkpoint(tmp_path: P
     with pytest.raises(RankError, match="rank 1 of 2:\nit died"):
         run_in_ranks(2, die, tmp_path / "x", tmp_path / "said")
     took, said = (tmp_path / "said").read_text().split(maxsplit=1)
-    assert float(took) < SOON and said.startswith("another rank is gone")
+    assert float(took) < SOON and said.startswith("another rank died")
     fabric, state = make("auto", 1, seed=1)
     fabric.load(tmp_path / "x", state)
     assert same(values(state), values(make("auto", 1)[1]))

@@ -254,10 +254,10 @@ def test_a_sampler_with_a_position_of_its_own_is_not_skipped_twice(tmp_path: Pat
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"epoch": 1}, "is no state of a data loader"),
+        ({"epoch": 1}, "not the state of a data loader"),
         (
             {"epoch": 0, "batches": 1, "length": 9, "start": {}, "now": {}},
-            "one in a loader of 9 batches, and this has 6",
+            "cannot resume at batch 1: the checkpoint's loader had 9 batches per epoch, this one has 6. Save at",
         ),
     ],
 )
@@ -281,7 +281,7 @@ def test_data_that_became_less_is_said(tmp_path: Path) -> None:
     fabric().save(tmp_path / "last.ckpt", {"loader": moved})
     Short.size = 2
     fabric().load(tmp_path / "last.ckpt", {"loader": moved})
-    with pytest.raises(ValueError, match="ended after 2 batches, and the checkpoint was saved after 4"):
+    with pytest.raises(ValueError, match="cannot resume at batch 4: the loader ended after 2 batches"):
         iter(moved)
 
 

@@ -121,7 +121,7 @@ class MyBatches(BatchSampler):
 @pytest.mark.parametrize(
     ("loader", "message"),
     [
-        (MyLoader(Numbers(4)), "another MyLoader"),
+        (MyLoader(Numbers(4)), "rebuild a MyLoader"),
         (DataLoader(Numbers(4), sampler=WeightedRandomSampler([1.0] * 4, 4)), "a WeightedRandomSampler"),
         (DataLoader(Numbers(4), sampler=RandomSampler(Numbers(4), replacement=True)), "with replacement"),
         (DataLoader(Numbers(4), sampler=RandomSampler(Numbers(4), num_samples=2)), "with replacement or num_samples"),

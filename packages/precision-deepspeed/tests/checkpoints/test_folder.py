@@ -160,7 +160,7 @@ def saving_is_refused(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="for a pattern"):
         fabric.save(folder / "run[1]", state)
     (folder / "file").write_text("mine")
-    with pytest.raises(ValueError, match="no checkpoint folder"):
+    with pytest.raises(ValueError, match="not a checkpoint folder"):
         fabric.save(folder / "file", state)
     with pytest.raises(ValueError, match="object"):
         fabric.save(folder / "a", {**state, "odd": object()})

@@ -1,6 +1,6 @@
 """What is saved and loaded, all or nothing.
 
-Its modules are core's own; others import from here what `__all__` lists.
+Other packages import what `__all__` lists from here; the modules themselves are private.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
     "together",
 ]
 
-# Each comes when it is asked for: `import precision_core` takes none of them.
+# Imported on first use: `import precision_core` imports none of them.
 _HOMES = {
     "CheckpointError": "error",
     "Filter": "live.state",

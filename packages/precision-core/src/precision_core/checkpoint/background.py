@@ -1,4 +1,4 @@
-"""Saves in the background: a thread writes a copy in host memory while training goes on and changes the values."""
+"""Saves in the background: a thread writes a copy in CPU memory while training goes on."""
 
 from __future__ import annotations
 
@@ -22,68 +22,68 @@ from precision_core.strategies import Strategy
 
 
 class PendingSave:
-    """A save that is done, or under way in a thread.
+    """A save that has ended, or runs in a thread.
 
-    The process does not end before it is over. An error that neither `wait` nor another save has raised by then is
-    printed.
+    The process does not exit before it has ended. An error that neither `wait` nor a later save raised is printed to
+    stderr then.
     """
 
     def __init__(self, path: Path, write: Callable[[], None] | None = None) -> None:
         self._outcome = _Outcome(path)
         self._thread: threading.Thread | None = None
         if write is not None:
-            weakref.finalize(self, self._outcome.tell)
-            self._thread = threading.Thread(target=self._outcome.of, args=(write,), name=f"save {path.name}")
+            weakref.finalize(self, self._outcome.print_error)
+            self._thread = threading.Thread(target=self._outcome.run, args=(write,), name=f"save {path.name}")
             self._thread.start()
 
     @property
     def done(self) -> bool:
-        """Whether it is over, well or not."""
+        """Whether the save has ended, with or without an error."""
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Returns when the checkpoint is in place.
+        """Waits until the checkpoint is in place.
 
         Raises:
-            OSError, CheckpointError: it could not be written, as from `Fabric.save`; what was at its path stays.
+            OSError, CheckpointError: the save failed, as `Fabric.save` would; an older checkpoint at its path is kept.
         """
         self.settle()
         if self._outcome.error is not None:
-            self._outcome.told = True
+            self._outcome.reported = True
             raise self._outcome.error
 
     def settle(self) -> None:
-        """Returns when it is over, well or not."""
+        """Waits until the save has ended, with or without an error."""
         if self._thread is not None:
             self._thread.join()
 
     @property
-    def unsaid(self) -> bool:
-        """Whether it failed, and nobody was told."""
-        return self._outcome.error is not None and not self._outcome.told
+    def unreported(self) -> bool:
+        """Whether it failed, and `wait` has not raised its error yet."""
+        return self._outcome.error is not None and not self._outcome.reported
 
 
 class _Outcome:
-    """What became of a save; apart from it, so that it can be told when that is gone."""
+    """How a save ended. Not part of `PendingSave`, so that an error can be printed when that is deleted."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.error: BaseException | None = None
-        self.told = False
+        self.reported = False
 
-    def of(self, write: Callable[[], None]) -> None:
+    def run(self, write: Callable[[], None]) -> None:
         try:
             write()
         except BaseException as error:
             self.error = error
 
-    def tell(self) -> None:
-        if self.error is not None and not self.told:
+    def print_error(self) -> None:
+        if self.error is not None and not self.reported:
             print(f"{self.path} was not saved: {type(self.error).__name__}: {self.error}", file=sys.stderr)
 
 
 class _Background:
-    """What a strategy has in the background: its newest save, and a process group for the ranks' threads."""
+    """A strategy's last background save, and the process group of the ranks' threads."""
 
     group: ProcessGroup | None = None
     save: PendingSave | None = None
@@ -93,37 +93,37 @@ _OF: WeakKeyDictionary[Strategy, _Background] = WeakKeyDictionary()
 
 
 def settle(strategy: Strategy) -> None:
-    """Returns when no save of this strategy is under way; errors are kept for `wait` and the next save."""
+    """Waits until no save of this strategy runs; an error is kept for `wait` and the next save."""
     if strategy in _OF and (save := _OF[strategy].save) is not None:
         save.settle()
 
 
-def raise_unsaid(strategy: Strategy) -> None:
-    """Raises what the newest save in the background failed of, if nobody was told."""
+def raise_unreported(strategy: Strategy) -> None:
+    """Re-raises the last background save's error, unless `wait()` already raised it."""
     settle(strategy)
     save = _OF[strategy].save if strategy in _OF else None
-    if save is not None and save.unsaid:
+    if save is not None and save.unreported:
         save.wait()
 
 
 def begin(strategy: Strategy, path: Path, write: Callable[[ProcessGroup | None], None]) -> PendingSave:
-    """Has a thread call `write(group)`; on all ranks at the same point, as they make the group once.
+    """Starts a thread that calls `write(group)`. All ranks call this at the same point: the first call makes the group.
 
     Raises:
-        ValueError: there are several processes, and torch.distributed has not joined them.
+        ValueError: several processes without torch.distributed.
     """
     background = _OF.setdefault(strategy, _Background())
     if strategy.group.world_size > 1 and not is_distributed():
         raise ValueError("fabric.save(wait=False) among several processes needs torch.distributed; use wait=True")
     if strategy.group.world_size > 1 and background.group is None:
-        background.group = dist.new_group(backend="gloo")  # training has the other one to itself
+        background.group = dist.new_group(backend="gloo")  # not the one that training uses
     group = background.group
     background.save = PendingSave(path, lambda: write(group))
     return background.save
 
 
 def forget(strategy: Strategy) -> None:
-    """Waits for the strategy's save, and lets its process group go; call it before the processes part."""
+    """Waits for the strategy's save and destroys its process group; call it before the default group is destroyed."""
     settle(strategy)
     background = _OF.pop(strategy, None)
     if background is not None and background.group is not None and is_distributed():
@@ -131,22 +131,22 @@ def forget(strategy: Strategy) -> None:
 
 
 def copied(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns a copy of `content` in host memory that shares nothing with it; of DTensors this rank's shards.
+    """Returns a deep copy of `content` in CPU memory, with this rank's shards of DTensors.
 
-    Tensors that are one in memory, such as tied weights, stay one.
+    Tensors that share their memory, such as tied weights, share it in the copy.
     """
-    places: dict[Any, Tensor] = {}
+    by_memory: dict[Any, Tensor] = {}
     copies: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if is_sharded(tensor) or (type(tensor) is Tensor and not vars(tensor)):  # others know how they are copied
+        if is_sharded(tensor) or (type(tensor) is Tensor and not vars(tensor)):  # subclasses copy themselves
             local: Any = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-            place: Any = id(tensor)
+            memory: Any = id(tensor)
             if local.layout is torch.strided and local.numel():
-                place = (local.data_ptr(), local.device, local.stride(), tensor.shape, tensor.dtype)
-            if place not in places:
-                places[place] = tensor.detach().to("cpu", copy=True).requires_grad_(tensor.requires_grad)
-            copies[id(tensor)] = places[place]
+                memory = (local.data_ptr(), local.device, local.stride(), tensor.shape, tensor.dtype)
+            if memory not in by_memory:
+                by_memory[memory] = tensor.detach().to("cpu", copy=True).requires_grad_(tensor.requires_grad)
+            copies[id(tensor)] = by_memory[memory]
         return tensor
 
     map_tensors(content, keep)

@@ -1,7 +1,7 @@
-"""What Fabric.load does: a checkpoint's values, read into CPU memory, compared and agreed on, into the live objects.
+"""What Fabric.load does: reads a checkpoint into CPU memory, compares it, agrees over ranks, writes the live objects.
 
-No rank begins to write values into live objects before all of them have compared theirs. Nothing in between is a
-collective, so that an error on any rank is one on all.
+No rank writes into live objects before all ranks have compared theirs. No collective runs in between, so that an
+error on one rank is an error on all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from precision_core.checkpoint.background import settle
 from precision_core.checkpoint.error import RESERVED
 from precision_core.checkpoint.live import left_out
 from precision_core.checkpoint.live.alignment import aligned, replaced
-from precision_core.checkpoint.live.compare import check_fits, raise_mismatches
+from precision_core.checkpoint.live.compare import check_matches, raise_mismatches
 from precision_core.checkpoint.live.optimizer_state import indexed_params
 from precision_core.checkpoint.live.restore import restore
 from precision_core.checkpoint.live.state import Filter, check_filter, is_plain, select, state_of, stateful_objects
@@ -35,13 +35,13 @@ from precision_core.data import rng
 from precision_core.data.loader import DeviceLoader
 from precision_core.strategies import Strategy
 
-_NOBODYS: dict[str, Any] = {"rng": None, "loaders": {}}
+_NEW_RANK: dict[str, Any] = {"rng": None, "loaders": {}}
 
 
 def load(
     path: Path, state: dict[str, Any] | None, strict: bool, filter: Filter | None, trust: bool, strategy: Strategy
 ) -> dict[str, Any]:
-    """Reads the checkpoint, into the live objects by choice; see `Fabric.load`."""
+    """Reads the checkpoint, into the live objects in `state` unless that is None; see `Fabric.load`."""
     settle(strategy)
     if state is None:
         return open_checkpoint(path, trust).everything()
@@ -58,33 +58,37 @@ def load(
         origin = f"{path} (policy {header.get('policy')}, torch {header.get('torch')})"
         raise_mismatches(origin, _refused(state, source.refused))
         content, dtypes, problems, notes = aligned(state, content, header, strict=strict)
-        check_fits(state, content, strict=strict, dtypes=dtypes, origin=origin)
+        check_matches(state, content, strict=strict, dtypes=dtypes, origin=origin)
         raise_mismatches(origin, problems)
     with all_ranks:
         source.verify(strategy.group.rank, strategy.group.world_size)
     with all_ranks:
-        host = source.fetch({"rng": mine["rng"], "precision": header["precision"]})
+        run_state = source.fetch({"rng": mine["rng"], "precision": header["precision"]})
         shards = _shardings(state, content)
         is_lean = strategy.sharded or bool(shards)
-        content = source.fetch(content, shards, leave=lambda key_path: is_lean and not _has_place(state, key_path))
+        content = source.fetch(
+            content, shards, leave=lambda key_path: is_lean and not _has_destination(state, key_path)
+        )
     with all_ranks:
-        steps = [_precision_step(host["precision"], notes, strategy)]
-        if host["rng"] is not None:  # a rank that the saving run did not have keeps its own
-            steps.insert(0, _rng_step(host["rng"], strategy.device))
-        say = partial(left_out.warn, path) if strategy.group.is_rank_zero else (lambda _: None)
+        steps = [_precision_step(run_state["precision"], notes, strategy)]
+        if run_state["rng"] is not None:  # a rank that the saving run did not have keeps its own
+            steps.insert(0, _rng_step(run_state["rng"], strategy.device))
+        warn = partial(left_out.warn, path) if strategy.group.is_rank_zero else (lambda _: None)
         reach = all_ranks.reach
-        return restore(state, content, strict=strict, dtypes=dtypes, host=steps, agree=reach, say=say, origin=origin)
+        return restore(
+            state, content, strict=strict, dtypes=dtypes, run_steps=steps, agree=reach, warn=warn, origin=origin
+        )
 
 
 def _of_rank(header: dict[str, Any], strategy: Strategy) -> dict[str, Any]:
-    """Returns this rank's random generators and loaders' positions; these only of as many ranks."""
+    """Returns this rank's random generators and loader positions; the latter only if as many ranks saved."""
     ranks = header.get("ranks") or [{"rng": header["rng"], "loaders": {}}]
-    mine = ranks[strategy.group.rank] if strategy.group.rank < len(ranks) else _NOBODYS
+    mine = ranks[strategy.group.rank] if strategy.group.rank < len(ranks) else _NEW_RANK
     return mine if len(ranks) == strategy.group.world_size else {**mine, "loaders": {}}
 
 
-def _has_place(tree: Any, key_path: tuple[Any, ...]) -> bool:
-    """Whether an object or a plain value of `tree` takes what stands at `key_path`."""
+def _has_destination(tree: Any, key_path: tuple[Any, ...]) -> bool:
+    """Whether an object or a plain value in `tree` takes the value at `key_path`."""
     for depth, key in enumerate(key_path):
         if type(tree) is not dict:
             return True
@@ -95,7 +99,7 @@ def _has_place(tree: Any, key_path: tuple[Any, ...]) -> bool:
 
 
 def _shardings(tree: dict[str, Any], content: dict[str, Any]) -> dict[KeyPath, Tensor]:
-    """Returns the live DTensor whose sharding each tensor in `content` takes, by its path; others are needed whole.
+    """Returns the live DTensor whose sharding each tensor in `content` takes, by key path; others load unsharded.
 
     State that an optimizer does not have yet takes its parameter's.
     """
@@ -107,14 +111,14 @@ def _shardings(tree: dict[str, Any], content: dict[str, Any]) -> dict[KeyPath, T
         sharded = dict(paths(state_of(live), is_sharded))
         if isinstance(live, Optimizer) and any(is_sharded(p) for group in live.param_groups for p in group["params"]):
             params = dict(indexed_params(live, look_up(content, path)))
-            of_params = {place: params.get(place[1]) for place in saved if place[0] == "state"}
+            of_params = {key_path: params.get(key_path[1]) for key_path in saved if key_path[0] == "state"}
             sharded = {
                 **{p: param for p, param in of_params.items() if param is not None and is_sharded(param)},
                 **sharded,
             }
-        for place, tensor in saved.items():
-            if place in sharded and sharded[place].shape == tensor.shape:
-                found[(*path, *place)] = sharded[place]
+        for key_path, tensor in saved.items():
+            if key_path in sharded and sharded[key_path].shape == tensor.shape:
+                found[(*path, *key_path)] = sharded[key_path]
     return found
 
 
@@ -140,14 +144,14 @@ def _precision_step(state: dict[str, Any], notes: list[str], strategy: Strategy)
 
 
 def _filled_up(tree: dict[str, Any], content: dict[str, Any], filter: Filter) -> dict[str, Any]:
-    """Returns `content` with those entries of modules that `filter` says no to as they are in the live module."""
+    """Returns `content`, with the live module's values for the entries that `filter` rejects."""
     filled = dict(content)
     for key, choose in filter.items():
         live, saved = tree[key], content.get(key)
         if isinstance(choose, dict) and isinstance(saved, dict):
             filled[key] = _filled_up(live, saved, choose)
         elif not isinstance(live, nn.Module):
-            raise ValueError(f"fabric.load(filter={{{key!r}: ...}}): only of modules a part can be loaded")
+            raise ValueError(f"fabric.load(filter={{{key!r}: ...}}): only modules can be loaded in part")
         elif isinstance(saved, dict):
             kept = {name: value for name, value in state_of(live).items() if not choose(name, value)}
             filled[key] = select(saved, choose)
@@ -156,6 +160,6 @@ def _filled_up(tree: dict[str, Any], content: dict[str, Any], filter: Filter) ->
 
 
 def _refused(state: dict[str, Any], why: Mapping[tuple[Any, ...], str]) -> list[str]:
-    """Returns the problems of loading into `state`: its objects at places that have no values."""
-    there = (place for place, _ in stateful_objects(state) if place in why)
-    return [f"{'.'.join(map(str, place))}: {why[place]}" for place in there]
+    """Returns a problem for each object in `state` whose values no strategy can read."""
+    there = (key_path for key_path, _ in stateful_objects(state) if key_path in why)
+    return [f"{'.'.join(map(str, key_path))}: {why[key_path]}" for key_path in there]

@@ -1,9 +1,9 @@
-"""Presence: a call that is for all ranks waits until all of them make it, and says so where one has gone on without it.
+"""Presence: a call that all ranks must make waits for all of them, and raises where one goes on without making it.
 
-`if rank == 0: fabric.save(...)` would meet the other ranks' next collective in the middle of its own: gloo aborts, and
-nccl waits for its time limit. So each rank counts itself in before the first collective. A rank that waits for another
-longer than a moment asks it how far it is: one that is late has begun no more collectives than the asker, one that has
-gone on has, or has ended. A thread of each rank answers, and sleeps until somebody asks; a step does nothing here.
+In `if rank == 0: fabric.save(...)` the collectives of `save` would meet other collectives of the other ranks: gloo
+aborts, nccl waits for its timeout. So each rank counts itself in before the first collective. A rank that waits longer
+than a moment asks the others how far they are: one that is late has begun no more collectives than the asker, one that
+went on has begun more, or has exited. A thread on each rank answers, and sleeps otherwise; training steps cost nothing.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from typing import Any
 
 import torch.distributed as dist
 
-from precision_core.checkpoint.agreement import is_distributed, losses_told
+from precision_core.checkpoint.agreement import is_distributed, peer_failure_as_error
 from precision_core.checkpoint.background import settle
 from precision_core.checkpoint.error import CheckpointError
 from precision_core.strategies import Strategy
 
 _PATIENCE, _BETWEEN, _ANSWER = 2.0, 1.0, 5.0
-"""Seconds before a rank asks the others, between two times, and for an answer."""
+"""Seconds: before a rank asks the others, between two rounds, and to wait for an answer."""
 _TIME_LIMIT = timedelta(minutes=30)
 """torch's own for gloo, where the strategy has none."""
 
 
 class Presence:
-    """What ranks know of each other between two calls that are for all of them; alone, nothing."""
+    """Whether all ranks make the same call; does nothing in a single process."""
 
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = weakref.ref(strategy)
@@ -56,10 +56,10 @@ class Presence:
     """What `all_call` raises."""
 
     def all_call(self, call: str) -> None:
-        """Returns when all ranks are in `call`, each for as many times.
+        """Waits until all ranks are in `call`, each for the same number of times.
 
         Raises:
-            CheckpointError: another rank has begun a collective that is none of this call's, or has ended.
+            CheckpointError: another rank began other collectives, or exited; or it did not come within the timeout.
         """
         desk, strategy = self._desk, self._strategy()
         if desk is None or strategy is None:
@@ -68,7 +68,7 @@ class Presence:
         key = f"{self._prefix}/call/{desk.calls}"
         desk.calls += 1
         try:
-            with losses_told():
+            with peer_failure_as_error():
                 self._store.add(key, 1)
                 self._wait(key, call, desk)
         except BaseException:
@@ -78,7 +78,7 @@ class Presence:
             raise
 
     def close(self) -> None:
-        """Lets the others know that this rank makes no more calls."""
+        """Tells the other ranks that this one makes no more calls."""
         if self._desk is not None:
             self._desk.close()
         self._desk = None
@@ -107,7 +107,7 @@ class Presence:
             time.sleep(next(pauses))
 
     def _look_around(self, desk: _Desk) -> dict[int, Any]:
-        """Returns the ranks that do not come, with "ended" or how far they are; twice the same is sure."""
+        """Returns the ranks that seem not to come: "ended", or how far they are. The same twice is certain."""
         found: dict[int, Any] = {}
         for rank in range(self._size):
             if rank == self._rank:
@@ -122,7 +122,7 @@ class Presence:
         return found
 
     def _ask(self, rank: int) -> Any:
-        """Returns a rank's answer, "ended", or None: it is busy, or cannot be reached."""
+        """Returns a rank's answer, "ended", or None if it is busy or cannot be reached."""
         if rank not in self._addresses:
             key = f"{self._prefix}/{rank}"
             if not self._store.check([key]):  # it has not made its Fabric yet
@@ -135,7 +135,7 @@ class Presence:
                 data = b"".join(iter(lambda: connection.recv(65536), b""))
         except TimeoutError:
             return None
-        except OSError:  # nobody listens; of another machine it may be a wall between
+        except OSError:  # nobody listens; on another machine it may be a firewall
             return "ended" if self._one_machine else None
         return json.loads(data) if data else "ended"
 
@@ -147,7 +147,7 @@ class Presence:
 
 
 class _Desk:
-    """Where a rank can be asked how far it is."""
+    """The socket at which a rank can be asked how far it is."""
 
     def __init__(self, host: str) -> None:
         self.calls = 0
@@ -171,11 +171,11 @@ def _answer(server: socket.socket, desk: weakref.ref[_Desk]) -> None:
             with connection:
                 connection.settimeout(_ANSWER)
                 token = connection.recv(64).decode()
-                begun = _begun()  # before the calls: whoever is in the call may have begun its collectives
+                begun = _begun()  # read before `calls`: a rank in the call may have begun its collectives
                 live = desk()
                 if live is not None and token == live.address[2]:
                     connection.sendall(json.dumps({"calls": live.calls, "begun": begun}).encode())
-        except Exception:  # whoever asked has gone, or was no rank
+        except Exception:  # the asker closed the connection, or was not a rank
             continue
 
 

@@ -1,7 +1,7 @@
-"""What Fabric.save does: the user's state, the precision's and the random generators', as one file.
+"""What Fabric.save does: the user's state, the precision's and the random generators', in one file.
 
-A strategy that shards writes a folder instead, all ranks together; otherwise, with several processes, rank zero writes.
-Each rank's random generators and loaders' positions are in it; anything else that is not sharded is rank zero's.
+A strategy that shards writes a folder instead, all ranks together; otherwise rank zero alone writes. It has the random
+generators and loader positions of every rank; whatever else is not sharded is rank zero's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from precision_core.checkpoint.background import PendingSave
 from precision_core.checkpoint.error import FORMAT_VERSION, RESERVED
 from precision_core.checkpoint.live.optimizer_names import param_names
 from precision_core.checkpoint.live.state import Filter, collect, param_dtypes, stateful_objects
-from precision_core.checkpoint.shards import check_alike, check_parts, describe, is_sharded, made_whole
+from precision_core.checkpoint.shards import check_alike, check_parts, describe, is_sharded, unsharded
 from precision_core.checkpoint.storage import file as checkpoint
 from precision_core.checkpoint.tree import map_leaves, named, paths
 from precision_core.data import rng
@@ -32,7 +32,7 @@ def save(
     """Writes the checkpoint; see `Fabric.save`."""
     if RESERVED in state:
         raise ValueError(f"fabric.save(path, state): state is a dict without the key {RESERVED!r}")
-    background.raise_unsaid(strategy)
+    background.raise_unreported(strategy)
     with agreed(strategy, "save"):
         content = strategy.to_host(collect(state, filter))
         loaders = {key: each.state_dict() for key, each in stateful_objects(state) if isinstance(each, DeviceLoader)}
@@ -52,11 +52,11 @@ def save(
     ranks = gather_over(strategy, mine)
     content = {**content, RESERVED: {**header, "rng": ranks[0]["rng"], "ranks": ranks if len(ranks) > 1 else []}}
     if not wait:
-        with agreed(strategy, "save"):  # what is wrong is said now, as far as it can be
+        with agreed(strategy, "save"):  # raise now what can be known now
             checkpoint.check_saveable(map_leaves(content, lambda _, leaf: None if is_sharded(leaf) else leaf))
             content = background.copied(content) if shards or strategy.sharded or strategy.group.is_rank_zero else {}
     if shards and not strategy.sharded:
-        content = made_whole(content, keep=strategy.group.is_rank_zero)
+        content = unsharded(content, keep=strategy.group.is_rank_zero)
 
     def write(group: ProcessGroup | None) -> None:
         if strategy.sharded:

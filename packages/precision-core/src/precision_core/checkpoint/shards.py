@@ -1,9 +1,8 @@
-"""Tensors that are more than one block of memory: DTensors, of which each rank has a shard, and subclasses of parts.
+"""Tensors that are not one block of memory: DTensors (each rank has a shard), and subclasses that wrap other tensors.
 
-A model under a strategy that shards has DTensors for parameters, and its optimizer DTensors for state. What is loaded
-is brought into CPU memory as DTensors of the same sharding first, in the dtype that it was saved in. Subclasses without
-a `clone`, as torchao's quantised optimizer states are, are copied by the parts that they flatten to for torch.compile;
-any other knows how it is copied.
+Under a strategy that shards, parameters and optimizer state are DTensors. Values are loaded into CPU memory first, as
+DTensors of the same sharding, in the dtype that they were saved in. Subclasses that cannot be deep-copied, such as
+torchao's quantised optimizer states, are copied by the tensors that `__tensor_flatten__` names.
 """
 
 from __future__ import annotations
@@ -22,33 +21,36 @@ Described = list[tuple[Any, ...]]
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Returns whether it is a DTensor, without the import of that class, which takes over a second."""
+    """Returns whether `tensor` is a DTensor, without importing that class (over a second)."""
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
 def is_made_of_parts(tensor: Tensor) -> bool:
-    """Whether a tensor has no memory of its own, but is a wrapper around other tensors; a DTensor does not count."""
+    """Whether `tensor` is a subclass that wraps other tensors (`__tensor_flatten__`), DTensor excepted."""
     return hasattr(type(tensor), "__tensor_flatten__") and not is_sharded(tensor)
 
 
-def host_like(live: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns an empty tensor in CPU memory: of the shape of `live`, and this rank's shards where it is a DTensor."""
+def cpu_like(live: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns an uninitialised CPU tensor with the shape of `live`; a DTensor of the same sharding if that is one."""
     return torch.empty_like(live.detach(), dtype=dtype, device="cpu")
 
 
-def cut(whole: Tensor, live: Tensor) -> Tensor:
-    """Returns `whole` sharded as `live` is: a DTensor with a copy of this rank's part in CPU memory."""
-    sharded = host_like(live, whole.dtype)
+def cut(full: Tensor, live: Tensor) -> Tensor:
+    """Returns `full` as a DTensor sharded like the DTensor `live`, with a copy of this rank's shard in CPU memory.
+
+    The result keeps the dtype of `full`; both have the same full shape.
+    """
+    sharded = cpu_like(live, full.dtype)
     local, offsets = local_part(sharded)
     if local.numel():
         for dim, (offset, size) in enumerate(zip(offsets, local.shape, strict=True)):
-            whole = whole.narrow(dim, offset, size)
-        local.copy_(whole)
+            full = full.narrow(dim, offset, size)
+        local.copy_(full)
     return sharded
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:
-    """Returns what this rank has of a tensor, all of one that is not sharded, and at which index it begins."""
+    """Returns this rank's shard (the tensor itself, if not sharded), and its offsets in the full tensor."""
     if not is_sharded(tensor):
         return tensor, [0] * tensor.dim()
     sharded: Any = tensor
@@ -56,11 +58,11 @@ def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:
     return local, list(sharded.__create_chunk_list__()[0].offsets) if local.numel() else [0] * tensor.dim()
 
 
-def made_whole(content: dict[str, Any], keep: bool) -> dict[str, Any]:
-    """Returns `content` with every DTensor unsharded on the CPU, where `keep`; elsewhere with nothing of them.
+def unsharded(content: dict[str, Any], keep: bool) -> dict[str, Any]:
+    """Returns `content` with every DTensor gathered into a full tensor on the CPU if `keep`, else with None for each.
 
-    One tensor after the other is gathered, so that a rank that does not keep them never holds two. All ranks of the
-    DTensors' meshes call it, with the same ones.
+    Tensors are gathered one at a time, so that a rank without `keep` holds one at most. All ranks of the DTensors'
+    meshes call this, with the same tensors.
     """
     problem: Exception | None = None
 
@@ -69,37 +71,37 @@ def made_whole(content: dict[str, Any], keep: bool) -> dict[str, Any]:
         if not isinstance(leaf, Tensor) or not is_sharded(leaf):
             return leaf
         on_mesh: Any = leaf.detach().to(leaf.device_mesh.device_type)  # type: ignore[attr-defined]  # a CPU offload's
-        whole = on_mesh.full_tensor()
+        full = on_mesh.full_tensor()
         try:
-            return whole.to("cpu") if keep and problem is None else None
-        except Exception as error:  # the others gather on, so this rank does
+            return full.to("cpu") if keep and problem is None else None
+        except Exception as error:  # the other ranks go on gathering, so this one must
             problem = error
 
-    whole = map_leaves(content, take)
+    gathered = map_leaves(content, take)
     if problem is not None:
         raise problem
-    return whole
+    return gathered
 
 
 def check_parts(tensors: dict[str, Tensor]) -> None:
-    """Raises `ValueError` for DTensors whose shards are made of parts, which no checkpoint can cut or put together."""
+    """Raises `ValueError` for DTensors whose shards wrap other tensors: they cannot be sharded anew later."""
     for name, tensor in tensors.items():
         local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
         if is_made_of_parts(local):
             raise ValueError(
                 f"cannot save {name}: shards of a {type(local).__name__} cannot be read again. Leave that object out "
-                "of `state`, take an optimizer whose state is plain tensors (torch.optim.AdamW), or a strategy that "
-                "shards nothing"
+                "of `state`, use an optimizer whose state is plain tensors (torch.optim.AdamW), or a strategy that "
+                "does not shard"
             )
 
 
 def describe(tensors: dict[str, Tensor]) -> Described:
-    """Returns what must be the same on all ranks that write together."""
+    """Returns names, types, shapes and dtypes: what must be equal on all ranks that write together."""
     return [(name, type(tensor).__name__, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
 
 
 def check_alike(described: list[Described]) -> None:
-    """Raises `CheckpointError` unless all ranks' descriptions are the same; names the tensors that differ."""
+    """Raises `CheckpointError` unless all ranks' descriptions are equal; names the tensors that differ."""
     for rank, theirs in enumerate(described):
         if theirs != described[0]:
             differ = sorted(str(item[0]) for item in set(theirs) ^ set(described[0])) or ["their order"]
@@ -110,7 +112,7 @@ def check_alike(described: list[Described]) -> None:
 
 
 def copy_of(tensor: Tensor, device: torch.device | str | None = None) -> Tensor:
-    """Returns a copy, by parts where the subclass has no way of its own; these on `device`, None: where they are."""
+    """Returns a deep copy; a subclass that has none is copied by its inner tensors, onto `device` (None: their own)."""
     if not is_made_of_parts(tensor):
         return copy.deepcopy(tensor)
     try:
@@ -124,7 +126,7 @@ def copy_of(tensor: Tensor, device: torch.device | str | None = None) -> Tensor:
 
 
 def deep_copied(tree: Any, memo: dict[int, Any] | None = None, device: torch.device | str | None = None) -> Any:
-    """Returns `copy.deepcopy(tree, memo)`, which such subclasses would fail."""
+    """Returns `copy.deepcopy(tree, memo)`, also where it holds subclasses that `copy_of` has to copy."""
     copies = {} if memo is None else memo
 
     def keep(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A checkpoint's content as a tree: nested dicts, lists and tuples, and the key paths that lead to what is in them."""
+"""A checkpoint's content as a tree: nested dicts, lists and tuples, and the key paths of what they hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KeyPath = tuple[Any, ...]
 
 
 def paths(tree: Any, wanted: Callable[[Tensor], bool]) -> list[tuple[KeyPath, Tensor]]:
-    """Returns the tensors in `tree` that are `wanted`, with where they are."""
+    """Returns the tensors in `tree` that are `wanted`, with their key paths."""
     found: list[tuple[KeyPath, Tensor]] = []
     map_leaves(
         tree, lambda path, leaf: found.append((path, leaf)) if isinstance(leaf, Tensor) and wanted(leaf) else None
@@ -23,7 +23,7 @@ def paths(tree: Any, wanted: Callable[[Tensor], bool]) -> list[tuple[KeyPath, Te
 
 
 def named(tensors: list[tuple[KeyPath, Any]]) -> dict[str, Any]:
-    """Returns them by name, "model.layer.weight", as torch.distributed.checkpoint has it; names are made unique."""
+    """Returns the values by unique dotted name ("model.layer.weight"), as torch.distributed.checkpoint has them."""
     names: dict[str, Any] = {}
     for path, value in tensors:
         name = ".".join(map(str, path))
@@ -34,7 +34,7 @@ def named(tensors: list[tuple[KeyPath, Any]]) -> dict[str, Any]:
 
 
 def map_leaves(tree: Any, function: Callable[[KeyPath, Any], Any], path: KeyPath = ()) -> Any:
-    """Returns a copy of `tree` with every leaf, what is no dict, list or tuple, replaced by `function(path, leaf)`."""
+    """Returns a copy of `tree` with every leaf (not a dict, list or tuple) replaced by `function(path, leaf)`."""
     kind = type(tree)
     if kind in (dict, OrderedDict):
         new = copy.copy(tree)  # with what is set on an OrderedDict: modules keep their versions there
@@ -46,7 +46,7 @@ def map_leaves(tree: Any, function: Callable[[KeyPath, Any], Any], path: KeyPath
 
 
 def look_up(tree: dict[str, Any], path: KeyPath) -> Any:
-    """Returns what stands at `path`."""
+    """Returns the value at `path`."""
     value: Any = tree
     for key in path:
         value = value[key]
@@ -54,7 +54,7 @@ def look_up(tree: dict[str, Any], path: KeyPath) -> Any:
 
 
 def leads_to(path: KeyPath, tree: Any) -> bool:
-    """Whether something stands at `path`."""
+    """Whether there is a value at `path`."""
     for key in path:
         if not isinstance(tree, dict) or key not in tree:
             return False

@@ -1,6 +1,6 @@
 """Loaders that move, share out and resume; random generators.
 
-Its modules are core's own; others import from here what `__all__` lists.
+Other packages import what `__all__` lists from here; the modules themselves are private.
 """
 
 from precision_core.data.loader import DeviceLoader

@@ -1,4 +1,4 @@
-"""Data loaders whose batches arrive on the device, and that go on in the middle of an epoch."""
+"""Data loaders that move batches to the device, and resume in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ _KEYS: dict[str, Any] = {
 
 
 class DeviceLoader:
-    """Iterates over `loader` and moves each batch to `device`, dtypes untouched; else it is `loader`.
+    """Iterates over `loader` and moves each batch to `device`, dtypes unchanged; other attributes are `loader`'s.
 
-    Its state is the position within the epoch and what the epoch's order was drawn from. The first pass after
-    `load_state_dict` goes on with the very next batch: it draws the same order, and loads and drops what was handed out
-    before, worker processes included, so that their random streams are right too. A loader with a state of its own is
-    asked for that instead.
+    Its state is the position in the epoch and the random state that the epoch's order was drawn from. The first pass
+    after `load_state_dict` resumes at the very next batch: it draws the same order, then loads and drops the batches
+    that were handed out before, in the workers too, so that their random streams are right. A loader with `state_dict`
+    of its own (torchdata's StatefulDataLoader) saves and resumes by that instead.
     """
 
     def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
         self._loader = loader
         self.destination = device
-        self._epoch = 0  # passes that came to their end
-        self._batches: int | None = None  # handed out in the newest pass; None: it came to its end
-        self._start: dict[str, Any] = {}  # what the newest pass was drawn from
-        self._newest: object = None  # stands for the pass whose batches count
-        self._begun = False  # whether this process has made a pass
+        self._epoch = 0  # completed passes
+        self._batches: int | None = None  # handed out in the current pass; None: no pass is running
+        self._start: dict[str, Any] = {}  # random state that the current pass's order was drawn from
+        self._newest: object = None  # token of the current pass: batches of older iterators do not count
+        self._begun = False  # whether this process has begun a pass
         self._goes_on = False
 
     def __iter__(self) -> Iterator[Any]:
@@ -60,7 +60,7 @@ class DeviceLoader:
             self.end_epoch()
 
     def moved(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yields the batches on the device; a strategy's own loader may bring them there in another way."""
+        """Yields the batches on the device; a strategy's subclass may move them in another way."""
         for batch in batches:
             yield move(batch, self.destination)
 
@@ -77,13 +77,13 @@ class DeviceLoader:
             recall(self._loader, now)
         if skipped < skip:
             raise ValueError(
-                f"the loader ended after {skipped} batches, and the checkpoint was saved after {skip}: its data changed"
+                f"cannot resume at batch {skip}: the loader ended after {skipped} batches, so its data changed"
             )
         self._goes_on = False
         return batches
 
     def end_epoch(self) -> None:
-        """Says that the pass under way is over; for an epoch that is cut short on purpose, by `break`."""
+        """Ends the current pass as a completed epoch; call it after a `break` that cut an epoch short on purpose."""
         self._epoch += self._batches is not None
         self._batches, self._start, self._goes_on = None, {}, False
 
@@ -93,8 +93,8 @@ class DeviceLoader:
         """Returns the position and the generators' states as plain values and tensors, or the loader's own state.
 
         Raises:
-            ValueError: in the middle of an epoch, worker processes have drawn ahead from a sampler that keeps its own
-                position, so that what it says is not where the batches are.
+            ValueError: in the middle of an epoch, with worker processes and a sampler that keeps its own position: the
+                workers have drawn ahead from it.
         """
         if keeps_own_state(self._loader):
             return self._loader.state_dict()  # type: ignore[attr-defined]
@@ -118,20 +118,21 @@ class DeviceLoader:
         return bool(getattr(self._loader, "num_workers", 0))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned; the next pass goes on where that one was.
+        """Restores what `state_dict` returned; the next pass resumes at that position.
 
         Raises:
-            ValueError: something else, or a position in a loader of another length; nothing changes.
+            ValueError: not the state of a loader, or a position in a loader of another length; nothing changes.
         """
         if keeps_own_state(self._loader):
             self._loader.load_state_dict(state)  # type: ignore[attr-defined]
             return
         if not isinstance(state, dict) or any(not isinstance(state.get(key), kind) for key, kind in _KEYS.items()):
-            raise ValueError(f"this is no state of a data loader: {str(state)[:80]}")
+            raise ValueError(f"not the state of a data loader: {str(state)[:80]}")
         mine = length(self._loader)
         if state["batches"] is not None and state["length"] != mine:
             raise ValueError(
-                f"the position {state['batches']} is one in a loader of {state['length']} batches, and this has {mine}"
+                f"cannot resume at batch {state['batches']}: the checkpoint's loader had {state['length']} batches per "
+                f"epoch, this one has {mine}. Save at the end of an epoch, or leave the loader out of `state`"
             )
         sampler = stateful_sampler(self._loader)
         if sampler is not None and state.get("sampler") is not None:
@@ -142,7 +143,7 @@ class DeviceLoader:
         self._newest = None
 
     def undo_load(self) -> Callable[[], None]:
-        """Returns what brings the loader back to where it is now, a pass under way included."""
+        """Returns a function that restores the loader's present position, also in a running pass."""
         before, now = dict(vars(self)), capture(self._loader)
         parts: list[Any] = [part for part in (self._loader, stateful_sampler(self._loader)) if keeps_own_state(part)]
         positions = [copy.deepcopy(part.state_dict()) for part in parts]
@@ -155,7 +156,7 @@ class DeviceLoader:
 
         return undo
 
-    # ---------------------------------------------------------------- else it is the loader
+    # ---------------------------------------------------------------- the loader's own attributes
 
     def __len__(self) -> int:
         return len(self._loader)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What a data loader's order depends on: the random generators, its own ones, and its samplers' seeds and epochs."""
+"""What a data loader's order is drawn from: global random generators, its own, its samplers' seeds and epochs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CPU = torch.device("cpu")  # where samplers draw
 
 
 def capture(loader: Any) -> dict[str, Any]:
-    """Returns the states of Python's, numpy's, torch's and the loader's generators, its samplers' seeds and epochs."""
+    """Returns the states of the global and the loader's generators, and its samplers' epochs and seeds."""
     parts = dict(_parts(loader))
     return {
         "rng": rng_state(_CPU),
@@ -24,7 +24,7 @@ def capture(loader: Any) -> dict[str, Any]:
 
 
 def recall(loader: Any, captured: dict[str, Any], *, globals_too: bool = True) -> None:
-    """Brings everything back to what `capture` returned; generators that are gone are left out."""
+    """Restores what `capture` returned; generators that the loader no longer has are skipped."""
     if globals_too:
         set_rng_state(captured["rng"], _CPU)
     for name, part in _parts(loader):
@@ -53,7 +53,7 @@ def keeps_own_state(loader: Any) -> bool:
 def length(loader: Any) -> int | None:
     """Returns the number of batches, or None where the loader does not know.
 
-    A stream is not asked: a DataLoader that was would warn of batches beyond that.
+    An iterable dataset is not asked: a DataLoader that was would warn when more batches come.
     """
     if isinstance(getattr(loader, "dataset", None), IterableDataset):
         return None

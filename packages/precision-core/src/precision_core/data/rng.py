@@ -1,4 +1,4 @@
-"""Random number generators: seeding them, and their states as plain values and tensors that a checkpoint may hold."""
+"""Random number generators: seeds them, and saves and restores their states as plain values and tensors."""
 
 from __future__ import annotations
 

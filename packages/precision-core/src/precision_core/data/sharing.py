@@ -1,4 +1,4 @@
-"""Data loaders whose data is shared out among processes."""
+"""Data loaders that give each process its share of the data."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.utils.data.distributed import DistributedSampler
 
 
 def share_out(loader: Iterable[Any], rank: int, world_size: int) -> Iterable[Any]:
-    """Returns a loader like `loader` with rank's share of the data; shuffled anew every epoch if `loader` shuffles.
+    """Returns a loader like `loader` with this rank's share of the data, reshuffled every epoch if `loader` shuffles.
 
-    What is no DataLoader, has an iterable dataset, or a DistributedSampler, shares out by itself and is returned as it
-    is. All ranks get equally many samples: some of them twice where the data does not divide, as torch does.
+    Anything but a DataLoader, and one with an iterable dataset or a DistributedSampler, is returned as it is. All ranks
+    get the same number of samples: if the data does not divide evenly, some come twice, as with torch's sampler.
 
     Raises:
-        ValueError: a subclass of DataLoader, or a sampler of the user's own.
+        ValueError: a subclass of DataLoader, or a custom sampler.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
@@ -25,17 +25,15 @@ def share_out(loader: Iterable[Any], rank: int, world_size: int) -> Iterable[Any
         return loader
     way_out = "share its data out by rank yourself, and pass use_distributed_sampler=False"
     if type(loader) is not DataLoader:
-        raise ValueError(
-            f"setup_dataloaders cannot make another {type(loader).__name__} with another sampler: {way_out}"
-        )
+        raise ValueError(f"setup_dataloaders cannot rebuild a {type(loader).__name__} with another sampler: {way_out}")
     own = next((each for each in (loader.batch_sampler, _sampler(loader)) if not _is_torchs(each)), None)
     if own is not None:
-        raise ValueError(f"setup_dataloaders does not know how to share out a {type(own).__name__}: {way_out}")
+        raise ValueError(f"setup_dataloaders cannot share out a {type(own).__name__}: {way_out}")
     given = _sampler(loader)
     shuffles = isinstance(given, RandomSampler)
     if isinstance(given, RandomSampler) and (given.replacement or given.num_samples != len(given.data_source)):
         raise ValueError(
-            f"setup_dataloaders does not share out a RandomSampler with replacement or num_samples: {way_out}"
+            f"setup_dataloaders cannot share out a RandomSampler with replacement or num_samples: {way_out}"
         )
     sampler = EpochSampler(
         loader.dataset,
@@ -46,15 +44,15 @@ def share_out(loader: Iterable[Any], rank: int, world_size: int) -> Iterable[Any
         drop_last=getattr(loader.batch_sampler, "drop_last", False),
     )
     kept = {name: getattr(loader, name) for name in _KEPT if hasattr(loader, name)}  # torch drops some
-    if isinstance(loader.batch_sampler, BatchSampler):  # who passes one has a loader without batch_size and drop_last
+    if isinstance(loader.batch_sampler, BatchSampler):  # a loader given one has no batch_size and drop_last
         kept |= {name: getattr(loader.batch_sampler, name) for name in ("batch_size", "drop_last")}
-    if loader.num_workers == 0:  # torch refuses the others' options then
+    if loader.num_workers == 0:  # torch rejects options of workers then
         kept = {name: value for name, value in kept.items() if name not in _OF_WORKERS}
     return DataLoader(loader.dataset, sampler=sampler, **kept)
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """A DistributedSampler that counts its epochs, so that nobody has to call `set_epoch`; who does, is heard."""
+    """A DistributedSampler that counts epochs itself; `set_epoch` still works."""
 
     def __iter__(self) -> Iterator[Any]:
         indices = super().__iter__()
@@ -78,7 +76,7 @@ _KEPT = (
 
 
 def _sampler(loader: DataLoader[Any]) -> Any:
-    """Returns what gives the indices, also where it stands inside a batch sampler."""
+    """Returns the sampler of indices, also if it is inside a batch sampler."""
     return getattr(loader.batch_sampler, "sampler", loader.sampler)
 
 
@@ -87,6 +85,6 @@ def _is_torchs(sampler: object) -> bool:
 
 
 def _seed(loader: DataLoader[Any]) -> int:
-    """Returns the seed of the shuffling: the generator's, so that all ranks agree if they were seeded alike."""
+    """Returns the generator's initial seed: all ranks shuffle alike if they were seeded alike."""
     generator = loader.generator or getattr(_sampler(loader), "generator", None)
     return int((generator or torch.default_generator).initial_seed() % 2**32)

@@ -59,8 +59,8 @@ def test_nothing_fits_and_that_comes_first(path: Path) -> None:
     returned, texts = load(path, {"model": model})
     assert returned == {"more": 3} and torch.equal(model.weight, before)
     assert texts == [
-        "nothing in the checkpoint fits model (Linear), which stays as it is; missing in the checkpoint: weight, bias; "
-        "unexpected in the checkpoint: inner.weight, inner.bias"
+        "nothing in the checkpoint matches model (Linear), which stays as it is; missing in the checkpoint: weight, "
+        "bias; unexpected in the checkpoint: inner.weight, inner.bias"
     ]
 
 
@@ -73,7 +73,7 @@ def test_one_warning_an_object_with_ten_names_of_each_kind(path: Path) -> None:
     _, texts = load(path, {"nested": {"one": stack("x", *b)}, "two": stack("x")})
     missing, unexpected = (", ".join(f"{name}.weight" for name in names[:10]) for names in (b, a))
     assert texts == [
-        f"the checkpoint fits nested.one (ModuleDict) in part; missing in the checkpoint: {missing} and 1 more; "
+        f"the checkpoint matches nested.one (ModuleDict) in part; missing in the checkpoint: {missing} and 1 more; "
         f"unexpected in the checkpoint: {unexpected} and 2 more"
     ]
 
@@ -85,9 +85,9 @@ def test_objects_and_values_that_the_checkpoint_has_no_key_for(path: Path) -> No
     returned, texts = load(path, {"model": model, "step": 4, "log": {"best": 1.0, "optimizer": optimizer}})
     assert list(returned) == ["net"]
     assert texts == [
-        "nothing in the checkpoint fits model (Linear), which stays as it is: it has no 'model', but ['net']",
-        "nothing in the checkpoint fits log.optimizer (SGD), which stays as it is: it has no 'optimizer', but []",
-        "these are not in the checkpoint and keep their values: step, log.best",
+        "nothing in the checkpoint matches model (Linear), which stays as it is: it has no 'model', but ['net']",
+        "nothing in the checkpoint matches log.optimizer (SGD), which stays as it is: it has no 'optimizer', but []",
+        "not in the checkpoint, kept as they are: step, log.best",
     ]
 
 
@@ -106,7 +106,8 @@ def test_layers_that_load_their_own_way_say_it_themselves(path: Path) -> None:
     _, texts = load(path, {"model": model})
     assert model.weight.tolist() == [[5.0, 5.0]]
     assert texts == [
-        "the checkpoint fits model (Renaming) in part; missing in the checkpoint: bias; unexpected in the checkpoint: x"
+        "the checkpoint matches model (Renaming) in part; missing in the checkpoint: bias; "
+        "unexpected in the checkpoint: x"
     ]
 
 
@@ -132,4 +133,4 @@ def in_ranks(path: str) -> list[str]:
 
 def test_rank_zero_says_it_for_all(path: Path) -> None:
     said, other = run_in_ranks(2, in_ranks, str(path))
-    assert said == [f"fabric.load({str(path)!r}, strict=False): nothing in the checkpoint fits "] and other == []
+    assert said == [f"fabric.load({str(path)!r}, strict=False): nothing in the checkpoint matches "] and other == []

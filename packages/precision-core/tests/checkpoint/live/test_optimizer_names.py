@@ -228,16 +228,16 @@ def test_schedulers_go_on_with_each_groups_learning_rate(kind: str, path: Path) 
 @pytest.mark.parametrize(
     ("before", "saved_keys", "after", "loaded_keys", "said"),
     [
-        (plain, "model optimizer", plain, "optimizer", "only the checkpoint names the parameters"),
-        (named, "optimizer", backwards, "optimizer", "only the checkpoint names the parameters"),
-        (plain, "optimizer", named, "optimizer", "the checkpoint does not name the parameters"),
+        (plain, "model optimizer", plain, "optimizer", "only the checkpoint has parameter names"),
+        (named, "optimizer", backwards, "optimizer", "only the checkpoint has parameter names"),
+        (plain, "optimizer", named, "optimizer", "the checkpoint has no parameter names"),
     ],
 )
 def test_names_on_one_side_and_shapes_alike(
     before: Make, saved_keys: str, after: Make, loaded_keys: str, said: str, path: Path
 ) -> None:
     saved(path, before, saved_keys)
-    message = rf"optimizer: {said}, and 3 of them have the shape \(2, 2\): whose state is whose cannot be told"
+    message = rf"optimizer: {said}, and 3 of them have the shape \(2, 2\): their state cannot be matched"
     with pytest.raises(CheckpointError, match=message):
         loaded(path, after, loaded_keys)
     _, notes = loaded(path, after, loaded_keys, strict=False)
@@ -246,7 +246,7 @@ def test_names_on_one_side_and_shapes_alike(
 
 def test_other_names_and_shapes_alike(path: Path) -> None:
     saved(path, named, "optimizer")
-    with pytest.raises(CheckpointError, match="their names are others than in the checkpoint, and 3 of them"):
+    with pytest.raises(CheckpointError, match="their names differ from those in the checkpoint, and 3 of them"):
         loaded(path, lambda model: [(f"net.{name}", param) for name, param in named(model)], "optimizer")
 
 
@@ -258,7 +258,7 @@ def test_shapes_that_differ_tell_positions_apart(path: Path) -> None:
     other = Adam(model.parameters())
     fabric.load(path, {"optimizer": other})
     assert equal(of_params(other, model), of_params(optimizer, model))
-    assert fabric.precision_plugin.report.notes[-1].endswith("by position, as only the checkpoint names the parameters")
+    assert fabric.precision_plugin.report.notes[-1].endswith("by position, as only the checkpoint has parameter names")
     with pytest.raises(CheckpointError, match=r"exp_avg of parameter 0 has shape \(3, 2\) in the checkpoint, \(4,\)"):
         fabric.load(path, {"optimizer": Adam(list(model.parameters())[::-1])})
 
@@ -267,7 +267,7 @@ def test_names_on_no_side_go_by_position_with_a_note(path: Path) -> None:
     wanted = saved(path, plain, "optimizer")
     found, notes = loaded(path, plain, "optimizer")
     assert equal(found, wanted)
-    assert notes == ["optimizer: state was loaded by position, as nobody names the parameters"]
+    assert notes == ["optimizer: state was loaded by position, as the parameters have no names"]
 
 
 def test_a_checkpoint_of_an_older_release_goes_by_position_with_a_note(path: Path) -> None:
@@ -277,7 +277,8 @@ def test_a_checkpoint_of_an_older_release_goes_by_position_with_a_note(path: Pat
     write(path, content)
     found, notes = loaded(path, plain, "model optimizer")
     assert equal(found, wanted)
-    assert notes == ["optimizer: state was loaded by position, as the checkpoint is of a release that saved no names"]
+    by_position = "by position, as the checkpoint was written by a release that saved no names"
+    assert notes == [f"optimizer: state was loaded {by_position}"]
 
 
 def test_options_alone_are_state_too(path: Path) -> None:

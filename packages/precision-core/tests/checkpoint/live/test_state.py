@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Adam
 
 from precision_core import CheckpointError
-from precision_core.checkpoint.live.compare import check_fits
+from precision_core.checkpoint.live.compare import check_matches
 from precision_core.checkpoint.live.restore import restore
 from precision_core.checkpoint.live.state import collect
 
@@ -24,7 +24,7 @@ def net(*sizes: int, seed: int = 0) -> nn.Sequential:
 
 
 def load(tree: dict[str, Any], content: dict[str, Any], strict: bool = True) -> dict[str, Any]:
-    check_fits(tree, content, strict=strict)
+    check_matches(tree, content, strict=strict)
     return restore(tree, content, strict=strict)
 
 

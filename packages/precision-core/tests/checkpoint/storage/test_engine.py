@@ -73,7 +73,7 @@ def test_an_engine_without_a_format_is_named(tmp_path: Path, install: Callable[.
     install("plain", "[precision.strategies]\nplain = plain_module:Plain\n", "plain_module", source)
     written(tmp_path / "last", "plain")
     with pytest.raises(
-        CheckpointError, match="written by the engine of plain, which says of itself that it writes none"
+        CheckpointError, match="written by the engine of plain, whose strategy has no checkpoint_format"
     ):
         Fabric(accelerator="cpu").load(tmp_path / "last")
 

@@ -130,7 +130,7 @@ def test_a_key_that_would_not_load_is_refused() -> None:
 
 
 def test_an_object_with_state_dict_in_a_list_is_told_where_to_go() -> None:
-    with pytest.raises(ValueError, match=r"\['models'\]\[0\]: a torch.nn.*Linear.*put it under a key of its own"):
+    with pytest.raises(ValueError, match=r"\['models'\]\[0\]: a torch.nn.*Linear.*give it a key of its own"):
         write(Path("unused"), {"models": [nn.Linear(1, 1)]})
 
 

@@ -221,7 +221,7 @@ def test_what_is_no_checkpoint_is_not_replaced(path: Path) -> None:
     others = path.parent
     (others / "file").write_text("x")
     for target in (others, others / "file"):
-        with pytest.raises(ValueError, match=r"there is something that is no checkpoint folder"):
+        with pytest.raises(ValueError, match=r"it exists and is not a checkpoint folder"):
             write_folder(target, {"step": 4})
     assert Folder(path).everything()["step"] == 3
     (others / "empty").mkdir()

@@ -75,7 +75,7 @@ def test_a_cut_file_is_refused_at_every_length(path: Path) -> None:
     whole = path.read_bytes()
     for length in range(0, len(whole), 7):
         path.write_bytes(whole[:length])
-        refused(path, "is damaged, or no safetensors file")
+        refused(path, "is damaged, or not a safetensors file")
 
 
 @pytest.mark.parametrize("tries", [60, pytest.param(300, marks=pytest.mark.full)])
@@ -104,7 +104,7 @@ def test_a_flipped_bit_in_the_header_is_refused_or_makes_no_difference(tries: in
 @pytest.mark.parametrize("data", [b"", b"x" * 100, b"\xff" * 16, json.dumps({"a": 1}).encode()])
 def test_a_foreign_file_is_refused(data: bytes, path: Path) -> None:
     path.write_bytes(data)
-    refused(path, "is damaged, or no safetensors file")
+    refused(path, "is damaged, or not a safetensors file")
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_an_index_that_points_elsewhere_is_refused(file: str, shards: Path, path
     index = json.loads((shards / INDEX).read_text())
     index["weight_map"]["0.weight"] = file
     (shards / INDEX).write_text(json.dumps(index))
-    refused(shards / INDEX, "which is no safetensors file beside it")
+    refused(shards / INDEX, "which is not a safetensors file beside it")
 
 
 @pytest.mark.parametrize(
@@ -142,18 +142,18 @@ def test_an_index_that_points_elsewhere_is_refused(file: str, shards: Path, path
 def test_a_damaged_index_is_refused(data: bytes, shards: Path) -> None:
     (shards / INDEX).write_bytes(data)
     is_empty = data == b'{"weight_map": {}}'
-    refused(shards / INDEX, "names no tensors" if is_empty else "is damaged, or no index")
+    refused(shards / INDEX, "lists no tensors" if is_empty else "is damaged, or not an index")
 
 
 def test_a_shard_that_is_missing_swapped_or_doubled_is_refused(shards: Path) -> None:
     first, second = sorted(shards.glob("*.safetensors"))[:2]
     one, other = first.read_bytes(), second.read_bytes()
     first.unlink()
-    refused(shards / INDEX, f"names {first.name}, which is not there")
+    refused(shards / INDEX, f"lists {first.name}, which is missing")
     first.write_bytes(other)
-    refused(shards / INDEX, f"says that {first.name} has .*, and it has not")
+    refused(shards / INDEX, f"lists .* in {first.name}, which does not have them")
     second.write_bytes(one)
-    refused(shards / INDEX, "and it has not")
+    refused(shards / INDEX, "which does not have them")
     second.write_bytes(other)
     first.write_bytes(one)
     (shards / "copy.safetensors").write_bytes(one)

@@ -1,4 +1,4 @@
-"""Alignment: a checkpoint's optimizers, and the schedulers over them, brought to the order of the live ones."""
+"""Alignment: reorders a checkpoint's optimizer states, and their schedulers', to match the live optimizers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from precision_core.checkpoint.live.state import stateful_objects
 from precision_core.checkpoint.tree import KeyPath, leads_to, look_up
 
 _PER_GROUP = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "lr_lambdas")
-"""What torch's schedulers keep as lists with one entry for each group."""
+"""Lists of torch's schedulers with one entry per parameter group."""
 
 
 class Aligned(NamedTuple):
-    """Content with its optimizers in the live order; why some cannot be; what to say of those that went by position."""
+    """The reordered content and dtypes, problems (why an optimizer cannot be reordered), and notes for the report."""
 
     content: dict[str, Any]
     dtypes: Dtypes
@@ -26,9 +26,9 @@ class Aligned(NamedTuple):
 
 
 def aligned(tree: dict[str, Any], content: dict[str, Any], header: dict[str, Any], *, strict: bool) -> Aligned:
-    """Returns `content` with the state of each optimizer in `tree` in the order that its parameters have there.
+    """Returns `content` with the state of each optimizer in `tree` in the order of that optimizer's parameters.
 
-    Without `strict`, what cannot be told by name goes by position. Tensors stay the objects that they are.
+    Without `strict`, parameters that cannot be matched by name are matched by position. Tensors are not copied.
     """
     dtypes = dict(header.get("param_dtypes") or {})
     theirs, mine = header.get("param_names"), param_names(tree)
@@ -56,7 +56,7 @@ def aligned(tree: dict[str, Any], content: dict[str, Any], header: dict[str, Any
 
 
 def replaced(content: Any, keys: KeyPath, value: Any) -> Any:
-    """Returns `content` with `value` at `keys`; what is not there is left out."""
+    """Returns `content` with `value` at `keys`; unchanged if there is nothing at `keys`."""
     if not keys:
         return value
     if not isinstance(content, dict) or keys[0] not in content:
@@ -65,7 +65,7 @@ def replaced(content: Any, keys: KeyPath, value: Any) -> Any:
 
 
 def _match(optimizer: Optimizer, saved: Any, theirs: Any, mine: Any) -> Match | None:
-    """Returns the match; None where the comparison that follows will say what is wrong, or only the optimizer knows."""
+    """Returns the match; None where the comparison that follows reports the problem, or only the optimizer can."""
     try:
         counts = [
             sorted(len(group["params"]) for group in groups)
@@ -107,7 +107,7 @@ def _reorder_schedulers(result: Aligned, tree: dict[str, Any], optimizer: Optimi
             name = ".".join(map(str, path))
             result.problems.append(
                 f"{name}: the optimizer's groups are in another order than in the checkpoint, and a "
-                f"{type(live).__name__} may keep values in their order: make the groups in the order of before"
+                f"{type(live).__name__} may keep values in their order: make the groups in the checkpoint's order"
             )
             continue
         state = _scheduler_reordered(look_up(result.content, path), groups)

@@ -1,4 +1,4 @@
-"""Does a checkpoint fit: modules and optimizers are compared by keys, shapes and dtypes before anything is written."""
+"""Compares modules and optimizers with a checkpoint by keys, shapes and dtypes, before anything is written."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from precision_core.checkpoint.tree import KeyPath
 from precision_core.policy.dtypes import FLOAT_DTYPES
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
-"""What torch's own optimizers keep in the shape of each parameter."""
+"""State of torch's optimizers that has its parameter's shape."""
 Dtypes = Mapping[KeyPath, list[torch.dtype]]
 
 
-def check_fits(
+def check_matches(
     tree: dict[str, Any],
     content: dict[str, Any],
     *,
@@ -32,19 +32,19 @@ def check_fits(
 ) -> None:
     """Compares the objects in `tree` with their states in `content`, and changes nothing.
 
-    `strict` wants every key of `tree` in `content`, modules to have the same keys, and no value to be rounded. `dtypes`
-    are those of the optimizers' parameters when they were saved; `origin` says who wrote the checkpoint.
+    `strict` requires every key of `tree` in `content`, equal keys in modules, and that no value is rounded. `dtypes`
+    are those of the optimizers' parameters when they were saved; `origin` is the checkpoint's name in messages.
 
     Raises:
-        CheckpointError: `content` does not fit; names where, ten places at most.
+        CheckpointError: `content` does not match; names ten key paths at most.
     """
     raise_mismatches(origin, _differences(tree, content, (), strict, dtypes or {}))
 
 
 def mismatch(saved: Tensor, live: Tensor, *, strict: bool) -> str:
-    """Returns why values of `saved` cannot go into `live`, or an empty string; both may be on the meta device.
+    """Returns why values of `saved` cannot be copied to `live`, or an empty string; both may be on the meta device.
 
-    Shapes must be equal. `strict` wants a dtype that holds every value: a wider one is fine.
+    Shapes must be equal. `strict` requires a live dtype that represents every saved value, the same or a wider one.
     """
     if saved.shape != live.shape:
         return f"shape {tuple(saved.shape)} in the checkpoint, {tuple(live.shape)} in the model"
@@ -58,7 +58,7 @@ def raise_mismatches(path: object, problems: Iterable[str]) -> None:
     problems = list(problems)
     if problems:
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CheckpointError(f"{path} does not fit:\n  " + "\n  ".join(problems[:10]) + more)
+        raise CheckpointError(f"{path} does not match:\n  " + "\n  ".join(problems[:10]) + more)
 
 
 def _would_lose(saved: torch.dtype, live: torch.dtype) -> bool:
@@ -76,8 +76,8 @@ def _differences(tree: Any, content: Any, path: KeyPath, strict: bool, dtypes: D
             continue
         saved = content[key]
         if (is_stateful(value) or type(value) is dict) and not isinstance(saved, dict):
-            expected = "dict" if type(value) is dict else f"{type(value).__name__}'s state"
-            yield f"{name}: a {type(saved).__name__} in the checkpoint, a {expected} is expected"
+            expected = "a dict" if type(value) is dict else f"{type(value).__name__}'s state"
+            yield f"{name}: {type(saved).__name__} in the checkpoint, expected {expected}"
         elif isinstance(value, nn.Module):
             yield from _module_differences(value, saved, name, strict)
         elif isinstance(value, Optimizer):
@@ -98,7 +98,7 @@ def _module_differences(module: nn.Module, saved: dict[str, Any], name: str, str
             continue
         theirs = saved[key]
         if not isinstance(theirs, Tensor):
-            yield f"{name}.{key}: a {type(theirs).__name__} in the checkpoint, a tensor is expected"
+            yield f"{name}.{key}: {type(theirs).__name__} in the checkpoint, expected a tensor"
         elif problem := mismatch(theirs, mine, strict=strict):
             yield f"{name}.{key}: {problem}"
 
@@ -107,13 +107,13 @@ def _optimizer_differences(
     optimizer: Optimizer, saved: dict[str, Any], name: str, strict: bool, dtypes: list[torch.dtype] | None
 ) -> Iterator[str]:
     if overrides(optimizer, "load_state_dict"):
-        return  # it has a way of its own to load; only it knows what fits
+        return  # it overrides loading, and compares for itself
     try:
         theirs = [len(group["params"]) for group in saved["param_groups"]]
         indices = [index for group in saved["param_groups"] for index in group["params"]]
         states = [dict(saved["state"].get(index, {})) for index in indices]
     except (KeyError, TypeError, AttributeError, ValueError):
-        yield f"{name}: the checkpoint holds no state of an optimizer"
+        yield f"{name}: not the state of an optimizer in the checkpoint"
         return
     mine = [len(group["params"]) for group in optimizer.param_groups]
     if mine != theirs:
@@ -135,8 +135,8 @@ def _optimizer_differences(
             dtype = wanted_dtype(value, param, dtypes[number] if dtypes else None)
             if torch.promote_types(value.dtype, dtype) is not dtype:
                 yield (
-                    f"{name}: {key} of parameter {indices[number]}: {value.dtype} in the checkpoint, {param.dtype} is "
-                    "the parameter's now; strict=False rounds the values"
+                    f"{name}: {key} of parameter {indices[number]}: {value.dtype} in the checkpoint, and the "
+                    f"parameter is {param.dtype}; strict=False rounds the values"
                 )
 
 
@@ -145,8 +145,8 @@ def _of_another(optimizer: Optimizer, saved: dict[str, Any], name: str) -> str |
         unknown, absent = saved_group.keys() - group.keys(), optimizer.defaults.keys() - saved_group.keys()
         if unknown and absent:  # one of them alone is another version of torch
             return (
-                f"{name}: the checkpoint has the options {sorted(unknown)} and not {sorted(absent)}, "
-                f"so it is of another optimizer than {type(optimizer).__name__}"
+                f"{name}: the checkpoint has the options {sorted(unknown)} and not {sorted(absent)}, so another "
+                f"optimizer than {type(optimizer).__name__} wrote it"
             )
     return None
 

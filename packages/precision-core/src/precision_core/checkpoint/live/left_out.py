@@ -1,6 +1,6 @@
-"""Left out: what a load with `strict=False` did not find, or found no place for, said before anything is written.
+"""Left out: the warnings of `fabric.load(strict=False)` about missing and unexpected keys.
 
-One text an object. Where warnings are errors, this one takes everything back as any other does.
+One text per object, before anything is written. Where warnings are errors, the load is undone as after any other error.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _SHOWN = 10
 
 
 def absent(tree: dict[str, Any], content: dict[str, Any]) -> Iterator[str]:
-    """Yields what is to be said of objects and plain values in `tree` that `content` has nothing for."""
+    """Yields a text for each object in `tree` that `content` has nothing for, and one for all such plain values."""
     values: list[str] = []
     yield from _absent(tree, content, (), values)
     if values:
-        yield f"these are not in the checkpoint and keep their values: {_listed(values)}"
+        yield f"not in the checkpoint, kept as they are: {_listed(values)}"
 
 
 def _absent(tree: dict[str, Any], content: Any, path: KeyPath, values: list[str]) -> Iterator[str]:
@@ -42,7 +42,7 @@ def _absent(tree: dict[str, Any], content: Any, path: KeyPath, values: list[str]
 
 
 def of_module(key_path: KeyPath, module: nn.Module, saved: dict[str, Any], result: Any = None) -> str:
-    """Returns what is to be said of a module, or an empty string; `result` is what its `load_state_dict` returned."""
+    """Returns the text for a module, or an empty string; `result` is what its `load_state_dict` returned."""
     if result is None:
         live = state_of(module)
         missing, unexpected = [key for key in live if key not in saved], [key for key in saved if key not in live]
@@ -52,14 +52,14 @@ def of_module(key_path: KeyPath, module: nn.Module, saved: dict[str, Any], resul
     if not missing and not unexpected:
         return ""
     name = ".".join(map(str, key_path))
-    fits_in_part = len(saved) > len(unexpected)
-    head = f"the checkpoint fits {name} ({type(module).__name__}) in part" if fits_in_part else _nothing(name, module)
+    in_part = len(saved) > len(unexpected)
+    head = f"the checkpoint matches {name} ({type(module).__name__}) in part" if in_part else _nothing(name, module)
     lists = (("missing", missing), ("unexpected", unexpected))
     return "; ".join([head, *(f"{word} in the checkpoint: {_listed(names)}" for word, names in lists if names)])
 
 
 def warn(path: Path, text: str) -> None:
-    """Warns of a load from `path`, at the line that called us."""
+    """Warns of a load from `path`, at the line outside of precision_core that called it."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "precision_core":
         level, frame = level + 1, frame.f_back
@@ -67,11 +67,11 @@ def warn(path: Path, text: str) -> None:
 
 
 def _nothing(name: str, live: Any) -> str:
-    return f"nothing in the checkpoint fits {name} ({type(live).__name__}), which stays as it is"
+    return f"nothing in the checkpoint matches {name} ({type(live).__name__}), which stays as it is"
 
 
 def _less_tied(module: nn.Module, missing: list[str]) -> list[str]:
-    """Returns the names whose tensors are loaded under none of their other names either."""
+    """Returns the missing names, less those whose tensor is loaded under another name."""
     if not missing:
         return missing
     params, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)

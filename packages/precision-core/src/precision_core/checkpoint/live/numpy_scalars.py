@@ -1,4 +1,4 @@
-"""numpy's scalars (`numpy.mean(losses)`, a scheduler's best metric) as Python's own, which a safe load takes."""
+"""numpy's scalars (`numpy.mean(losses)`, a scheduler's best metric) as Python's, which weights_only loads take."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _PYTHONS = (bool, int, float, complex, str, bytes)
 
 
 def as_python(tree: Any) -> Any:
-    """Returns `tree` with each numpy scalar in its dicts, lists and tuples as a number or text of the same value.
+    """Returns `tree` with each numpy scalar in its dicts (keys too), lists and tuples as Python's of the same value.
 
-    Keys too. What has no value in Python (datetime64, longdouble) stays; containers without any are returned as they
-    are, and one that stands in several places stays one.
+    What has no equal in Python (datetime64, longdouble) stays. Containers without numpy scalars are returned as they
+    are, and a container that occurs several times stays one object.
     """
-    numpy = sys.modules.get("numpy")  # nobody has its scalars who has not imported it
+    numpy = sys.modules.get("numpy")  # without the import there are no scalars of it
     return tree if numpy is None else _as_python(tree, numpy.generic, {})
 
 
@@ -28,7 +28,7 @@ def _as_python(tree: Any, scalar: type, done: dict[int, Any]) -> Any:
         return tree
     if id(tree) in done:
         return done[id(tree)]
-    done[id(tree)] = tree  # of one that contains itself: it is refused later
+    done[id(tree)] = tree  # for one that contains itself: an error later
     if isinstance(tree, dict):
         items = [(_as_python(key, scalar, done), _as_python(value, scalar, done)) for key, value in tree.items()]
         old: list[Any] = [each for item in tree.items() for each in item]
@@ -41,7 +41,7 @@ def _as_python(tree: Any, scalar: type, done: dict[int, Any]) -> Any:
 
 
 def _like(tree: Any, content: list[Any]) -> Any:
-    """Returns a container of the same type, with what is set on it (the versions in a module's state)."""
+    """Returns a container of the same type, with the attributes of `tree` (a module state's `_metadata`)."""
     if isinstance(tree, dict):
         new = tree.copy()
         new.clear()

@@ -1,7 +1,7 @@
-"""Optimizer state by name: which parameter of a checkpoint each live one is, whatever their order and their groups'.
+"""Optimizer state by name: matches the parameters and groups of a saved and a live optimizer, in any order.
 
-torch numbers the parameters of a saved optimizer by position. Names are known where the optimizer was made over
-`named_parameters()`, and where the state that is saved or loaded holds the model beside it.
+torch numbers a saved optimizer's parameters by position. Names are known if the optimizer was made over
+`named_parameters()`, or if `state` holds the model beside it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from precision_core.checkpoint.live.state import plain_name, stateful_objects
 from precision_core.checkpoint.tree import KeyPath
 
 Names = Sequence[Sequence[tuple[KeyPath, str]]]
-"""Of each parameter, in the order of the groups: the keys of its module, and its name there; tied ones have several."""
+"""For each parameter, in the order of the groups: (key path of its module, name in it); several if it is tied."""
 _Tags = list[tuple[Any, ...]]
 
 
 def param_names(tree: dict[str, Any]) -> dict[KeyPath, Names]:
-    """Returns the names of each optimizer's parameters, as far as modules in `tree` have them."""
+    """Returns the names of each optimizer's parameters that modules in `tree` have, by the optimizer's key path."""
     names: dict[int, list[tuple[KeyPath, str]]] = {}
     for path, live in stateful_objects(tree):
         if isinstance(live, nn.Module):
@@ -36,7 +36,7 @@ def param_names(tree: dict[str, Any]) -> dict[KeyPath, Names]:
 
 
 class Match(NamedTuple):
-    """Of each live parameter its position in the checkpoint, and of each group; or why that cannot be told."""
+    """For each live parameter and group its position in the checkpoint, or the problem."""
 
     params: list[int]
     groups: list[int]
@@ -49,9 +49,9 @@ class Match(NamedTuple):
 
 
 def match(optimizer: Optimizer, saved: dict[str, Any], theirs: Names | None, mine: Names) -> Match:
-    """Returns which saved parameter each live one is: by name, else by position; `theirs` None: an old checkpoint.
+    """Matches live to saved parameters: by name, else by position. `theirs` is None for checkpoints without names.
 
-    The sizes of the groups must be equal, in any order. Raises what a dict raises that is no optimizer's state.
+    The groups must have equal sizes, in any order. Raises KeyError, TypeError, ... for an invalid optimizer state.
     """
     groups, live_groups = saved["param_groups"], optimizer.param_groups
     count = sum(len(group["params"]) for group in groups)
@@ -62,55 +62,55 @@ def match(optimizer: Optimizer, saved: dict[str, Any], theirs: Names | None, min
         if any(saved_tags) and any(live_tags):
             order = _by_tags(saved_tags, live_tags)
             if order is not None:
-                is_whole = all(live_tags)
-                note = "" if is_whole else "of parameters without names by position"
+                all_named = all(live_tags)
+                note = "" if all_named else "of parameters without names by position"
                 return _in_groups(optimizer, saved, order)._replace(note=note)
             differ = True
     known = [any(map(any, side)) for side in given]
     if not any(known):
-        return by_position._replace(note="by position, as nobody names the parameters")
+        return by_position._replace(note="by position, as the parameters have no names")
     if theirs is None:
-        return by_position._replace(note="by position, as the checkpoint is of a release that saved no names")
-    said = "their names are others than in the checkpoint"
+        return by_position._replace(note="by position, as the checkpoint was written by a release that saved no names")
+    reason = "their names differ from those in the checkpoint"
     if not differ:
-        said = "only the checkpoint names the parameters" if known[0] else "the checkpoint does not name the parameters"
+        reason = "only the checkpoint has parameter names" if known[0] else "the checkpoint has no parameter names"
     alike = _alike(optimizer, saved)
     return by_position._replace(
-        note=f"by position, as {said}",
+        note=f"by position, as {reason}",
         problem=alike
-        and f"{said}, and {alike}: whose state is whose cannot be told. Have the model in `state` beside "
-        "the optimizer, both when saving and when loading, or make the optimizer over model.named_parameters(). "
+        and f"{reason}, and {alike}: their state cannot be matched. Put the model in `state` beside "
+        "the optimizer, when saving and when loading, or make the optimizer over model.named_parameters(). "
         "strict=False loads by position",
     )
 
 
 def _tags(groups: Sequence[dict[str, Any]], names: Names) -> tuple[_Tags, _Tags]:
-    """Returns what each parameter is known by, in two ways: with its module's keys, and by a name alone."""
+    """Returns the tags of each parameter, twice: (module key path, name) pairs, and names alone."""
     alone: list[tuple[str, ...]] = []
     for group in groups:
         texts = group.get("param_names") or [None] * len(group["params"])
         start = len(alone)
         for number, text in enumerate(texts):
             alone.append(tuple({name: None for _, name in names[start + number]}) if text is None else (text,))
-    counts = Counter(name for texts in alone for name in texts)  # one that several have tells nothing
+    counts = Counter(name for texts in alone for name in texts)  # a name of several parameters identifies none
     return [tuple(map(tuple, each)) for each in names], [
         tuple(name for name in texts if counts[name] == 1) for texts in alone
     ]
 
 
 def _by_tags(saved: _Tags, live: _Tags) -> list[int] | None:
-    """Returns the position in `saved` of each in `live`; those without tags go by position, if as many are on both."""
-    places = {tag: position for position, tags in enumerate(saved) for tag in tags}
+    """Returns the position in `saved` of each of `live`; without tags by position, if both have equally many."""
+    positions = {tag: position for position, tags in enumerate(saved) for tag in tags}
     rest = [position for position, tags in enumerate(saved) if not tags]
     if sum(not tags for tags in live) != len(rest):
         return None
-    order = [next((places[tag] for tag in tags if tag in places), None) if tags else rest.pop(0) for tags in live]
+    order = [next((positions[tag] for tag in tags if tag in positions), None) if tags else rest.pop(0) for tags in live]
     found = [position for position in order if position is not None]
     return found if len(set(found)) == len(saved) else None
 
 
 def _in_groups(optimizer: Optimizer, saved: dict[str, Any], order: list[int]) -> Match:
-    """Returns the match by `order`, with the group of the checkpoint that each live group is."""
+    """Returns the match for the parameters' `order`, with each live group's group in the checkpoint."""
     owners = [number for number, group in enumerate(saved["param_groups"]) for _ in group["params"]]
     empty = [number for number, group in enumerate(saved["param_groups"]) if not group["params"]]
     sizes = Counter(owners)
@@ -121,17 +121,17 @@ def _in_groups(optimizer: Optimizer, saved: dict[str, Any], order: list[int]) ->
         start += size
         if len(found) != 1 or size != sizes[min(found)]:
             problem = f"by name, its group {number} has parameters of the checkpoint's groups {sorted(found)}"
-            return Match(order, [], problem=f"{problem}: make its groups as they were when it was saved")
+            return Match(order, [], problem=f"{problem}: make its groups as in the run that saved")
         groups.append(min(found))
     found_match = Match(order, groups)
     if isinstance(optimizer, LBFGS) and saved["state"] and not found_match.in_order:
         problem = "its parameters are in another order than in the checkpoint, and LBFGS has one state for all of them"
-        return found_match._replace(problem=f"{problem}: make it over the parameters in the order of before")
+        return found_match._replace(problem=f"{problem}: pass the parameters in the checkpoint's order")
     return found_match
 
 
 def _alike(optimizer: Optimizer, saved: dict[str, Any]) -> str:
-    """Returns what makes position the only thing to go by, or an empty string."""
+    """Returns why only positions tell parameters or groups apart (equal shapes or sizes), or an empty string."""
     shapes = Counter(tuple(param.shape) for group in optimizer.param_groups for param in group["params"])
     shape, count = shapes.most_common(1)[0] if shapes else ((), 0)
     if any(saved["state"].values()) and count > 1:

@@ -1,8 +1,8 @@
-"""Optimizer state with the dtypes that it was saved in.
+"""Loads optimizer state with the dtypes that it was saved in.
 
 torch's `Optimizer.load_state_dict` casts every floating state except "step" to its parameter's dtype: a float32 moment
-under a bfloat16 parameter comes back rounded. Here state that had its parameter's dtype when it was saved follows the
-parameter, and any other keeps its own. Everything else stays torch's: hooks, param_groups, `__setstate__`.
+under a bfloat16 parameter comes back rounded. Here state that was saved in its parameter's dtype gets the live
+parameter's, and any other keeps its own. All else is torch's: hooks, param_groups, `__setstate__`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from precision_core.policy.dtypes import FLOAT_DTYPES
 
 
 def wanted_dtype(value: Tensor, param: Tensor, saved_param: torch.dtype | None) -> torch.dtype:
-    """Returns the dtype that state is loaded in; `saved_param` is what its parameter had then, None: nobody knows."""
+    """Returns the dtype that state is loaded in; `saved_param` is its parameter's dtype when saved, None if unknown."""
     if value.dtype not in FLOAT_DTYPES and not value.is_complex():
         return value.dtype
     if saved_param is None:  # at least nothing is rounded
@@ -30,27 +30,28 @@ def wanted_dtype(value: Tensor, param: Tensor, saved_param: torch.dtype | None) 
 
 
 def prepare(optimizer: Optimizer, saved: dict[str, Any], dtypes: list[torch.dtype] | None) -> Callable[[], None]:
-    """Returns what loads `saved`; the memory that it needs is taken now, so that it does not run out half-way.
+    """Returns a function that loads `saved`; its memory is allocated now, so that it does not run out half-way.
 
-    Values go into the live tensors where these have the shape, dtype and device, else into new ones. `dtypes` are those
-    of the parameters when they were saved, in the order of the groups.
+    Values go into live tensors of the same shape, dtype and device, else into new ones. `dtypes` are those of the
+    parameters when they were saved, in the order of the groups.
     """
-    places: dict[Tensor, Tensor] = {}
+    destinations: dict[Tensor, Tensor] = {}
     for key, tensor, param, live, dtype in _state_tensors(optimizer, saved, dtypes):
-        places[tensor] = _place(key, tensor, param, live, dtype)
+        destinations[tensor] = _destination(key, tensor, param, live, dtype)
 
     def settle(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         settled: dict[Tensor, Tensor] = {}
         for key, tensor, param, live, dtype in _state_tensors(optimizer, state_dict, dtypes):
-            place = places.get(tensor)  # None: a hook of the user's made it
-            if place is None:
-                place = _place(key, tensor, param, live, dtype)
-            filled = place if is_made_of_parts(place) else place.copy_(tensor)  # those have the values already
-            settled[tensor] = _Placed.around(filled, may_be_cast=key == "step")
+            destination = destinations.get(tensor)  # None: a user hook made it
+            if destination is None:
+                destination = _destination(key, tensor, param, live, dtype)
+            if not is_made_of_parts(destination):  # those have their values already
+                destination.copy_(tensor)
+            settled[tensor] = _Final.wrap(destination, may_be_cast=key == "step")
         return {**state_dict, "state": map_tensors(state_dict["state"], lambda tensor: _found(settled, tensor))}
 
     def load() -> None:
-        handle = optimizer.register_load_state_dict_pre_hook(settle)  # the last: it is given what the user's return
+        handle = optimizer.register_load_state_dict_pre_hook(settle)  # the last: it gets what user hooks return
         try:
             with torch.no_grad():
                 optimizer.load_state_dict(saved)
@@ -64,25 +65,28 @@ def _found(settled: dict[Tensor, Tensor], tensor: Tensor) -> Tensor:
     return settled[tensor] if tensor in settled else tensor.clone()  # of no parameter: torch takes it as it is
 
 
-class _Placed(Tensor):
-    """Stands for a tensor that is where it belongs: `to`, by which torch's `load_state_dict` casts, gives it back."""
+class _Final(Tensor):
+    """Wraps a tensor that already has its final dtype and device.
 
-    placed: Tensor
+    `Optimizer.load_state_dict` casts state with `Tensor.to`; overriding it prevents that cast.
+    """
+
+    tensor: Tensor
 
     @classmethod
-    def around(cls, tensor: Tensor, may_be_cast: bool) -> Tensor:
+    def wrap(cls, tensor: Tensor, may_be_cast: bool) -> Tensor:
         if may_be_cast or not (type(tensor) is Tensor or is_sharded(tensor) or is_made_of_parts(tensor)):
             return tensor
-        wrapper = torch.empty(0).as_subclass(cls)  # of its own, as a DTensor is no subclass's
-        wrapper.placed = tensor
+        wrapper = torch.empty(0).as_subclass(cls)  # a tensor of its own: a DTensor cannot be viewed as a subclass
+        wrapper.tensor = tensor
         return wrapper
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.placed
+        return self.tensor
 
 
 def indexed_params(optimizer: Optimizer, saved: dict[str, Any]) -> Iterator[tuple[Any, Tensor]]:
-    """Yields the optimizer's parameters under the indices that they have in a saved state, by their order."""
+    """Yields (index in the saved state, live parameter), in the order of the groups."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     yield from zip(indices, params, strict=True)
@@ -94,7 +98,7 @@ _StateTensor = tuple[Any, Tensor, Tensor, Any, "torch.dtype | None"]
 def _state_tensors(
     optimizer: Optimizer, saved: dict[str, Any], dtypes: list[torch.dtype] | None
 ) -> Iterator[_StateTensor]:
-    """Yields each tensor of the saved state: its key, itself, its parameter, the live value, the parameter's dtype."""
+    """Yields for each tensor in `saved`: key, tensor, parameter, live value, the parameter's dtype when saved."""
     for number, (index, param) in enumerate(indexed_params(optimizer, saved)):
         live = optimizer.state.get(param, {})
         for key, value in saved["state"].get(index, {}).items():
@@ -104,10 +108,10 @@ def _state_tensors(
                 yield key, tensor, param, live.get(key), dtypes[number] if dtypes else None
 
 
-def _place(key: Any, tensor: Tensor, param: Tensor, live: Any, saved_param: torch.dtype | None) -> Tensor:
-    """Returns the tensor, live or new, that the values of `tensor` go into."""
+def _destination(key: Any, tensor: Tensor, param: Tensor, live: Any, saved_param: torch.dtype | None) -> Tensor:
+    """Returns the live or new tensor that takes the values of `tensor`."""
     dtype, device = wanted_dtype(tensor, param, saved_param), param.device
-    if key == "step":  # torch's own rule: the host counts, and load_state_dict moves it where the device does
+    if key == "step":  # torch's rule: it is on the CPU, and load_state_dict moves it for fused and capturable
         dtype, device = tensor.dtype, tensor.device
     if is_sharded(tensor):
         if type(live) is type(tensor) and live.dtype is dtype and _sharding(live) == _sharding(tensor):

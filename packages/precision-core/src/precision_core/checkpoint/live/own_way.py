@@ -1,4 +1,4 @@
-"""Who loads its own way: by code that is not torch's, which may raise, and change what only it knows."""
+"""Which objects load their own way: custom objects and user hooks may raise, and change what is not in `state_dict`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from precision_core.checkpoint.live.state import plain_name
 
 _FSDP = "torch.distributed.fsdp."
 _TORCHS = ("torch.nn.modules.", "torch.optim.")
-"""Where layers and optimizers that load as torch's do are from; ZeroRedundancyOptimizer, say, has a way of its own."""
+"""Modules of layers and optimizers that load the standard way (unlike, say, ZeroRedundancyOptimizer)."""
 
 
 def overrides(live: Any, method: str) -> bool:
-    """Whether a method is not torch's: a subclass has its own, or this very object."""
+    """Whether `method` is overridden, by a subclass or on the instance, and so not torch's."""
     return method in vars(live) or not getattr(type(live), method).__module__.startswith(_TORCHS)
 
 
 def loads_its_own_way(live: Any) -> bool:
-    """Whether loading an optimizer, a layer (its children aside) or another object runs code that is not torch's."""
+    """Whether loading an optimizer, a layer (without its children) or another object runs code that is not torch's."""
     if isinstance(live, nn.Module):
         extra = type(live).set_extra_state is not nn.Module.set_extra_state
         return judges_for_itself(live) or extra or _hooks(live._load_state_dict_post_hooks) > 0
@@ -32,21 +32,21 @@ def loads_its_own_way(live: Any) -> bool:
 
 
 def judges_for_itself(layer: nn.Module) -> bool:
-    """Whether a layer may rename, reshape or refuse what it is given, so that its keys are not to be compared."""
-    hooks = _hooks(layer._load_state_dict_pre_hooks) - hasattr(layer, "_load_hook")  # a lazy layer's: any shape fits
+    """Whether a layer may rename, reshape or reject what it is given, so that its keys cannot be compared."""
+    hooks = _hooks(layer._load_state_dict_pre_hooks) - hasattr(layer, "_load_hook")  # less a lazy layer's own
     return hooks > 0 or overrides(layer, "_load_from_state_dict")
 
 
 def own_prefixes(module: nn.Module, is_own: Callable[[nn.Module], bool]) -> tuple[str, ...]:
-    """Returns what the names start with of the layers that `is_own`; all names where `load_state_dict` is not torch's.
+    """Returns the name prefixes of the layers that satisfy `is_own`; "" (all) if `module` overrides `load_state_dict`.
 
-    That is what loads a root: nobody calls a layer's.
+    Only the root's `load_state_dict` is called, never a child's.
     """
     names = [plain_name(name) for name, layer in module.named_modules() if is_own(layer)]
     return ("",) if overrides(module, "load_state_dict") else tuple(f"{name}." if name else "" for name in names)
 
 
 def _hooks(hooks: Mapping[Any, Any]) -> int:
-    """Returns how many hooks are not FSDP2's, which only see to it that the shards are in their place."""
+    """Returns how many hooks are not FSDP2's, which only bring the shards back."""
     functions = [getattr(hook, "hook", hook) for hook in hooks.values()]
     return sum(not str(getattr(function, "__module__", "")).startswith(_FSDP) for function in functions)

@@ -1,8 +1,8 @@
-"""Restoring: from a checkpoint's content back into the live objects, all or nothing.
+"""Restores the live objects from a checkpoint's content, all or nothing.
 
-Objects whose loading runs somebody's code (schedulers, samplers, modules and optimizers with hooks, ...) come first,
-each from a snapshot, to which all go back if one of them raises. Plain modules and optimizers follow. They were
-compared, and their memory is there, so that copying is all that is left; they cost no snapshot. Plain values come last.
+Custom objects and user hooks (schedulers, samplers, modules and optimizers with hooks, ...) load first: each has a
+snapshot, and all go back to theirs if one raises. Plain modules and optimizers follow without a snapshot: they were
+compared and their memory is allocated, so that only copying is left. Plain values come last.
 """
 
 from __future__ import annotations
@@ -33,20 +33,19 @@ def restore(
     *,
     strict: bool,
     dtypes: Dtypes | None = None,
-    host: Iterable[Step] = (),
+    run_steps: Iterable[Step] = (),
     agree: Callable[[], None] = lambda: None,
-    say: Callable[[str], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
     origin: str = "the checkpoint",
 ) -> dict[str, Any]:
-    """Brings the objects in `tree` to the states in `content`, and its plain values to those there.
+    """Loads the states in `content` into the objects in `tree`, and its plain values; call `check_matches` first.
 
-    Returns what of `content` has no place in `tree`; nothing in it depends on `content`. Call `check_fits` first.
-    `host` are steps that follow the objects with code of their own; `agree` is called, and may raise, before anything
-    is written that has no snapshot. Without `strict`, `say` is called before that, with a text for each object that
-    some entries are missing for or unexpected by; it may raise, too.
+    Returns a copy of the plain values in `content` that `tree` has no key for. `run_steps` come after the custom
+    objects. `agree` is called, and may raise, before anything without a snapshot is written. Before that, without
+    `strict`, `warn` is called with a text for each object with missing or unexpected keys; it may raise too.
 
     Raises:
-        CheckpointError: an object's own loading raised; names the object. Every object is as it was before.
+        CheckpointError: an object's own loading raised; names the object. All objects have their values from before.
     """
     saved = {path: look_up(content, path) for path, _ in stateful_objects(tree) if leads_to(path, content)}
     parts = {path: live for path, live in stateful_objects(tree) if path in saved}
@@ -54,7 +53,7 @@ def restore(
     results: dict[Any, Any] = {}  # of modules' load_state_dict
     dtypes = dtypes or {}
     with Transaction(origin) as transaction:
-        for step, _, undo in host:
+        for step, _, undo in run_steps:
             transaction.undo_by(step, undo)
         for path, live in parts.items():
             transaction.at(path)
@@ -67,7 +66,7 @@ def restore(
             transaction.at(path)
             load = _loader(live, _independent_where_needed(live, saved[path]), strict, dtypes.get(path))
             results[path] = load()
-        for step, act, _ in host:
+        for step, act, _ in run_steps:
             transaction.at(step)
             act()
         loads = {}
@@ -79,17 +78,17 @@ def restore(
         plain = _plain_values(tree, content, {})
         if not strict:
             transaction.at("what the checkpoint lacks")
-            _say_what_is_left_out(tree, content, parts, saved, results, say)
+            _warn_of_left_out(tree, content, parts, saved, results, warn)
         agree()
         transaction.commit()
         for path, load in loads.items():
             transaction.at(path)
             load()
-        return _place(tree, plain)
+        return _write_plain(tree, plain)
 
 
 def _needs_snapshot(live: Any) -> bool:
-    """Whether loading `live` may raise, or change what a snapshot has to bring back."""
+    """Whether loading `live` may raise, or change more than what copying changes."""
     if isinstance(live, nn.Module):
         own = own_prefixes(live, loads_its_own_way)
         return bool(own) or not all(map(is_copied_into, live.state_dict().values()))
@@ -97,7 +96,7 @@ def _needs_snapshot(live: Any) -> bool:
 
 
 def _loader(live: Any, saved: Any, strict: bool, dtypes: list[torch.dtype] | None) -> Callable[[], Any]:
-    """Returns what brings `live` to `saved`."""
+    """Returns a function that loads `saved` into `live`."""
     if isinstance(live, nn.Module):
         return functools.partial(_load_module, live, named_as(live, saved), strict)
     if isinstance(live, Optimizer) and not overrides(live, "load_state_dict"):
@@ -109,26 +108,26 @@ def _load_module(module: nn.Module, state: dict[str, Any], strict: bool) -> Any:
     return module.load_state_dict(state, strict=strict)
 
 
-def _say_what_is_left_out(
+def _warn_of_left_out(
     tree: dict[str, Any],
     content: dict[str, Any],
     parts: dict[Any, Any],
     saved: dict[Any, Any],
     results: dict[Any, Any],
-    say: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> None:
     texts = list(left_out.absent(tree, content))
     for path, live in parts.items():
         result = results.get(path)
-        is_known = path not in results or hasattr(result, "missing_keys")  # else its own way did not say
+        is_known = path not in results or hasattr(result, "missing_keys")  # else its own loading does not tell
         if isinstance(live, nn.Module) and is_known:
             texts.append(left_out.of_module(path, live, saved[path], result))
     for text in filter(None, texts):
-        say(text)
+        warn(text)
 
 
 def _independent_where_needed(live: Any, saved: Any) -> Any:
-    """Returns `saved`; what others' code may keep is copied out of the file that it is mapped from."""
+    """Returns `saved`, with what custom objects and user hooks may keep copied out of the memory-mapped file."""
     if not isinstance(live, nn.Module):
         return deep_copied(saved)
     own = own_prefixes(live, loads_its_own_way)
@@ -153,13 +152,13 @@ def _plain_values(tree: dict[str, Any], content: dict[str, Any], memo: dict[int,
     return plain
 
 
-def _place(tree: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
-    """Puts the values of `plain` into `tree` in place, and returns those that have no place there."""
+def _write_plain(tree: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """Writes the values of `plain` into `tree` in place, and returns those that `tree` has no key for."""
     rest = {key: value for key, value in plain.items() if key not in tree}
     for key, value in plain.items():
         mine = tree.get(key)
         if type(mine) is dict:
-            left = _place(mine, value)
+            left = _write_plain(mine, value)
             if is_plain(mine):
                 mine.update(left)
             elif left:

@@ -1,4 +1,4 @@
-"""State: the user's dict of live objects, and the plain values that it is saved as.
+"""State: the user's dict of live objects, and the plain values that are saved of it.
 
 Objects with `state_dict` (modules, optimizers, schedulers, loaders, the plugin, ...) are saved as what it returns;
 anything else is a plain value. Dicts may nest. A compiled module's keys are saved as the plain module's.
@@ -26,19 +26,19 @@ _COMPILED = "_orig_mod."
 
 
 def collect(tree: dict[str, Any], filter: Filter | None = None) -> dict[str, Any]:
-    """Returns `tree` with every stateful object replaced by its state, less the entries that `filter` says no to.
+    """Returns `tree` with each stateful object replaced by its state, without the entries that `filter` rejects.
 
-    Scalars of numpy become Python's.
+    numpy's scalars become Python's.
 
     Raises:
-        ValueError: a dict that contains itself; a filter that names no state, or is no function.
+        ValueError: a dict that contains itself; a filter for a key that `tree` does not have, or not a function.
     """
     check_filter(tree, filter)
     return as_python(_collect(tree, filter or {}, "", ()))
 
 
 def check_is_dict(call: str, state: Any) -> None:
-    """Raises `ValueError` unless `state` is a dict; says how what it is goes into one."""
+    """Raises `ValueError` unless `state` is a dict; shows how to put it into one."""
     if isinstance(state, dict):
         return
     key = next((key for kind, key in _KEYS.items() if isinstance(state, kind)), "state")
@@ -46,7 +46,7 @@ def check_is_dict(call: str, state: Any) -> None:
         f'{call}(path, {{"{key}": {key}}})' if is_stateful(state) else f'{call}(path, {{"model": model, "step": step}})'
     )
     alone = f", or fabric.{call[7:]}_module(path, model) for its weights alone" if isinstance(state, nn.Module) else ""
-    raise ValueError(f"{call}(path, state): state is a dict, not a {type(state).__name__}: {cure}{alone}")
+    raise ValueError(f"{call}(path, state): state must be a dict, not {type(state).__name__}: {cure}{alone}")
 
 
 def is_stateful(value: Any) -> bool:
@@ -56,12 +56,12 @@ def is_stateful(value: Any) -> bool:
 
 
 def is_plain(tree: dict[str, Any]) -> bool:
-    """Whether there is no stateful object in `tree`."""
+    """Whether `tree` holds no stateful object."""
     return not any(is_stateful(value) or (type(value) is dict and not is_plain(value)) for value in tree.values())
 
 
 def stateful_objects(tree: dict[str, Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Yields the stateful objects in `tree` with their paths."""
+    """Yields (key path, object) for each stateful object in `tree`."""
     for key, value in tree.items():
         if type(value) is dict:
             yield from stateful_objects(value, (*path, key))
@@ -70,7 +70,7 @@ def stateful_objects(tree: dict[str, Any], path: KeyPath = ()) -> Iterator[tuple
 
 
 def param_dtypes(tree: dict[str, Any]) -> dict[KeyPath, list[torch.dtype]]:
-    """Returns the dtypes of each optimizer's parameters by its path, so that loading knows which state follows them."""
+    """Returns the dtypes of each optimizer's parameters, by its key path; loading chooses dtypes of state by them."""
     return {
         path: [param.dtype for group in value.param_groups for param in group["params"]]
         for path, value in stateful_objects(tree)
@@ -79,10 +79,12 @@ def param_dtypes(tree: dict[str, Any]) -> dict[KeyPath, list[torch.dtype]]:
 
 
 def check_filter(tree: dict[str, Any], filter: Filter | None, prefix: str = "") -> None:
-    """Raises `ValueError` unless every key of `filter` is one of `tree`, with a function, or a dict for a dict."""
+    """Raises `ValueError` unless every key of `filter` is in `tree`, with a function, or a dict for a dict."""
     for key, choose in (filter or {}).items():
         if key not in tree:
-            raise ValueError(f"filter[{prefix + str(key)!r}]: the state has no such key, but {sorted(map(str, tree))}")
+            raise ValueError(
+                f"filter[{prefix + str(key)!r}]: the state has no such key; its keys are {sorted(map(str, tree))}"
+            )
         if isinstance(choose, dict) and type(tree[key]) is dict:
             check_filter(tree[key], choose, f"{prefix}{key}.")
         elif not callable(choose):
@@ -93,7 +95,7 @@ def check_filter(tree: dict[str, Any], filter: Filter | None, prefix: str = "") 
 
 
 def select(state: Any, choose: Callable[[str, Any], bool]) -> Any:
-    """Returns a copy of `state` with the entries for which `choose(name, value)` is true; versions of modules stay."""
+    """Returns a copy of `state` with the entries for which `choose(name, value)` is true; `_metadata` is kept."""
     chosen = type(state)((name, value) for name, value in state.items() if choose(name, value))
     if hasattr(state, "_metadata"):
         chosen._metadata = state._metadata
@@ -118,25 +120,25 @@ def _collect(tree: dict[str, Any], filter: Filter, name: str, inside: tuple[int,
 
 
 def state_of(value: Any) -> Any:
-    """Returns the state of a stateful object, under plain names; anything else as it is."""
+    """Returns a stateful object's state dict (a module's with plain names); any other value as it is."""
     if not isinstance(value, nn.Module):
         return value.state_dict() if is_stateful(value) else value
     state = value.state_dict()
     for key in [key for key in state if _COMPILED in key]:
         state[plain_name(key)] = state.pop(key)
-    metadata = getattr(state, "_metadata", {})  # the versions of the modules in it, by their names
+    metadata = getattr(state, "_metadata", {})  # modules' versions by name
     for key in [key for key in metadata if _COMPILED in f"{key}."]:
         metadata[plain_name(key)] = metadata.pop(key)
     return state
 
 
 def plain_name(name: str) -> str:
-    """Returns the dotted name that a module, parameter or buffer has without `torch.compile` around any module."""
+    """Returns the dotted name that a module, parameter or buffer has without `torch.compile`."""
     return f"{name}.".replace(_COMPILED, "")[:-1]
 
 
 def named_as(module: nn.Module, saved: dict[str, Any]) -> OrderedDict[str, Any]:
-    """Returns `saved` under the names that `module` has, compiled modules' included, for its `load_state_dict`."""
+    """Returns `saved` under the live names of `module` (with those of `torch.compile`), for its `load_state_dict`."""
     live = module.state_dict()
     names = {plain_name(name): name for name in live}
     state = OrderedDict((names.get(name, name), value) for name, value in saved.items())

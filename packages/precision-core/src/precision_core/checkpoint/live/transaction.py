@@ -1,4 +1,4 @@
-"""A transaction: steps that are taken back if one raises, and a last part that is not taken back."""
+"""A transaction: steps that are undone if one raises, and a last part that is not undone."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from types import TracebackType
 from precision_core.checkpoint.error import CheckpointError
 
 Name = str | tuple[object, ...]
-"""What messages call a step: text, or the keys that lead to an object."""
+"""A step's name in messages: text, or the key path of an object."""
 Undo = Callable[[], None]
 Step = tuple[str, Callable[[], None], Undo]
-"""A name for messages, what to do, and what takes it back."""
+"""A name for messages, the function to call, and its undo."""
 
 
 class Transaction:
-    """Context in which an exception of any kind takes everything back, last first, whether it had begun or not.
+    """Context that runs all undos, last first, if anything is raised, also those of steps that had not begun.
 
     Raises:
-        CheckpointError: in place of an `Exception`, naming the step; interrupts and the like stay what they are.
+        CheckpointError: from an `Exception`, naming the step; KeyboardInterrupt and the like pass unchanged.
     """
 
     def __init__(self, origin: str) -> None:
@@ -28,17 +28,17 @@ class Transaction:
         self._written: list[Name] | None = None  # since `commit`
 
     def undo_by(self, name: Name, undo: Undo) -> None:
-        """Takes note of what takes a step back."""
+        """Registers a step's undo."""
         self._undos.append((name, undo))
 
     def at(self, name: Name) -> None:
-        """Says which step is next."""
+        """Names the step that comes next."""
         self._step = name
         if self._written is not None:
             self._written.append(name)
 
     def commit(self) -> None:
-        """Begins the last part, which is not taken back."""
+        """Begins the last part, which is not undone."""
         self._written = []
 
     def __enter__(self) -> Transaction:
@@ -50,17 +50,17 @@ class Transaction:
         lost = self._roll_back() + (self._written or [])
         if not isinstance(error, Exception) or isinstance(error, CheckpointError):
             return
-        state = f"{', '.join(map(_text, lost))} may hold parts of it" if lost else "nothing was changed"
+        state = f"{', '.join(map(_text, lost))} may have some of its values" if lost else "nothing was changed"
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{self._origin}: {_text(self._step)} could not be loaded, {state}: {reason}") from error
 
     def _roll_back(self) -> list[Name]:
-        """Runs the undos and returns the names of those that raised."""
+        """Runs the undos, and returns the names of those that raised."""
         failed = []
         for name, undo in reversed(self._undos):
             try:
                 undo()
-            except BaseException:  # the others are to be brought back still
+            except BaseException:  # the others still have to run
                 failed.append(name)
         return failed
 

@@ -1,7 +1,7 @@
-"""Taking back what loading did: how each kind of object gets the values from before, bit for bit.
+"""Undoes loading: each kind of object gets its values from before, bit for bit.
 
-Each function takes a snapshot and returns what restores it. Tensors' values are kept on the CPU, and copied back into
-the very tensors that they were in.
+Each function takes a snapshot and returns a function that restores it. Values of tensors are kept in CPU memory, and
+copied back into the same tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from precision_core.precision.base import Precision
 
 
 def undo_of(live: Any) -> Undo:
-    """Returns what brings a stateful object back to its state of now."""
+    """Returns a function that restores a stateful object's present state."""
     for kind, make in _KINDS.items():
         if isinstance(live, kind):
             return make(live)
@@ -32,7 +32,7 @@ def undo_of(live: Any) -> Undo:
 
 
 def undo_groups(optimizer: Optimizer) -> Undo:
-    """Returns what brings an optimizer's options back; a scheduler's loading may change those."""
+    """Returns a function that restores an optimizer's param_groups, which a scheduler's loading may change."""
     groups = optimizer.param_groups
     before = [(group, dict(group), list(group["params"]), _Values(_options(group))) for group in groups]
 
@@ -53,7 +53,7 @@ def _options(group: dict[str, Any]) -> list[Any]:
 
 
 def is_copied_into(value: Any) -> bool:
-    """Whether `value` is a plain or sharded tensor that `copy_` writes all of, without running anyone's code."""
+    """Whether `value` is a plain or sharded tensor that `copy_` overwrites fully, without custom code."""
     kinds = (Tensor, nn.Parameter, nn.Buffer, nn.UninitializedParameter, nn.UninitializedBuffer)
     known = type(value) in kinds or (isinstance(value, Tensor) and is_sharded(value))
     return known and (is_lazy(value) or _is_writable(value))
@@ -74,7 +74,7 @@ class _Values:
         map_tensors(tree, self._keep)
 
     def _keep(self, tensor: Tensor) -> Tensor:
-        if tensor not in self.copies and not is_lazy(tensor) and _is_writable(tensor):  # else nothing can change
+        if tensor not in self.copies and not is_lazy(tensor) and _is_writable(tensor):  # no load can change the others
             made_of_parts = is_made_of_parts(tensor)
             self.copies[tensor] = copy_of(tensor) if made_of_parts else tensor.detach().to("cpu", copy=True)
         return tensor
@@ -96,7 +96,7 @@ class _Values:
 
 
 def _attributes(live: Any) -> Undo:
-    """Returns what gives an object the attributes of now, the very same objects."""
+    """Returns a function that restores an object's attributes, to the same objects."""
     attributes: dict[str, Any] = getattr(live, "__dict__", {})
     before = dict(attributes)
 
@@ -114,9 +114,9 @@ def _undo_custom(live: Any) -> Undo:
 
     def undo() -> None:
         try:
-            live.load_state_dict(snapshot)  # for what was changed inside of lists and the like
-        except BaseException:  # it may raise always
-            if not hasattr(live, "__dict__"):  # else the attributes say it all
+            live.load_state_dict(snapshot)  # for changes within lists and the like
+        except BaseException:  # it may be what raised
+            if not hasattr(live, "__dict__"):  # else its attributes are restored
                 raise
         finally:
             attributes()

@@ -1,4 +1,4 @@
-"""Putting a new file in place of an old one, so that the path is whole at any moment, whoever dies."""
+"""Replaces a file in one step: its path always has the old or the new file, complete, also after a crash."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows: leftovers stay there, as nobody can say whose they are
+except ImportError:  # Windows: temporary files of crashed writers stay, as there is no lock to tell them by
     fcntl = None  # type: ignore[assignment]
 
 _SUFFIX = ".partial"
@@ -23,20 +23,20 @@ _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-z]{16}\.partial", re.DOTALL)
 
 @contextlib.contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Context with the name of a file to write, which then replaces `path`; if anything raises, nothing is left of it.
+    """Context with a temporary file name to write to; at its end the file replaces `path`, on an error it is removed.
 
-    It is in a folder of its own beside `path`, where vendors leave what they want, and whose lock goes with the
-    process; what crashed processes left of theirs is removed. The file gets the permissions that a new one has here.
+    The file is in a temporary folder beside `path`, locked while this process lives; temporary files of crashed
+    writers are removed. The new file gets the permissions that the umask gives.
 
     Raises:
-        OSError: of its own kind (full disk, no permission, a folder in the way), naming `path`; the old file stays.
+        OSError: a full disk, no permission, a folder at `path`; names `path`, keeps the errno. The old file stays.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: remove it, or save to another path, {path / 'last.ckpt'} say")
     with contextlib.ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(path.parent, lambda name: name == path.name)
+            remove_abandoned(path.parent, lambda name: name == path.name)
             _forget(path)
             folder = _create_folder(path, stack)
             new = folder / path.name
@@ -58,7 +58,7 @@ def atomically(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def synced(path: Path) -> Iterator[BinaryIO]:
-    """Context with a new file that is on disk at its end."""
+    """Context with a new binary file, which is flushed and synced to disk at its end."""
     with open(path, "xb") as file:
         yield file
         file.flush()
@@ -66,25 +66,25 @@ def synced(path: Path) -> Iterator[BinaryIO]:
 
 
 def _create_folder(path: Path, stack: contextlib.ExitStack) -> Path:
-    """Returns a new folder beside `path`, locked, which `stack` removes."""
+    """Returns a new locked folder beside `path`; `stack` removes it."""
     while True:
         folder = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_SUFFIX}")
         folder.mkdir()
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         if fcntl is None:
             return folder
-        with contextlib.suppress(FileNotFoundError):  # else someone took it for a leftover before the lock was ours
+        with contextlib.suppress(FileNotFoundError):  # else another writer removed it before it was locked
             lock = stack.enter_context(_opened(folder))
-            with contextlib.suppress(OSError):  # a file system without locks: nobody removes anything
+            with contextlib.suppress(OSError):  # a file system without locks: nothing is ever removed
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if folder.exists():
                 return folder
 
 
 def _forget(path: Path) -> None:
-    """Gives up what the system keeps of the old file in memory, so that it is there for the new one.
+    """Drops the old file from the page cache, so that the new one can use that memory.
 
-    Nobody will read it again. A GB took 2.0 to 4.1 s without this and 1.1 to 1.3 s with it, on a virtual machine that
+    It will not be read again. A GB took 2.0 to 4.1 s without this and 1.1 to 1.3 s with it, on a virtual machine that
     has to ask its host for fresh memory; 1.0 to 3.0 s take torch.save alone, onto the same file and without fsync.
     """
     if hasattr(os, "posix_fadvise"):
@@ -93,7 +93,7 @@ def _forget(path: Path) -> None:
 
 
 def _os_error(error: BaseException) -> OSError | None:
-    """Returns the operating system's error; torch's writer raises one of its own while it handles that."""
+    """Returns the OSError behind `error`, if any: torch's writer raises another error while it handles one."""
     found: BaseException | None = error
     while isinstance(found, Exception):
         if isinstance(found, OSError):
@@ -102,17 +102,17 @@ def _os_error(error: BaseException) -> OSError | None:
     return None
 
 
-def remove_leftovers(folder: Path, is_ours: Callable[[str], object]) -> None:
-    """Removes what is unfinished for the files `is_ours` names, and nobody writes.
+def remove_abandoned(folder: Path, is_ours: Callable[[str], object]) -> None:
+    """Removes the temporary files of crashed writers of those files in `folder` whose names satisfy `is_ours`.
 
-    The lock of a process goes with it, even by kill -9.
+    Those of live writers are locked; a lock ends with its process, by kill -9 too.
     """
     if fcntl is None:
         return
-    for leftover in _unfinished(folder, is_ours):
-        with contextlib.suppress(OSError), _opened(leftover) as descriptor:
+    for abandoned in _unfinished(folder, is_ours):
+        with contextlib.suppress(OSError), _opened(abandoned) as descriptor:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: somebody is writing it
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            shutil.rmtree(abandoned) if abandoned.is_dir() else abandoned.unlink()
 
 
 def _unfinished(folder: Path, is_ours: Callable[[str], object]) -> Iterator[Path]:
@@ -132,6 +132,6 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the new name durable, where folders can be opened: whoever deletes older checkpoints next relies on it."""
+    """Syncs a folder, so that a new name in it survives a crash (older checkpoints may be deleted next)."""
     with contextlib.suppress(OSError), _opened(folder) as descriptor:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Where the tensors of a checkpoint folder lie: `chunks.json`, which says as plain values what a `.metadata` pickles.
+"""Where the tensors of a checkpoint folder are: `chunks.json`, the content of the pickled `.metadata` as plain values.
 
 {"model.weight": {"dtype": "torch.half", "shape": [8, 3], "chunks": [[file, start, length, offsets, sizes], ...]}}
 """
@@ -20,7 +20,7 @@ CHUNKS = "chunks.json"
 
 
 class Chunk(NamedTuple):
-    """A part of a tensor, and the bytes of a file that are its `torch.save`."""
+    """A part of a tensor (offsets and sizes by dimension), and the bytes of a file that hold its `torch.save`."""
 
     file: str
     start: int
@@ -30,7 +30,7 @@ class Chunk(NamedTuple):
 
 
 def dumps(metadata: Metadata) -> bytes:
-    """Returns the text of `chunks.json` for what `dcp.save` returned; chunks without elements are left out."""
+    """Returns `chunks.json` for the metadata that `dcp.save` returned; chunks without elements are left out."""
     table: dict[str, Any] = {}
     for name, entry in metadata.state_dict_metadata.items():
         chunks = []
@@ -42,28 +42,30 @@ def dumps(metadata: Metadata) -> bytes:
 
 
 def loads(data: bytes, tensors: Mapping[str, Tensor], files: Mapping[str, int]) -> dict[str, list[Chunk]]:
-    """Returns the chunks of exactly `tensors`, within `files` (name -> bytes); they have each element once.
+    """Returns the chunks of each of `tensors`: they cover every element once, within `files` (name -> size in bytes).
 
     Raises:
-        CheckpointError: anything else; names the tensor.
+        CheckpointError: other tensors, shapes or dtypes, invalid or overlapping chunks; names the tensor.
     """
     chunks: dict[str, list[Chunk]] = {}
     try:
         table = json.loads(data)
         if table.keys() != tensors.keys():
-            raise CheckpointError(f"{CHUNKS} has other tensors: {sorted(table.keys() ^ tensors.keys())[:10]}")
+            raise CheckpointError(
+                f"{CHUNKS}: other tensors than expected: {sorted(table.keys() ^ tensors.keys())[:10]}"
+            )
         for name, tensor in tensors.items():
             if (table[name]["dtype"], table[name]["shape"]) != (str(tensor.dtype), list(tensor.shape)):
-                raise CheckpointError(f"{CHUNKS} has another shape or dtype for {name}")
+                raise CheckpointError(f"{CHUNKS}: another shape or dtype for tensor {name}")
             chunks[name] = [Chunk(*chunk) for chunk in table[name]["chunks"]]
             for chunk in chunks[name]:
                 _check(name, tensor, chunk, files)
             if not _is_tiled(tensor, chunks[name]):
-                raise CheckpointError(f"{CHUNKS} has chunks of {name} that overlap, or leave out elements")
+                raise CheckpointError(f"{CHUNKS}: chunks of tensor {name} overlap, or miss elements")
     except CheckpointError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{CHUNKS} does not say where tensors lie: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{CHUNKS} is invalid: {type(error).__name__}: {error}") from error
     return chunks
 
 
@@ -73,17 +75,19 @@ def _check(name: str, tensor: Tensor, chunk: Chunk, files: Mapping[str, int]) ->
     ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
     integers = all(type(number) is int for number in (start, length, *offsets, *sizes))
     if not integers or len(ends) != tensor.dim() or min([1, *sizes]) < 1 or min([0, *offsets]) < 0:
-        raise CheckpointError(f"{CHUNKS} has an invalid chunk for {name}: {str(chunk)[:200]}")
+        raise CheckpointError(f"{CHUNKS}: invalid chunk for tensor {name}: {str(chunk)[:200]}")
     if any(end > size for end, size in zip(ends, tensor.shape, strict=True)):
-        raise CheckpointError(f"{CHUNKS} has a chunk outside of {name}, which has the shape {tuple(tensor.shape)}")
+        raise CheckpointError(f"{CHUNKS}: chunk outside of tensor {name} of shape {tuple(tensor.shape)}")
     if not 0 <= start <= start + length <= files.get(file, -1):
-        raise CheckpointError(f"{CHUNKS} puts {name} outside of the checkpoint's files")
+        raise CheckpointError(f"{CHUNKS}: chunk of tensor {name} outside of the checkpoint's files")
     if math.prod(sizes) * tensor.itemsize > length:
-        raise CheckpointError(f"{CHUNKS} has {length} bytes for a chunk of {name} of shape {tuple(sizes)}")
+        raise CheckpointError(
+            f"{CHUNKS}: {length} bytes are too few for a chunk of tensor {name} of shape {tuple(sizes)}"
+        )
 
 
 def _is_tiled(tensor: Tensor, chunks: list[Chunk]) -> bool:
-    """Whether the chunks are a grid, as shards along dimensions are, that has every element once."""
+    """Whether the chunks form a grid (as shards along dimensions do) that covers every element once."""
     cuts = [sorted({0, size, *(chunk.offsets[dim] for chunk in chunks)}) for dim, size in enumerate(tensor.shape)]
     next_cut = [dict(itertools.pairwise(each)) for each in cuts]
     for chunk in chunks:

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint folder: written by torch.distributed.checkpoint, read with nothing unpickled."""
+"""The tensors of a checkpoint folder: written by torch.distributed.checkpoint, read without unpickling."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from precision_core.checkpoint.agreement import is_distributed, losses_told
+from precision_core.checkpoint.agreement import is_distributed, peer_failure_as_error
 from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.shards import local_part
 from precision_core.checkpoint.storage.chunks import Chunk
 
 
 def save(tensors: dict[str, Tensor], folder: Path, group: ProcessGroup | None) -> Metadata:
-    """Writes the tensors, each rank its shards, rank zero what is not sharded; returns where they lie, on each rank.
+    """Writes the tensors: each rank its shards, rank zero what is not sharded; returns, on each rank, where they are.
 
     Raises:
         OSError: on every rank when one fails.
-        CheckpointError: a rank is gone.
+        CheckpointError: a rank died or cannot be reached.
     """
     alone = not is_distributed()
     try:
         # No `_quiet` among several: this may run in a thread, and what it sets is the whole process's.
-        with losses_told(), _quiet() if alone else nullcontext():
+        with peer_failure_as_error(), _quiet() if alone else nullcontext():
             return dcp.save(
                 tensors,
                 storage_writer=dcp.FileSystemWriter(folder),
@@ -43,16 +43,16 @@ def save(tensors: dict[str, Tensor], folder: Path, group: ProcessGroup | None) -
                 process_group=group,
                 no_dist=alone,
             )
-    except CheckpointException as error:  # no Exception; every rank has it
+    except CheckpointException as error:  # a BaseException, raised on every rank
         rank, (reason, _) = min(error.failures.items())
         raise OSError(f"could not write {folder}: rank {rank}: {type(reason).__name__}: {reason}") from error
 
 
 def load(tensors: dict[str, Tensor], folder: Path, chunks: Mapping[str, list[Chunk]]) -> None:
-    """Reads into tensors in CPU memory, into this rank's shards only; no rank waits for another.
+    """Reads values into `tensors`, in CPU memory: of DTensors this rank's shards. No rank waits for another.
 
     Raises:
-        CheckpointError: damaged; `tensors` may hold parts of it.
+        CheckpointError: damaged; `tensors` may hold some of its values then.
     """
     for name, tensor in tensors.items():
         local, start = local_part(tensor)
@@ -87,5 +87,5 @@ def _read(folder: Path, name: str, chunk: Chunk, dtype: torch.dtype) -> Tensor:
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for text in (".*torch.distributed is disabled, unavailable or uninitialized", "TypedStorage is deprecated"):
-            warnings.filterwarnings("ignore", message=text)  # torch's of itself
+            warnings.filterwarnings("ignore", message=text)  # torch warns of its own calls
         yield

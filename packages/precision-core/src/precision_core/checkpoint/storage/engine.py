@@ -1,8 +1,8 @@
-"""Engine checkpoints: folders that a strategy's engine wrote in files of its own, as other strategies read them.
+"""Engine checkpoints: folders with files in the format of a strategy's engine, as other strategies read them.
 
-Such a folder has core's file in it, `state.ckpt`, and a manifest. Where the engine's objects were, it has records
-which say what the engine's files are: `{strategy's name: "model" or "optimizer", ...}`. The package that wrote them
-makes values of them; it is asked for by that name.
+Such a folder also has core's file, `state.ckpt`, and a manifest. In `state.ckpt` the engine's objects are records that
+describe the engine's files: `{strategy's name: "model" or "optimizer", ...}`. The package that brings the strategy of
+that name turns them into values.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ STATE = "state.ckpt"
 
 
 def folder_of(path: Path) -> Path:
-    """Returns the folder, where `path` names an engine's `state.ckpt` in it; else `path`."""
+    """Returns the folder if `path` is an engine checkpoint's `state.ckpt`, else `path`."""
     return path.parent if path.name == STATE and (path.parent / folder_manifest.MANIFEST).exists() else path
 
 
 def is_engines(path: Path) -> bool:
-    """Whether there is an engine's checkpoint folder to read for `path`."""
+    """Whether `path` is an engine's checkpoint folder."""
     return folder_manifest.is_folder(path) and (folder_manifest.find(path) / STATE).exists()
 
 
 def read(path: Path, trust: bool) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    """Returns what the folder `path` holds, models with their values; and why others have none, by their key paths.
+    """Returns the folder's content, with models' values; and key path -> reason for objects that cannot be read.
 
     Raises:
-        CheckpointError: torn, damaged, or what wrote it is not installed; says what to install.
+        CheckpointError: incomplete, damaged, or the package that wrote it is not installed; says what to install.
     """
     folder = folder_manifest.find(path.absolute())
     manifest = folder_manifest.read(folder)
@@ -47,9 +47,11 @@ def read(path: Path, trust: bool) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     try:
         engines = discovery.load(STRATEGIES, name).checkpoint_format
     except (ValueError, ImportError) as error:
-        raise CheckpointError(f"{path} was written by the engine of {name}, and only that reads it: {error}") from error
+        raise CheckpointError(
+            f"{path} was written by the engine of {name}, and only its package reads it: {error}"
+        ) from error
     if engines is None:
-        raise CheckpointError(f"{path} was written by the engine of {name}, which says of itself that it writes none")
+        raise CheckpointError(f"{path} was written by the engine of {name}, whose strategy has no checkpoint_format")
     return engines.read(folder, content, trust)
 
 

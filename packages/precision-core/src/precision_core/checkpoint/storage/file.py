@@ -38,20 +38,20 @@ _PLAIN = (
     torch.Size,
 )
 _MAX_INT_BITS = 2000
-"""From about 255 bytes on, integers have a pickle opcode that a safe load refuses."""
+"""Integers from about 255 bytes on have a pickle opcode that torch.load(weights_only=True) rejects."""
 
 _FLAGS = 0x08 | 0x800
-"""Of a zip record: sizes stand behind the data, names are UTF-8."""
+"""Flags of a zip record: sizes after the data, names in UTF-8."""
 
 _CONTAINERS: tuple[type, ...] = (dict, list, tuple, OrderedDict)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content` to a new file beside `path`, then puts it in place, so that `path` is whole at any moment.
+    """Writes `content` to a temporary file, which then replaces `path`: a complete checkpoint is there at any moment.
 
     Raises:
-        ValueError: a value that a safe load would refuse; names its key. The old file stays.
-        OSError: the file cannot be written (a full disk, a folder in the way); names the path. The old file stays.
+        ValueError: a value that torch.load(weights_only=True) would reject; names its key. The old file stays.
+        OSError: a full disk, no permission, a folder at `path`; names the path. The old file stays.
     """
     check_saveable(content)
     with atomically(path) as new, open(new, "xb") as file:
@@ -60,11 +60,11 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 _WITH_CHECKSUMS = threading.Lock()
 _saving: list[bool] = []
-"""For each save under way, in any thread: whether torch was to write checksums before it began."""
+"""For each running save, in any thread: torch's setting of checksums before it began."""
 
 
 def save_with_checksums(content: Any, file: BinaryIO) -> None:
-    """Calls torch.save, with the checksums that `read` verifies even where torch is told to write none."""
+    """Calls torch.save with checksums, which `read` verifies, also after `set_crc32_options(False)`."""
     with _WITH_CHECKSUMS:
         _saving.append(get_crc32_options())
         set_crc32_options(True)
@@ -79,11 +79,11 @@ def save_with_checksums(content: Any, file: BinaryIO) -> None:
 
 
 def read(path: Path, *, trust: bool = False) -> dict[str, Any]:
-    """Returns the content of a checkpoint, verified before anything is unpickled; executed only if `trust`.
+    """Returns the content of a checkpoint, verified before anything is unpickled; runs pickled code only if `trust`.
 
-    Its tensors lie in the file, mapped, and cost no memory of the process until they are read. Copy what is to last
-    (`copy.deepcopy`): should somebody truncate the file in place, reading them would end the process (SIGBUS). A save
-    to the same path does not: it puts a new file in place, and the old one lasts as long as it is mapped.
+    Its tensors are on the CPU, memory-mapped, and take no memory until they are read. Copy (`copy.deepcopy`) what
+    outlives the call: if the file is truncated in place, reading them ends the process (SIGBUS). A save to the same
+    path is safe: it puts a new file in place, and the old one exists as long as it is mapped.
 
     Raises:
         CheckpointError: damaged, truncated, not a checkpoint of Fabric.save, or of a newer format.
@@ -94,14 +94,14 @@ def read(path: Path, *, trust: bool = False) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     content, is_current = _read(path, trust)
-    while not is_current:  # a new file was put in place just now
+    while not is_current:  # it was replaced meanwhile
         content, is_current = _read(path, trust)
     check_header(path, content)
     return content
 
 
 def check_header(path: Path, content: Any) -> None:
-    """Raises `CheckpointError` unless `content` is what `Fabric.save` wrote, in a format that this version reads."""
+    """Raises `CheckpointError` unless `content` has the header of `Fabric.save`, in a format that is read here."""
     header = content.get(RESERVED) if isinstance(content, dict) else None
     if not isinstance(header, dict) or not isinstance(header.get("version"), int):
         raise CheckpointError(
@@ -117,15 +117,15 @@ def check_header(path: Path, content: Any) -> None:
 
 
 def verify(file: BinaryIO) -> None:
-    """Raises unless what torch reads of its zip file is as it was written; torch.load checks no checksum itself.
+    """Raises unless the records of a torch zip file match their checksums; torch.load does not check them.
 
-    Of 1,000 single flipped bits 914 loaded silently wrong. The file is read in pieces, not mapped: one that is
-    truncated meanwhile ends in an exception here, not in a SIGBUS.
+    Of 1,000 single flipped bits 914 loaded silently wrong. The file is read in pieces, not mapped: if it is truncated
+    meanwhile, that is an exception here, not a SIGBUS.
     """
     with zipfile.ZipFile(file) as archive:
         if len({name.lower() for name in archive.namelist()}) < len(archive.namelist()):
-            raise zipfile.BadZipFile("two of its records have one name")
-        for record in archive.infolist():  # no checksum covers these; of a "folder" torch returns what lay in memory
+            raise zipfile.BadZipFile("two of its records have the same name")
+        for record in archive.infolist():  # not covered by checksums; for a "folder" torch returns uninitialised memory
             is_plain = record.compress_type == zipfile.ZIP_STORED and record.compress_size == record.file_size
             if not is_plain or record.external_attr or record.flag_bits & ~_FLAGS:
                 raise zipfile.BadZipFile(f"the record {record.filename} has attributes that torch does not write")
@@ -134,7 +134,7 @@ def verify(file: BinaryIO) -> None:
 
 
 def _read(path: Path, trust: bool) -> tuple[Any, bool]:
-    """Returns what the file holds, and whether `path` still is the file that was verified."""
+    """Returns the content, and whether `path` is still the file that was verified."""
     with open(path, "rb") as file:  # outside the try: a missing permission is not a damaged file
         try:
             verify(file)
@@ -142,20 +142,20 @@ def _read(path: Path, trust: bool) -> tuple[Any, bool]:
             return content, os.path.samestat(os.fstat(file.fileno()), os.stat(path))
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{path} was not written by Fabric.save: it holds objects that a safe load refuses. "
-                "trust=True loads them, and runs whatever code the file names"
+                f"{path} was not written by Fabric.save: it holds objects that torch.load(weights_only=True) "
+                "rejects. trust=True loads them, and runs whatever code the file names"
             ) from error
         except Exception as error:  # damage shows anywhere: zip structure, checksums, tensor sizes
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise CheckpointError(f"{path} is damaged, or no checkpoint: {reason}") from error
+            raise CheckpointError(f"{path} is damaged, or not a checkpoint: {reason}") from error
 
 
 def check_saveable(tree: Any, key: str = "", inside: tuple[int, ...] = ()) -> None:
-    """Raises `ValueError` naming the key of the first value that `torch.load(weights_only=True)` would refuse."""
+    """Raises `ValueError` for the first value that `torch.load(weights_only=True)` would reject; names its key."""
     kind = type(tree)
     if isinstance(tree, Tensor) and tree.is_meta:
         raise ValueError(f"cannot save {key or 'the state'}: it is on the meta device and has no values")
-    if kind in _CONTAINERS or kind in _PLAIN:  # what was set on a tensor or an OrderedDict is saved with it
+    if kind in _CONTAINERS or kind in _PLAIN:  # attributes of a tensor or an OrderedDict are saved with it
         for name, value in getattr(tree, "__dict__", {}).items():
             check_saveable(value, f"{key}.{name}", (*inside, id(tree)))
     if kind in _PLAIN and not (kind is int and tree.bit_length() > _MAX_INT_BITS):
@@ -169,19 +169,19 @@ def check_saveable(tree: Any, key: str = "", inside: tuple[int, ...] = ()) -> No
                 check_saveable(name, f"the key {name!r} of {key or 'the state'}")
             check_saveable(value, f"{key}[{name!r}]", (*inside, id(tree)))
         return
-    try:  # whatever else: try it, so that types which were registered as safe, and tensor subclasses, are accepted
+    try:  # try it: types registered as safe and tensor subclasses are accepted
         buffer = io.BytesIO()
         torch.save(tree, buffer)
         buffer.seek(0)
         torch.load(buffer, weights_only=True)
     except Exception as error:
         way_out = (
-            "Objects with state_dict are saved from dicts only: put it under a key of its own"
+            "Objects with state_dict are saved only as values of a dict: give it a key of its own"
             if hasattr(tree, "state_dict")
             else "Save plain values (float(x), str(path), vars(args), array.tolist()), or give the object state_dict "
             "and load_state_dict"
         )
         raise ValueError(
-            f"cannot save {key or 'the state'}: a {kind.__module__}.{kind.__qualname__} would be refused by a safe "
-            f"load, which takes tensors, numbers, strings and containers of them. {way_out}"
+            f"cannot save {key or 'the state'}: a {kind.__module__}.{kind.__qualname__} would be rejected by "
+            f"torch.load(weights_only=True), which takes tensors, numbers, strings and containers of them. {way_out}"
         ) from error

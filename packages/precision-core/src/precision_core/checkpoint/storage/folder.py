@@ -1,10 +1,9 @@
 """Checkpoint folders, for strategies that shard: torch.distributed.checkpoint's format, all or nothing, never executed.
 
-A folder holds each rank's shards (`*.distcp`), `chunks.json` with where each tensor lies in them, `structure.pt` with
-everything else, and a manifest; and a `.metadata`, from which `torch.distributed.checkpoint.load` reads the tensors
-under dotted names too. Any number of ranks reads what
-any other number wrote. Tensors that are not sharded, and plain values, are rank zero's: gather what every rank has for
-itself (`agreement.gather`) before. All ranks of the group call these functions; an error on one is an error on all.
+A folder holds each rank's shards (`*.distcp`), `chunks.json` (where in them each tensor is), `structure.pt` (everything
+else), a manifest, and `.metadata`, by which `torch.distributed.checkpoint.load` reads the tensors under dotted names
+too. Any number of ranks reads what any other number wrote. Unsharded tensors and plain values are rank zero's:
+`gather` what differs by rank before. All ranks of the group call `write_folder`; an error on one is one on all.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch.distributed import ProcessGroup
 from precision_core.checkpoint.agreement import gather, rank_of, size_of, together
 from precision_core.checkpoint.error import FORMAT_VERSION, RESERVED, CheckpointError
 from precision_core.checkpoint.paths import local_path
-from precision_core.checkpoint.shards import check_alike, describe, host_like, is_sharded
+from precision_core.checkpoint.shards import check_alike, cpu_like, describe, is_sharded
 from precision_core.checkpoint.storage import chunks
 from precision_core.checkpoint.storage import dcp as folder_dcp
 from precision_core.checkpoint.storage import manifest as folder_manifest
@@ -43,13 +42,13 @@ def write_folder(
 ) -> None:
     """Writes `content`, nested dicts, lists and tuples of tensors, DTensors and plain values, to the folder `path`.
 
-    It is written to a folder beside `path`, which must be on a disk that all ranks share, and put in place when every
-    rank is done; an older checkpoint folder stays whole until then, and is deleted.
+    All ranks write to a temporary folder beside `path`, on a disk that they share; it replaces `path`, and an older
+    checkpoint folder there, when every rank is done.
 
     Raises:
-        ValueError: a value that a safe load would refuse, or something at `path` that is no checkpoint folder.
+        ValueError: a value that torch.load(weights_only=True) would reject, or `path` is not a checkpoint folder.
         CheckpointError: another rank failed, or has other tensors.
-        OSError: a disk that is full, for example.
+        OSError: a full disk, for example.
     """
     path, rank, group = local_path(path, "write_folder").absolute(), rank_of(process_group), process_group
     with together(group):
@@ -83,11 +82,11 @@ def write_folder(
 
 
 def _split(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the structure of `content` and its tensors by name; sparse and the like stay in the structure.
+    """Returns the structure of `content` and its tensors by name; sparse, quantised and the like stay in the structure.
 
-    The structure is the content with a meta tensor in the place of each: it keeps keys and types, where
-    torch.distributed.checkpoint alone turns an optimizer's integer keys into strings and loses tuples, and it tells
-    shapes and dtypes before a tensor is read.
+    The structure is `content` with meta tensors as placeholders. It keeps keys and types (torch.distributed.checkpoint
+    alone turns an optimizer's integer keys into strings, and loses tuples), and has shapes and dtypes before any value
+    is read.
 
     Raises:
         ValueError: it contains itself, or a tensor on the meta device.
@@ -117,13 +116,12 @@ def _is_sharded_or_plain(leaf: Any) -> bool:
 
 
 class Folder:
-    """A checkpoint folder that is read: what it holds at once, values when they are asked for (see `source.Source`).
+    """A checkpoint folder to read: `content` has meta tensors as placeholders until `fetch` (see `source.Source`).
 
-    Each rank reads for itself, and waits for no other. `content` has a meta tensor in the place of each. `trust`
-    executes whatever `structure.pt` says.
+    Each rank reads on its own. `trust` runs whatever code `structure.pt` names.
 
     Raises:
-        CheckpointError: torn, damaged, foreign, older or newer. Nothing was executed.
+        CheckpointError: incomplete, damaged, not of `Fabric.save`, of an older or newer format. No code was run.
         FileNotFoundError: there is no such folder.
     """
 
@@ -140,18 +138,18 @@ class Folder:
         self._chunks = chunks.loads(self._read(chunks.CHUNKS), tensors, sizes)
 
     def verify(self, rank: int = 0, ranks: int = 1) -> None:
-        """Raises `CheckpointError` unless the files are what the manifest says; together, `ranks` verify them all."""
+        """Raises `CheckpointError` unless files match the manifest; each of `ranks` ranks verifies its share."""
         folder_manifest.verify(self.path, self._manifest, sorted(self._manifest.files)[rank::ranks])
 
     def fetch(
         self, tree: Any, shardings: Mapping[KeyPath, Tensor] = {}, leave: Callable[[KeyPath], bool] = lambda _: False
     ) -> Any:
-        """Returns a copy of `tree`, which holds placeholders from `content`, with values on the CPU in their place.
+        """Materialises the placeholders in `tree`, a part of `content`, in CPU memory; returns a copy of it.
 
-        A key path in `shardings` gives a DTensor with this rank's shards. Where `leave(key_path)`, it stays as it is.
+        A key path in `shardings` gives a DTensor with this rank's shards; where `leave(key_path)`, placeholders stay.
 
         Raises:
-            CheckpointError: damaged, or replaced meanwhile.
+            CheckpointError: damaged, or replaced while it was read.
         """
         values: dict[str, Tensor] = {}
 
@@ -159,7 +157,7 @@ class Folder:
             name = self._names.get(id(leaf))
             if name is None or name in values or (leave(key_path) and key_path not in shardings):
                 return
-            values[name] = host_like(shardings.get(key_path, leaf), leaf.dtype)
+            values[name] = cpu_like(shardings.get(key_path, leaf), leaf.dtype)
 
         map_leaves(tree, take)
         folder_dcp.load(values, self.path, self._chunks)
@@ -168,7 +166,7 @@ class Folder:
         return map_leaves(tree, lambda _, leaf: values.get(self._names.get(id(leaf), ""), leaf))
 
     def everything(self) -> dict[str, Any]:
-        """Returns all of it, on the CPU, but for the header."""
+        """Returns all of the content but its header, unsharded, on the CPU."""
         self.verify()
         return self.fetch({key: value for key, value in self.content.items() if key != RESERVED})
 
@@ -176,7 +174,7 @@ class Folder:
         return folder_manifest.read_file(self.path, name, self._manifest)
 
     def _structure(self, trust: bool) -> dict[str, Any]:
-        """Returns the structure, from bytes that were read once; executed only if `trust`."""
+        """Returns the structure, from bytes that were read and verified once; runs pickled code only if `trust`."""
         path, data = self.path / STRUCTURE, self._read(STRUCTURE)
         try:
             structure = torch.load(io.BytesIO(data), weights_only=not trust)
@@ -184,7 +182,7 @@ class Folder:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise CheckpointError(f"{path} was not written by Fabric.save: {reason}") from error
         if type(structure) is not dict:
-            raise CheckpointError(f"{path} was not written by Fabric.save: it holds no dict")
+            raise CheckpointError(f"{path} was not written by Fabric.save: its structure is not a dict")
         return structure
 
 
@@ -193,6 +191,6 @@ def _is_placeholder(leaf: Any) -> bool:
 
 
 def _written_by(rank: int, folder: Path) -> list[str]:
-    """Returns the files that `rank` wrote; rank zero also what belongs to nobody alone."""
+    """Returns the names of the files that `rank` wrote; rank zero also those of no rank in particular."""
     names = [(name, re.match(r"__(\d+)_", name)) for name in os.listdir(folder)]
     return [name for name, match in names if (int(match[1]) if match else 0) == rank]

@@ -1,12 +1,12 @@
 """The manifest of a checkpoint folder, and how a folder is put in place.
 
-The manifest is written last: a folder without it is torn. It lists every file with its size and CRC-32. They find
-damage and are no defence: who can change a file can change its digest. (CRC-32 reads 2.1 GB/s here, SHA-256 0.9,
+The manifest is written last: a folder without it is incomplete. It lists every file with its size and CRC-32, which
+find damage and are no defence: who can change a file can change its checksum. (CRC-32 reads 2.1 GB/s here, SHA-256 0.9,
 BLAKE2b 0.5.)
 
 A folder cannot be replaced in one step: the old one is renamed to `.NAME.old`, the new one to NAME, and then the old
-one is deleted. After a crash between the two renames NAME is missing, and `.NAME.old`, which is whole, is read in its
-place until the next save. After a crash before them a `.NAME.TOKEN.partial` is left, which nobody reads: delete it.
+one is deleted. After a crash between the two renames NAME is missing, and `.NAME.old`, which is complete, is read
+instead until the next save. A crash before them leaves `.NAME.TOKEN.partial`, which nothing reads: delete it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What a checkpoint folder says of itself."""
+    """The policy that wrote a checkpoint folder, the number of ranks, and the files by name."""
 
     policy: str
     world_size: int
@@ -54,10 +54,10 @@ def digest(path: Path) -> Entry:
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest, which makes the folder whole, to disk.
+    """Writes the manifest to disk, which makes the folder complete.
 
     Raises:
-        CheckpointError: the folder has not the files that the ranks wrote, so they do not share it.
+        CheckpointError: the folder does not have the files that the ranks wrote: they do not share a disk.
     """
     sizes = _sizes(folder)
     if sizes != {name: entry.size for name, entry in manifest.files.items()}:
@@ -77,10 +77,10 @@ def write(folder: Path, manifest: Manifest) -> None:
 
 
 def read(folder: Path, oldest: int = 1) -> Manifest:
-    """Returns the manifest, once the folder has the files that it lists, in their sizes, and no others.
+    """Returns the manifest of a folder that has the files listed in it, with these sizes, and no others.
 
     Raises:
-        CheckpointError: the folder is torn, damaged, foreign, of a newer format, or one older than `oldest`.
+        CheckpointError: incomplete, damaged, not of `Fabric.save`, of a newer format, or one older than `oldest`.
     """
     try:
         body = json.loads((folder / MANIFEST).read_bytes())
@@ -103,7 +103,7 @@ def read(folder: Path, oldest: int = 1) -> Manifest:
         files = {name: Entry(*entry) for name, entry in body["files"].items()}
         manifest = Manifest(body["policy"], body["world_size"], files)
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is no manifest of a checkpoint") from error
+        raise CheckpointError(f"{folder / MANIFEST} is not the manifest of a checkpoint") from error
     sizes = _sizes(folder)
     sizes.pop(MANIFEST, None)
     for problem, names in (
@@ -117,16 +117,16 @@ def read(folder: Path, oldest: int = 1) -> Manifest:
 
 
 def version(folder: Path) -> tuple[int, ...]:
-    """Returns what differs once another checkpoint is put in the folder's place."""
+    """Returns the identity of the manifest file: it differs once another checkpoint has replaced the folder."""
     found = os.stat(folder / MANIFEST) if (folder / MANIFEST).exists() else None
     return () if found is None else (found.st_dev, found.st_ino, found.st_mtime_ns)
 
 
 def read_file(folder: Path, name: str, manifest: Manifest) -> bytes:
-    """Returns the bytes of a small file, which match the manifest.
+    """Returns the bytes of a small file, once they match the manifest.
 
     Raises:
-        CheckpointError: they do not.
+        CheckpointError: they do not match.
     """
     data = (folder / name).read_bytes() if name in manifest.files else b""
     if name not in manifest.files or Entry(len(data), zlib.crc32(data)) != manifest.files[name]:
@@ -146,7 +146,7 @@ def _crc(body: dict[str, Any]) -> int:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Returns the size of each file; a link or folder has -1, which no file has."""
+    """Returns the size of each file in bytes; -1 for a link or folder."""
     stats = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
     return {name: found.st_size if stat.S_ISREG(found.st_mode) else -1 for name, found in stats.items()}
 
@@ -155,11 +155,11 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def find(path: Path) -> Path:
-    """Returns the folder to read for the checkpoint `path`: the old one where a save was cut off between two renames.
+    """Returns the folder to read for the checkpoint `path`: the old one if a save crashed between the two renames.
 
     Raises:
-        FileNotFoundError: there is none.
-        CheckpointError: it is a file.
+        FileNotFoundError: there is no checkpoint.
+        CheckpointError: `path` is a file.
     """
     if not path.exists() and _old(path).is_dir():
         return _old(path)
@@ -171,24 +171,24 @@ def find(path: Path) -> Path:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder, with anything in it, to read for the checkpoint `path`."""
+    """Whether there is a folder to read for the checkpoint `path`, and not an empty one."""
     folder = path if path.exists() else _old(path)
     return folder.is_dir() and any(folder.iterdir())
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises `ValueError` when `path` is something else than a checkpoint folder, which a save would delete."""
+    """Raises `ValueError` if there is anything but a checkpoint folder at `path`: a save would delete it."""
     if path.is_dir() and not path.is_symlink() and ((path / MANIFEST).exists() or not any(path.iterdir())):
         return
     if path.exists() or path.is_symlink():
-        raise ValueError(f"cannot save to {path}: there is something that is no checkpoint folder. Name a new folder")
+        raise ValueError(f"cannot save to {path}: it exists and is not a checkpoint folder. Name a new folder")
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
-    """Renames the whole folder `temporary` to `path`; an older checkpoint there is deleted."""
+    """Renames the complete folder `temporary` to `path`; an older checkpoint there is deleted."""
     old = _old(path)
     if path.exists():
-        shutil.rmtree(old, ignore_errors=True)  # of a save that was cut off after its second rename
+        shutil.rmtree(old, ignore_errors=True)  # of a save that crashed after its second rename
         os.rename(path, old)
     os.rename(temporary, path)
     sync_folder(path.parent)

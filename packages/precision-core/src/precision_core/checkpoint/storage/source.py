@@ -1,6 +1,6 @@
-"""Sources: a checkpoint, file or folder, whatever strategy wrote it, as it is read: what it holds first, values later.
+"""Sources: a checkpoint to read, file or folder, whatever strategy wrote it: first its structure, then its values.
 
-Each rank reads for itself and waits for no other.
+Each rank reads on its own, and waits for no other.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from precision_core.checkpoint.tree import KeyPath, map_leaves
 
 
 class Source(Protocol):
-    """What a checkpoint holds. The tensors in `content`, its header included, may be placeholders until `fetch`."""
+    """A checkpoint to read. The tensors in `content`, its header included, may be placeholders until `fetch`."""
 
     content: dict[str, Any]
     refused: Mapping[KeyPath, str]
-    """Key paths of objects for which it has no values that any strategy reads, and why."""
+    """Key path -> reason, of objects whose values no strategy can read."""
 
     def verify(self, rank: int = 0, ranks: int = 1) -> None:
-        """Raises `CheckpointError` if it is damaged; `ranks` look at all of it together."""
+        """Raises `CheckpointError` if it is damaged; each of `ranks` ranks verifies its share."""
 
     def fetch(
         self, tree: Any, shardings: Mapping[KeyPath, Tensor] = {}, leave: Callable[[KeyPath], bool] = lambda _: False
     ) -> Any:
-        """Returns `tree`, of parts of `content`, with values in place of the placeholders.
+        """Materialises the placeholders in `tree`, a part of `content`; returns a copy of it.
 
-        A key path in `shardings` gives a DTensor with this rank's shards; where `leave(key_path)`, the tensor is on the
-        meta device.
+        A key path in `shardings` gives a DTensor with this rank's shards; where `leave(key_path)`, the tensor is on
+        the meta device.
         """
 
     def everything(self) -> dict[str, Any]:
-        """Returns all of it, unsharded, and depending on nothing, but for the header."""
+        """Returns a copy of all of the content but its header, unsharded."""
 
 
 def open_checkpoint(path: Path, trust: bool) -> Source:
-    """Returns the checkpoint at `path`.
+    """Opens the checkpoint at `path` and reads its structure; runs pickled code only if `trust`.
 
     Raises:
-        CheckpointError: damaged, foreign or newer.
+        CheckpointError: damaged, not of `Fabric.save`, or of a newer format.
         FileNotFoundError: there is none.
     """
     if engine_checkpoint.is_engines(path):
@@ -61,7 +61,7 @@ def open_checkpoint(path: Path, trust: bool) -> Source:
 
 
 class _FileSource:
-    """Its tensors are mapped from the file."""
+    """A file: its tensors are memory-mapped."""
 
     refused: Mapping[KeyPath, str] = {}
 
@@ -69,7 +69,7 @@ class _FileSource:
         self.content = checkpoint.read(path, trust=trust)
 
     def verify(self, rank: int = 0, ranks: int = 1) -> None:
-        pass  # was done before it was unpickled
+        pass  # verified before it was unpickled
 
     def fetch(
         self, tree: Any, shardings: Mapping[KeyPath, Tensor] = {}, leave: Callable[[KeyPath], bool] = lambda _: False
@@ -86,7 +86,7 @@ class _FileSource:
 
 
 class _EngineSource(_FileSource):
-    """A folder with an engine's own files, of which the package that wrote them makes values."""
+    """A folder with an engine's own files, which the package that wrote them reads."""
 
     def __init__(self, path: Path, trust: bool) -> None:
         self.content, self.refused = engine_checkpoint.read(path, trust)

@@ -1,7 +1,7 @@
 """Module files: a model's weights alone, as safetensors, for sharing and for starting from.
 
-Names are the plain module's, also under `torch.compile`. Loading streams: a layer's tensors are looked at when it is
-its turn, so that a layer which quantises as it loads is the only one whose float weights are in memory.
+Names are the plain module's, also under `torch.compile`. Loading streams: a layer's tensors are read when the layer is
+loaded, so that of layers that quantise as they load only one has its float weights in memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.live.compare import raise_mismatches
 from precision_core.checkpoint.live.state import plain_name
 from precision_core.checkpoint.paths import local_path
-from precision_core.checkpoint.shards import is_sharded, made_whole
+from precision_core.checkpoint.shards import is_sharded, unsharded
 from precision_core.checkpoint.storage.manifest import MANIFEST
 from precision_core.checkpoint.weights import safetensors as safetensors_files
 from precision_core.checkpoint.weights.layers import (
@@ -42,17 +42,19 @@ from precision_core.checkpoint.weights.layers import (
 def save_module(
     path: str | PathLike[str], module: nn.Module, *, max_shard_size: int | str = "5GB", keep: bool = True
 ) -> None:
-    """Writes a module's parameters and persistent buffers to a safetensors file, or to a folder.
+    """Writes a module's parameters and persistent buffers, in their dtypes, to a safetensors file or folder.
 
-    Larger ones become shards with an index, as Hugging Face has it. A tensor under several names is written once, under
-    the first, and the file's metadata maps the others to it. What is sharded over ranks is gathered: all of them call
-    this, and one has `keep`, holds the whole in host memory, and writes.
+    More than `max_shard_size` (bytes, or "5GB") becomes several files with an index, as Hugging Face has it. A tied
+    tensor is written once, under its first name, and the file's metadata maps the others to it. DTensors are gathered:
+    all ranks call this; those with `keep` hold the full tensors in CPU memory and write.
 
     Raises:
-        ValueError: a value that safetensors does not have; names it. Nothing was written.
+        ValueError: a value that safetensors cannot store (names it), an invalid size, an address as path. Nothing was
+            written.
         ImportError: safetensors is not installed.
+        OSError: a full disk, for example; names the path.
     """
-    place = local_path(path, "save_module")
+    local = local_path(path, "save_module")
     state = module.state_dict()
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
@@ -70,23 +72,23 @@ def save_module(
     versions = {prefix_of(name): item["version"] for name, item in modules.items() if "version" in item}
     metadata = {**ties, "format": "pt", VERSIONS: json.dumps(versions)}  # "pt" is what Hugging Face asks for
     if any(map(is_sharded, tensors.values())):
-        tensors = made_whole(tensors, keep)
+        tensors = unsharded(tensors, keep)
     if keep:
-        safetensors_files.write(place, tensors, metadata, max_shard_size)
+        safetensors_files.write(local, tensors, metadata, max_shard_size)
 
 
 def _unsaveable(value: Any) -> str:
     if not isinstance(value, Tensor):
-        return f"a {type(value).__name__} is no tensor; fabric.save takes it"
+        return f"safetensors stores tensors, not {type(value).__name__}; fabric.save takes it"
     if value.is_meta or is_lazy(value):
         return "it has no values yet"
     if value.layout is not torch.strided or value.is_quantized:
-        return "safetensors has dense tensors only; fabric.save takes it"
+        return "safetensors stores dense tensors only; fabric.save takes it"
     return ""
 
 
 def _memory(tensor: Tensor) -> Any:
-    """Returns what two tensors have in common that are the same values in the same memory; None when it is empty."""
+    """Returns a key, equal for tensors with the same values in the same memory; None for one without elements."""
     if is_sharded(tensor):
         return "sharded", *(_memory(tensor.to_local()) or (id(tensor),))  # type: ignore[attr-defined]
     if not tensor.numel():
@@ -98,34 +100,35 @@ def _memory(tensor: Tensor) -> Any:
 
 
 def check_no_checkpoint(path: Path) -> None:
-    """Raises `CheckpointError` for what `fabric.save` wrote, a folder (whatever engine's) or a file."""
+    """Raises `CheckpointError` if `fabric.save` wrote `path`, a file or a folder (an engine's too)."""
     is_file = path.is_file() and zipfile.is_zipfile(path)
     if is_file or (path.is_dir() and (path / MANIFEST).exists()):
         raise CheckpointError(
             f"{path} is a checkpoint of fabric.save, and fabric.load_module reads safetensors: read its weights with "
-            f'fabric.load({str(path)!r}, {{"model": model}}), under the key that they were saved with'
+            f'fabric.load({str(path)!r}, {{"model": model}}), under the key that the model was saved with'
         )
 
 
 def load_module(
     path: str | PathLike[str], module: nn.Module, strict: bool = True, *, agree: Callable[[], None] = lambda: None
 ) -> Loaded:
-    """Loads what `save_module`, safetensors or Hugging Face wrote into a module, in place; returns what was left out.
+    """Loads a safetensors file or folder (of `save_module`, Hugging Face, ...) into a module, in place.
 
-    Values go into the dtypes that the module has. `strict` wants the same names, and no value to be rounded; shapes
-    must always be equal. A tied tensor may be under any of its names. Tensors on the meta device are replaced by ones
-    on the CPU. All is compared before anything is written, except in layers with a `_load_from_state_dict`, load hooks
-    or extra state of their own: they get their tensors as the file has them, and judge for themselves. `agree` is
-    called in between, and raises where another rank has found a problem.
+    Returns the missing and unexpected names. Values are cast to the module's dtypes; shapes must be equal, `strict`
+    requires equal names and no rounding. A tied tensor may have any of its names. Tensors on the meta device are
+    replaced by new ones on the CPU; DTensors get this rank's shards. All is compared before anything is written, except
+    in layers with `_load_from_state_dict`, load hooks or extra state of their own, which compare for themselves.
+    `agree` is called in between, and may raise because another rank found a problem.
 
     Raises:
-        CheckpointError: damaged, or it does not fit; names the first ten. Nothing was changed, unless it says so.
+        CheckpointError: damaged, or a mismatch (names ten at most). Nothing was changed, unless the message says so.
         FileNotFoundError: there is no such file.
+        ValueError: an address as path.
         ImportError: safetensors is not installed.
     """
-    place = local_path(path, "load_module")
-    check_no_checkpoint(place)
-    with safetensors_files.opened(place) as files:
+    local = local_path(path, "load_module")
+    check_no_checkpoint(local)
+    with safetensors_files.opened(local) as files:
         layers = list(layers_of(module))
         versions = versions_of(files, path)
         aliases = {name: first for name, first in files.metadata.items() if first in files.names}

@@ -1,7 +1,7 @@
-"""The layers of a module as they are loaded from a file: which tensors each has, where they come from, what fits.
+"""The layers of a module as they are loaded from a file: the tensors of each, their names in the file, mismatches.
 
-A plain layer's tensors are copied one by one. A layer with a way of its own to load (`_load_from_state_dict`, hooks,
-extra state: layers that quantise) gets its tensors through `load_state_dict`.
+A plain layer's tensors are copied one by one. A layer that loads its own way (`_load_from_state_dict`, hooks, extra
+state: layers that quantise) gets its tensors through `load_state_dict`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from precision_core.checkpoint.shards import cut, is_sharded
 from precision_core.checkpoint.weights.safetensors import Files
 
 VERSIONS = "precision.versions"
-"""The key of a file's metadata with the versions of the modules in it, as JSON, by their prefixes."""
+"""Key in a file's metadata: JSON of module prefix -> version."""
 
 
 class Loaded(NamedTuple):
-    """The names that only the model has, and those that only the file has; both are empty when `strict`."""
+    """Names that only the model has (`missing`) and that only the file has (`unexpected`); none when `strict`."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -36,7 +36,7 @@ class Loaded(NamedTuple):
 
 @dataclass
 class Layer:
-    """What is loaded at a time: a module's own tensors, or everything in a module that loads in a way of its own."""
+    """A unit of loading: a module's own tensors, or everything in a module that loads its own way."""
 
     prefix: str
     module: nn.Module
@@ -46,7 +46,7 @@ class Layer:
 
 
 def layers_of(module: nn.Module, prefix: str = "") -> Iterator[Layer]:
-    """Yields the layers of a module whose tensors' names start with `prefix`, in order."""
+    """Yields the layers of `module` in definition order; `prefix` starts the names of its tensors."""
     is_lazy_layer = hasattr(module, "_load_hook")
     if loads_its_own_way(module) or is_lazy_layer or (not prefix and overrides(module, "load_state_dict")):
         yield Layer(prefix, module, True)
@@ -60,16 +60,16 @@ def layers_of(module: nn.Module, prefix: str = "") -> Iterator[Layer]:
 
 
 def versions_of(files: Files, path: object) -> dict[str, int]:
-    """Returns the versions of the modules that were saved, by their prefixes; files of others have none."""
+    """Returns module prefix -> version as `save_module` wrote them; empty for other files."""
     try:
         versions = json.loads(files.metadata.get(VERSIONS, "{}"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: its metadata has {VERSIONS!r} that is no JSON") from error
+        raise CheckpointError(f"{path} is damaged: {VERSIONS!r} in its metadata is not JSON") from error
     return versions if isinstance(versions, dict) else {}
 
 
 def sources_of(files: Files, layers: list[Layer], aliases: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Returns under which name the file has each of the model's tensors, and where it has two values for a tied one."""
+    """Returns model name -> name in the file, and a problem for each tied tensor that has two values in the file."""
     tied: dict[int, list[str]] = {}
     for layer in layers:
         for name, live in layer.slots.items():
@@ -82,7 +82,7 @@ def sources_of(files: Files, layers: list[Layer], aliases: dict[str, str]) -> tu
         ]
         sources.update((name, name if name in present else present[0]) for name in names if present)
         contradictions += [
-            f"{name}: tied to {present[0]} in the model, and another value in the checkpoint"
+            f"{name}: tied to {present[0]} in the model, with another value in the checkpoint"
             for name in present[1:]
             if not _equal(files.get(present[0]), files.get(name))
         ]
@@ -95,11 +95,11 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def mismatches(files: Files, layers: list[Layer], sources: dict[str, str], strict: bool) -> Iterator[str]:
-    """Yields what would not fit, or would be left without values, other than names."""
+    """Yields mismatches of shape and dtype, and tensors that would stay without values."""
     for layer in layers:
         for name, live in layer.slots.items():
             if is_lazy(live):
-                yield f"{name}: it has no shape yet; run a forward first"
+                yield f"{name}: lazy, it has no shape yet; run a forward first"
             elif name in sources:
                 if reason := mismatch(files.get(sources[name]), live, strict=strict):
                     yield f"{name}: {reason}"
@@ -109,11 +109,11 @@ def mismatches(files: Files, layers: list[Layer], sources: dict[str, str], stric
             for key in layer.module._non_persistent_buffers_set:
                 buffer = layer.module._buffers[key]
                 if buffer is not None and buffer.is_meta:
-                    yield f"{layer.prefix}{key}: on the meta device, and no checkpoint has it: give it its values first"
+                    yield f"{layer.prefix}{key}: on the meta device, and no checkpoint has it: set its values first"
 
 
 def load_plain(files: Files, layer: Layer, sources: dict[str, str], made: dict[int, Tensor]) -> None:
-    """Copies a layer's tensors; those on the meta device are replaced, `made` keeps by what so that ties stay."""
+    """Copies a layer's tensors from the file; those on the meta device are replaced, once for tied ones (`made`)."""
     for name, live in layer.slots.items():
         if name not in sources:
             continue
@@ -130,28 +130,28 @@ def load_plain(files: Files, layer: Layer, sources: dict[str, str], made: dict[i
 
 
 def _sharded_like(live: Tensor | None, values: Tensor) -> Tensor:
-    """Returns `values`, or this rank's part of them where `live` is sharded."""
+    """Returns `values`, or this rank's shard of them if `live` is a DTensor."""
     if live is None or not is_sharded(live) or live.shape != values.shape:
         return values
     return cut(values, live).to(live.device)
 
 
 def load_own_way(files: Files, layer: Layer, sources: dict[str, str], versions: dict[str, int], strict: bool) -> Loaded:
-    """Gives a module everything that the file has under its name, by its own `load_state_dict`.
+    """Loads all tensors under the module's prefix with its `load_state_dict`.
 
-    One that the user wrote is told `strict`, and may return nothing; torch's returns what is left out.
+    A user's override gets `strict`, and may return nothing; torch's returns missing and unexpected names.
     """
     module, prefix = layer.module, layer.prefix
     tensors = _tensors_of(module)
     on_meta = any(tensor.is_meta for tensor in tensors.values())
     live_names = {plain_name(name): name for name in tensors}
-    whole = _loaded_whole(module)
+    unsharded = _loaded_unsharded(module)
     state: OrderedDict[str, Tensor] = OrderedDict()
     for name, source in sources.items():
         if name.startswith(prefix):
             short = name.removeprefix(prefix)
             live_name = live_names.get(short, short)
-            live = None if live_name in whole else tensors.get(live_name)
+            live = None if live_name in unsharded else tensors.get(live_name)
             state[live_name] = _sharded_like(live, files.get(source))
     prefixes = {name: prefix + prefix_of(name) for name, _ in module.named_modules()}
     state._metadata = {  # type: ignore[attr-defined]
@@ -165,28 +165,32 @@ def load_own_way(files: Files, layer: Layer, sources: dict[str, str], versions: 
     try:
         missing, unexpected = module.load_state_dict(state, **options) or ((), ())
     except Exception as error:
-        what = f"{prefix[:-1]} could not be loaded, other layers are changed" if prefix else "the module did not load"
+        what = (
+            f"{prefix[:-1]} could not be loaded, other layers are changed"
+            if prefix
+            else "the module could not be loaded"
+        )
         raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
     if on_meta:
         _detach_from_file(module, state.values())
     empty = [prefix + plain_name(name) for name, tensor in _tensors_of(module).items() if tensor.is_meta]
     if empty:
         raise CheckpointError(
-            f"on the meta device, and missing in the checkpoint, other layers are changed: {', '.join(empty[:10])}"
+            f"on the meta device, and missing in the checkpoint (other layers are changed): {', '.join(empty[:10])}"
         )
     loaded = {id(tensors[name]) for name in tensors if name not in missing}
     left = [name for name in missing if name not in tensors or id(tensors[name]) not in loaded]  # less the tied ones
     return Loaded(tuple(prefix + plain_name(name) for name in left), tuple(prefix + plain_name(n) for n in unexpected))
 
 
-def _loaded_whole(module: nn.Module) -> set[str]:
-    """Returns the names of tensors that layers name in `loads_whole`: they check them, and cut them into shards."""
+def _loaded_unsharded(module: nn.Module) -> set[str]:
+    """Returns the tensors that layers list in `loads_unsharded`: these layers get full tensors, and shard them."""
     layers = module.named_modules()
-    return {f"{name}.{key}" if name else key for name, layer in layers for key in getattr(layer, "loads_whole", ())}
+    return {f"{name}.{key}" if name else key for name, layer in layers for key in getattr(layer, "loads_unsharded", ())}
 
 
 def _detach_from_file(module: nn.Module, values: Iterable[Tensor]) -> None:
-    """Gives those tensors memory of their own that are the file's; a layer that quantised them has no such."""
+    """Copies those of the module's tensors that are still mapped from the file."""
     mapped = {value.untyped_storage().data_ptr() for value in values}
     for tensor in _tensors_of(module).values():
         if not tensor.is_meta and tensor.untyped_storage().data_ptr() in mapped:
@@ -199,5 +203,5 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def prefix_of(module_name: str) -> str:
-    """Returns what the names of a module's tensors start with: "layer.0.", or "" for the root."""
+    """Returns the prefix of a module's tensor names: "layer.0.", or "" for the root."""
     return plain_name(f"{module_name}.") if module_name else ""

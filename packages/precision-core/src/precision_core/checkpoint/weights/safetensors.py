@@ -1,8 +1,8 @@
 """Safetensors checkpoints on disk: one file, or shards with an index, as Hugging Face lays them out.
 
-A checkpoint is named by its file (`model.safetensors`), its index (`model.safetensors.index.json`) or its folder. It is
-whole at any moment: shards never overwrite those of an older index, and the file or index that names them is put in
-place last. Where both are there the index counts: it is removed after the file is written, the file after the index.
+A path names a file (`model.safetensors`), an index (`model.safetensors.index.json`) or their folder. The checkpoint is
+complete at any moment: shards never overwrite those of an older index, and the file or index is put in place last. If
+both exist the index counts: it is removed after the file was written, the file after the index.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from precision_core.checkpoint.error import CheckpointError
-from precision_core.checkpoint.storage.atomic import atomically, remove_leftovers
+from precision_core.checkpoint.storage.atomic import atomically, remove_abandoned
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".index.json"
@@ -34,12 +34,12 @@ def library() -> ModuleType:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("module files need safetensors: pip install safetensors") from error
+        raise ImportError("saving and loading modules needs safetensors: pip install safetensors") from error
     return safetensors
 
 
 class Files:
-    """The tensors of a checkpoint, mapped into memory: one that is not looked at takes no memory."""
+    """The tensors of a checkpoint, memory-mapped: one that is not read takes no memory."""
 
     def __init__(self, handles: Mapping[Path, Any]) -> None:
         self._owners: dict[str, Any] = {}
@@ -53,7 +53,7 @@ class Files:
             self.metadata.update(handle.metadata() or {})
 
     def get(self, name: str) -> Tensor:
-        """Returns a tensor whose values are in the file; writing to it changes a private copy."""
+        """Returns a memory-mapped tensor on the CPU; writing to it does not change the file."""
         tensor: Tensor = self._owners[name].get_tensor(name)
         return tensor
 
@@ -63,11 +63,11 @@ def opened(path: Path) -> Iterator[Files]:
     """Opens a checkpoint for reading.
 
     Raises:
-        CheckpointError: damaged, or an index that names files elsewhere.
-        FileNotFoundError: there is none.
+        CheckpointError: damaged, or an index with files outside of its folder.
+        FileNotFoundError: there is no checkpoint.
         ImportError: safetensors is not installed.
     """
-    file, index = _places(path)
+    file, index = _file_and_index(path)
     error_type = library().SafetensorError
     with ExitStack() as stack:
         handles: dict[Path, Any] = {}
@@ -77,22 +77,24 @@ def opened(path: Path) -> Iterator[Files]:
             except FileNotFoundError:
                 if not index.exists():
                     raise FileNotFoundError(f"there is no checkpoint {path}: neither {file} nor {index}") from None
-                raise CheckpointError(f"{index} names {part.name}, which is not there") from None
+                raise CheckpointError(f"{index} lists {part.name}, which is missing") from None
             except error_type as error:
-                raise CheckpointError(f"{part} is damaged, or no safetensors file: {error}") from error
+                raise CheckpointError(f"{part} is damaged, or not a safetensors file: {error}") from error
             absent = sorted(set(names) - set(handles[part].keys()))
             if absent:
-                raise CheckpointError(f"{index} says that {part.name} has {', '.join(absent[:10])}, and it has not")
+                raise CheckpointError(
+                    f"{index} lists {', '.join(absent[:10])} in {part.name}, which does not have them"
+                )
         yield Files(handles)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], max_shard_size: int | str) -> None:
     """Writes a checkpoint, in shards of at most `max_shard_size` bytes ("5GB") if it is larger; removes an older one.
 
-    Tensors come to the host one shard at a time.
+    Tensors are copied to CPU memory one shard at a time.
 
     Raises:
-        ValueError: a size that is none, or a dtype that safetensors does not have; names a tensor. Nothing was written.
+        ValueError: an invalid size, or a dtype that safetensors cannot store (names a tensor). Nothing was written.
         ImportError: safetensors is not installed.
     """
     limit, save = parse_size(max_shard_size), library().torch.save
@@ -100,14 +102,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], m
         try:
             save({"x": torch.empty(0, dtype=dtype)})
         except Exception as error:
-            raise ValueError(f"cannot save {name}: safetensors has no {dtype}") from error
-    file, index = _places(path)
+            raise ValueError(f"cannot save {name}: safetensors cannot store {dtype}") from error
+    file, index = _file_and_index(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     old = _shards_of(index)
     shards = _split(tensors, limit)
-    token = f"{secrets.token_hex(4)}-" if old else ""  # what the old index names stays until the new one is there
+    token = f"{secrets.token_hex(4)}-" if old else ""  # the old index's shards stay until the new index is there
     stem = file.name.removesuffix(SUFFIX)
-    remove_leftovers(
+    remove_abandoned(
         file.parent, re.compile(rf"{re.escape(stem)}(-[\w-]+)?{re.escape(SUFFIX)}(\.index\.json)?").fullmatch
     )
     names = [f"{stem}-{token}{number:05}-of-{len(shards):05}{SUFFIX}" for number in range(1, len(shards) + 1)]
@@ -131,17 +133,17 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], m
 
 
 def parse_size(size: int | str) -> int:
-    """Returns a number of bytes: of 5_000_000_000, "5GB" or "4.5 GiB"; raises `ValueError` for anything else."""
+    """Returns the bytes of a size such as 5_000_000_000, "5GB" or "4.5 GiB"; raises `ValueError` for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B)", str(size))
     if isinstance(size, int) and size > 0:
         return size
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise ValueError(f"max_shard_size={size!r}: expected a number of bytes, or one with {', '.join(_UNITS)}")
+        raise ValueError(f"max_shard_size={size!r}: expected a number of bytes, or a number with {', '.join(_UNITS)}")
     return max(1, int(float(match[1]) * _UNITS[match[2]]))
 
 
-def _places(path: Path) -> tuple[Path, Path]:
-    """Returns where the one file and the index are of the checkpoint that `path` names."""
+def _file_and_index(path: Path) -> tuple[Path, Path]:
+    """Returns the paths of the single file and of the index of the checkpoint `path`."""
     if path.name.endswith(INDEX_SUFFIX):
         file = path.with_name(path.name.removesuffix(INDEX_SUFFIX))
     else:
@@ -150,19 +152,19 @@ def _places(path: Path) -> tuple[Path, Path]:
 
 
 def _read_index(index: Path) -> dict[Path, list[str]]:
-    """Returns the names that an index says are in each file, all files beside it."""
+    """Returns file -> names of its tensors, for the files, all beside it, that an index lists."""
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         entries = [(str(name), str(file)) for name, file in weight_map.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is damaged, or no index of safetensors files") from error
+        raise CheckpointError(f"{index} is damaged, or not an index of safetensors files") from error
     parts: dict[Path, list[str]] = {}
     for name, file in entries:
         if not file.endswith(SUFFIX) or re.search(r"[/\\:\0]", file):
-            raise CheckpointError(f"{index} puts {name} in {file!r}, which is no safetensors file beside it")
+            raise CheckpointError(f"{index} lists {name} in {file!r}, which is not a safetensors file beside it")
         parts.setdefault(index.with_name(file), []).append(name)
     if not parts:
-        raise CheckpointError(f"{index} names no tensors")
+        raise CheckpointError(f"{index} lists no tensors")
     return parts
 
 
@@ -190,6 +192,6 @@ def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """Returns the values in the host's memory, contiguous and in no memory that another tensor has."""
+    """Returns the values in CPU memory, contiguous, in memory that no other tensor shares."""
     own = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return own if own.untyped_storage().nbytes() == own.nbytes else own.clone()

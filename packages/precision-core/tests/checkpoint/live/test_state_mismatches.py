@@ -1,4 +1,4 @@
-"""State that does not fit: every difference is named before anything is changed."""
+"""State that does not match: every difference is named before anything is changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from precision_core import CheckpointError
-from precision_core.checkpoint.live.compare import check_fits
+from precision_core.checkpoint.live.compare import check_matches
 from precision_core.checkpoint.live.restore import restore
 from precision_core.checkpoint.live.state import collect
 
@@ -26,7 +26,7 @@ def net(*sizes: int, seed: int = 0) -> nn.Sequential:
 
 
 def load(tree: dict[str, Any], content: dict[str, Any], strict: bool = True) -> dict[str, Any]:
-    check_fits(tree, content, strict=strict)
+    check_matches(tree, content, strict=strict)
     return restore(tree, content, strict=strict)
 
 
@@ -52,14 +52,17 @@ def weights(change: Callable[[OrderedDict[str, Tensor]], Any]) -> dict[str, Any]
     ("content", "message"),
     [
         ({}, r"model: missing in the checkpoint, which has \['first', 'step'\]"),
-        ({"model": 3}, "model: a int in the checkpoint, a Sequential's state is expected"),
+        ({"model": 3}, "model: int in the checkpoint, expected Sequential's state"),
         (weights(lambda state: state.pop("1.bias")), r"model\.1\.bias: missing in the checkpoint"),
         (weights(lambda state: state.update(x=torch.ones(1))), r"model\.x: unexpected in the checkpoint"),
         (
             weights(lambda state: state.update({"1.weight": torch.ones(3, 3)})),
             r"model\.1\.weight: shape \(3, 3\) in the checkpoint, \(1, 3\) in the model",
         ),
-        (weights(lambda state: state.update({"1.bias": 3})), r"model\.1\.bias: a int in the checkpoint, a tensor"),
+        (
+            weights(lambda state: state.update({"1.bias": 3})),
+            r"model\.1\.bias: int in the checkpoint, expected a tensor",
+        ),
         (
             weights(lambda state: state.update({"1.bias": torch.ones(1, dtype=torch.float64)})),
             r"model\.1\.bias: torch.float64 in the checkpoint, torch.float32 in the model; strict=False rounds",
@@ -127,13 +130,13 @@ def split(model: nn.Sequential) -> list[dict[str, Any]]:
             lambda m: Adam(split(m)),
             r"groups of \[2\] parameters .* \[1, 1\] in the opt",
         ),
-        (lambda m: SGD(m.parameters()), lambda m: Adam(m.parameters()), "it is of another optimizer than Adam"),
+        (lambda m: SGD(m.parameters()), lambda m: Adam(m.parameters()), "so another optimizer than Adam wrote it"),
         (
             lambda m: Adam(m.parameters()),
             lambda m: Adam(reversed(list(m.parameters()))),
             r"exp_avg of parameter 0 has shape \(3, 2\) in the checkpoint, \(3,\) in the optimizer",
         ),
-        (lambda m: m, lambda m: Adam(m.parameters()), "the checkpoint holds no state of an optimizer"),
+        (lambda m: m, lambda m: Adam(m.parameters()), "not the state of an optimizer in the checkpoint"),
     ],
 )
 def test_an_optimizer_that_does_not_fit_changes_nothing(saved: Any, live: Any, message: str) -> None:
