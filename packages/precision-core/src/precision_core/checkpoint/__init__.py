@@ -19,13 +19,12 @@ if TYPE_CHECKING:
     from precision_core.checkpoint.shards import cut, is_sharded
     from precision_core.checkpoint.storage import file as file
     from precision_core.checkpoint.storage import manifest as manifest
-    from precision_core.checkpoint.storage.manifest import Manifest
+    from precision_core.checkpoint.storage.manifest import new_folder
 
 __all__ = [
     "RESERVED",
     "CheckpointError",
     "Filter",
-    "Manifest",
     "cut",
     "file",
     "gather",
@@ -33,6 +32,7 @@ __all__ = [
     "load",
     "local_path",
     "manifest",
+    "new_folder",
     "presence",
     "save",
     "stateful_objects",
@@ -43,7 +43,6 @@ __all__ = [
 _HOMES = {
     "CheckpointError": "error",
     "Filter": "live.state",
-    "Manifest": "storage.manifest",
     "RESERVED": "error",
     "cut": "shards",
     "file": "storage.file",
@@ -51,6 +50,7 @@ _HOMES = {
     "is_sharded": "shards",
     "local_path": "paths",
     "manifest": "storage.manifest",
+    "new_folder": "storage.manifest",
     "stateful_objects": "live.state",
     "together": "agreement",
 }

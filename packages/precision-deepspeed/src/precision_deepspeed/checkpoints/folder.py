@@ -15,14 +15,13 @@ import functools
 import glob
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from precision_core.checkpoint import CheckpointError, Filter, Manifest, gather, together
+from precision_core.checkpoint import CheckpointError, Filter, new_folder, together
 from precision_core.checkpoint import file as checkpoint
 from precision_core.checkpoint import load as loading
 from precision_core.checkpoint import manifest as folder_manifest
@@ -74,13 +73,7 @@ def save(path: Path, state: dict[str, Any], filter: Filter | None, strategy: Dee
         _check_name(path)
         placeholders = _placeholders(state, engine, strategy)
         _check_both(state, placeholders, filter)
-        if strategy.group.is_rank_zero:
-            folder_manifest.check_replaceable(path)
-    temporary = path.with_name(f".{path.name}.{gather(secrets.token_hex(8), None)[0]}.partial")
-    try:
-        with together(None):
-            if strategy.group.is_rank_zero:
-                temporary.mkdir(parents=True)
+    with new_folder(path, str(strategy.precision.policy), None) as (temporary, written):
         engine.save(temporary / "engine", "tag")
         saving.save(temporary / STATE, placeholders, filter, strategy)
         with together(None):
@@ -88,15 +81,7 @@ def save(path: Path, state: dict[str, Any], filter: Filter | None, strategy: Dee
                 for file in (temporary / "engine" / "tag").iterdir():
                     os.rename(file, temporary / file.name)
                 shutil.rmtree(temporary / "engine")
-                names = sorted(file.name for file in temporary.iterdir())
-                files = {name: folder_manifest.digest(temporary / name) for name in names}
-                policy = str(strategy.precision.policy)
-                folder_manifest.write(temporary, Manifest(policy, strategy.group.world_size, files))
-                folder_manifest.put_in_place(temporary, path)
-    except BaseException:
-        if strategy.group.is_rank_zero:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
+                written.update((file.name, folder_manifest.digest(file)) for file in temporary.iterdir())
 
 
 def load(

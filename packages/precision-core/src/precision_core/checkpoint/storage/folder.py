@@ -11,8 +11,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from precision_core.checkpoint.agreement import gather, rank_of, size_of, together
+from precision_core.checkpoint.agreement import gather, rank_of, together
 from precision_core.checkpoint.error import FORMAT_VERSION, RESERVED, CheckpointError
 from precision_core.checkpoint.paths import local_path
 from precision_core.checkpoint.shards import check_alike, cpu_like, describe, is_sharded
@@ -31,7 +29,6 @@ from precision_core.checkpoint.storage import dcp as folder_dcp
 from precision_core.checkpoint.storage import manifest as folder_manifest
 from precision_core.checkpoint.storage.atomic import synced
 from precision_core.checkpoint.storage.file import check_saveable
-from precision_core.checkpoint.storage.manifest import Manifest
 from precision_core.checkpoint.tree import KeyPath, map_leaves, named, paths
 
 STRUCTURE = "structure.pt"
@@ -52,33 +49,18 @@ def write_folder(
     """
     path, rank, group = local_path(path, "write_folder").absolute(), rank_of(process_group), process_group
     with together(group):
+        policy = str(content.get(RESERVED, {}).get("policy", ""))
         structure, tensors = _split(content)
         check_saveable(map_leaves(structure, lambda _, leaf: None if _is_placeholder(leaf) else leaf))
-        if rank == 0:
-            folder_manifest.check_replaceable(path)
     check_alike(gather(describe(tensors), group))
-    temporary = path.with_name(f".{path.name}.{gather(secrets.token_hex(8), group)[0]}.partial")
-    try:
-        with together(group):
-            if rank == 0:
-                temporary.mkdir(parents=True)
+    with folder_manifest.new_folder(path, policy, group) as (temporary, written):
         metadata = folder_dcp.save(tensors, temporary, group)
         with together(group):
             if rank == 0:
                 with synced(temporary / STRUCTURE) as structure_file, synced(temporary / chunks.CHUNKS) as chunks_file:
                     torch.save(structure, structure_file)
                     chunks_file.write(chunks.dumps(metadata))
-            written = {name: folder_manifest.digest(temporary / name) for name in _written_by(rank, temporary)}
-        files = {name: entry for entries in gather(written, group) for name, entry in sorted(entries.items())}
-        with together(group):
-            if rank == 0:
-                policy = str(content.get(RESERVED, {}).get("policy", ""))
-                folder_manifest.write(temporary, Manifest(policy, size_of(group), files))
-                folder_manifest.put_in_place(temporary, path)
-    except BaseException:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            written.update((name, folder_manifest.digest(temporary / name)) for name in _written_by(rank, temporary))
 
 
 def _split(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

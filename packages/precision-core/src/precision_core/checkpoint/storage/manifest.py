@@ -13,14 +13,19 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import stat
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed import ProcessGroup
 
+from precision_core.checkpoint.agreement import gather, rank_of, size_of, together
 from precision_core.checkpoint.error import FORMAT_VERSION, CheckpointError
 from precision_core.checkpoint.storage.atomic import sync_folder, synced
 
@@ -176,7 +181,37 @@ def is_folder(path: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def check_replaceable(path: Path) -> None:
+@contextmanager
+def new_folder(path: Path, policy: str, group: ProcessGroup | None) -> Iterator[tuple[Path, dict[str, Entry]]]:
+    """Context with a temporary folder for all ranks of `group`, and a dict for the digests of this rank's files.
+
+    At its end rank zero writes the manifest of all ranks' files, and the folder replaces a checkpoint at `path`; if a
+    rank raises, the folder is removed. `path` is absolute, on a disk that all ranks share.
+
+    Raises:
+        ValueError: there is something at `path` that is not a checkpoint folder.
+        CheckpointError: another rank failed, or the ranks do not share a disk.
+    """
+    is_zero, written = rank_of(group) == 0, dict[str, Entry]()
+    temporary = path.with_name(f".{path.name}.{gather(secrets.token_hex(8), group)[0]}.partial")
+    try:
+        with together(group):
+            if is_zero:
+                _check_replaceable(path)
+                temporary.mkdir(parents=True)
+        yield temporary, written
+        files = {name: entry for entries in gather(written, group) for name, entry in sorted(entries.items())}
+        with together(group):
+            if is_zero:
+                write(temporary, Manifest(policy, size_of(group), files))
+                put_in_place(temporary, path)
+    except BaseException:
+        if is_zero:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _check_replaceable(path: Path) -> None:
     """Raises `ValueError` if there is anything but a checkpoint folder at `path`: a save would delete it."""
     if path.is_dir() and not path.is_symlink() and ((path / MANIFEST).exists() or not any(path.iterdir())):
         return
