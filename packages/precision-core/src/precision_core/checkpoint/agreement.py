@@ -77,9 +77,7 @@ class Agreement:
     """
 
     def __init__(
-        self,
-        gather: Callable[[str], list[str]],
-        message: str = "rank {rank} of {size} failed: {problem}",
+        self, gather: Callable[[str], list[str]], message: str = "rank {rank} of {size} failed: {problem}"
     ) -> None:
         self._gather, self._message = gather, message
         self._reached = False

@@ -25,12 +25,12 @@ from precision_core.checkpoint.live.alignment import aligned, replaced
 from precision_core.checkpoint.live.compare import check_matches, raise_mismatches
 from precision_core.checkpoint.live.optimizer_state import indexed_params
 from precision_core.checkpoint.live.restore import restore
-from precision_core.checkpoint.live.state import Filter, check_filter, is_plain, select, state_of, stateful_objects
+from precision_core.checkpoint.live.state import Filter, check_filter, is_plain, saved_objects, select, state_of
 from precision_core.checkpoint.live.transaction import Step
 from precision_core.checkpoint.live.undo import undo_of
 from precision_core.checkpoint.shards import is_sharded
 from precision_core.checkpoint.storage.source import open_checkpoint
-from precision_core.checkpoint.tree import KeyPath, leads_to, look_up, paths
+from precision_core.checkpoint.tree import KeyPath, paths
 from precision_core.data import rng
 from precision_core.data.loader import DeviceLoader
 from precision_core.strategies import Strategy
@@ -56,7 +56,7 @@ def load(
             content = replaced(content, keys, position)
         content = _filled_up(state, content, filter or {})
         origin = f"{path} (policy {header.get('policy')}, torch {header.get('torch')})"
-        raise_mismatches(origin, _refused(state, source.refused))
+        raise_mismatches(origin, _refused(state, content, source.refused))
         content, dtypes, problems, notes = aligned(state, content, header, strict=strict)
         check_matches(state, content, strict=strict, dtypes=dtypes, origin=origin)
         raise_mismatches(origin, problems)
@@ -104,18 +104,15 @@ def _shardings(tree: dict[str, Any], content: dict[str, Any]) -> dict[KeyPath, T
     State that an optimizer does not have yet takes its parameter's.
     """
     found: dict[KeyPath, Tensor] = {}
-    for path, live in stateful_objects(tree):
-        if isinstance(live, DeviceLoader) or not leads_to(path, content):
+    for path, live, state in saved_objects(tree, content):
+        if isinstance(live, DeviceLoader):
             continue
-        saved = dict(paths(look_up(content, path), lambda tensor: True))
+        saved = dict(paths(state, lambda tensor: True))
         sharded = dict(paths(state_of(live), is_sharded))
         if isinstance(live, Optimizer) and any(is_sharded(p) for group in live.param_groups for p in group["params"]):
-            params = dict(indexed_params(live, look_up(content, path)))
+            params = dict(indexed_params(live, state))
             of_params = {key_path: params.get(key_path[1]) for key_path in saved if key_path[0] == "state"}
-            sharded = {
-                **{p: param for p, param in of_params.items() if param is not None and is_sharded(param)},
-                **sharded,
-            }
+            sharded = {p: param for p, param in of_params.items() if param is not None and is_sharded(param)} | sharded
         for key_path, tensor in saved.items():
             if key_path in sharded and sharded[key_path].shape == tensor.shape:
                 found[(*path, *key_path)] = sharded[key_path]
@@ -159,7 +156,6 @@ def _filled_up(tree: dict[str, Any], content: dict[str, Any], filter: Filter) ->
     return filled
 
 
-def _refused(state: dict[str, Any], why: Mapping[tuple[Any, ...], str]) -> list[str]:
-    """Returns a problem for each object in `state` whose values no strategy can read."""
-    there = (key_path for key_path, _ in stateful_objects(state) if key_path in why)
-    return [f"{'.'.join(map(str, key_path))}: {why[key_path]}" for key_path in there]
+def _refused(tree: dict[str, Any], content: dict[str, Any], why: Mapping[KeyPath, str]) -> list[str]:
+    """Returns a problem for each object in `tree` whose values no strategy can read."""
+    return [f"{'.'.join(map(str, path))}: {why[path]}" for path, _, _ in saved_objects(tree, content) if path in why]

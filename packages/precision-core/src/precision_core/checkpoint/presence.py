@@ -74,7 +74,8 @@ class Presence:
         except BaseException:
             desk.calls -= 1
             if is_distributed():
-                self._take_back(key)
+                with contextlib.suppress(Exception):  # the store went with the rank that had it
+                    self._store.add(key, -1)
             raise
 
     def close(self) -> None:
@@ -138,12 +139,6 @@ class Presence:
         except OSError:  # nobody listens; on another machine it may be a firewall
             return "ended" if self._one_machine else None
         return json.loads(data) if data else "ended"
-
-    def _take_back(self, key: str) -> None:
-        try:
-            self._store.add(key, -1)
-        except Exception:  # it went with the rank that had it
-            return
 
 
 class _Desk:

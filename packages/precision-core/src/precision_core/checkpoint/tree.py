@@ -43,20 +43,3 @@ def map_leaves(tree: Any, function: Callable[[KeyPath, Any], Any], path: KeyPath
     if kind in (list, tuple):
         return kind(map_leaves(value, function, (*path, index)) for index, value in enumerate(tree))
     return function(path, tree)
-
-
-def look_up(tree: dict[str, Any], path: KeyPath) -> Any:
-    """Returns the value at `path`."""
-    value: Any = tree
-    for key in path:
-        value = value[key]
-    return value
-
-
-def leads_to(path: KeyPath, tree: Any) -> bool:
-    """Whether there is a value at `path`."""
-    for key in path:
-        if not isinstance(tree, dict) or key not in tree:
-            return False
-        tree = tree[key]
-    return True

@@ -9,8 +9,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from precision_core.checkpoint.live.compare import Dtypes
 from precision_core.checkpoint.live.optimizer_names import Match, match, param_names
-from precision_core.checkpoint.live.state import stateful_objects
-from precision_core.checkpoint.tree import KeyPath, leads_to, look_up
+from precision_core.checkpoint.live.state import saved_objects
+from precision_core.checkpoint.tree import KeyPath
 
 _PER_GROUP = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "lr_lambdas")
 """Lists of torch's schedulers with one entry per parameter group."""
@@ -33,10 +33,10 @@ def aligned(tree: dict[str, Any], content: dict[str, Any], header: dict[str, Any
     dtypes = dict(header.get("param_dtypes") or {})
     theirs, mine = header.get("param_names"), param_names(tree)
     result = Aligned(content, dtypes, [], [])
-    for path, live in stateful_objects(tree):
-        if not isinstance(live, Optimizer) or not leads_to(path, content):
+    for path, live, saved in saved_objects(tree, content):
+        if not isinstance(live, Optimizer):
             continue
-        saved, name = look_up(content, path), ".".join(map(str, path))
+        name = ".".join(map(str, path))
         found = _match(live, saved, None if theirs is None else theirs.get(path, ()), mine[path])
         if found is None:
             continue
@@ -100,8 +100,8 @@ def _reordered(optimizer: Optimizer, saved: dict[str, Any], found: Match) -> dic
 
 
 def _reorder_schedulers(result: Aligned, tree: dict[str, Any], optimizer: Optimizer, groups: list[int]) -> Aligned:
-    for path, live in stateful_objects(tree):
-        if getattr(live, "optimizer", None) is not optimizer or not leads_to(path, result.content):
+    for path, live, saved in saved_objects(tree, result.content):
+        if getattr(live, "optimizer", None) is not optimizer:
             continue
         if not isinstance(live, LRScheduler) or not type(live).__module__.startswith("torch."):
             name = ".".join(map(str, path))
@@ -110,8 +110,7 @@ def _reorder_schedulers(result: Aligned, tree: dict[str, Any], optimizer: Optimi
                 f"{type(live).__name__} may keep values in their order: make the groups in the checkpoint's order"
             )
             continue
-        state = _scheduler_reordered(look_up(result.content, path), groups)
-        result = result._replace(content=replaced(result.content, path, state))
+        result = result._replace(content=replaced(result.content, path, _scheduler_reordered(saved, groups)))
     return result
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from precision_core.checkpoint.live.state import is_stateful, plain_name, state_of
+from precision_core.checkpoint.live.state import is_stateful, named_tensors, plain_name, state_of
 from precision_core.checkpoint.tree import KeyPath
 
 _SHOWN = 10
@@ -48,7 +48,7 @@ def of_module(key_path: KeyPath, module: nn.Module, saved: dict[str, Any], resul
         missing, unexpected = [key for key in live if key not in saved], [key for key in saved if key not in live]
     else:
         missing, unexpected = (list(map(plain_name, keys)) for keys in (result.missing_keys, result.unexpected_keys))
-    missing = _less_tied(module, missing)
+    missing = less_tied(missing, {plain_name(name): tensor for name, tensor in named_tensors(module).items()})
     if not missing and not unexpected:
         return ""
     name = ".".join(map(str, key_path))
@@ -70,14 +70,11 @@ def _nothing(name: str, live: Any) -> str:
     return f"nothing in the checkpoint matches {name} ({type(live).__name__}), which stays as it is"
 
 
-def _less_tied(module: nn.Module, missing: list[str]) -> list[str]:
+def less_tied(missing: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:
     """Returns the missing names, less those whose tensor is loaded under another name."""
-    if not missing:
-        return missing
-    params, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
-    tensors = {plain_name(name): id(tensor) for name, tensor in (*params, *buffers)}
-    loaded = {identity for name, identity in tensors.items() if name not in missing}
-    return [name for name in missing if tensors.get(name) not in loaded]
+    missing = list(missing)
+    loaded = {id(tensor) for name, tensor in tensors.items() if name not in missing}
+    return [name for name in missing if name not in tensors or id(tensors[name]) not in loaded]
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -48,7 +48,9 @@ def prepare(optimizer: Optimizer, saved: dict[str, Any], dtypes: list[torch.dtyp
             if not is_made_of_parts(destination):  # those have their values already
                 destination.copy_(tensor)
             settled[tensor] = _Final.wrap(destination, may_be_cast=key == "step")
-        return {**state_dict, "state": map_tensors(state_dict["state"], lambda tensor: _found(settled, tensor))}
+        # Those without a parameter are cloned, as torch takes them as they are.
+        state = map_tensors(state_dict["state"], lambda each: settled[each] if each in settled else each.clone())
+        return {**state_dict, "state": state}
 
     def load() -> None:
         handle = optimizer.register_load_state_dict_pre_hook(settle)  # the last: it gets what user hooks return
@@ -59,10 +61,6 @@ def prepare(optimizer: Optimizer, saved: dict[str, Any], dtypes: list[torch.dtyp
             handle.remove()
 
     return load
-
-
-def _found(settled: dict[Tensor, Tensor], tensor: Tensor) -> Tensor:
-    return settled[tensor] if tensor in settled else tensor.clone()  # of no parameter: torch takes it as it is
 
 
 class _Final(Tensor):

@@ -20,11 +20,10 @@ from precision_core.checkpoint.live import left_out
 from precision_core.checkpoint.live.compare import Dtypes
 from precision_core.checkpoint.live.optimizer_state import prepare
 from precision_core.checkpoint.live.own_way import loads_its_own_way, overrides, own_prefixes
-from precision_core.checkpoint.live.state import is_plain, is_stateful, named_as, stateful_objects
+from precision_core.checkpoint.live.state import is_plain, is_stateful, named_as, saved_objects
 from precision_core.checkpoint.live.transaction import Step, Transaction
 from precision_core.checkpoint.live.undo import is_copied_into, undo_groups, undo_of
 from precision_core.checkpoint.shards import deep_copied
-from precision_core.checkpoint.tree import leads_to, look_up
 
 
 def restore(
@@ -47,8 +46,8 @@ def restore(
     Raises:
         CheckpointError: an object's own loading raised; names the object. All objects have their values from before.
     """
-    saved = {path: look_up(content, path) for path, _ in stateful_objects(tree) if leads_to(path, content)}
-    parts = {path: live for path, live in stateful_objects(tree) if path in saved}
+    parts = {path: live for path, live, _ in saved_objects(tree, content)}
+    saved = {path: state for path, _, state in saved_objects(tree, content)}
     custom = {path: live for path, live in parts.items() if _needs_snapshot(live)}
     results: dict[Any, Any] = {}  # of modules' load_state_dict
     dtypes = dtypes or {}
@@ -98,14 +97,10 @@ def _needs_snapshot(live: Any) -> bool:
 def _loader(live: Any, saved: Any, strict: bool, dtypes: list[torch.dtype] | None) -> Callable[[], Any]:
     """Returns a function that loads `saved` into `live`."""
     if isinstance(live, nn.Module):
-        return functools.partial(_load_module, live, named_as(live, saved), strict)
+        return functools.partial(live.load_state_dict, named_as(live, saved), strict=strict)
     if isinstance(live, Optimizer) and not overrides(live, "load_state_dict"):
         return prepare(live, saved, dtypes)
     return functools.partial(live.load_state_dict, saved)
-
-
-def _load_module(module: nn.Module, state: dict[str, Any], strict: bool) -> Any:
-    return module.load_state_dict(state, strict=strict)
 
 
 def _warn_of_left_out(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -67,6 +67,15 @@ def stateful_objects(tree: dict[str, Any], path: KeyPath = ()) -> Iterator[tuple
             yield from stateful_objects(value, (*path, key))
         elif is_stateful(value):
             yield (*path, key), value
+
+
+def saved_objects(tree: dict[str, Any], content: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any, Any]]:
+    """Yields (key path, object, its state in `content`) for each stateful object in `tree` that has one there."""
+    for key, value in tree.items() if isinstance(content, dict) else ():
+        if key in content and type(value) is dict:
+            yield from saved_objects(value, content[key], (*path, key))
+        elif key in content and is_stateful(value):
+            yield (*path, key), value, content[key]
 
 
 def param_dtypes(tree: dict[str, Any]) -> dict[KeyPath, list[torch.dtype]]:
@@ -130,6 +139,12 @@ def state_of(value: Any) -> Any:
     for key in [key for key in metadata if _COMPILED in f"{key}."]:
         metadata[plain_name(key)] = metadata.pop(key)
     return state
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the parameters and buffers of a module by name; tied ones under each of theirs."""
+    params, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    return {**dict(params), **dict(buffers)}
 
 
 def plain_name(name: str) -> str:

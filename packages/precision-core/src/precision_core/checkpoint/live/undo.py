@@ -34,7 +34,10 @@ def undo_of(live: Any) -> Undo:
 def undo_groups(optimizer: Optimizer) -> Undo:
     """Returns a function that restores an optimizer's param_groups, which a scheduler's loading may change."""
     groups = optimizer.param_groups
-    before = [(group, dict(group), list(group["params"]), _Values(_options(group))) for group in groups]
+    before = [
+        (group, dict(group), list(group["params"]), _Values([group[key] for key in group if key != "params"]))
+        for group in groups
+    ]
 
     def undo() -> None:
         groups[:] = [group for group, *_ in before]
@@ -46,10 +49,6 @@ def undo_groups(optimizer: Optimizer) -> Undo:
             values.restore()
 
     return undo
-
-
-def _options(group: dict[str, Any]) -> list[Any]:
-    return [value for key, value in group.items() if key != "params"]
 
 
 def is_copied_into(value: Any) -> bool:

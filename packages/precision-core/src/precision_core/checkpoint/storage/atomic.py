@@ -109,17 +109,13 @@ def remove_abandoned(folder: Path, is_ours: Callable[[str], object]) -> None:
     """
     if fcntl is None:
         return
-    for abandoned in _unfinished(folder, is_ours):
+    for abandoned in list(folder.iterdir()):
+        match = _UNFINISHED.fullmatch(abandoned.name)
+        if match is None or not is_ours(match[1]):
+            continue
         with contextlib.suppress(OSError), _opened(abandoned) as descriptor:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: somebody is writing it
             shutil.rmtree(abandoned) if abandoned.is_dir() else abandoned.unlink()
-
-
-def _unfinished(folder: Path, is_ours: Callable[[str], object]) -> Iterator[Path]:
-    for entry in os.scandir(folder):
-        match = _UNFINISHED.fullmatch(entry.name)
-        if match and is_ours(match[1]):
-            yield Path(entry.path)
 
 
 @contextlib.contextmanager

@@ -18,8 +18,9 @@ from torch.nn.parameter import is_lazy
 
 from precision_core.checkpoint.error import CheckpointError
 from precision_core.checkpoint.live.compare import mismatch
+from precision_core.checkpoint.live.left_out import less_tied
 from precision_core.checkpoint.live.own_way import loads_its_own_way, overrides
-from precision_core.checkpoint.live.state import plain_name
+from precision_core.checkpoint.live.state import named_tensors, plain_name
 from precision_core.checkpoint.shards import cut, is_sharded
 from precision_core.checkpoint.weights.safetensors import Files
 
@@ -142,7 +143,7 @@ def load_own_way(files: Files, layer: Layer, sources: dict[str, str], versions: 
     A user's override gets `strict`, and may return nothing; torch's returns missing and unexpected names.
     """
     module, prefix = layer.module, layer.prefix
-    tensors = _tensors_of(module)
+    tensors = named_tensors(module)
     on_meta = any(tensor.is_meta for tensor in tensors.values())
     live_names = {plain_name(name): name for name in tensors}
     unsharded = _loaded_unsharded(module)
@@ -173,14 +174,13 @@ def load_own_way(files: Files, layer: Layer, sources: dict[str, str], versions: 
         raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
     if on_meta:
         _detach_from_file(module, state.values())
-    empty = [prefix + plain_name(name) for name, tensor in _tensors_of(module).items() if tensor.is_meta]
+    empty = [prefix + plain_name(name) for name, tensor in named_tensors(module).items() if tensor.is_meta]
     if empty:
         raise CheckpointError(
             f"on the meta device, and missing in the checkpoint (other layers are changed): {', '.join(empty[:10])}"
         )
-    loaded = {id(tensors[name]) for name in tensors if name not in missing}
-    left = [name for name in missing if name not in tensors or id(tensors[name]) not in loaded]  # less the tied ones
-    return Loaded(tuple(prefix + plain_name(name) for name in left), tuple(prefix + plain_name(n) for n in unexpected))
+    lists = less_tied(missing, tensors), unexpected
+    return Loaded(*(tuple(prefix + plain_name(name) for name in names) for names in lists))
 
 
 def _loaded_unsharded(module: nn.Module) -> set[str]:
@@ -192,14 +192,9 @@ def _loaded_unsharded(module: nn.Module) -> set[str]:
 def _detach_from_file(module: nn.Module, values: Iterable[Tensor]) -> None:
     """Copies those of the module's tensors that are still mapped from the file."""
     mapped = {value.untyped_storage().data_ptr() for value in values}
-    for tensor in _tensors_of(module).values():
+    for tensor in named_tensors(module).values():
         if not tensor.is_meta and tensor.untyped_storage().data_ptr() in mapped:
             tensor.data = tensor.data.clone()
-
-
-def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    params, buffers = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
-    return {**dict(params), **dict(buffers)}
 
 
 def prefix_of(module_name: str) -> str:
