@@ -66,7 +66,7 @@ def trained(model: Net, optimizer: Any, fabric: Fabric | None) -> dict[str, Tens
         scheduler.step()
     if fabric is None:
         return {name: param.detach() for name, param in model.named_parameters()}
-    with fabric.strategy.whole(model):
+    with fabric.strategy.gathered(model):
         return {name: param.detach().clone() for name, param in model.named_parameters()}
 
 

@@ -84,7 +84,7 @@ def moved(loop: Callable[..., None], stage: int | None) -> dict[str, Tensor]:
     fabric = Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(stage))
     fabric.setup(model, optimizer)
     loop(fabric, model, optimizer)
-    with fabric.strategy.whole(model):
+    with fabric.strategy.gathered(model):
         return {name: before[name] - param.detach() for name, param in model.named_parameters()}
 
 
@@ -146,11 +146,11 @@ def after_a_backward_that_raised(stage: int) -> list[float]:
             call()
     assert before is None or torch.equal(model.weight, before)
     optimizer.zero_grad()
-    with fabric.strategy.whole(model):
+    with fabric.strategy.gathered(model):
         start = model.weight.detach().clone()
     fabric.backward(model(torch.ones(1, 4)).sum())
     optimizer.step()
-    with fabric.strategy.whole(model):
+    with fabric.strategy.gathered(model):
         moved: list[float] = (start - model.weight.detach()).flatten().tolist()
     fabric.teardown()
     return moved

@@ -15,7 +15,7 @@ from torch.optim import SGD
 from precision_core import Fabric, MixedPrecision
 from precision_core.testing import run_in_ranks
 from precision_fsdp import FSDPPrecision, FSDPStrategy
-from precision_fsdp.held import HeldBack
+from precision_fsdp.held import Unsynced
 
 MESSAGE = (
     "SGD.step() would ignore unsynced gradients, accumulated in fabric.no_backward_sync: first.weight, first.bias, "
@@ -153,7 +153,7 @@ def test_a_strategy_goes_to_processes_that_are_started_with_it() -> None:
     assert {name: vars(copy)[name] for name in ("_wrap", "_mesh", "_reshard_after_forward", "sharded")} == {
         name: vars(strategy)[name] for name in ("_wrap", "_mesh", "_reshard_after_forward", "sharded")
     }
-    assert list(copy._held_back.roots) == []
+    assert list(copy._unsynced.roots) == []
 
 
 # ---------------------------------------------------------------- torch's private names
@@ -187,7 +187,7 @@ def owners(model: Any) -> dict[str, Any]:
 
 
 def read() -> dict[str, Any]:
-    held, model = HeldBack(), sharded()
+    held, model = Unsynced(), sharded()
     held.add(model)
     found = owners(model)
     handle = found["FSDPParam"]
@@ -228,7 +228,7 @@ def renamed(name: str) -> str:
         if attribute == "_unsharded_param":
             patch.delitem(owner.__annotations__, attribute)
         with pytest.raises(RuntimeError) as caught:
-            HeldBack().add(model)
+            Unsynced().add(model)
     return str(caught.value)
 
 

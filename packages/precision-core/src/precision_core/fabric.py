@@ -388,7 +388,7 @@ class Fabric(Run):
 
         place, target = local_path(path, "fabric.save_module"), uncompiled(module)
         self._check_launched("fabric.save_module")
-        with agreed(self._strategy, "save"), self._strategy.whole(target):
+        with agreed(self._strategy, "save"), self._strategy.gathered(target):
             save_module(place, target, max_shard_size=max_shard_size, keep=self.is_global_zero)
 
     def load_module(self, path: str | PathLike[str], module: nn.Module, strict: bool = True) -> Loaded:
@@ -411,7 +411,7 @@ class Fabric(Run):
         self._check_launched("fabric.load_module" if any(map(is_sharded, target.parameters())) else "")
         if any(param.is_meta for param in target.parameters()):
             self._precision.before_load(target)
-        with self._strategy.whole(target, writes=True):
+        with self._strategy.gathered(target, writes=True):
             if not any(map(is_sharded, target.parameters())):
                 return load_module(place, target, strict)
             with agreed(self._strategy, "load") as ranks:

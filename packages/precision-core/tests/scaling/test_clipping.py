@@ -20,8 +20,8 @@ def make(mode: str) -> Precision:
     if mode == "32-true":
         return Precision()
     plugin = MixedPrecision("16-mixed", device="cpu")
-    lazy = "blocks" in mode  # the CPU can play such a device
-    plugin.scaler = LossScaler(plugin.setup_scaler(), min_scale=2.0**-14, max_skips=50, lazy=lazy)
+    avoid_sync = "blocks" in mode  # the CPU can play such a device
+    plugin.scaler = LossScaler(plugin.setup_scaler(), min_scale=2.0**-14, max_skips=50, avoid_sync=avoid_sync)
     return plugin
 
 

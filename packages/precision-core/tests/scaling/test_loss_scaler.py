@@ -89,7 +89,7 @@ def test_gradients_that_an_engine_holds_back_follow_the_scale() -> None:
     plugin, (a, opt_a), (b, opt_b) = make(growth_interval=1), weight(), weight()
     plugin.register_optimizers(opt_a, opt_b)
     held: list[torch.Tensor] = []
-    plugin.scaler.held_back = lambda: held
+    plugin.scaler.unsynced = lambda: held
     for c in (1.0, 1.0, INF):
         backward(plugin, (a, c), (b, 0.25))
         assert b.grad is not None

@@ -17,10 +17,10 @@ BAD_STEPS = (0, 3)
 IMPLEMENTATIONS = [{"foreach": False}, {"foreach": True}, {"fused": True}]
 
 
-def make(lazy: bool, max_skips: int = 50) -> MixedPrecision:
-    """A plugin on the CPU; with `lazy` the CPU plays a device whose values are slow to read."""
+def make(avoid_sync: bool, max_skips: int = 50) -> MixedPrecision:
+    """A plugin on the CPU; with `avoid_sync` the CPU plays a device whose values are slow to read."""
     plugin = MixedPrecision("16-mixed", device="cpu")
-    plugin.scaler = LossScaler(plugin.setup_scaler(), min_scale=2.0**-14, max_skips=max_skips, lazy=lazy)
+    plugin.scaler = LossScaler(plugin.setup_scaler(), min_scale=2.0**-14, max_skips=max_skips, avoid_sync=avoid_sync)
     return plugin
 
 
@@ -46,7 +46,7 @@ def train(optimizer: Optimizer, model: nn.Module, plugin: MixedPrecision | None,
     return skipped
 
 
-@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("avoid_sync", [False, True])
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
 @pytest.mark.parametrize(
@@ -54,12 +54,12 @@ def train(optimizer: Optimizer, model: nn.Module, plugin: MixedPrecision | None,
     [(SGD, {"lr": 0.01, "momentum": 0.9}), (AdamW, {"lr": 0.01}), (Adam, {"lr": 0.01, "amsgrad": True})],
 )
 def test_like_training_without_the_bad_steps(
-    kind: type[Optimizer], options: dict[str, Any], implementation: dict[str, Any], clip: bool, lazy: bool
+    kind: type[Optimizer], options: dict[str, Any], implementation: dict[str, Any], clip: bool, avoid_sync: bool
 ) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
     twin = copy.deepcopy(model)
-    plugin = make(lazy)
+    plugin = make(avoid_sync)
     skipped = train(kind(model.parameters(), **options, **implementation), model, plugin, clip)
     train(kind(twin.parameters(), **options, **implementation), twin, None, clip)
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
@@ -70,7 +70,7 @@ def test_like_training_without_the_bad_steps(
 
 
 def test_flags_stay_on_the_device_with_a_fused_optimizer() -> None:
-    plugin = make(lazy=True)
+    plugin = make(avoid_sync=True)
     param = nn.Parameter(torch.ones(1))
     optimizer = AdamW([param], lr=0.1, fused=True)
     for factor in (1.0, float("inf"), 1.0):
@@ -85,8 +85,8 @@ def test_flags_stay_on_the_device_with_a_fused_optimizer() -> None:
 
 
 def test_gradients_are_true_after_the_step() -> None:
-    for lazy in (False, True):
-        plugin = make(lazy)
+    for avoid_sync in (False, True):
+        plugin = make(avoid_sync)
         param = nn.Parameter(torch.ones(1))
         optimizer = AdamW([param], lr=0.1, fused=True)
         plugin.pre_backward((param * 3.0).sum(), None).backward()
@@ -95,7 +95,7 @@ def test_gradients_are_true_after_the_step() -> None:
 
 
 def test_the_limit_of_skips_is_checked_when_flags_are_read() -> None:
-    plugin = make(lazy=True, max_skips=3)
+    plugin = make(avoid_sync=True, max_skips=3)
     param = nn.Parameter(torch.ones(1))
     optimizer = AdamW([param], lr=0.1, fused=True)
     for _ in range(4):
@@ -116,12 +116,12 @@ class TakesFlag(SGD):
 
 
 def test_an_optimizer_whose_step_takes_the_flag_is_given_it() -> None:
-    for lazy in (False, True):
-        plugin, param = make(lazy), nn.Parameter(torch.ones(1))
+    for avoid_sync in (False, True):
+        plugin, param = make(avoid_sync), nn.Parameter(torch.ones(1))
         optimizer = TakesFlag([param], lr=0.5)
         for factor in (1.0, float("inf"), 1.0):
             optimizer.zero_grad()
             plugin.pre_backward((param * factor).sum(), None).backward()
             plugin.optimizer_step(optimizer, None, None)
-        assert plugin.scaler.counter.steps == (0 if lazy else 2)  # the host has not asked yet
+        assert plugin.scaler.counter.steps == (0 if avoid_sync else 2)  # the host has not asked yet
         assert (param.item(), plugin.steps, plugin.skipped_steps) == (0.0, 2, 1)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from precision_core.precision.model.remap import repoint
+from precision_core.precision.model.remap import remap_parameters
 from precision_core.surgery.replace import Replacement, Surgery, replace_layers
 
 
@@ -624,7 +624,7 @@ def test_on_the_meta_device() -> None:
 def test_an_optimizer_made_before_trains_the_new_layers() -> None:
     model = chain(2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    repoint(optimizer, replace_layers(model, DOUBLE).params)
+    remap_parameters(optimizer, replace_layers(model, DOUBLE).params)
     twin = copy.deepcopy(model)
     for module, steps in ((model, optimizer), (twin, torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9))):
         for _ in range(3):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from precision_core.scaling import Clip, all_finite, clip_true_gradients, multiply
+from precision_core.scaling import Clip, all_finite, clip_unscaled, multiply
 from precision_deepspeed.checkpoints import Fragment
 from precision_deepspeed.engine import Engine, check_finite, tighten
 
@@ -48,7 +48,7 @@ class PlainEngine(Engine):
 
     def clip(self, clip: Clip) -> Tensor | None:
         self.reduce()
-        return clip_true_gradients(list(self._params()), clip)
+        return clip_unscaled(list(self._params()), clip)
 
     def _step(self) -> bool:
         skipped, self._overflow = self._overflow, False
@@ -92,7 +92,7 @@ class HalfEngine(Engine):
         limit = self.vendor.optimizer.clip_grad
         if clip.max_norm is None:
             tighten(limit, torch.zeros(()), clip)
-            return clip_true_gradients(list(self.module.parameters()), clip)
+            return clip_unscaled(list(self.module.parameters()), clip)
         if clip.norm_type != 2.0:
             raise ValueError(f"clip_gradients(norm_type={clip.norm_type}): DeepSpeed clips by the 2-norm only")
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each.float()) for each in gradients]))

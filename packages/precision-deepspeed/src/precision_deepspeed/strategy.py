@@ -333,7 +333,7 @@ class DeepSpeedStrategy(Strategy):
     # ---------------------------------------------------------------- checkpoints
 
     @contextmanager
-    def whole(self, module: nn.Module, *, writes: bool = False) -> Iterator[None]:
+    def gathered(self, module: nn.Module, *, writes: bool = False) -> Iterator[None]:
         """Context with parameters gathered on each rank; with `writes`, changes reach shards and master weights."""
         with vendor.gathered(module.parameters(), writes):
             yield

@@ -187,14 +187,14 @@ def module_files(folder: Path, stage: int, mode: str) -> list[dict[str, torch.Te
     train(fabric, model, optimizer, range(2))
     fabric.save_module(folder / f"{stage}.safetensors", model)
     values = []
-    with fabric.strategy.whole(model):
+    with fabric.strategy.gathered(model):
         values.append({name: param.detach().clone() for name, param in model.named_parameters()})
     fabric, model, optimizer = make(stage, mode, seed=1)
     fabric.load_module(folder / f"{stage}.safetensors", model)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     for _ in range(2):
-        with fabric.strategy.whole(model):
+        with fabric.strategy.gathered(model):
             values.append({name: param.detach().clone() for name, param in model.named_parameters()})
         train(fabric, model, optimizer, range(1))
     return values

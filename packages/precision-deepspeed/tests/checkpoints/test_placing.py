@@ -86,7 +86,7 @@ def values(fabric: Fabric, model: Net, optimizer: Any) -> dict[str, Tensor]:
                 found[name] = safe_get_full_fp32_param(param)
                 for key in ("exp_avg", "exp_avg_sq"):
                     found[f"{name}.{key}"] = safe_get_full_optimizer_state(param, key)
-    with fabric.strategy.whole(model):
+    with fabric.strategy.gathered(model):
         found |= {f"{name} itself": value for name, value in model.state_dict().items()}
         found = {name: value.detach().clone() for name, value in found.items()}
     steps = {float(state["step"]) for state in optimizer.state.values() if "step" in state}

@@ -24,15 +24,15 @@ _GROUPS = ("_fsdp_param_groups", "_fsdp_param_group")
 """Of a module's FSDP state: the list of its groups; before that was a list, torch 2.9, its only group or None."""
 
 
-class HeldBack:
+class Unsynced:
     """The unsynced gradients of a run's sharded models."""
 
     def __init__(self) -> None:
         self.roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._expected = False  # that there are any: else nobody has to look for them
 
-    def __reduce__(self) -> tuple[type[HeldBack], tuple[()]]:
-        return HeldBack, ()  # in a process that is started with the strategy nothing is accumulated yet
+    def __reduce__(self) -> tuple[type[Unsynced], tuple[()]]:
+        return Unsynced, ()  # in a process that is started with the strategy nothing is accumulated yet
 
     def add(self, root: nn.Module) -> None:
         """Takes a model that was sharded; raises `RuntimeError` where torch lacks a private name that is read here."""
@@ -43,7 +43,7 @@ class HeldBack:
     def expect(self, scaler: Scaler) -> None:
         """Takes note that there will be some; when its scale changes, `scaler` rescales them as it does `p.grad`."""
         self._expected = True
-        scaler.held_back = self._gradients
+        scaler.unsynced = self._gradients
 
     def _gradients(self) -> list[Tensor]:
         return [gradient for root in self.roots for handle in handles(root) for gradient in _of(handle)]

@@ -32,7 +32,7 @@ from precision_core.strategies import Ranks, TorchGroup, join
 from precision_fsdp.arguments import check_arguments, check_reshard, make_mesh
 from precision_fsdp.copies import refuse_copies
 from precision_fsdp.groups import make_groups
-from precision_fsdp.held import HeldBack, drop, dropping, followed_by
+from precision_fsdp.held import Unsynced, drop, dropping, followed_by
 from precision_fsdp.limits import check_can_shard
 from precision_fsdp.materialise import InitFn, check_can_initialise, is_on_meta, materialise
 from precision_fsdp.notes import notes_of
@@ -123,7 +123,7 @@ class FSDPStrategy(Strategy):
         self._made_group = False
         self._restores = ExitStack()
         self._device_mesh: DeviceMesh | None = None
-        self._held_back = HeldBack()
+        self._unsynced = Unsynced()
         self._members = Members()
 
     # ---------------------------------------------------------------- processes
@@ -184,8 +184,8 @@ class FSDPStrategy(Strategy):
             ValueError: it holds parameters of a sharded model and others, or some that were added to one after its
                 setup, whose gradients would not be reduced.
         """
-        self._members.check(optimizer, self._held_back.roots, self.precision.name_of)
-        self._restores.callback(override(optimizer, "zero_grad", dropping(self._held_back.drop)))
+        self._members.check(optimizer, self._unsynced.roots, self.precision.name_of)
+        self._restores.callback(override(optimizer, "zero_grad", dropping(self._unsynced.drop)))
         return super().setup_optimizer(optimizer)
 
     def setup_module(self, module: nn.Module) -> nn.Module:
@@ -230,7 +230,7 @@ class FSDPStrategy(Strategy):
         report = self.precision.report
         self.precision.report = replace(report, notes=(*report.notes, *self._notes, *notes))
         self._restores.callback(override(module, "zero_grad", dropping(drop)))
-        self._held_back.add(module)
+        self._unsynced.add(module)
         return module
 
     def make_outer_forward(self, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
@@ -264,7 +264,7 @@ class FSDPStrategy(Strategy):
         try:
             super().backward(tensor, module, *args, **kwargs)
         except BaseException:
-            for sharded in self._held_back.roots:
+            for sharded in self._unsynced.roots:
                 begin_anew(sharded)
             raise
 
@@ -275,8 +275,8 @@ class FSDPStrategy(Strategy):
             RuntimeError: its parameters have unsynced gradients: no backward has reduced them.
             ValueError: it has got parameters since its setup whose gradients are not reduced.
         """
-        self._members.check(optimizer, self._held_back.roots, self.precision.name_of)
-        check = functools.partial(self._held_back.check_reduced, optimizer, self.precision.name_of)
+        self._members.check(optimizer, self._unsynced.roots, self.precision.name_of)
+        check = functools.partial(self._unsynced.check_reduced, optimizer, self.precision.name_of)
         if closure is None:
             check()
         else:
@@ -289,7 +289,7 @@ class FSDPStrategy(Strategy):
         if not enabled or not isinstance(module, FSDPModule):
             yield
             return
-        self._held_back.expect(self.precision.scaler)
+        self._unsynced.expect(self.precision.scaler)
         module.set_requires_gradient_sync(False)
         try:
             yield

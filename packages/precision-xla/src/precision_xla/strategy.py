@@ -210,7 +210,7 @@ class XLAStrategy(Strategy):
 
     # ---------------------------------------------------------------- checkpoints
 
-    def to_host(self, content: dict[str, Any]) -> dict[str, Any]:
+    def to_cpu(self, content: dict[str, Any]) -> dict[str, Any]:
         """Returns the content with full tensors on the CPU, so that it loads where there is no torch_xla."""
         found: dict[int, Tensor] = {}
 

@@ -34,7 +34,7 @@ def save(
         raise ValueError(f"fabric.save(path, state): state is a dict without the key {RESERVED!r}")
     background.raise_unreported(strategy)
     with agreed(strategy, "save"):
-        content = strategy.to_host(collect(state, filter))
+        content = strategy.to_cpu(collect(state, filter))
         loaders = {key: each.state_dict() for key, each in stateful_objects(state) if isinstance(each, DeviceLoader)}
         mine = {"rng": rng.rng_state(strategy.device), "loaders": loaders}
         sharded = named(paths(content, is_sharded))

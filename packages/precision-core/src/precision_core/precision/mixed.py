@@ -212,7 +212,7 @@ class MixedPrecision(Precision):
             self.setup_scaler(),
             min_scale=self._min_scale,
             max_skips=self._max_skips,
-            lazy=self.device_type != "cpu",
+            avoid_sync=self.device_type != "cpu",
             models=self._known_models,
             refused={torch.float16, torch.bfloat16} - by_exception,
             name_of=self.name_of,

@@ -3,7 +3,7 @@
 Its modules are core's own; others import from here what `__all__` lists.
 """
 
-from precision_core.scaling.clipping import Clip, clip_true_gradients, make_clip
+from precision_core.scaling.clipping import Clip, clip_unscaled, make_clip
 from precision_core.scaling.gradients import all_finite, multiply, params_of, takes_flag
 from precision_core.scaling.scaler import NameOf, Scaler
 
@@ -12,7 +12,7 @@ __all__ = [
     "NameOf",
     "Scaler",
     "all_finite",
-    "clip_true_gradients",
+    "clip_unscaled",
     "make_clip",
     "multiply",
     "params_of",

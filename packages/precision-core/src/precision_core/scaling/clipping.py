@@ -39,7 +39,7 @@ def make_clip(max_norm: float | None, clip_val: float | None, norm_type: float, 
     return Clip(max_norm, clip_val, norm_type, error_if_nonfinite)
 
 
-def clip_true_gradients(params: Sequence[nn.Parameter], clip: Clip) -> Tensor | None:
+def clip_unscaled(params: Sequence[nn.Parameter], clip: Clip) -> Tensor | None:
     """Clips unscaled gradients in place.
 
     Returns the norm before clipping (float32 of no dimensions, float64 for float64 and where float32 does not hold it)
@@ -102,7 +102,7 @@ def _norm(gradients: list[Tensor], norm_type: float) -> Tensor:
     others = [each for each in halves if each.device.type not in ("cpu", "xla")]
     if others:
         norms += torch._foreach_norm(others, norm_type, dtype=torch.float32)
-    return whole(_total(norms, norm_type))
+    return unsharded(_total(norms, norm_type))
 
 
 def _total(norms: list[Tensor], norm_type: float) -> Tensor:
@@ -116,7 +116,7 @@ def _wide_norm(gradients: list[Tensor], norm_type: float) -> Tensor:
     norm = torch.zeros((), dtype=torch.float64)
     for exponent in (0, -600, 600):
         norms = [torch.linalg.vector_norm(each.double() * 2.0**exponent, norm_type) for each in gradients]
-        norm = whole(_total(norms, norm_type)) / 2.0**exponent
+        norm = unsharded(_total(norms, norm_type)) / 2.0**exponent
         if 0 < norm.item() < math.inf or not any(each.dtype is torch.float64 for each in gradients):
             break
     return norm
@@ -136,8 +136,8 @@ def _multiply(gradients: list[_Gradient], max_norm: float, norm: Tensor) -> None
             each.mul_(first.to(each.device, each.dtype)).mul_((factor / first).to(each.device, each.dtype))
 
 
-def whole(value: Tensor) -> Tensor:
-    """Returns `value` itself, or what all ranks' shards of it make together."""
+def unsharded(value: Tensor) -> Tensor:
+    """Returns the full tensor of a sharded one; any other as it is."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 

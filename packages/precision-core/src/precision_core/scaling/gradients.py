@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from precision_core.override import original
-from precision_core.scaling.clipping import Clip, whole
+from precision_core.scaling.clipping import Clip, unsharded
 
 
 def params_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:
@@ -40,7 +40,7 @@ def multiply(gradients: list[Tensor], factor: float | Tensor) -> None:
 def all_finite(gradients: Sequence[Tensor]) -> bool:
     """Whether no element is inf or NaN; waits for the device."""
     # Counted, as torch 2.9 adds up the ranks' answers to all() of a sharded tensor: one rank's yes was everybody's.
-    return not any(bool(whole(torch.logical_not(torch.isfinite(gradient)).sum())) for gradient in gradients)
+    return not any(bool(unsharded(torch.logical_not(torch.isfinite(gradient)).sum())) for gradient in gradients)
 
 
 def is_plain(gradients: Sequence[Tensor]) -> bool:

@@ -45,8 +45,8 @@ class LossScaler(ScaledGradients):
     Args:
         min_scale: the scale does not fall below this, unless it started there.
         max_skips: so many skipped steps in a row raise `FloatingPointError`.
-        lazy: leave the flag "inf or NaN found" on its device where the optimizer can skip there (fused ones), so that
-            the host does not wait for it.
+        avoid_sync: leave the flag "inf or NaN found" on its device where the optimizer can skip there (fused ones), so
+            that no step waits for the device.
         models: returns the models of the run, whose gradients no other optimizer may step while they are scaled.
         refused: dtypes in which no gradient may be.
         name_of: gives a parameter's name, for messages.
@@ -58,12 +58,14 @@ class LossScaler(ScaledGradients):
         *,
         min_scale: float,
         max_skips: int,
-        lazy: bool,
+        avoid_sync: bool,
         models: Callable[[], Collection[nn.Module]] = tuple,
         refused: Container[torch.dtype] = (torch.float16,),
         name_of: NameOf = str,
     ) -> None:
-        super().__init__(torch_scaler, min_scale=min_scale, lazy=lazy, models=models, refused=refused, name_of=name_of)
+        super().__init__(
+            torch_scaler, min_scale=min_scale, avoid_sync=avoid_sync, models=models, refused=refused, name_of=name_of
+        )
         self._max_skips = max_skips
 
     def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, name_of: NameOf, **kwargs: Any) -> Any:

@@ -57,10 +57,10 @@ class Record:
 class Records:
     """The records of all known optimizers, none of which it keeps alive."""
 
-    def __init__(self, torch_scaler: GradScaler, name_of: NameOf, *, lazy: bool) -> None:
+    def __init__(self, torch_scaler: GradScaler, name_of: NameOf, *, avoid_sync: bool) -> None:
         self._torch_scaler = torch_scaler
         self._name_of = name_of
-        self._lazy = lazy
+        self._avoid_sync = avoid_sync
         self._by_id: dict[int, Record] = {}
         self.added = 0
 
@@ -148,7 +148,7 @@ class Records:
             state = self._torch_scaler._per_optimizer_states[id(optimizer)]
             state["stage"], state["found_inf_per_device"] = OptState.UNSCALED, {flag.device: flag}
         flags = [flag] if flag is not None else list(self._torch_scaler._found_inf_per_device(optimizer).values())
-        if self._lazy and flags:
+        if self._avoid_sync and flags:
             record.found_inf = torch.stack([each.to(flags[0].device) for each in flags]).sum()
         else:
             record.found_inf = sum([each.item() for each in flags]) != 0

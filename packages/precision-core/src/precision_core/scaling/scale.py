@@ -11,14 +11,14 @@ from precision_core.scaling.gradients import is_plain, unscale_plain
 
 
 class Scale:
-    """The scale of `torch_scaler`; with `lazy` it is never read from its device."""
+    """The scale of `torch_scaler`; with `avoid_sync` it is never read from its device."""
 
-    def __init__(self, torch_scaler: GradScaler, *, floor: float, lazy: bool) -> None:
+    def __init__(self, torch_scaler: GradScaler, *, floor: float, avoid_sync: bool) -> None:
         self.torch_scaler = torch_scaler
         self._floor = floor
-        self._lazy = lazy
+        self._avoid_sync = avoid_sync
         # On the CPU the parts of torch's scaler are called directly; a subclass may reduce over ranks in its methods.
-        self._is_plain = not lazy and type(torch_scaler) is GradScaler
+        self._is_plain = not avoid_sync and type(torch_scaler) is GradScaler
         self._read: tuple[Tensor, int, float] | None = None  # the scale, its version, and its value when last read
         self._inverse: tuple[float, Tensor] | None = None  # a scale, and a tensor of 1 / scale
 
@@ -27,7 +27,7 @@ class Scale:
         scale = self.torch_scaler._scale
         if scale is None:  # no loss was scaled yet
             return self.torch_scaler.get_scale()
-        if self._lazy:
+        if self._avoid_sync:
             return scale.clone()
         if self._read is None or self._read[0] is not scale or self._read[1] != scale._version:
             self._read = (scale, scale._version, scale.item())

@@ -19,7 +19,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from precision_core.policy.messages import listed
-from precision_core.scaling.clipping import Clip, clip_true_gradients
+from precision_core.scaling.clipping import Clip, clip_unscaled
 from precision_core.scaling.gradients import all_finite, clip_scaled, gradients_of, is_plain, params_of
 from precision_core.scaling.records import Gradients, Record, Records, rescale
 from precision_core.scaling.scale import Scale
@@ -43,7 +43,7 @@ class ScaledGradients(Scaler):
         torch_scaler: GradScaler,
         *,
         min_scale: float,
-        lazy: bool,
+        avoid_sync: bool,
         models: Callable[[], Collection[nn.Module]],
         refused: Container[torch.dtype],
         name_of: NameOf,
@@ -52,8 +52,8 @@ class ScaledGradients(Scaler):
         self.torch_scaler = torch_scaler
         self._refused = refused
         self._name_of = name_of
-        self._scale = Scale(torch_scaler, floor=min_scale, lazy=lazy)
-        self._records = Records(torch_scaler, name_of, lazy=lazy)
+        self._scale = Scale(torch_scaler, floor=min_scale, avoid_sync=avoid_sync)
+        self._records = Records(torch_scaler, name_of, avoid_sync=avoid_sync)
         self._watch = Watch(self._records, models, torch_scaler, name_of)
         self._last_scale: float | Tensor | None = None  # that of the last scaling
         self._update_pending = False  # a step's found_inf waits for the update of the scale
@@ -170,7 +170,7 @@ class ScaledGradients(Scaler):
                 rescale(gradients_of(optimizer), old, new)
                 if is_known:  # else its step is to raise
                     record.look(optimizer)
-        rescale([*self.held_back(), *self._watch.unheld.gradients()], old, new)  # they always carry the scale
+        rescale([*self.unsynced(), *self._watch.unheld.gradients()], old, new)  # they always carry the scale
 
     # ---------------------------------------------------------------- unscaled gradients
 
@@ -233,7 +233,7 @@ class ScaledGradients(Scaler):
                 return result[0]
         for each in optimizers:
             self.unscale(each)
-        return clip_true_gradients(params, clip)
+        return clip_unscaled(params, clip)
 
     def _holders(self, params: list[nn.Parameter], name_of: NameOf) -> list[Optimizer]:
         wanted = {id(param): param for param in params if param.grad is not None}

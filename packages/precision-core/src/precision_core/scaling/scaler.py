@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from precision_core.override import original
-from precision_core.scaling.clipping import Clip, clip_true_gradients
+from precision_core.scaling.clipping import Clip, clip_unscaled
 from precision_core.scaling.counters import StepCounter
 
 NameOf = Callable[[Tensor], str]
@@ -22,8 +22,8 @@ class Scaler:
 
     def __init__(self) -> None:
         self.counter = StepCounter()
-        self.held_back: Callable[[], list[Tensor]] = list
-        """Returns gradients that an engine keeps for a later reduction, where `p.grad` does not show them."""
+        self.unsynced: Callable[[], list[Tensor]] = list
+        """Returns unsynced gradients: an engine keeps them for a later reduction, and `p.grad` does not show them."""
 
     @property
     def factor(self) -> float:
@@ -55,7 +55,7 @@ class Scaler:
         self, optimizer: Optimizer | None, params: list[nn.Parameter], clip: Clip, name_of: NameOf
     ) -> Tensor | None:
         """Clips the gradients of `params` and leaves them true; returns their norm for `max_norm`, else None."""
-        return clip_true_gradients(params, clip)
+        return clip_unscaled(params, clip)
 
     def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, name_of: NameOf, **kwargs: Any) -> Any:
         """Steps `optimizer`; returns the closure's result when there is one, else what the optimizer returns."""

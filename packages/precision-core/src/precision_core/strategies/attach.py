@@ -17,7 +17,7 @@ from precision_core.precision.base import Precision
 from precision_core.precision.loss_watch import LossWatch
 from precision_core.precision.model import unmarked
 from precision_core.precision.model.recast import following_casts, forget_cast
-from precision_core.precision.model.remap import ParamMap, named_params, replaced_params, repoint
+from precision_core.precision.model.remap import ParamMap, named_params, remap_parameters, replaced_params
 from precision_core.precision.model.report import module_bytes
 from precision_core.precision.model.upcast import upcast
 from precision_core.scaling.gradients import params_of
@@ -132,7 +132,7 @@ class Attached:
     def take_optimizers(self, *optimizers: Optimizer) -> None:
         """Has the optimizers step the parameters that stand in the models now, as precision and strategy say."""
         for optimizer in optimizers:
-            repoint(optimizer, self._replaced)
+            remap_parameters(optimizer, self._replaced)
             self._strategy.setup_optimizer(optimizer)
             self.optimizers.add(optimizer)
             self._override(optimizer, "step", self._make_step)

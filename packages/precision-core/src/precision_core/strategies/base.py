@@ -258,14 +258,14 @@ class Strategy:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def whole(self, module: nn.Module, *, writes: bool = False) -> AbstractContextManager[Any]:
-        """Context in which each rank has the module's parameters whole; what it `writes` to them in it lasts."""
+    def gathered(self, module: nn.Module, *, writes: bool = False) -> AbstractContextManager[Any]:
+        """Context in which each rank has the module's full parameters; with `writes`, what is written in it lasts."""
         return nullcontext()
 
-    def to_host(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Returns a checkpoint's content as it is written; on the CPU where other processes cannot read the device's.
+    def to_cpu(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Returns the state dicts to be saved, on the CPU where reading the device's needs the vendor.
 
-        torch reads a file of CUDA tensors without CUDA, and one of XLA tensors not without torch_xla.
+        torch reads a file of CUDA tensors without CUDA, and one of XLA tensors only with torch_xla.
         """
         return content
 

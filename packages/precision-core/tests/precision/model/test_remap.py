@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from precision_core.precision.model.remap import named_params, replaced_params, repoint
+from precision_core.precision.model.remap import named_params, remap_parameters, replaced_params
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd-momentum": lambda params: SGD(params, lr=0.1, momentum=0.9, foreach=False),
@@ -56,7 +56,7 @@ def train(module: nn.Module, optimizer: Optimizer) -> list[Tensor]:
 def test_trains_as_an_optimizer_made_afterwards(kind: str, names: tuple[str, ...]) -> None:
     module = model()
     optimizer = OPTIMIZERS[kind](list(module.parameters()))
-    repoint(optimizer, renew(module, *names))
+    remap_parameters(optimizer, renew(module, *names))
     twin = copy.deepcopy(module)
     start = [param.detach().clone() for param in twin.parameters()]
     expected = train(twin, OPTIMIZERS[kind](list(twin.parameters())))
@@ -71,7 +71,7 @@ def test_groups_keep_their_lists_their_order_and_their_options() -> None:
     optimizer = SGD([{"params": [last.bias, first.weight], "lr": 0.5}, {"params": [last.weight, first.bias]}], lr=0.1)
     lists = [group["params"] for group in optimizer.param_groups]
     kept = first.bias
-    repoint(optimizer, renew(module, "0.weight", "2.weight", "2.bias"))
+    remap_parameters(optimizer, renew(module, "0.weight", "2.weight", "2.bias"))
     assert [group["params"] for group in optimizer.param_groups] == [
         [last.bias, first.weight],
         [last.weight, kept],
@@ -83,10 +83,10 @@ def test_groups_keep_their_lists_their_order_and_their_options() -> None:
 def test_one_new_parameter_stands_once() -> None:
     a, b, c, new = (nn.Parameter(torch.zeros(1)) for _ in range(4))
     optimizer = SGD([{"params": [("a", a), ("c", c)]}, {"params": [("b", b)]}], lr=0.1)
-    repoint(optimizer, {a: new, b: new})
+    remap_parameters(optimizer, {a: new, b: new})
     assert [group["params"] for group in optimizer.param_groups] == [[new, c], []]
     assert [group["param_names"] for group in optimizer.param_groups] == [["a", "c"], []]
-    repoint(optimizer, {c: new})  # it is held already
+    remap_parameters(optimizer, {c: new})  # it is held already
     assert [group["params"] for group in optimizer.param_groups] == [[new], []]
 
 
@@ -97,7 +97,7 @@ def test_state_for_a_replaced_parameter_is_an_error_that_changes_nothing(named: 
     train(module, optimizer)
     before = [param for group in optimizer.param_groups for param in group["params"]]
     with pytest.raises(ValueError, match="make the optimizer after setup, or convert the model first") as info:
-        repoint(optimizer, renew(module, "0.weight", "2.bias"))
+        remap_parameters(optimizer, renew(module, "0.weight", "2.bias"))
     for shown in ("0.weight", "2.bias") if named else ("number 0 of", r"(4, 3)", "number 3 of", r"(2,)"):
         assert shown in str(info.value)
     assert "0.bias" not in str(info.value)
@@ -109,7 +109,7 @@ def test_an_empty_state_goes() -> None:
     old, new = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     optimizer = SGD([old], lr=0.1)
     optimizer.state[old] = {}
-    repoint(optimizer, {old: new})
+    remap_parameters(optimizer, {old: new})
     assert optimizer.param_groups[0]["params"] == [new] and len(optimizer.state) == 0
 
 
@@ -119,7 +119,7 @@ def test_an_optimizer_of_other_parameters_is_left_as_it_is() -> None:
     other(torch.ones(2)).sum().backward()
     optimizer.step()
     before = copy.deepcopy(optimizer.state_dict())
-    repoint(optimizer, renew(module))
+    remap_parameters(optimizer, renew(module))
     assert [param for group in optimizer.param_groups for param in group["params"]] == [other.weight, other.bias]
     assert str(optimizer.state_dict()) == str(before)
 

@@ -1,8 +1,8 @@
-"""Repointing: an optimizer made before a conversion trains the parameters that stand in the model after it.
+"""Remapping: an optimizer made before a conversion trains the parameters that the model has after it.
 
     before = named_params(model)
     ...                                                # a conversion that makes new parameters
-    repoint(optimizer, replaced_params(before, model))
+    remap_parameters(optimizer, replaced_params(before, model))
 
 Nothing here keeps an old parameter alive: each can be freed as soon as its layer is converted. But torch swaps the
 contents of parameters that are tensor subclasses, or all under `torch.__future__.set_swap_module_params_on_conversion`,
@@ -49,7 +49,7 @@ def replaced_params(before: Mapping[str, ParamRef], module: nn.Module) -> ParamM
     return params
 
 
-def repoint(optimizer: Optimizer, params: Mapping[nn.Parameter, nn.Parameter]) -> None:
+def remap_parameters(optimizer: Optimizer, params: Mapping[nn.Parameter, nn.Parameter]) -> None:
     """Puts each new parameter where `optimizer` holds its old one, in place and once.
 
     Raises:
