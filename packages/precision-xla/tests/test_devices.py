@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 def test_one_device_by_default() -> None:
     for devices in ("auto", 1, [0]):
         found = plan("cpu", devices, 1)
-        assert (found.hardware, found.devices, found.missing, found.layout.world_size) == ("CPU", 1, {}, 1)
+        assert (found.hardware, found.devices, found.layout.missing, found.layout.world_size) == ("CPU", 1, {}, 1)
     assert plan("auto", "auto", 1).hardware == "CPU"  # as PJRT_DEVICE says
 
 

@@ -12,7 +12,8 @@ for batch in fabric.setup_dataloaders(loader):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -77,8 +78,8 @@ class Fabric(Run):
         check_composition(self._precision, chosen)
         if upcast:
             check_upcast(self._precision.policy, self._precision.mode)
-        self._arguments = (accelerator, strategy, devices, precision), {"num_nodes": num_nodes, "upcast": upcast}
-        super().__init__(chosen, layout)
+        again = functools.partial(Fabric, accelerator, strategy, devices, precision, num_nodes=num_nodes, upcast=upcast)
+        super().__init__(chosen, layout, again)
         if self._joined:
             from precision_core.checkpoint.presence import Presence  # a plain `import precision_core` takes none of it
 
@@ -115,31 +116,6 @@ class Fabric(Run):
 
     # ---------------------------------------------------------------- set-up
 
-    def launch(self, function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Starts the processes of the run, where they are not started yet; call it right after `Fabric(...)`.
-
-        Without a function the script is started again from its top, once in each process, and what follows runs in all
-        of them. With one, `function(fabric, *args, **kwargs)` runs in new processes, and what it returns on rank zero
-        is returned. On one device, and under torchrun, it only calls the function.
-
-        A strategy that needs other environment variables than this process has (XLA's several CPU devices) starts one
-        process with them.
-
-        Raises:
-            RuntimeError: there is no script to start again; a process failed, with the traceback of the first one.
-        """
-        if self._joined:
-            return None if function is None else function(self, *args, **kwargs)
-        if self._layout.num_nodes > 1:
-            raise RuntimeError(
-                "fabric.launch() starts the processes of one machine; on several, start the script on each with "
-                f"torchrun --nnodes={self._layout.num_nodes} --nproc-per-node={len(self._layout.indices)} ..."
-            )
-        if function is None:
-            return self._strategy.start_processes(None, (), self._layout)
-        arguments = (self._arguments, function, args, kwargs)
-        return self._strategy.start_processes(_run_launched, arguments, self._layout)
-
     @overload
     def setup(self, model: Model) -> Model: ...
     @overload
@@ -156,10 +132,10 @@ class Fabric(Run):
         Raises:
             ValueError: something that was set up before, or that the precision refuses; nothing was set up.
         """
+        self._check_can_setup(model)
         self._attached.register(optimizers, model)
         with self._attached.undone_on_error():
-            self._check_can_setup(model)
-            model = self._attached.module(model, optimizers)
+            model = self._attached.module(model)
             self._attached.take_optimizers(*optimizers)
             self._strategy.setup_together(uncompiled(model), optimizers)
             forget_cast(uncompiled(model))  # that was the engine
@@ -167,8 +143,8 @@ class Fabric(Run):
 
     def setup_module(self, model: Model) -> Model:
         """Sets up a model without optimizers, for evaluation for example; see `setup`."""
+        self._check_can_setup(model)
         with self._attached.undone_on_error():
-            self._check_can_setup(model)
             result: Any = self._attached.module(model)
             self._strategy.setup_together(uncompiled(result), ())
         return result
@@ -426,17 +402,4 @@ class Fabric(Run):
             self._presence.close()
             forget(self._strategy)  # waits for a save that is under way
         self._precision.teardown()
-        self._strategy.teardown()
-
-
-def _run_launched(
-    arguments: tuple[tuple[Any, ...], dict[str, Any]],
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """What `launch` runs in each new process, where torchrun's variables are set now."""
-    fabric = Fabric(*arguments[0], **arguments[1])
-    result = function(fabric, *args, **kwargs)
-    fabric.teardown()  # not after an error: other ranks would fail of the closed connection, and perhaps say so first
-    return result
+        super().teardown()

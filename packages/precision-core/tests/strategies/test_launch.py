@@ -244,11 +244,13 @@ def test_a_function_runs_in_new_processes_and_returns_rank_zeros_value(folder: P
 
 WITH_VARIABLES = """
 import os, sys
+from dataclasses import replace
 from precision_core import Fabric, SingleDeviceStrategy
 
 class Picky(SingleDeviceStrategy):
-    def missing_variables(self):
-        return {} if os.environ.get("BEADS") == "7" else {"BEADS": "7"}
+    def lay_out(self, *asked):
+        missing = {} if os.environ.get("BEADS") == "7" else {"BEADS": "7"}
+        return replace(super().lay_out(*asked), missing=missing)
 
 def train(fabric, add):
     return int(os.environ["BEADS"]) + add, fabric.world_size
@@ -283,12 +285,13 @@ def test_a_script_starts_again_with_the_variables_that_a_strategy_needs(folder: 
 
 TYPED_IN = """
 import json, sys, time
+from dataclasses import replace
 import torch
 from precision_core import Fabric, SingleDeviceStrategy
 
 class Picky(SingleDeviceStrategy):
-    def missing_variables(self):
-        return {"BEADS": "7"}
+    def lay_out(self, *asked):
+        return replace(super().lay_out(*asked), missing={"BEADS": "7"})
 
 def train(fabric, factor):
     return fabric.all_reduce(torch.tensor([1.0 + fabric.global_rank]), "sum").item() * factor

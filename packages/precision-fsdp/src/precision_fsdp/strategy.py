@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -167,15 +167,17 @@ class FSDPStrategy(Strategy):
         with torch.device("meta"), precision.module_init_context():
             yield
 
-    def check_optimizers(self, *optimizers: Optimizer) -> None:
-        """Raises `ValueError` for an optimizer that cannot step shards, or that has state for unsharded parameters."""
+    def check_optimizers(self, module: nn.Module | None, optimizers: Sequence[Optimizer]) -> None:
+        """Checks the optimizers, and that each holds parameters of `module` alone, or none of them.
+
+        Raises:
+            ValueError: one that cannot step shards, has state for unsharded parameters, or holds parameters of `module`
+                and others beside them.
+        """
         for optimizer in optimizers:
             check_optimizer(optimizer)
-
-    def check_together(self, module: nn.Module, optimizers: tuple[Optimizer, ...]) -> None:
-        """Raises `ValueError` for an optimizer that holds parameters of `module` and others beside them."""
-        for optimizer in optimizers:
-            check_members(optimizer, set(module.parameters()), self.precision.name_of)
+            if module is not None:
+                check_members(optimizer, set(module.parameters()), self.precision.name_of)
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Brings the optimizer's state to its parameters, and returns it.

@@ -8,8 +8,8 @@ be started with, which `fabric.launch()` does.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from precision_core.strategies import Layout, Ranks
 from precision_xla import vendor
@@ -18,12 +18,11 @@ from precision_xla.hardware import ACCELERATORS
 
 @dataclass(frozen=True)
 class Plan:
-    """What the run needs: the hardware, how many devices, and which variables are missing."""
+    """What the run needs: the hardware, how many devices, and the layout of its process."""
 
     hardware: str
     devices: int
     layout: Layout
-    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan(accelerator: str, devices: int | str | Sequence[int], num_nodes: int) -> Plan:
@@ -48,7 +47,7 @@ def plan(accelerator: str, devices: int | str | Sequence[int], num_nodes: int) -
         if here is not None:
             raise ValueError(_too_late(devices, here))
         missing = {vendor.DEVICE: "CPU", vendor.CPU_DEVICES: str(count)}
-    return Plan(hardware, count, Layout("xla", range(1), 1, Ranks()), missing)
+    return Plan(hardware, count, Layout("xla", range(1), 1, Ranks(), missing=missing))
 
 
 def _hardware(accelerator: str) -> str:

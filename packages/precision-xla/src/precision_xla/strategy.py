@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -83,10 +83,6 @@ class XLAStrategy(Strategy):
         self.device = torch.device("xla", 0)
         return self._plan.layout
 
-    def missing_variables(self) -> Mapping[str, str]:
-        """Returns the vendor's variables with which a process has to be started for several CPU devices."""
-        return {} if self._plan is None else self._plan.missing
-
     def join(self, ranks: Ranks) -> None:
         """Starts the runtime, on the hardware and devices that were asked for."""
         assert self._plan is not None
@@ -120,7 +116,7 @@ class XLAStrategy(Strategy):
 
     # ---------------------------------------------------------------- set-up
 
-    def check_optimizers(self, *optimizers: Optimizer) -> None:
+    def check_optimizers(self, module: nn.Module | None, optimizers: Sequence[Optimizer]) -> None:
         """Raises `ValueError` for fused optimizers, of which XLA has none; takes note of the others."""
         for optimizer in optimizers:
             if any(group.get("fused") for group in optimizer.param_groups):

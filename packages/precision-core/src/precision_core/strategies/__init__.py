@@ -3,8 +3,8 @@
 Its modules are core's own; others import from here what `__all__` lists.
 """
 
-from precision_core.strategies.base import CheckpointFormat as CheckpointFormat
 from precision_core.strategies.base import Strategy as Strategy
+from precision_core.strategies.checkpoint_format import CheckpointFormat as CheckpointFormat
 from precision_core.strategies.collectives import Group, TorchGroup
 from precision_core.strategies.ddp import DDPStrategy as DDPStrategy
 from precision_core.strategies.layout import Layout

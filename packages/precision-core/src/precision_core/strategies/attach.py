@@ -64,11 +64,12 @@ class Attached:
             ValueError: one that was set up before, is refused, or has nothing to do with `model`.
         """
         self._check_are_new(optimizers)
-        if model is None:
+        target = None if model is None else uncompiled(model)
+        if target is None:
             membership.warn_apart(optimizers, list(self._models), *self._known_params())
-        elif isinstance(model, nn.Module):
-            membership.check_together(uncompiled(model), optimizers, *self._known_params())
-        self._strategy.check_optimizers(*optimizers)
+        else:
+            membership.check_together(target, optimizers, *self._known_params())
+        self._strategy.check_optimizers(target, optimizers)
         self._precision.register_optimizers(*optimizers)
 
     def _check_are_new(self, optimizers: Sequence[Optimizer]) -> None:
@@ -86,7 +87,7 @@ class Attached:
             known.update({param: param for param in model.parameters()})
         return known, {id(param) for optimizer in self.optimizers for param in params_of(optimizer)}
 
-    def module(self, model: nn.Module, optimizers: tuple[Optimizer, ...] = ()) -> nn.Module:
+    def module(self, model: nn.Module) -> nn.Module:
         """Converts the model, moves it to where it runs, and puts the precision around its forward; returns it.
 
         Raises:
@@ -95,7 +96,6 @@ class Attached:
         target = uncompiled(model)
         if is_overridden(target, "forward"):
             raise ValueError(f"this {type(target).__name__} is set up already; a copy of it needs no setup either")
-        self._strategy.check_together(target, optimizers)
         before = named_params(target)
         converted = self._strategy.setup_module(self._convert(target))
         if converted is not target is not model:  # torch.compile holds on to the one that it was given

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,40 +25,15 @@ from precision_core.precision.base import Precision
 from precision_core.precision.model.default_dtype import created_as
 from precision_core.precision.model.recast import cast_to, check_trains
 from precision_core.precision.plugins import make_plugin
+from precision_core.strategies.checkpoint_format import CheckpointFormat
 from precision_core.strategies.collectives import Group
 from precision_core.strategies.layout import Layout, make_layout
 from precision_core.strategies.processes import Ranks
 
 if TYPE_CHECKING:
-    from precision_core.checkpoint.live.state import Filter
     from precision_core.checkpoint.presence import Presence
 
-T = TypeVar("T")
-
 _TRUE = {policy.params: policy for policy in MODES.values() if not policy.mixed}
-
-
-class CheckpointFormat(Protocol):
-    """Checkpoints in an engine's own files: a folder with a manifest and, for all else, core's `state.ckpt`."""
-
-    def takes(self, strategy: Any, state: dict[str, Any]) -> bool:
-        """Whether `state` holds objects that only the engine of `strategy` can save; else core's format is written."""
-
-    def save(self, strategy: Any, path: Path, state: dict[str, Any], filter: Filter | None) -> None:
-        """Does what `Fabric.save` does."""
-
-    def load(
-        self, strategy: Any, path: Path, state: dict[str, Any] | None, strict: bool, filter: Filter | None, trust: bool
-    ) -> dict[str, Any]:
-        """Does what `Fabric.load` does with a folder that `save` wrote."""
-
-    def read(
-        self, folder: Path, content: dict[str, Any], trust: bool
-    ) -> tuple[dict[str, Any], dict[tuple[Any, ...], str]]:
-        """Returns `content`, of a folder that `save` wrote, for other strategies to load.
-
-        Models in it have their values; the second dict says of other objects, by key path, why they have none.
-        """
 
 
 class Strategy:
@@ -100,10 +74,6 @@ class Strategy:
             )
         return layout
 
-    def missing_variables(self) -> Mapping[str, str]:
-        """Returns environment variables with which a process of this run has to be started, and this one was not."""
-        return {}
-
     def start_processes(self, function: Callable[..., Any] | None, args: tuple[Any, ...], layout: Layout) -> Any:
         """Starts the processes of the run: the script again in each (no return), or `function(*args)`.
 
@@ -114,10 +84,9 @@ class Strategy:
             run_function,
         )
 
-        missing = self.missing_variables()
         if function is None:
-            restart_script(layout.world_size, missing)
-        return run_function(function, args, layout.world_size, missing)
+            restart_script(layout.world_size, layout.missing)
+        return run_function(function, args, layout.world_size, layout.missing)
 
     def join(self, ranks: Ranks) -> None:
         """Joins the other processes of the run and makes `group`, where `multiprocess`; `device` is set before."""
@@ -145,11 +114,12 @@ class Strategy:
         with self.device, precision.module_init_context():
             yield
 
-    def check_optimizers(self, *optimizers: Optimizer) -> None:
-        """Raises `ValueError` for an optimizer that cannot run under this strategy, before a model is converted."""
+    def check_optimizers(self, module: nn.Module | None, optimizers: Sequence[Optimizer]) -> None:
+        """Checks what one call sets up, before anything is converted; `module` None: optimizers apart from a model.
 
-    def check_together(self, module: nn.Module, optimizers: tuple[Optimizer, ...]) -> None:
-        """Raises `ValueError` for a model and optimizers that do not fit each other, before the model is converted."""
+        Raises:
+            ValueError: an optimizer that cannot run under this strategy, or not with this model.
+        """
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Moves the converted module to where it runs and returns it.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,6 +22,8 @@ class Layout:
     ranks: Ranks | None
     asked: bool = True
     """Whether the user asked for so many devices, not torchrun alone."""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables with which a process of this run has to be started, and this one was not."""
 
     @property
     def world_size(self) -> int:

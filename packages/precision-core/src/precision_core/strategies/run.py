@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,13 +29,42 @@ class Run:
     _presence: Presence | None = None
     """What ranks know of each other, once this process has joined them."""
 
-    def __init__(self, strategy: Strategy, layout: Layout) -> None:
+    def __init__(self, strategy: Strategy, layout: Layout, again: Callable[[], Run]) -> None:
         self._strategy = strategy
         self._layout = layout
+        self._again = again  # makes it anew, in a process that `launch` starts
         is_started = layout.ranks is not None or not strategy.multiprocess
-        self._joined = is_started and not strategy.missing_variables()
+        self._joined = is_started and not layout.missing
         if self._joined:
             strategy.join(layout.ranks or Ranks())
+
+    def teardown(self) -> None:
+        """Ends what the strategy started."""
+        self._strategy.teardown()
+
+    def launch(self, function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Starts the processes of the run, where they are not started yet; call it right after `Fabric(...)`.
+
+        Without a function the script is started again from its top, once in each process, and what follows runs in all
+        of them. With one, `function(fabric, *args, **kwargs)` runs in new processes, and what it returns on rank zero
+        is returned. On one device, and under torchrun, it only calls the function.
+
+        A strategy that needs other environment variables than this process has (XLA's several CPU devices) starts one
+        process with them.
+
+        Raises:
+            RuntimeError: there is no script to start again; a process failed, with the traceback of the first one.
+        """
+        if self._joined:
+            return None if function is None else function(self, *args, **kwargs)
+        if self._layout.num_nodes > 1:
+            raise RuntimeError(
+                "fabric.launch() starts the processes of one machine; on several, start the script on each with "
+                f"torchrun --nnodes={self._layout.num_nodes} --nproc-per-node={len(self._layout.indices)} ..."
+            )
+        if function is None:
+            return self._strategy.start_processes(None, (), self._layout)
+        return self._strategy.start_processes(_run_launched, (self._again, function, args, kwargs), self._layout)
 
     # ---------------------------------------------------------------- who this is
 
@@ -83,7 +112,7 @@ class Run:
             if all_call:
                 self._presence.all_call(all_call)
             return
-        missing = " ".join(f"{name}={value}" for name, value in self._strategy.missing_variables().items())
+        missing = " ".join(f"{name}={value}" for name, value in self._layout.missing.items())
         needs = (
             f"this run needs a process that was started with {missing}"
             if missing
@@ -147,3 +176,13 @@ class Run:
     def seed_everything(seed: int) -> int:
         """Seeds Python's, numpy's and torch's generators, all devices included; returns `seed`."""
         return rng.seed_everything(seed)
+
+
+def _run_launched(
+    again: Callable[[], Run], function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What `launch` runs in each new process, where torchrun's variables are set now."""
+    run = again()
+    result = function(run, *args, **kwargs)
+    run.teardown()  # not after an error: other ranks would fail of the closed connection, and perhaps say so first
+    return result
