@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -311,9 +311,6 @@ class Precision:
     def models(self) -> weakref.WeakSet[nn.Module]:
         """The models that this plugin converted and that are alive."""
         return weakref.WeakSet()
-
-    def _known_models(self) -> Collection[nn.Module]:
-        return self.models
 
     def remember(self, module: nn.Module) -> None:
         """Has messages name the module's parameters; `convert_module` calls it last."""

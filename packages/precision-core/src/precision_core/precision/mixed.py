@@ -213,7 +213,7 @@ class MixedPrecision(Precision):
             min_scale=self._min_scale,
             max_skips=self._max_skips,
             avoid_sync=self.device_type != "cpu",
-            models=self._known_models,
+            models=self.models,
             refused={torch.float16, torch.bfloat16} - by_exception,
             name_of=self.name_of,
         )

@@ -122,7 +122,7 @@ def _is_zero(gradient: Tensor | None) -> bool:
 class Unheld:
     """Parameters of the run's models that no known optimizer holds, and which of their gradients carry the scale."""
 
-    def __init__(self, models: Callable[[], Iterable[nn.Module]]) -> None:
+    def __init__(self, models: Iterable[nn.Module]) -> None:
         self._models = models
         self._params: dict[int, ref[nn.Parameter]] = {}
         self._before: dict[int, tuple[int, int]] | None = None  # before a backward that nobody said has ended
@@ -138,7 +138,7 @@ class Unheld:
         self._scaled = {key: value for key, value in self._scaled.items() if key not in held}
 
     def _all(self) -> Iterator[nn.Parameter]:
-        for model in self._models():
+        for model in self._models:
             yield from model.parameters()
 
     def in_models(self, params: Iterable[nn.Parameter]) -> nn.Parameter | None:

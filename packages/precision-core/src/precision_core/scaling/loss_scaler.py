@@ -1,30 +1,32 @@
-"""Loss scaling on top of torch's GradScaler: who unscales what, when the scale moves, and what a step does.
+"""Loss scaling on top of torch's GradScaler: what clipping and a step do, and when the scale is updated.
 
 torch's scaler owns the scale, its growth, and the check for inf and NaN. What it leaves to the order of the user's
 calls is kept here: one record per optimizer (records.py), and which gradients carry the scale (scaled_gradients.py).
 
 The scale is updated as soon as every optimizer of the run has stepped since the last scaling, else at the next scaling,
-`state_dict` or read of `factor`. Steps of others and changes by others, while gradients carry the scale, raise before
-anything moves (watch.py, guard.py).
+`state_dict` or read of `factor`. A step by an unknown optimizer, and a change of gradients that carry the scale, raise
+before any parameter changes (watch.py, guard.py).
 
 Sources: torch.amp.GradScaler; P. Micikevicius et al., Mixed Precision Training (arXiv 1710.03740).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from precision_core.override import original
 from precision_core.policy.messages import listed
+from precision_core.scaling.clipping import Clip, clip_unscaled
 from precision_core.scaling.gradients import (
     all_finite,
+    clip_scaled,
     gradients_of,
+    is_plain,
     params_of,
     runs_closure_first,
     skips_on_device,
@@ -33,6 +35,11 @@ from precision_core.scaling.gradients import (
 from precision_core.scaling.records import Gradients, Record
 from precision_core.scaling.scaled_gradients import ScaledGradients
 from precision_core.scaling.scaler import NameOf
+
+_ADVICE = (
+    'Look for NaN in the data or the loss, lower the learning rate, or use precision="bf16-mixed", which needs no '
+    "scaling"
+)
 
 
 class _SkippedError(Exception):
@@ -44,39 +51,69 @@ class LossScaler(ScaledGradients):
 
     Args:
         min_scale: the scale does not fall below this, unless it started there.
-        max_skips: so many skipped steps in a row raise `FloatingPointError`.
+        max_skips: raise `FloatingPointError` after this many consecutive skipped steps.
         avoid_sync: leave the flag "inf or NaN found" on its device where the optimizer can skip there (fused ones), so
             that no step waits for the device.
-        models: returns the models of the run, whose gradients no other optimizer may step while they are scaled.
-        refused: dtypes in which no gradient may be.
+        models: those of the run, whose gradients no other optimizer may step while they carry the scale.
+        refused: dtypes that gradients may not have.
         name_of: gives a parameter's name, for messages.
     """
 
-    def __init__(
-        self,
-        torch_scaler: GradScaler,
-        *,
-        min_scale: float,
-        max_skips: int,
-        avoid_sync: bool,
-        models: Callable[[], Collection[nn.Module]] = tuple,
-        refused: Container[torch.dtype] = (torch.float16,),
-        name_of: NameOf = str,
-    ) -> None:
-        super().__init__(
-            torch_scaler, min_scale=min_scale, avoid_sync=avoid_sync, models=models, refused=refused, name_of=name_of
+    def clip(
+        self, optimizer: Optimizer | None, params: list[nn.Parameter], clip: Clip, name_of: NameOf
+    ) -> Tensor | None:
+        """Unscales and clips the gradients of `params`; returns their unscaled norm for `max_norm`, else None.
+
+        Gradients with inf or NaN lead to a skipped step, not to an error, unless `clip.error_if_nonfinite`.
+        """
+        optimizers = [optimizer] if optimizer is not None else self._holders(params, name_of)
+        held = {each: gradients_of(each) for each in optimizers}
+        carries = [self._records.carry_scale(each, self._record(each), held[each]) for each in optimizers]
+        gradients = [param.grad for param in params if param.grad is not None]
+        at_once = (
+            clip.max_norm is not None
+            and all(carries)
+            and len(gradients) == sum(map(len, held.values()))  # no optimizer holds more than is clipped
+            and is_plain(gradients)
         )
-        self._max_skips = max_skips
+        if at_once:
+            scale = self.torch_scaler.get_scale() if clip.error_if_nonfinite else self._scale.value()
+            result = clip_scaled(gradients, scale, clip)
+            if result is not None:
+                for each in optimizers:
+                    self._records.now_unscaled(each, self._record(each), result[1].clone())
+                self._watch.rest()
+                return result[0]
+        for each in optimizers:
+            self.unscale(each)
+        return clip_unscaled(params, clip)
+
+    def _holders(self, params: list[nn.Parameter], name_of: NameOf) -> list[Optimizer]:
+        wanted = {id(param): param for param in params if param.grad is not None}
+        holders = []
+        for optimizer, _ in self._records.live():
+            held = {id(param) for param in params_of(optimizer)} & wanted.keys()
+            if held:
+                holders.append(optimizer)
+                for key in held:
+                    del wanted[key]
+        if wanted:
+            raise ValueError(
+                "clip_gradients(model) found scaled gradients that no known optimizer holds: "
+                f"{listed(map(name_of, wanted.values()), 5)}. Pass the optimizer, give it to fabric.setup, "
+                "or call requires_grad_(False) on parameters that are not trained"
+            )
+        return holders
 
     def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, name_of: NameOf, **kwargs: Any) -> Any:
-        """Steps `optimizer` on true gradients, or skips the step when they have inf or NaN.
+        """Steps `optimizer` on unscaled gradients, or skips the step when they have inf or NaN.
 
-        Returns the closure's result when there is one, else what the optimizer returns, None on a skip. Steps of
-        torch's optimizers have their closure run once, before them; to others it is handed on, with true gradients.
+        Returns the closure's result when there is one, else what the optimizer returns, None on a skip. A closure of
+        torch's optimizers runs once, before the step; others get it, and find unscaled gradients after each call.
 
         Raises:
-            RuntimeError: no loss was ever scaled, or the gradients come from one that was not.
-            FloatingPointError: too many steps in a row were skipped.
+            RuntimeError: no loss was scaled yet, or the gradients come from one that was not.
+            FloatingPointError: `max_skips` steps in a row were skipped.
         """
         record = self._record(optimizer)
         result = None
@@ -86,24 +123,22 @@ class LossScaler(ScaledGradients):
             with torch.enable_grad():
                 result = closure()
         gradients = gradients_of(optimizer)
-        self._records.check_scaled(optimizer, record, gradients)
+        carries = self._records.carry_scale(optimizer, record, gradients)
         if self._last_scale is None:
             raise RuntimeError(
                 "optimizer.step() before any backward: there are no gradients yet. Call fabric.backward(loss) first"
             )
         if gradients:
-            if self._records.is_scaled(optimizer, record):
-                self._records.check_unchanged(optimizer, record)
+            if carries:
                 self._unscale(optimizer, record, gradients)
             returned = self._step_or_skip(optimizer, record, kwargs)
             result = returned if closure is None else result
             self._update_pending = self._update_pending or not record.counted
-        else:
-            optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it
-        self._after_step(record, name_of)
+        self._after_step(optimizer, record, name_of)
         return result
 
-    def _after_step(self, record: Record, name_of: NameOf) -> None:
+    def _after_step(self, optimizer: Optimizer, record: Record, name_of: NameOf) -> None:
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it, after a skip too
         record.steps += 1
         record.gradients, record.stepped, record.snapshot = Gradients.NONE, True, None
         self._watch.rest()
@@ -113,16 +148,11 @@ class LossScaler(ScaledGradients):
             self.check_skips(name_of)
 
     def _step_with(
-        self,
-        closure: Callable[[], Any],
-        optimizer: Optimizer,
-        record: Record,
-        name_of: NameOf,
-        kwargs: dict[str, Any],
+        self, closure: Callable[[], Any], optimizer: Optimizer, record: Record, name_of: NameOf, kwargs: dict[str, Any]
     ) -> Any:
-        """Steps an optimizer that calls the closure itself, as often as it wants; each call leaves true gradients.
+        """Steps an optimizer that calls the closure itself, any number of times; each call leaves unscaled gradients.
 
-        The step is skipped when the first call overflows and no parameter has moved. Else parameters lie between two
+        The step is skipped when the first call overflows and no parameter has changed. Else parameters are between two
         steps, and the closure is run again with a lower scale.
         """
         results: list[Any] = []
@@ -148,8 +178,7 @@ class LossScaler(ScaledGradients):
                         param.grad = None
             raise FloatingPointError(
                 f"{type(optimizer).__name__}: inf or NaN in its closure's gradients {self._max_skips} times in a row, "
-                f"the loss scale is {self.torch_scaler.get_scale():g}. Look for NaN in the data or the loss, lower the "
-                'learning rate, or use precision="bf16-mixed", which needs no scaling'
+                f"the loss scale is {self.torch_scaler.get_scale():g}. {_ADVICE}"
             )
 
         skipped = bool(record.found_inf) and record.gradients is Gradients.UNSCALED
@@ -159,35 +188,30 @@ class LossScaler(ScaledGradients):
             except _SkippedError:
                 skipped = True
         self.counter.add(skipped)
-        optimizer._opt_called = True  # type: ignore[attr-defined]
         self._update_pending = self._update_pending or not record.counted
-        self._after_step(record, name_of)
+        self._after_step(optimizer, record, name_of)
         return results[0] if results else None
 
     def _step_or_skip(self, optimizer: Optimizer, record: Record, kwargs: dict[str, Any]) -> Any:
-        step = original(optimizer, "step")
-        if isinstance(record.found_inf, Tensor) and takes_flag(optimizer):
-            returned = step(found_inf=record.found_inf, **kwargs)
-            self.counter.add_later(record.found_inf)
-            return returned
-        if isinstance(record.found_inf, Tensor) and skips_on_device(optimizer):
-            optimizer.grad_scale, optimizer.found_inf = None, record.found_inf  # type: ignore[attr-defined]
+        step, flag = original(optimizer, "step"), record.found_inf
+        if isinstance(flag, Tensor) and takes_flag(optimizer):
+            returned = step(found_inf=flag, **kwargs)
+        elif isinstance(flag, Tensor) and skips_on_device(optimizer):
+            optimizer.grad_scale, optimizer.found_inf = None, flag  # type: ignore[attr-defined]
             try:
                 returned = step(**kwargs)
             finally:
                 del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-            self.counter.add_later(record.found_inf)
+        else:
+            skipped = bool(flag)
+            returned = None if skipped else step(**kwargs)
+            self.counter.add(skipped)
             return returned
-        if record.found_inf:
-            self.counter.add(skipped=True)
-            optimizer._opt_called = True  # type: ignore[attr-defined]
-            return None
-        returned = step(**kwargs)
-        self.counter.add(skipped=False)
+        self.counter.add_later(flag)
         return returned
 
     def check_skips(self, name_of: NameOf) -> None:
-        """Raises `FloatingPointError` when `max_skips` steps in a row were skipped, naming where inf and NaN are."""
+        """Raises `FloatingPointError` after `max_skips` skipped steps in a row; names parameters with inf or NaN."""
         if self.counter.skipped_in_a_row < self._max_skips:
             return
         bad = (
@@ -199,6 +223,5 @@ class LossScaler(ScaledGradients):
         raise FloatingPointError(
             f"{self.counter.skipped_in_a_row} optimizer steps in a row were skipped, the loss scale is "
             f"{self.torch_scaler.get_scale():g}: inf or NaN in the gradients of "
-            f"{listed(bad, 5) or 'parameters whose gradients are gone by now'}. Look for NaN in the data or the loss, "
-            'lower the learning rate, or use precision="bf16-mixed", which needs no scaling'
+            f"{listed(bad, 5) or 'parameters whose gradients are gone by now'}. {_ADVICE}"
         )

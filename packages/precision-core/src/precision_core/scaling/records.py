@@ -1,6 +1,6 @@
 """Records: what is known of each optimizer's gradients, and the checks that need no more than that.
 
-NONE      no loss was scaled since its last step; gradients that lie in p.grad are unscaled
+NONE      no loss was scaled since its last step; gradients in p.grad are unscaled
 SCALED    one was; gradients in p.grad carry the scale
 UNSCALED  they were unscaled since, by `unscale` or `clip`, and not yet stepped
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from precision_core.scaling.guard import Snapshot
 from precision_core.scaling.scaler import NameOf
 
 _FIRST_STEPS = 3
-"""In so many steps the values of sharded gradients are looked at, which tell of changes that no version tells of."""
+"""In this many first steps a few values of sharded gradients are compared: torch counts no version for some changes."""
 
 
 class Gradients(enum.Enum):
@@ -37,7 +38,7 @@ class Record:
 
     def __init__(self, reference: weakref.ref[Optimizer]) -> None:
         self.reference = reference
-        self.registered = False  # as one of the run, before its first clip or step
+        self.registered = False  # by `Scaler.register`, before its first clip or step
         self.gradients = Gradients.NONE
         self.stepped = False  # since the last scaling
         self.found_inf: bool | Tensor = False  # in UNSCALED gradients; a tensor where the host must not wait
@@ -111,18 +112,30 @@ class Records:
         records = [record for _, record in self.live()]
         return all(record.stepped for record in [each for each in records if each.registered] or records)
 
-    # ---------------------------------------------------------------- one of them
+    # ---------------------------------------------------------------- of one optimizer
 
     def is_scaled(self, optimizer: Optimizer, record: Record) -> bool:
-        """Whether its gradients carry the scale, and nobody has called `unscale_` of torch's scaler on it."""
+        """Whether its gradients carry the scale; not where the user has called `unscale_` of torch's scaler."""
         if record.gradients is Gradients.SCALED:
             state = self._torch_scaler._per_optimizer_states.get(id(optimizer))
             if state is not None and state["stage"] is OptState.UNSCALED:
                 self.now_unscaled(optimizer, record)
         return record.gradients is Gradients.SCALED
 
-    def check_unchanged(self, optimizer: Optimizer, record: Record) -> None:
-        """Raises `RuntimeError` where somebody changed gradients since their backward, while they carry the scale."""
+    def carry_scale(self, optimizer: Optimizer, record: Record, gradients: Sequence[Tensor] = ()) -> bool:
+        """Whether its gradients carry the scale, and may be unscaled.
+
+        Raises:
+            RuntimeError: `gradients` come from no loss that was scaled, or were changed since their backward.
+        """
+        if record.gradients is Gradients.NONE and gradients:
+            raise RuntimeError(
+                f"the gradients of {type(optimizer).__name__} come from no scaled loss: nothing was scaled since its "
+                "last step. Call fabric.backward(loss) instead of loss.backward(); in a loop without Fabric, "
+                "precision.pre_backward(loss, model).backward()"
+            )
+        if not self.is_scaled(optimizer, record):
+            return False
         changed = record.snapshot.changed(optimizer) if record.snapshot is not None else ()
         if changed:
             raise RuntimeError(
@@ -132,18 +145,10 @@ class Records:
                 f"fabric.clip_gradients(model, optimizer, max_norm=...); zero_grad() of {type(optimizer).__name__} "
                 "drops them"
             )
-
-    def check_scaled(self, optimizer: Optimizer, record: Record, gradients: list[Tensor]) -> None:
-        """Raises `RuntimeError` for gradients that come from no loss that was scaled."""
-        if record.gradients is Gradients.NONE and gradients:
-            raise RuntimeError(
-                f"the gradients of {type(optimizer).__name__} come from no scaled loss: nothing was scaled since its "
-                "last step. Call fabric.backward(loss) instead of loss.backward(); in a loop without Fabric, "
-                "precision.pre_backward(loss, model).backward()"
-            )
+        return True
 
     def now_unscaled(self, optimizer: Optimizer, record: Record, flag: Tensor | None = None) -> None:
-        """Notes what the check of the gradients found; `flag` is given when it was not torch's scaler that checked."""
+        """Records what the check for inf and NaN found: `flag`, or what torch's scaler knows where that is None."""
         if flag is not None:
             state = self._torch_scaler._per_optimizer_states[id(optimizer)]
             state["stage"], state["found_inf_per_device"] = OptState.UNSCALED, {flag.device: flag}

@@ -1,7 +1,7 @@
 """ScaledGradients: which gradients carry the loss scale, from the scaling of a loss until they are unscaled.
 
 Gradients are unscaled at most once per optimizer and step. When the scale changes, the gradients that still carry the
-old one are rescaled; when a loss is scaled while unscaled gradients lie there (a backward after a clip, no zero_grad
+old one are rescaled; when a loss is scaled while `p.grad` has unscaled gradients (a backward after a clip, no zero_grad
 after a step), these are scaled first, so that the sum is right.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Collection, Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from precision_core.policy.messages import listed
-from precision_core.scaling.clipping import Clip, clip_unscaled
-from precision_core.scaling.gradients import all_finite, clip_scaled, gradients_of, is_plain, params_of
+from precision_core.scaling.gradients import all_finite, gradients_of, is_plain, params_of
 from precision_core.scaling.records import Gradients, Record, Records, rescale
 from precision_core.scaling.scale import Scale
 from precision_core.scaling.scaler import NameOf, Scaler
@@ -36,28 +35,30 @@ _SCALER_KEYS = {
 
 
 class ScaledGradients(Scaler):
-    """Scales the loss with `torch_scaler`, unscales and clips gradients; arguments as of `LossScaler`."""
+    """Scales the loss and unscales gradients; arguments as of `LossScaler`, which adds clipping and the step."""
 
     def __init__(
         self,
         torch_scaler: GradScaler,
         *,
         min_scale: float,
+        max_skips: int,
         avoid_sync: bool,
-        models: Callable[[], Collection[nn.Module]],
-        refused: Container[torch.dtype],
-        name_of: NameOf,
+        models: Collection[nn.Module] = (),
+        refused: Container[torch.dtype] = (torch.float16,),
+        name_of: NameOf = str,
     ) -> None:
         super().__init__()
         self.torch_scaler = torch_scaler
+        self._max_skips = max_skips
         self._refused = refused
         self._name_of = name_of
         self._scale = Scale(torch_scaler, floor=min_scale, avoid_sync=avoid_sync)
         self._records = Records(torch_scaler, name_of, avoid_sync=avoid_sync)
         self._watch = Watch(self._records, models, torch_scaler, name_of)
-        self._last_scale: float | Tensor | None = None  # that of the last scaling
+        self._last_scale: float | Tensor | None = None  # by which the last loss was scaled
         self._update_pending = False  # a step's found_inf waits for the update of the scale
-        self._last_loss: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None  # scaled, and as it was
+        self._last_loss: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None  # scaled, and unscaled
 
     # ---------------------------------------------------------------- optimizers
 
@@ -90,17 +91,15 @@ class ScaledGradients(Scaler):
 
     @property
     def factor(self) -> float:
-        """The loss scale, after the update that is due."""
         self._update_if_pending()
         return self.torch_scaler.get_scale()
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Returns `loss` (any shape) times the scale."""
+        """Returns `loss` (any shape) times the scale; raises `RuntimeError` where scaled gradients were changed."""
         live = self._records.live()
         for optimizer, record in live:
-            if self._records.is_scaled(optimizer, record):
-                self._records.check_unchanged(optimizer, record)
-            elif record.gradients is Gradients.UNSCALED:
+            self._records.carry_scale(optimizer, record)
+            if record.gradients is Gradients.UNSCALED:
                 self._discard_check(optimizer, record)
         self._watch.begin(live)
         self._update_if_pending()
@@ -117,7 +116,7 @@ class ScaledGradients(Scaler):
         return scaled
 
     def after_backward(self) -> None:
-        """Takes note that the backward of the scaled loss has ended: gradients that change from now on are seen."""
+        """Notes that the backward of the scaled loss has ended: changes of gradients are seen from now on."""
         for optimizer, record in self._records.live():
             if record.gradients is Gradients.SCALED:
                 record.look(optimizer)
@@ -126,7 +125,6 @@ class ScaledGradients(Scaler):
 
     @contextmanager
     def replacing(self) -> Iterator[None]:
-        """Context in which an engine, not the user, may put equal gradients in the place of those that are there."""
         right = [(optimizer, record) for optimizer, record in self._records.live() if record.is_unchanged(optimizer)]
         yield
         for optimizer, record in right:
@@ -134,7 +132,6 @@ class ScaledGradients(Scaler):
                 record.look(optimizer)
 
     def unscaled(self, scaled: Tensor) -> Tensor:
-        """Returns the loss that `scale` was given."""
         if self._last_loss is not None and self._last_loss[0]() is scaled:
             loss = self._last_loss[1]()
             if loss is not None:
@@ -142,7 +139,7 @@ class ScaledGradients(Scaler):
         return scaled.detach() / self.torch_scaler.get_scale()
 
     def _discard_check(self, optimizer: Optimizer, record: Record) -> None:
-        """Takes back the check of gradients that were clipped and then dropped or added to instead of stepped.
+        """Discards the check of gradients that were unscaled, then dropped or added to instead of stepped.
 
         An overflow among dropped ones still lowers the scale; among kept ones it will be found again.
         """
@@ -161,7 +158,7 @@ class ScaledGradients(Scaler):
             self._follow(old)
 
     def _follow(self, old: float | Tensor) -> None:
-        """Brings gradients that carry the old scale to the new one; what was found before it has had its effect."""
+        """Brings gradients that carry the old scale to the new one; earlier checks have had their effect on it."""
         new = self._scale.value()
         for optimizer, record in self._records.live():
             record.counted = True
@@ -176,11 +173,8 @@ class ScaledGradients(Scaler):
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Divides the gradients of `optimizer` by the scale, at most once until it steps."""
-        record = self._record(optimizer)
-        gradients = gradients_of(optimizer)
-        self._records.check_scaled(optimizer, record, gradients)
-        if self._records.is_scaled(optimizer, record):
-            self._records.check_unchanged(optimizer, record)
+        record, gradients = self._record(optimizer), gradients_of(optimizer)
+        if self._records.carry_scale(optimizer, record, gradients):
             self._unscale(optimizer, record, gradients)
             self._watch.rest()
 
@@ -190,7 +184,7 @@ class ScaledGradients(Scaler):
         self._records.now_unscaled(optimizer, record, self._scale.unscale(optimizer, gradients))
 
     def _check_dtypes(self, optimizer: Optimizer) -> None:
-        """Raises `ValueError` for gradients that setup would have refused: they began to train after it."""
+        """Raises `ValueError` for gradients of a dtype that setup refuses: their parameters began to train after it."""
         wrong = [
             f"{self._name_of(param)} ({str(param.grad.dtype).removeprefix('torch.')})"
             for param in params_of(optimizer)
@@ -203,57 +197,8 @@ class ScaledGradients(Scaler):
                 'them to float32 before setup, or use precision="bf16-mixed", which does not scale'
             )
 
-    def clip(
-        self, optimizer: Optimizer | None, params: list[nn.Parameter], clip: Clip, name_of: NameOf
-    ) -> Tensor | None:
-        """Clips the gradients of `params` and leaves them true; returns their true norm for `max_norm`, else None.
-
-        Gradients with inf or NaN lead to a skipped step, not to an error, unless `clip.error_if_nonfinite`.
-        """
-        optimizers = [optimizer] if optimizer is not None else self._holders(params, name_of)
-        held = {each: gradients_of(each) for each in optimizers}
-        for each, gradients in held.items():
-            self._records.check_scaled(each, self._record(each), gradients)
-            if self._records.is_scaled(each, self._record(each)):
-                self._records.check_unchanged(each, self._record(each))
-        gradients = [param.grad for param in params if param.grad is not None]
-        at_once = (
-            clip.max_norm is not None
-            and all(self._record(each).gradients is Gradients.SCALED for each in optimizers)
-            and len(gradients) == sum(map(len, held.values()))  # no optimizer holds more than is clipped
-            and is_plain(gradients)
-        )
-        if at_once:
-            scale = self.torch_scaler.get_scale() if clip.error_if_nonfinite else self._scale.value()
-            result = clip_scaled(gradients, scale, clip)
-            if result is not None:
-                for each in optimizers:
-                    self._records.now_unscaled(each, self._record(each), result[1].clone())
-                self._watch.rest()
-                return result[0]
-        for each in optimizers:
-            self.unscale(each)
-        return clip_unscaled(params, clip)
-
-    def _holders(self, params: list[nn.Parameter], name_of: NameOf) -> list[Optimizer]:
-        wanted = {id(param): param for param in params if param.grad is not None}
-        holders = []
-        for optimizer, _ in self._records.live():
-            held = {id(param) for param in params_of(optimizer)} & wanted.keys()
-            if held:
-                holders.append(optimizer)
-                for key in held:
-                    del wanted[key]
-        if wanted:
-            raise ValueError(
-                f"clip_gradients(model) found scaled gradients that no known optimizer holds: "
-                f"{listed(map(name_of, wanted.values()), 5)}. Pass the optimizer, give it to fabric.setup, "
-                "or call requires_grad_(False) on parameters that are not trained"
-            )
-        return holders
-
     def teardown(self) -> None:
-        """Unscales what was not stepped: from now on nobody knows of the scale."""
+        """Unscales gradients that were not stepped: whoever steps them now does not know of the scale."""
         for optimizer, record in self._records.live():
             if record.gradients is Gradients.SCALED:
                 rescale(gradients_of(optimizer), self._scale.value(), 1.0)
@@ -264,7 +209,7 @@ class ScaledGradients(Scaler):
     # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns torch's own scaler state, after the update that is due."""
+        """Returns the state of torch's scaler, after a pending update of the scale."""
         self._update_if_pending()
         return self.torch_scaler.state_dict()
 
@@ -273,7 +218,7 @@ class ScaledGradients(Scaler):
         for key, kinds in _SCALER_KEYS.items():
             value: Any = state.get(key)
             if type(value) not in kinds or not math.isfinite(value) or value < 0:
-                raise ValueError(f"this is no state of a loss scaler: {key} is {value!r}")
+                raise ValueError(f"not the state of a loss scaler: {key} is {value!r}")
         self._update_pending = False
         old = self._scale.value()
         self.torch_scaler.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Watch: steps and updates of others, and gradients that no known optimizer holds, while gradients carry the scale."""
+"""Watch: steps by unknown optimizers, and gradients that no known one holds, while gradients carry the loss scale."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from precision_core.scaling.scaler import NameOf
 
 
 class Watch:
-    """Raises where somebody is about to step gradients that carry the scale; warns of what it sees too late."""
+    """Raises before a step on gradients that carry the scale; warns of updates that it sees only afterwards."""
 
     def __init__(
         self,
         records: Records,
-        models: Callable[[], Collection[nn.Module]],
+        models: Collection[nn.Module],
         torch_scaler: GradScaler,
         name_of: NameOf,
     ) -> None:
@@ -36,7 +36,7 @@ class Watch:
         self._warned = False
 
     def begin(self, live: list[tuple[Optimizer, Record]]) -> None:
-        """Has every step be seen from now on, until no gradients carry the scale."""
+        """Checks every optimizer step of the process from now on, until no gradients carry the scale."""
         self._find_unheld(live)
         if not self._warned:
             self._check_left(live)
@@ -49,13 +49,13 @@ class Watch:
         self._hook.add()
 
     def _find_unheld(self, live: list[tuple[Optimizer, Record]]) -> None:
-        found = (self._records.added, len(live), len(self._models()))
+        found = (self._records.added, len(live), len(self._models))
         if self._found != found:
             self._found = found
             self.unheld.find({id(param) for optimizer, _ in live for param in params_of(optimizer)})
 
     def rest(self) -> None:
-        """Ends it where no gradients are known to carry the scale."""
+        """Stops watching where no gradients are known to carry the scale."""
         if self._hook is None or self._records.any_scaled():
             return
         if self._found is None or self._found[0] != self._records.added:  # one has come, which may hold them now
@@ -64,21 +64,17 @@ class Watch:
             self._hook.remove()
 
     def end(self) -> None:
-        """Forgets gradients that carry the scale, and steps of others."""
+        """Stops watching, whatever gradients carry the scale."""
         self.unheld = Unheld(self._models)
         if self._hook is not None:
             self._hook.remove()
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        """Raises `RuntimeError` where `optimizer`, anybody's, is about to step gradients that carry the scale."""
+        """Raises `RuntimeError` where `optimizer`, known or not, is about to step gradients that carry the scale."""
         record = self._records.get(optimizer)
         if record is None:
             self._check_foreign(optimizer, self.unheld.carrying)
-        elif (
-            record.gradients is Gradients.SCALED
-            and self._records.is_scaled(optimizer, record)
-            and gradients_of(optimizer)
-        ):
+        elif self._records.is_scaled(optimizer, record) and gradients_of(optimizer):
             raise RuntimeError(
                 f"{type(optimizer).__name__} was about to step gradients that carry the loss scale, by a call that "
                 "went past what fabric.setup(model, optimizer) put on it: call optimizer.step() of the very object, or "
@@ -88,7 +84,10 @@ class Watch:
     def _check_foreign(
         self, optimizer: Optimizer, find: Callable[[Iterable[nn.Parameter]], nn.Parameter | None]
     ) -> None:
-        """Raises `RuntimeError` where others hold parameters of `optimizer`, or `find` returns one of the rest."""
+        """Raises `RuntimeError` for an unknown `optimizer` whose parameters have gradients that carry the scale.
+
+        Those are held by a known optimizer too, or `find` returns one among the others.
+        """
         holders = {
             id(param): (holder, record) for holder, record in self._records.live() for param in params_of(holder)
         }
@@ -113,7 +112,7 @@ class Watch:
             )
 
     def _check_left(self, live: list[tuple[Optimizer, Record]]) -> None:
-        """Warns once of updates that no hook has seen, where what they leave behind tells of them."""
+        """Warns once of updates that no hook saw: changed parameters, or scaled gradients that are still there."""
         updated, unstepped = self.unheld.left() if self.unheld else ([], [])
         for optimizer, record in live:
             if record.gradients is Gradients.SCALED and record.snapshot is not None:
