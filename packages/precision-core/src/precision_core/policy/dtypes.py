@@ -26,10 +26,11 @@ _SHORT = {
     "f16": "float16",
 }
 
-_NAMES = {dtype: name for name, dtype in FLOATS.items()}
-
-FLOAT_DTYPES: frozenset[torch.dtype] = frozenset(_NAMES)
+FLOAT_DTYPES: frozenset[torch.dtype] = frozenset(FLOATS.values())
 """What casts are allowed to touch: integers, bool, float8 and quantised dtypes are not in it."""
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+"""Those of 16 bits."""
 
 
 def parse_dtype(value: str | torch.dtype) -> torch.dtype:
@@ -38,7 +39,7 @@ def parse_dtype(value: str | torch.dtype) -> torch.dtype:
     Raises:
         ValueError: for anything that is not one of float64, float32, bfloat16, float16.
     """
-    if isinstance(value, torch.dtype) and value in _NAMES:
+    if isinstance(value, torch.dtype) and value in FLOAT_DTYPES:
         return value
     name = str(value).strip().removeprefix("torch.")
     name = _SHORT.get(name, name)
@@ -48,5 +49,5 @@ def parse_dtype(value: str | torch.dtype) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Returns the name that `parse_dtype` reads back, `"bfloat16"` for `torch.bfloat16`."""
-    return _NAMES[dtype]
+    """Returns `"bfloat16"` for `torch.bfloat16`: of a floating dtype, what `parse_dtype` reads back."""
+    return str(dtype).removeprefix("torch.")

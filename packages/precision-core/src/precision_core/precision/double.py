@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from precision_core.policy.policy import MODES, Policy
+from precision_core.policy.policy import MODES
 from precision_core.precision.base import Precision
 from precision_core.precision.model.default_dtype import created_as
 
@@ -17,9 +17,6 @@ class DoublePrecision(Precision):
 
     policy = MODES["64-true"]
     _runs = (torch.float64,)
-
-    def __init__(self, *, policy: Policy | str | int | None = None) -> None:
-        super().__init__(policy=policy)
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Context in which created tensors are float64."""

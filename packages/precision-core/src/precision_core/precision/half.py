@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from precision_core.override import is_overridden, override
-from precision_core.policy.dtypes import FLOATS, dtype_name, parse_dtype
+from precision_core.policy.dtypes import FLOATS, HALF_DTYPES, dtype_name, parse_dtype
 from precision_core.policy.messages import listed
 from precision_core.policy.patterns import check_all_used, check_pattern, covers
 from precision_core.policy.policy import Policy
@@ -49,7 +49,7 @@ class HalfPrecision(Precision):
         ValueError: any other mode, 16 and "bf16" included, which mean mixed precision.
     """
 
-    _runs = (torch.float16, torch.bfloat16)
+    _runs = HALF_DTYPES
     _applies_exceptions = True
     _keeps_params = True  # False where an engine stores all parameters in one dtype
 

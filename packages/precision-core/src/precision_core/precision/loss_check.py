@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from precision_core.policy.dtypes import dtype_name
+
 _ALLOWED = "fabric.backward expects the loss, a tensor of one value that came from the model"
 
 
@@ -46,7 +48,7 @@ def _why_no_graph(loss: Tensor) -> str:
     if loss.is_inference():
         return "it was computed in torch.inference_mode(); run the forward that trains outside of it"
     if not (loss.is_floating_point() or loss.is_complex()):
-        return f"it is {str(loss.dtype).removeprefix('torch.')} (a count, or argmax), which has no gradient"
+        return f"it is {dtype_name(loss.dtype)} (a count, or argmax), which has no gradient"
     return (
         "was it computed under torch.no_grad(), detached, made anew by torch.tensor(...), or is every parameter frozen "
         "by requires_grad_(False)?"

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from precision_core.hardware import is_available
-from precision_core.policy.dtypes import FLOAT_DTYPES, dtype_name
+from precision_core.policy.dtypes import FLOAT_DTYPES, HALF_DTYPES, dtype_name
 from precision_core.policy.messages import listed
 from precision_core.policy.policy import Policy
 from precision_core.precision.base import Precision
 from precision_core.precision.model.cast_module import cast_buffers, cast_parameters
 from precision_core.precision.model.regions import EffectivePolicies, apply_exceptions
 from precision_core.precision.model.report import Item, Report, module_bytes
+from precision_core.precision.model.upcast import upcast
 from precision_core.precision.runnable import check_runnable
 from precision_core.scaling.scaler import Scaler
 
@@ -49,8 +50,6 @@ class MixedPrecision(Precision):
     Raises:
         ValueError: another mode, a scaler for bfloat16, a scaler that torch has disabled or that is for another device.
     """
-
-    _applies_exceptions = True
 
     def __init__(
         self,
@@ -106,6 +105,9 @@ class MixedPrecision(Precision):
             ValueError: trainable parameters in another dtype; the way out is `upcast=True`. Frozen ones stay as they
                 are, and are named in the report.
         """
+        self._check_complex(module)
+        before = module_bytes(module)
+        items = upcast(module, self.policy, self.storage) if self._upcast else []
         policies = EffectivePolicies(module, self.policy)
         wrong = [
             (name, param)
@@ -113,13 +115,8 @@ class MixedPrecision(Precision):
             if param.dtype in FLOAT_DTYPES and policies.of(name).params is torch.float32 is not param.dtype
         ]
         self._check_trainable([(name, param) for name, param in wrong if param.requires_grad])
-        self._check_complex(module)
         frozen = {name for name, param in wrong if not param.requires_grad}
-        if self._upcast:  # a norm takes weight and bias of one dtype; products are cast by autocast
-            trained = {name.rpartition(".")[0] for name, param in module.named_parameters() if param.requires_grad}
-            frozen -= {name for name, param in wrong if param.dim() < 2 and name.rpartition(".")[0] in trained}
-        before = module_bytes(module)
-        items = cast_parameters(
+        items += cast_parameters(
             module,
             lambda name, param: None if name in frozen or self.storage(param) is None else policies.of(name).params,
         )
@@ -150,7 +147,7 @@ class MixedPrecision(Precision):
 
     def _check_complex(self, module: nn.Module) -> None:
         names = [
-            f"{name} ({str(param.dtype).removeprefix('torch.')})"
+            f"{name} ({dtype_name(param.dtype)})"
             for name, param in module.named_parameters()
             if param.is_complex() and param.requires_grad
         ]
@@ -227,7 +224,7 @@ class MixedPrecision(Precision):
 
 def _buffer_dtype(dtype: torch.dtype, buffer: Tensor) -> torch.dtype | None:
     """Returns what a buffer is cast to: under float32 a half one stays, since nothing is won by widening it."""
-    return None if dtype is torch.float32 and buffer.dtype in (torch.float16, torch.bfloat16) else dtype
+    return None if dtype is torch.float32 and buffer.dtype in HALF_DTYPES else dtype
 
 
 def _check_scaler(

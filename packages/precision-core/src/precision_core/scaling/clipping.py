@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from precision_core.policy.dtypes import HALF_DTYPES
+
 
 class Clip(NamedTuple):
     """How to clip, as `make_clip` has checked it."""
@@ -75,8 +77,6 @@ def clip_unscaled(params: Sequence[nn.Parameter], clip: Clip) -> Tensor | None:
 _SMALL = 1e-15
 """Where squares of float32 begin to be lost."""
 
-_HALF = (torch.float16, torch.bfloat16)
-
 
 class _Gradient:
     """A parameter's gradient; of a sparse one, which is coalesced, the values."""
@@ -92,11 +92,11 @@ class _Gradient:
 
 def _norm(gradients: list[Tensor], norm_type: float) -> Tensor:
     """Returns the norm, summed in float32 where gradients are half: a float16 norm ends at 65504."""
-    halves = [each for each in gradients if each.dtype in _HALF]
+    halves = [each for each in gradients if each.dtype in HALF_DTYPES]
     norms = []
     if len(halves) < len(gradients) or not gradients:
         # As torch's clip_grad_norm_, which torch_xla replaces by one that reads values from the device.
-        norms.append(get_total_norm([each for each in gradients if each.dtype not in _HALF], norm_type))
+        norms.append(get_total_norm([each for each in gradients if each.dtype not in HALF_DTYPES], norm_type))
     on_cpu = [each for each in halves if each.device.type in ("cpu", "xla")]  # there casts are faster, or free
     norms += [torch.linalg.vector_norm(each.float(), norm_type) for each in on_cpu]
     others = [each for each in halves if each.device.type not in ("cpu", "xla")]
@@ -124,10 +124,10 @@ def _wide_norm(gradients: list[Tensor], norm_type: float) -> Tensor:
 
 def _multiply(gradients: list[_Gradient], max_norm: float, norm: Tensor) -> None:
     """Multiplies gradients by max_norm / norm where that is below 1."""
-    dense = [each.param for each in gradients if not each.is_sparse and each.values.dtype not in _HALF]
+    dense = [each.param for each in gradients if not each.is_sparse and each.values.dtype not in HALF_DTYPES]
     if dense:
         clip_grads_with_norm_(dense, max_norm, norm)
-    rest = [each.values for each in gradients if each.is_sparse or each.values.dtype in _HALF]
+    rest = [each.values for each in gradients if each.is_sparse or each.values.dtype in HALF_DTYPES]
     if rest:
         # In two factors: the one may be too small for the gradients' dtype, in which devices take it.
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from precision_core.policy.dtypes import dtype_name
 from precision_core.policy.messages import listed
 from precision_core.scaling.gradients import all_finite, gradients_of, is_plain, params_of
 from precision_core.scaling.records import Gradients, Record, Records, rescale
@@ -186,7 +187,7 @@ class ScaledGradients(Scaler):
     def _check_dtypes(self, optimizer: Optimizer) -> None:
         """Raises `ValueError` for gradients of a dtype that setup refuses: their parameters began to train after it."""
         wrong = [
-            f"{self._name_of(param)} ({str(param.grad.dtype).removeprefix('torch.')})"
+            f"{self._name_of(param)} ({dtype_name(param.grad.dtype)})"
             for param in params_of(optimizer)
             if param.grad is not None and (param.grad.dtype in self._refused or param.grad.is_complex())
         ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from precision_core.policy.casting import map_tensors
-from precision_core.policy.dtypes import FLOAT_DTYPES
+from precision_core.policy.dtypes import FLOAT_DTYPES, HALF_DTYPES
 
 _NEWER = ((torch, "_grouped_mm"), (F, "grouped_mm"))  # than the oldest torch that core takes
 
@@ -84,7 +84,7 @@ def aligned(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], dtype: 
 
 
 def _norm_takes(input: Tensor, weights: torch.dtype) -> bool:
-    return input.dtype is weights or (weights is torch.float32 and input.dtype in (torch.float16, torch.bfloat16))
+    return input.dtype is weights or (weights is torch.float32 and input.dtype in HALF_DTYPES)
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:

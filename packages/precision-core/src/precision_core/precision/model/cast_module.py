@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from precision_core.policy.casting import cast, cast_dtype, cast_tensor, map_tensors
+from precision_core.policy.dtypes import HALF_DTYPES, dtype_name
 from precision_core.precision.model.aligned import tensors
 from precision_core.precision.model.report import Item
 
@@ -61,7 +62,7 @@ def cast_parameters(module: nn.Module, dtype_of: ParamDtype) -> list[Item]:
 def packed_parameters(module: nn.Module, dtype_of: ParamDtype) -> list[Item]:
     """Returns those that `cast_parameters` was to cast and that have stayed as they were."""
     return [
-        Item(name, f"{type(param).__name__} has one dtype, {str(param.dtype).removeprefix('torch.')}")
+        Item(name, f"{type(param).__name__} has one dtype, {dtype_name(param.dtype)}")
         for name, param in module.named_parameters()
         if (dtype := dtype_of(name, param)) is not None and cast_dtype(param.dtype, dtype) is not param.dtype
     ]
@@ -112,7 +113,7 @@ def _values(tensor: Tensor) -> Tensor:
 
 
 def _change(tensor: Tensor, dtype: torch.dtype) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} -> {str(dtype).removeprefix('torch.')}"
+    return f"{dtype_name(tensor.dtype)} -> {dtype_name(dtype)}"
 
 
 class _Float32WhereNeeded(TorchFunctionMode):
@@ -125,7 +126,7 @@ class _Float32WhereNeeded(TorchFunctionMode):
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:  # NotImplementedError is one
-            halves = {t.dtype for t in tensors((args, kwargs)) if t.dtype in (torch.float16, torch.bfloat16)}
+            halves = {t.dtype for t in tensors((args, kwargs)) if t.dtype in HALF_DTYPES}
             if not halves or not any(words in str(error) for words in _NO_KERNEL):
                 raise
         (half,) = halves if len(halves) == 1 else (torch.float32,)

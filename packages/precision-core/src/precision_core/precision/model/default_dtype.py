@@ -32,43 +32,20 @@ T = TypeVar("T")
 
 _FACTORIES = frozenset(
     {
-        torch.empty,
-        torch.empty_strided,
-        torch.empty_permuted,
-        torch.zeros,
-        torch.ones,
-        torch.rand,
-        torch.randn,
-        torch.eye,
-        torch.linspace,
-        torch.logspace,
-        torch.normal,
-        torch.bartlett_window,
-        torch.blackman_window,
-        torch.hamming_window,
-        torch.hann_window,
-        torch.kaiser_window,
+        *(getattr(torch, name) for name in ("empty", "empty_strided", "empty_permuted", "zeros", "ones", "eye")),
+        *(getattr(torch, name) for name in ("rand", "randn", "normal", "linspace", "logspace")),
+        *(getattr(torch, f"{name}_window") for name in ("bartlett", "blackman", "hamming", "hann", "kaiser")),
         torch.fft.fftfreq,
         torch.fft.rfftfreq,
     }
 )
 """Always floating without a dtype. The random ones must get it up front: running them twice would draw twice."""
 
-_INFERRING = frozenset(
-    {
-        torch.tensor,
-        torch.as_tensor,
-        torch.asarray,
-        torch.full,
-        torch.arange,
-        torch.scalar_tensor,
-        torch.sparse_coo_tensor,
-    }
-)
-"""Floating only when the values are."""
-
 _OF_NUMBERS = frozenset({torch.full, torch.scalar_tensor, torch.arange})
-"""Of those, the ones whose numbers alone say so: one beyond the default dtype must not be made in that first."""
+"""Floating only when their numbers are: one beyond the default dtype's range must not be created in that first."""
+
+_INFERRING = _OF_NUMBERS | {torch.tensor, torch.as_tensor, torch.asarray, torch.sparse_coo_tensor}
+"""Floating only when the values are."""
 
 _BOUNDS = frozenset(
     getattr(owner, name) for owner in (torch, Tensor) for name in ("clamp", "clip", "clamp_min", "clamp_max")
@@ -77,16 +54,8 @@ _BOUNDS = frozenset(
 
 _EXPLICIT = frozenset(
     {
-        torch.Tensor.double,
-        torch.Tensor.float,
-        torch.Tensor.half,
-        torch.Tensor.bfloat16,
-        torch.Tensor.cdouble,  # type: ignore[attr-defined]
-        torch.Tensor.cfloat,  # type: ignore[attr-defined]
-        torch.Tensor.chalf,
-        torch.Tensor.type,
-        torch.Tensor.dequantize,
-        torch.dequantize,
+        *(getattr(Tensor, name) for name in ("double", "float", "half", "bfloat16", "cdouble", "cfloat", "chalf")),
+        *(Tensor.type, Tensor.dequantize, torch.dequantize),
     }
 )
 """The name, or the data, says which dtype. Where the caller passes one, `_any_dtype` finds it."""
@@ -94,7 +63,7 @@ _EXPLICIT = frozenset(
 _IS_TRACED = torch.__version__ >= "2.12"
 """Older ones call factories whose arguments are all constants without asking the function mode."""
 
-_CONDITIONAL = frozenset({torch.where, torch.Tensor.where})
+_CONDITIONAL = frozenset({torch.where, Tensor.where})
 
 
 class created_as(TorchFunctionMode):

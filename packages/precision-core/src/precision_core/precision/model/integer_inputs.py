@@ -43,7 +43,7 @@ def explained(error: Exception, root: nn.Module, policy: Policy) -> Exception | 
         return None  # torch's norms do not say which
     name = next((name for name, module in root.named_modules() if module is layer), "")
     where = f"its layer {name} ({type(layer).__name__})" if name else "it"
-    what = ", ".join(f"{key} in {str(dtype).removeprefix('torch.')}" for key, dtype in integers.items())
+    what = ", ".join(f"{key} in {dtype_name(dtype)}" for key, dtype in integers.items())
     compute = dtype_name(policy.for_module(name).compute)
     message = (
         f"{type(root).__name__} runs in {policy.flat}, and {where} was given {what} where it computes in {compute}. "

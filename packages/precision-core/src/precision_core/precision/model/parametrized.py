@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from precision_core.policy.dtypes import HALF_DTYPES, dtype_name
 from precision_core.policy.policy import Policy
 
-_HALF = (torch.float16, torch.bfloat16)
 _TRIES = 5
 
 
@@ -23,7 +23,7 @@ def check_parametrized(name: str, module: nn.Module, policy: Policy, asked: Poli
 
     `asked` is the policy of the whole model, for the way out.
     """
-    if policy.params not in _HALF or not is_parametrized(module):
+    if policy.params not in HALF_DTYPES or not is_parametrized(module):
         return
     for key, parametrization in module.parametrizations.items():  # type: ignore[union-attr, operator]
         tensors = [*parametrization.parameters(), *parametrization.buffers()]
@@ -33,7 +33,7 @@ def check_parametrized(name: str, module: nn.Module, policy: Policy, asked: Poli
         if reason is not None:
             raise ValueError(
                 f"{name or 'the model'} ({type(module).__name__}): its parametrisation of {key!r} cannot run in "
-                f"{str(policy.params).removeprefix('torch.')}: {reason}. Name the layer in an exception, "
+                f"{dtype_name(policy.params)}: {reason}. Name the layer in an exception, "
                 f'"{asked}; {name or "*"}: 32-true", or use a mixed mode'
             )
 

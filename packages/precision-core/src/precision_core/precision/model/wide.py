@@ -14,15 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from precision_core.policy.dtypes import FLOAT_DTYPES
+from precision_core.policy.dtypes import FLOAT_DTYPES, HALF_DTYPES
 from precision_core.policy.patterns import covers, matches
 from precision_core.policy.policy import Policy
 
-_HALF = (torch.float16, torch.bfloat16)
-
 _MARKS = {
     "_keep_in_fp32_modules": (torch.float16,),
-    "_keep_in_fp32_modules_strict": _HALF,
+    "_keep_in_fp32_modules_strict": HALF_DTYPES,
 }
 """Attributes by which transformers' models name parameters to keep, and for which dtypes they mean it."""
 
@@ -85,7 +83,7 @@ class Wide:
     def __init__(self, root: nn.Module, policy: Policy, *, params: bool = True, buffers: bool = True) -> None:
         self.why: dict[str, str] = {}
         self.cast: list[str] = []
-        if policy.params not in _HALF:
+        if policy.params not in HALF_DTYPES:
             return
         shared: dict[int, list[str]] = {}  # a tensor that two modules hold stays wide in both
         found: dict[int, Rule] = {}
@@ -98,7 +96,7 @@ class Wide:
                 continue
             if not (params or slot.is_buffer):
                 self.cast += [slot.name] * slot.marked
-            elif rule.upcasts or slot.tensor.dtype not in _HALF:
+            elif rule.upcasts or slot.tensor.dtype not in HALF_DTYPES:
                 found.setdefault(id(slot.tensor), rule)
         for key, rule in found.items():
             self.why.update(dict.fromkeys(shared[key], f"kept in float32: {rule.why}"))
