@@ -325,7 +325,7 @@ def test_states_of_plugins_go_from_one_to_another() -> None:
     state = copy.deepcopy(plugin.state_dict())
     other.load_state_dict(state)
     assert state["mode"] == "fp8-reference" and any("fp8-reference" in note for note in other.report.notes)
-    with pytest.raises(ValueError, match="this is no precision state"):
+    with pytest.raises(ValueError, match=r"not a Precision state dict \(missing: version, mode, scaler"):
         plugin.load_state_dict({})
 
 

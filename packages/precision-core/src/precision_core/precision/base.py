@@ -35,6 +35,7 @@ from precision_core.precision.model.cast_module import cast_buffers, cast_parame
 from precision_core.precision.model.default_dtype import created_as
 from precision_core.precision.model.report import Report, module_bytes
 from precision_core.precision.runnable import check_runnable
+from precision_core.precision.state import STATE_VERSION, check_state, what_of_scale
 from precision_core.scaling.clipping import make_clip
 from precision_core.scaling.scaler import Scaler
 
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
-
-_STATE_VERSION = 1
 
 
 class Precision:
@@ -274,7 +273,7 @@ class Precision:
     def state_dict(self) -> dict[str, Any]:
         """Returns version, mode, step counts, and the loss scaler's state, as plain values."""
         counts = self.scaler.counter.state_dict()
-        return {"version": _STATE_VERSION, "mode": self.mode, "scaler": self.scaler.state_dict(), **counts}
+        return {"version": STATE_VERSION, "mode": self.mode, "scaler": self.scaler.state_dict(), **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned.
@@ -285,17 +284,13 @@ class Precision:
         Raises:
             ValueError: for anything that `state_dict` did not return, or that a newer version did; nothing changes.
         """
-        state = _check_state(state_dict)
+        state = check_state(state_dict)
         if state["scaler"] and self.policy.scale:
             self.scaler.load_state_dict(state["scaler"])
         self.scaler.counter.load_state_dict(state)
         if state["mode"] != self.mode:
-            self.note(f"loaded the state of {state['mode']!r} into {self.mode!r}: {self._what_of(state)}")
-
-    def _what_of(self, state: dict[str, Any]) -> str:
-        if self.policy.scale:
-            return "the loss scale was taken over" if state["scaler"] else "the loss scale stays at its start"
-        return "the loss scale was left out" if state["scaler"] else "neither scales the loss"
+            what = what_of_scale(bool(state["scaler"]), self.policy.scale)
+            self.note(f"loaded the state of {state['mode']!r} into {self.mode!r}: {what}")
 
     def teardown(self) -> None:
         """Gives back what `convert_module` put on the module besides dtypes."""
@@ -323,20 +318,3 @@ class Precision:
                 if candidate is param:
                     return name
         return f"a parameter of shape {tuple(param.shape)}"
-
-
-def _check_state(state: Any) -> dict[str, Any]:
-    """Returns `state`; raises `ValueError` unless it is what `Precision.state_dict` returns."""
-    counts = ("steps", "skipped_steps", "skipped_in_a_row", "last_step_skipped")
-    if not isinstance(state, dict) or not {"version", "mode", "scaler", *counts} <= state.keys():
-        raise ValueError(f"this is no precision state: {str(state)[:80]}; pass what precision.state_dict() returned")
-    if state["version"] != _STATE_VERSION:
-        raise ValueError(
-            f"precision state of version {state['version']!r}: this release reads version {_STATE_VERSION}"
-        )
-    if not isinstance(state["mode"], str) or not isinstance(state["scaler"], dict):
-        raise ValueError("this is no precision state: mode is no string, or scaler is no dict")
-    for key in counts:
-        if type(state[key]) is not int or state[key] < 0:
-            raise ValueError(f"this is no precision state: {key} is {state[key]!r}")
-    return state

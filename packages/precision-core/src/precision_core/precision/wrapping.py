@@ -1,4 +1,4 @@
-"""Wrapping: a plugin that leaves to another one whatever it does not do itself, as backends leave to core's."""
+"""Wrapping: a plugin that forwards to another one, core's for example, whatever it does not do itself."""
 
 from __future__ import annotations
 
@@ -20,60 +20,50 @@ T = TypeVar("T")
 
 
 class Wrapping(Precision):
-    """Runs as `wrapped` does; a subclass makes that, takes its `policy`, and overrides what differs."""
+    """Forwards every hook to `wrapped`; a subclass makes that, takes its `policy`, and overrides what differs."""
 
     wrapped: Precision
 
     def connect(self, strategy: Strategy) -> None:
-        """Connects `wrapped`."""
         self.wrapped.connect(strategy)
 
     def storage(self, param: nn.Parameter) -> torch.dtype | None:
-        """Returns what `wrapped` says."""
         return self.wrapped.storage(param)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Converts as `wrapped` does, with its report; raises what that raises."""
         module = self.wrapped.convert_module(module)
         self.report = self.wrapped.report
         self.remember(module)
         return module
 
     def module_init_context(self) -> AbstractContextManager[Any]:
-        """Context in which modules are built as `wrapped` wants them."""
         return self.wrapped.module_init_context()
 
     def convert_input(self, data: T) -> T:
-        """Returns what `wrapped` makes of it."""
         return self.wrapped.convert_input(data)
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Context in which forward runs: that of `wrapped`."""
         return self.wrapped.forward_context()
 
     def convert_output(self, data: T) -> T:
-        """Returns what `wrapped` makes of it."""
         return self.wrapped.convert_output(data)
 
     @property
     def scaler(self) -> Scaler:
-        """The loss scaler of `wrapped`."""
         return self.wrapped.scaler
 
     def register_optimizers(self, *optimizers: Optimizer) -> None:
-        """Tells `wrapped` of the optimizers of the run; raises `ValueError` for one that it cannot run."""
         self.wrapped.register_optimizers(*optimizers)
 
     def teardown(self) -> None:
-        """Gives back what `wrapped` put on the module."""
         self.wrapped.teardown()
 
 
 @contextmanager
 def hidden_parameters(module: nn.Module, hides: Callable[[nn.Parameter], bool]) -> Iterator[None]:
-    """Context in which parameters that `hides` are none of the module's: no cast reaches them, and their order stays.
+    """Context in which the module lacks the parameters that `hides` says yes to: no cast reaches them, order is kept.
 
-    For packed weights, which show a dtype that is not that of their values.
+    For packed weights, whose dtype is not that of their values.
     """
     tables = [layer._parameters for layer in module.modules()]
     kept = [(table, key, param) for table in tables for key, param in table.items() if param is not None]

@@ -1,4 +1,4 @@
-"""The processes of a run as one of them sees them, and what it does together with the others."""
+"""Group: the processes of a run, and the collectives over them (gather, reduce, broadcast, barrier)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def operation_name(op: Any, argument: str = "op") -> str:
 
 
 class Group:
-    """The processes of a run, with tensors in any nesting of containers; this one: a run of one process."""
+    """Collectives over tensors in any nesting of containers, in a run of one process."""
 
     rank = 0
     """This process's number among all processes of the run."""
@@ -54,7 +54,7 @@ class Group:
         """Waits until every process is here."""
 
     def all_gather(self, data: T) -> T:
-        """Returns `data` with each tensor as (world_size, *shape): those of all ranks, which must be of one shape."""
+        """Returns `data` with each tensor as (world_size, *shape), those of all ranks; their shapes must be equal."""
         return map_tensors(data, lambda tensor: tensor.detach().unsqueeze(0))
 
     def all_reduce(self, data: T, op: str = "mean") -> T:
@@ -72,7 +72,7 @@ class Group:
 
 
 class TorchGroup(Group):
-    """The processes of torch.distributed's default group, one a device."""
+    """Collectives over torch.distributed's default group, one process a device."""
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self.rank, self.local_rank = ranks.rank, ranks.local_rank
@@ -80,12 +80,9 @@ class TorchGroup(Group):
         self._device = device
 
     def barrier(self) -> None:
-        """Waits until every process is here."""
         dist.barrier()
 
     def all_gather(self, data: T) -> T:
-        """Returns `data` with each tensor as (world_size, *shape): those of all ranks, which must be of one shape."""
-
         def gather(tensor: Tensor) -> Tensor:
             sent = tensor.detach().to(self._device).contiguous()
             parts = [torch.empty_like(sent) for _ in range(self.world_size)]
@@ -95,7 +92,6 @@ class TorchGroup(Group):
         return map_tensors(data, gather)
 
     def all_reduce(self, data: T, op: str = "mean") -> T:
-        """Returns `data` with each tensor replaced by its mean, sum, min or max over all ranks, in its own dtype."""
         how = _OPERATIONS[operation_name(op)]
 
         def reduce(tensor: Tensor) -> Tensor:
@@ -108,7 +104,6 @@ class TorchGroup(Group):
         return map_tensors(data, reduce)
 
     def broadcast(self, data: T, src: int = 0) -> T:
-        """Returns rank `src`'s `data`, any object that pickles; its tensors arrive on this rank's device."""
         box: list[Any] = [data]
         dist.broadcast_object_list(box, src=src, device=self._device)
         return map_tensors(box[0], lambda tensor: tensor.to(self._device))
