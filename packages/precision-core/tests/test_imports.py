@@ -25,6 +25,7 @@ LEVELS = (
     ("strategies", "surgery"),
     ("support",),
     ("checkpoint",),
+    ("saving",),
     ("fabric",),
     ("testing", "__init__"),
 )

@@ -37,6 +37,7 @@ from precision_core.precision.model.report import Report, module_bytes
 from precision_core.precision.runnable import check_runnable
 from precision_core.precision.state import STATE_VERSION, check_state, what_of_scale
 from precision_core.scaling.clipping import make_clip
+from precision_core.scaling.gradients import params_of
 from precision_core.scaling.scaler import Scaler
 
 if TYPE_CHECKING:
@@ -195,8 +196,7 @@ class Precision:
 
     def main_params(self, optimizer: Optimizer) -> Iterable[nn.Parameter]:
         """Yields the parameters whose gradients the step applies."""
-        for group in optimizer.param_groups:
-            yield from group["params"]
+        return params_of(optimizer)
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Makes the gradients of `optimizer` true, at most once per step, whoever asks."""
