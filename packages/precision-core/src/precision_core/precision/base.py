@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,7 +33,7 @@ from precision_core.policy.dtypes import FLOAT_DTYPES
 from precision_core.policy.policy import MODES, Policy
 from precision_core.precision.model.cast_module import cast_buffers, cast_parameters, packed_parameters, parameters_in
 from precision_core.precision.model.default_dtype import created_as
-from precision_core.precision.model.report import Report, module_bytes
+from precision_core.precision.model.report import Item, Report, module_bytes
 from precision_core.precision.runnable import check_runnable
 from precision_core.precision.state import STATE_VERSION, check_state, what_of_scale
 from precision_core.scaling.clipping import make_clip
@@ -118,9 +118,18 @@ class Precision:
         items += cast_buffers(module, lambda *_: self.policy.buffers)[0]
         packed = packed_parameters(module, lambda _, param: self.storage(param))
         self._aligns = self._aligns or bool(packed)
-        self.report = Report(
-            self.mode, tuple(items), tuple(packed), bytes_before=before, bytes_after=module_bytes(module)
-        )
+        return self._converted(module, before, items, packed)
+
+    def _converted(
+        self,
+        module: nn.Module,
+        bytes_before: int,
+        converted: Sequence[Item],
+        skipped: Sequence[Item] = (),
+        notes: tuple[str, ...] = (),
+    ) -> nn.Module:
+        """Returns `module`, of which the report then says what was done to it."""
+        self.report = Report(self.mode, tuple(converted), tuple(skipped), notes, bytes_before, module_bytes(module))
         self.remember(module)
         return module
 
@@ -292,8 +301,16 @@ class Precision:
             what = what_of_scale(bool(state["scaler"]), self.policy.scale)
             self.note(f"loaded the state of {state['mode']!r} into {self.mode!r}: {what}")
 
+    @cached_property
+    def _restores(self) -> ExitStack:
+        """Undoes what was put on modules and optimizers besides dtypes."""
+        return ExitStack()
+
     def teardown(self) -> None:
-        """Gives back what `convert_module` put on the module besides dtypes."""
+        """Unscales gradients, and restores the methods of modules and optimizers; dtypes stay."""
+        if "scaler" in vars(self):
+            self.scaler.teardown()
+        self._restores.close()
 
     # ---------------------------------------------------------------- helpers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from precision_core.precision.model.cast_module import cast_buffers, cast_parame
 from precision_core.precision.model.default_dtype import created_as
 from precision_core.precision.model.parametrized import check_parametrized
 from precision_core.precision.model.regions import EffectivePolicies, Restore, apply_exceptions, casting_inputs
-from precision_core.precision.model.report import Item, Report, module_bytes
+from precision_core.precision.model.report import Item, module_bytes
 from precision_core.precision.model.wide import Wide
 from precision_core.scaling.fused import check_fused
 
@@ -68,7 +68,6 @@ class HalfPrecision(Precision):
         elif buffers is not None:
             raise ValueError(f"HalfPrecision(buffers={buffers!r}): expected a float dtype, or name patterns of buffers")
         self._device_type: str | None = None
-        self._restores = ExitStack()
 
     def connect(self, strategy: Strategy) -> None:
         """Takes the device type, which exceptions in mixed precision need."""
@@ -129,28 +128,15 @@ class HalfPrecision(Precision):
                 "keeps them, and so do other strategies",
                 stacklevel=2,
             )
-        self.report = Report(
-            self.mode,
-            converted=tuple(items + buffers),
-            skipped=tuple(packed)
-            + tuple(
-                Item(name, f"kept in {dtype_name(dtype)}: torch's batch norm wants weight and statistics alike")
-                for name, dtype in wide_norms.items()
-            )
-            + tuple(Item(name, why) for name, why in wide.why.items()),
-            notes=self._what_is_lost(),
-            bytes_before=before,
-            bytes_after=module_bytes(module),
-        )
-        self.remember(module)
-        return module
-
-    def _what_is_lost(self) -> tuple[str, ...]:
+        why = "torch's batch norm wants weight and statistics alike"
+        skipped = packed + [Item(name, f"kept in {dtype_name(dtype)}: {why}") for name, dtype in wide_norms.items()]
+        skipped += [Item(name, why) for name, why in wide.why.items()]
         dtype = self.policy.params
-        return (
-            f"pure {dtype_name(dtype)} loses updates smaller than its spacing ({_SPACING[dtype]} of the "
-            "parameter): small learning rates stop moving large parameters; a mixed mode keeps float32 parameters",
+        note = (
+            f"pure {dtype_name(dtype)} loses updates smaller than its spacing ({_SPACING[dtype]} of the parameter): "
+            "small learning rates stop moving large parameters; a mixed mode keeps float32 parameters"
         )
+        return self._converted(module, before, items + buffers, skipped, (note,))
 
     def _warn_of_buffers(self, names: list[str]) -> None:
         if names:
@@ -202,10 +188,6 @@ class HalfPrecision(Precision):
     def forward_context(self) -> AbstractContextManager[Any]:
         """Context in which created tensors get the dtype, and products take what was kept wide beside what was not."""
         return created_as(self.policy.params, aligns=self._aligns)
-
-    def teardown(self) -> None:
-        """Gives modules that are exceptions their own forward back."""
-        self._restores.close()
 
 
 def _cast_for_unseen_products(module: nn.Module, policies: EffectivePolicies) -> list[Restore]:

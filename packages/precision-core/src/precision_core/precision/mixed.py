@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +19,7 @@ from precision_core.policy.policy import Policy
 from precision_core.precision.base import Precision
 from precision_core.precision.model.cast_module import cast_buffers, cast_parameters
 from precision_core.precision.model.regions import EffectivePolicies, apply_exceptions
-from precision_core.precision.model.report import Item, Report, module_bytes
+from precision_core.precision.model.report import Item, module_bytes
 from precision_core.precision.model.upcast import upcast
 from precision_core.precision.runnable import check_runnable
 from precision_core.scaling.scaler import Scaler
@@ -71,7 +71,6 @@ class MixedPrecision(Precision):
         self._upcast = upcast
         self._min_scale = min_scale
         self._max_skips = max_skips
-        self._restores = ExitStack()
 
     def check_policy(self, policy: Policy) -> Policy:
         check_runnable(policy)
@@ -123,17 +122,8 @@ class MixedPrecision(Precision):
         items += cast_buffers(module, lambda name, buffer: _buffer_dtype(policies.of(name).buffers, buffer))[0]
         for restore in apply_exceptions(module, policies, self.device_type):
             self._restores.callback(restore)
-        self.report = Report(
-            self.mode,
-            converted=tuple(items),
-            skipped=tuple(
-                Item(name, f"frozen, stays {dtype_name(param.dtype)}") for name, param in wrong if name in frozen
-            ),
-            bytes_before=before,
-            bytes_after=module_bytes(module),
-        )
-        self.remember(module)
-        return module
+        skipped = [Item(name, f"frozen, stays {dtype_name(param.dtype)}") for name, param in wrong if name in frozen]
+        return self._converted(module, before, items, skipped)
 
     def _check_trainable(self, wrong: list[tuple[str, nn.Parameter]]) -> None:
         if wrong and not self._upcast:
@@ -214,12 +204,6 @@ class MixedPrecision(Precision):
             refused={torch.float16, torch.bfloat16} - by_exception,
             name_of=self.name_of,
         )
-
-    def teardown(self) -> None:
-        """Gives modules that are exceptions their own forward back, and unscales gradients that were not stepped."""
-        if "scaler" in vars(self):
-            self.scaler.teardown()
-        self._restores.close()
 
 
 def _buffer_dtype(dtype: torch.dtype, buffer: Tensor) -> torch.dtype | None:
