@@ -58,8 +58,8 @@ BEHAVIOUR: tuple[str, ...] = (
     "`isinstance` of your own class holds.",
     "`Fabric(precision=...)` knows the same mode strings; without one it is `32-true` as there. `transformer-engine` "
     "and bitsandbytes' modes come from packages of their own.",
-    "`16-mixed` scales the loss under every strategy and on every device; `fabric.unscale_gradients(optimizer)` makes "
-    "gradients true before your own code reads them.",
+    "`16-mixed` scales the loss under every strategy and on every device; call `fabric.unscale_gradients(optimizer)` "
+    "before your own code reads gradients.",
     "`error_if_nonfinite` of `clip_gradients` is False unless you say so: a step that overflowed is skipped.",
     "`setup_dataloaders` returns a tuple where it was given several, not a list.",
     "`save` adds the precision's and the random generators' state, and `load(path, state)` brings all back or nothing; "

@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 class Precision:
-    """Float32 throughout: parameters, buffers and inputs are cast to float32, outputs come as they are.
+    """Float32 throughout: parameters, buffers and inputs are cast to float32, outputs are unchanged.
 
     `policy` says what the plugin does, `report` what the last `convert_module` did.
     """
@@ -63,7 +63,7 @@ class Precision:
 
     _runs: tuple[torch.dtype, ...] = (torch.float32,)  # what params and compute may be, alike; plugins.py finds it by
     _applies_exceptions = False
-    _aligns = False  # whether products are to take operands of several dtypes, since a model holds such
+    _aligns = False  # whether products cast operands of several dtypes, since a model has parameters of several
 
     def check_policy(self, policy: Policy) -> Policy:
         """Returns `policy`; raises `ValueError` when this class cannot run it, naming what does."""
@@ -105,7 +105,7 @@ class Precision:
         return reason if level == "no" else None
 
     def connect(self, strategy: Strategy) -> None:
-        """Takes what the plugin needs from the strategy, once `refuses` of both have said nothing."""
+        """Takes what the plugin needs from the strategy, its process group say, after `refuses` of both."""
 
     def storage(self, param: nn.Parameter) -> torch.dtype | None:
         """Returns the dtype that `param` is to be stored in; None: as it is (integers, float8, packed weights)."""
@@ -136,8 +136,8 @@ class Precision:
     def module_init_context(self) -> AbstractContextManager[Any]:
         """Context in which modules are built with parameters in `policy.params`, or the widest of its exceptions.
 
-        Each parameter is cast when it is registered. Buffers keep the dtype in which the module computes them: position
-        tables that are computed in bfloat16 are wrong beyond repair, so `convert_module` casts those afterwards.
+        Each parameter is cast when it is registered. Buffers keep the dtype in which the module computes them, and
+        `convert_module` casts them afterwards: a position table computed in bfloat16 has wrong positions.
         """
         dtype = self.policy.params
         for _, exception in self.policy.exceptions:
@@ -145,9 +145,9 @@ class Precision:
         return nullcontext() if dtype is torch.float32 else parameters_in(dtype)
 
     def before_load(self, module: nn.Module) -> None:
-        """Prepares a module of which parameters are on the meta device, in place, for the file that is to fill it.
+        """Prepares a module with parameters on the meta device, in place, for the file that will be loaded into it.
 
-        A plugin that stores weights in another form replaces the layers here, so that the file's are never in memory.
+        A plugin that quantises weights replaces the layers here, so that full weights are never in memory all at once.
         """
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
@@ -161,11 +161,11 @@ class Precision:
         return cast(data, self.policy.compute)
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Context in which forward runs; the process may have another default dtype than float32."""
+        """Context in which forward runs: created tensors are float32, whatever torch's default dtype is."""
         return nullcontext() if torch.get_default_dtype() is torch.float32 else created_as(torch.float32)
 
     def convert_output(self, data: T) -> T:
-        """Returns `data` with tensors of the params and compute dtypes in `policy.output`; others come as they are."""
+        """Returns `data` with tensors of the params and compute dtypes in `policy.output`; others are unchanged."""
         policy = self.policy
         mine = (policy.params, policy.compute)
         if isinstance(data, Tensor):  # a model that returns one tensor should not pay for the rest
@@ -191,8 +191,8 @@ class Precision:
     def post_backward(self, tensor: Tensor, module: nn.Module | None) -> Tensor:
         """Returns the unscaled loss for what `pre_backward` returned.
 
-        Gradients stay scaled until the first of `unscale_gradients`, `clip_gradients` and `optimizer_step` needs them
-        true, so that accumulation is right. To read `p.grad` before the step, call `unscale_gradients(optimizer)`.
+        Gradients stay scaled until the first of `unscale_gradients`, `clip_gradients` and `optimizer_step` unscales
+        them, so that accumulation is right. To read `p.grad` before the step, call `unscale_gradients(optimizer)`.
         """
         self.scaler.after_backward()
         return self.scaler.unscaled(tensor)
@@ -208,7 +208,7 @@ class Precision:
         return params_of(optimizer)
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
-        """Makes the gradients of `optimizer` true, at most once per step, whoever asks."""
+        """Divides the gradients of `optimizer` by the loss scale, in place, at most once per step."""
         self.scaler.unscale(optimizer)
 
     def clip_gradients(
@@ -221,15 +221,14 @@ class Precision:
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
     ) -> Tensor | None:
-        """Clips gradients in place and leaves them true.
+        """Unscales and clips gradients in place: those of `optimizer`, or of all of `module` where that is None.
 
-        The gradients are those of `optimizer`, or of the whole `module` when that is None. Returns their true norm
-        before clipping for `max_norm`, None for `clip_val`. Where the loss is scaled, inf and NaN lead to a skipped
-        step instead of an error, unless `error_if_nonfinite`.
+        Returns the unscaled norm before clipping for `max_norm` (a tensor of no dimensions), None for `clip_val`. Where
+        the loss is scaled, inf and NaN lead to a skipped step instead of an error, unless `error_if_nonfinite`.
 
         Raises:
             ValueError: not exactly one of `max_norm` and `clip_val`; neither a module nor an optimizer.
-            RuntimeError: `error_if_nonfinite` and the norm is not finite.
+            RuntimeError: `error_if_nonfinite` and the norm is inf or NaN.
         """
         clip = make_clip(max_norm, clip_val, norm_type, error_if_nonfinite)
         if optimizer is not None:
@@ -280,18 +279,18 @@ class Precision:
     # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns version, mode, step counts, and the loss scaler's state, as plain values."""
+        """Returns version, mode, step counts and the loss scaler's state, as plain values."""
         counts = self.scaler.counter.state_dict()
         return {"version": STATE_VERSION, "mode": self.mode, "scaler": self.scaler.state_dict(), **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned.
+        """Restores what `state_dict` returned.
 
-        From another mode the step counts are taken; a loss scale only where both modes scale, else it is left out, or
-        stays at its start. A note in `report` and in the log says so.
+        From another mode the step counts are restored; the loss scale only where both modes scale, else it is left out
+        or keeps its start value. A note in `report` and in the log says so.
 
         Raises:
-            ValueError: for anything that `state_dict` did not return, or that a newer version did; nothing changes.
+            ValueError: not a dict from `state_dict`, or from a newer version; nothing was changed.
         """
         state = check_state(state_dict)
         if state["scaler"] and self.policy.scale:
@@ -325,11 +324,11 @@ class Precision:
         return weakref.WeakSet()
 
     def remember(self, module: nn.Module) -> None:
-        """Has messages name the module's parameters; `convert_module` calls it last."""
+        """Lets messages name the module's parameters; `convert_module` calls it last."""
         self.models.add(module)
 
     def name_of(self, param: Tensor) -> str:
-        """Returns a parameter's name in the models that were converted, else what it looks like."""
+        """Returns a parameter's dotted name in the models that were converted, else its shape in words."""
         for module in self.models:
             for name, candidate in module.named_parameters():
                 if candidate is param:

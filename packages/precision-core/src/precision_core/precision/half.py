@@ -152,7 +152,7 @@ class HalfPrecision(Precision):
         return f'{name}("{self.mode}", buffers="float32"), or buffers={{name patterns}} for some of them'
 
     def register_optimizers(self, *optimizers: Optimizer) -> None:
-        """Takes note of the optimizers.
+        """Checks the optimizers, now and where parameter groups are added later.
 
         Raises:
             ValueError: a fused one that does not step the dtype here; an `eps` or a decay that is 0 or infinite in it,

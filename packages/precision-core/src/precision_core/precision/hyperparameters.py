@@ -26,7 +26,7 @@ def check_hyperparameters(
 ) -> None:
     """Raises `ValueError` where an option in one of the groups, by index, is 0 or infinite in its parameters' dtype.
 
-    Fused steps compute in float32, and of optimizers that are not torch's nobody knows.
+    Fused steps compute in float32. Optimizers that are not torch's are not checked.
     """
     if not any(
         kind.__module__.startswith("torch.optim.") and kind is not Optimizer for kind in type(optimizer).__mro__

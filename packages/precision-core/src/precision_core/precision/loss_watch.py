@@ -22,7 +22,7 @@ class LossWatch:
     """Watches the losses of a run in `mode`; `backward` and `stepped` say what its loop does."""
 
     sees_steps = False
-    """Whether `stepped` will be called; else each backward counts as a step, since nobody says where one ends."""
+    """Whether `stepped` will be called; else each backward counts as a step, since nothing tells where one ends."""
 
     def __init__(self, mode: str) -> None:
         self._mode = mode
@@ -34,11 +34,11 @@ class LossWatch:
         self._arriving: tuple[list[int], Tensor, Any] | None = None
 
     def stepped(self) -> None:
-        """Takes note of an optimizer step."""
+        """Counts an optimizer step."""
         self._step += 1
 
     def backward(self, loss: Tensor) -> None:
-        """Takes note of a loss before its backward."""
+        """Counts a loss, before its backward."""
         if self._said or loss.numel() != 1 or type(loss) is not Tensor:  # reading a subclass may be a collective
             return
         if not self.sees_steps:

@@ -42,10 +42,10 @@ class MixedPrecision(Precision):
             `backoff_factor`, `growth_interval`; None makes torch's default one when it is needed.
         upcast: cast trainable parameters that are not float32 to float32, instead of refusing them, and frozen vectors
             beside them, for a norm whose weight trains and whose bias does not.
-        min_scale: the loss scale does not fall below this. Default 2**-14, float16's smallest normal number: a loss
-            scaled further down has lost what scaling is for.
-        max_skips: so many skipped steps in a row raise `FloatingPointError`. Default 50: from 2**16 down to
-            `min_scale` are 30 halvings, what then still overflows will not be helped by a lower scale.
+        min_scale: the loss scale does not fall below this. Default 2**-14, float16's smallest normal number: below it
+            gradients lose the bits that scaling is to keep.
+        max_skips: raise `FloatingPointError` after this many consecutive skipped steps. Default 50: from 2**16 down to
+            `min_scale` are 30 halvings, and a step that still overflows then needs more than a lower scale.
 
     Raises:
         ValueError: another mode, a scaler for bfloat16, a scaler that torch has disabled or that is for another device.
@@ -100,9 +100,10 @@ class MixedPrecision(Precision):
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Checks that trainable parameters are float32, applies the exceptions, and returns `module`.
 
+        Frozen parameters in another dtype stay as they are, and are named in the report.
+
         Raises:
-            ValueError: trainable parameters in another dtype; the way out is `upcast=True`. Frozen ones stay as they
-                are, and are named in the report.
+            ValueError: trainable parameters in another dtype, unless `upcast`; complex ones under a scaled loss.
         """
         self._check_complex(module)
         before = module_bytes(module)

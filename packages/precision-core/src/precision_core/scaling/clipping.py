@@ -1,4 +1,4 @@
-"""Clipping true gradients: the checks on the arguments, and the plain case in which gradients are not scaled."""
+"""Clipping: the checks on the arguments, and the plain case in which gradients are not scaled."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def clip_unscaled(params: Sequence[nn.Parameter], clip: Clip) -> Tensor | None:
     """Clips unscaled gradients in place.
 
     Returns the norm before clipping (float32 of no dimensions, float64 for float64 and where float32 does not hold it)
-    for `max_norm`, None for `clip_val`. Of sharded gradients it is the norm over all ranks; whole ones beside them
-    count once, as on each rank. Sparse gradients are coalesced.
+    for `max_norm`, None for `clip_val`. Of sharded gradients it is the norm over all ranks; unsharded ones beside
+    them count once. Sparse gradients are coalesced.
 
     Raises:
         RuntimeError: `clip.error_if_nonfinite` and the norm is not finite.

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 READ_EVERY = 100
-"""On devices where reading a value blocks the host, this many steps are counted before their flags are read at once."""
+"""On devices where reading a value is a host sync, the flags of this many steps are read at once."""
 
 
 class StepCounter:
     """Counts steps taken and skipped.
 
-    A skip that the host already knows is counted with `add`; a flag that still lies on a device goes to `add_later`
-    and is read with all others at the next `read`.
+    A known outcome is counted with `add`; a flag on a device goes to `add_later`, and is read with the others at the
+    next `read`.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class StepCounter:
             self.read()
 
     def read(self) -> None:
-        """Brings the counters up to date; blocks where flags are still on a device."""
+        """Brings the counters up to date; a host sync where flags are on a device."""
         if self._unread:
             flags = torch.stack(self._unread).tolist()
             self._unread.clear()
@@ -63,7 +63,7 @@ class StepCounter:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Takes over what `state_dict` returned."""
+        """Restores what `state_dict` returned."""
         self._unread.clear()
         self.steps = state["steps"]
         self.skipped = state["skipped_steps"]

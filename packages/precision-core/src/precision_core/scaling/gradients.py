@@ -65,10 +65,10 @@ def unscale_plain(gradients: list[Tensor], inverse: Tensor) -> Tensor:
 def clip_scaled(gradients: list[Tensor], scale: float | Tensor, clip: Clip) -> tuple[Tensor, Tensor] | None:
     """Unscales and clips plain gradients in place: the norm of the scaled ones, then one multiplication.
 
-    That is a pass over the gradients less than unscale, then clip. `scale` is a float where the host may wait for
-    values, else a tensor. Returns the true norm, and 1.0 or 0.0 for whether inf or NaN was found. Returns None, with
-    nothing changed, when the host sees a norm that is not finite: it may be the sum of squares that overflowed, so
-    each element has to be checked.
+    That is one pass over the gradients less than unscaling, then clipping. `scale` is a float where values may be read
+    from the device, else a tensor. Returns the unscaled norm, and 1.0 or 0.0 for whether inf or NaN was found. With a
+    float, a norm that is not finite returns None and changes nothing: the sum of squares may have overflowed, so each
+    element has to be checked.
     """
     assert clip.max_norm is not None
     # torch's get_total_norm, without its grouping by device and dtype

@@ -1,8 +1,8 @@
-"""Guard: what torch lets be seen of steps and changes that do not know that gradients carry a scale.
+"""Guard: how steps and changes are detected that ignore that gradients carry a loss scale.
 
-Three things see them. A hook of torch's runs before each `Optimizer.step` of the process while gradients carry a scale,
-in backward too. The version of a gradient tells that somebody changed it since its backward. The version of a parameter
-tells that somebody updated it. Nobody sees a gradient being read, nor a change through `p.grad.data`.
+Three ways. A hook of torch's runs before each `Optimizer.step` of the process while gradients carry a scale, in
+backward too. A gradient's version counter tells that it was changed since its backward, a parameter's that it was
+updated. Reading a gradient cannot be detected, nor a change through `p.grad.data`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 _left: list[RemovableHandle] = []
-"""Hooks whose owners went while a step was under way; the next hook that is added removes them."""
+"""Hooks whose owners were collected during a step; the next hook that is added removes them."""
 
 
 def _remove_left() -> None:
@@ -73,8 +73,8 @@ class Snapshot:
     """Gradients of an optimizer as a backward left them; holds none of them alive.
 
     torch counts no versions where it changes several sharded gradients at once, as its clip_grad_norm_ does. With
-    `shards` a few values of each are kept. To compare them the host waits for the device, so that is for a run's first
-    steps: a loop clips in each step, or in none.
+    `shards` a few values of each are kept. Comparing them is a host sync, so that is for a run's first steps: a loop
+    clips in each step, or in none.
     """
 
     def __init__(self, optimizer: Optimizer, shards: bool = False) -> None:
@@ -86,7 +86,7 @@ class Snapshot:
         self._samples = [_sample(param.grad) for param in params_of(optimizer)] if shards else []
 
     def changed(self, optimizer: Optimizer) -> list[nn.Parameter]:
-        """Returns the parameters whose gradients are others now; dropped ones and zeros are right at any scale."""
+        """Returns the parameters whose gradients were changed or replaced; None and zeros are right at any scale."""
         changed = [
             param
             for param, seen in zip(params_of(optimizer), self._seen, strict=False)  # groups may have been added
@@ -125,7 +125,7 @@ class Unheld:
     def __init__(self, models: Iterable[nn.Module]) -> None:
         self._models = models
         self._params: dict[int, ref[nn.Parameter]] = {}
-        self._before: dict[int, tuple[int, int]] | None = None  # before a backward that nobody said has ended
+        self._before: dict[int, tuple[int, int]] | None = None  # before a backward that has not ended yet
         self._scaled: dict[int, tuple[ref[nn.Parameter], ref[Tensor], int]] = {}  # with the parameter's version
 
     def __bool__(self) -> bool:
@@ -147,10 +147,11 @@ class Unheld:
         return next((param for param in params if id(param) in everything), None)
 
     def before_backward(self) -> None:
+        """Notes the gradients that are there, to tell the new ones from them."""
         self._before = {id(param): (id(grad), grad._version) for param, grad in self._with_gradients()}
 
     def after_backward(self) -> None:
-        """Takes note of the gradients that the backward has made or added to."""
+        """Notes the gradients that the backward has created or added to: they carry the scale."""
         before, self._before = self._before, None
         scaled = {
             id(param): (ref(param), ref(grad), param._version)
@@ -196,14 +197,14 @@ class Unheld:
         return self.in_models(new) if new else None
 
     def left(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Returns those that somebody updated since the last backward, and those whose scaled gradients still lie."""
+        """Returns those that were updated since the last backward, and those that still have scaled gradients."""
         alive = [(param_ref(), version) for param_ref, _, version in self._scaled.values()]
         updated = [param for param, version in alive if param is not None and param._version != version]
         return updated, [param for param, _ in self._marked()]
 
 
 def stepping() -> Iterator[Optimizer]:
-    """Yields the optimizers in whose `step` this runs, the innermost first: whose closure called it, say."""
+    """Yields the optimizers in whose `step` this runs, in a closure for example; the innermost first."""
     frame = sys._getframe(1)
     code = Optimizer.profile_hook_step(lambda self: None).__code__  # torch's private name for what wraps each step
     while frame is not None:

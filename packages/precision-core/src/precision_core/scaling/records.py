@@ -41,7 +41,7 @@ class Record:
         self.registered = False  # by `Scaler.register`, before its first clip or step
         self.gradients = Gradients.NONE
         self.stepped = False  # since the last scaling
-        self.found_inf: bool | Tensor = False  # in UNSCALED gradients; a tensor where the host must not wait
+        self.found_inf: bool | Tensor = False  # in UNSCALED gradients; a tensor with `avoid_sync`
         self.counted = True  # found_inf has gone into an update of the scale
         self.steps = 0
         self.snapshot: Snapshot | None = None  # of gradients that are SCALED, where the end of backward was seen

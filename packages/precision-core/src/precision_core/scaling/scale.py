@@ -1,4 +1,4 @@
-"""Scale: the loss scale that torch's scaler owns, read as seldom as its device allows, and never below a floor."""
+"""Scale: the loss scale of torch's scaler, without needless host syncs, and never below a floor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Scale:
         self._inverse: tuple[float, Tensor] | None = None  # a scale, and a tensor of 1 / scale
 
     def value(self) -> float | Tensor:
-        """Returns the scale as it is now: a number, or a copy on the device where the host must not wait for one."""
+        """Returns the scale as it is now: a number, or with `avoid_sync` a copy on the device."""
         scale = self.torch_scaler._scale
         if scale is None:  # no loss was scaled yet
             return self.torch_scaler.get_scale()
@@ -53,7 +53,7 @@ class Scale:
         return unscale_plain(gradients, self._inverse[1])
 
     def update(self) -> None:
-        """Lets torch's scaler move the scale by what was found; not below the floor, unless it started there."""
+        """Updates the scale as torch's scaler does after a step; not below the floor, unless it started there."""
         old = self.value()
         self.torch_scaler.update()
         if isinstance(old, Tensor):

@@ -18,7 +18,7 @@ NameOf = Callable[[Tensor], str]
 
 
 class Scaler:
-    """Does not scale: the loss and the gradients are true, and a step is the optimizer's own."""
+    """Does not scale: loss and gradients are as they come, and a step is the optimizer's own."""
 
     def __init__(self) -> None:
         self.counter = StepCounter()
@@ -27,21 +27,21 @@ class Scaler:
 
     @property
     def factor(self) -> float:
-        """What the loss is multiplied with."""
+        """By what the loss is multiplied, after a pending update."""
         return 1.0
 
     def register(self, optimizers: Iterable[Optimizer]) -> None:
-        """Takes note of the optimizers of the run."""
+        """Adds optimizers of the run."""
 
     def scale(self, loss: Tensor) -> Tensor:
         """Returns the loss to call backward on."""
         return loss
 
     def after_backward(self) -> None:
-        """Takes note that the backward of a loss that `scale` returned has ended."""
+        """Called when the backward of a loss that `scale` returned has ended."""
 
     def replacing(self) -> AbstractContextManager[Any]:
-        """Context in which an engine, not the user, may put equal gradients in the place of those that are there."""
+        """Context in which an engine may replace gradients by equal ones; elsewhere that is a change by the user."""
         return nullcontext()
 
     def unscaled(self, scaled: Tensor) -> Tensor:
@@ -49,12 +49,12 @@ class Scaler:
         return scaled
 
     def unscale(self, optimizer: Optimizer) -> None:
-        """Makes the gradients of `optimizer` true, once per step."""
+        """Divides the gradients of `optimizer` by the scale, at most once per step."""
 
     def clip(
         self, optimizer: Optimizer | None, params: list[nn.Parameter], clip: Clip, name_of: NameOf
     ) -> Tensor | None:
-        """Clips the gradients of `params` and leaves them true; returns their norm for `max_norm`, else None."""
+        """Unscales and clips the gradients of `params`; returns their unscaled norm for `max_norm`, else None."""
         return clip_unscaled(params, clip)
 
     def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, name_of: NameOf, **kwargs: Any) -> Any:
@@ -68,11 +68,11 @@ class Scaler:
         """Raises `FloatingPointError` when too many steps in a row were skipped."""
 
     def teardown(self) -> None:
-        """Ends what watches over scaled gradients."""
+        """Unscales gradients that were not stepped, and stops watching them."""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the scale and what its growth depends on; empty when there is none."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned."""
+        """Restores what `state_dict` returned; raises `ValueError`, with nothing changed, for anything else."""

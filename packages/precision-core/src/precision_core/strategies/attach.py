@@ -1,4 +1,4 @@
-"""Attach: models and optimizers that run as a precision and a strategy say, until their own methods are given back."""
+"""Attach: has models and optimizers run under a precision and a strategy, by overriding methods, until teardown."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Attached:
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
-        """Context that gives objects their own methods back when it raises, those of precision and strategy too."""
+        """Context that restores the methods of objects when it raises, overrides by precision and strategy too."""
         before, self._restores = self._restores, ExitStack()
         try:
             with self._restores as restores, undone_on_error():
@@ -50,7 +50,7 @@ class Attached:
             self._restores = before
 
     def detach(self) -> None:
-        """Gives all of them their own methods back; dtypes stay."""
+        """Restores the methods of all of them; dtypes stay."""
         self._restores.close()
 
     # ---------------------------------------------------------------- set-up
@@ -91,7 +91,7 @@ class Attached:
         """Converts the model, moves it to where it runs, and puts the precision around its forward; returns it.
 
         Raises:
-            ValueError: it was set up before, the precision refuses it, or replaced the whole of a compiled one.
+            ValueError: it was set up before, the precision refuses it, or would replace the root of a compiled one.
         """
         target = uncompiled(model)
         if is_overridden(target, "forward"):
@@ -100,7 +100,7 @@ class Attached:
         converted = self._strategy.setup_module(self._convert(target))
         if converted is not target is not model:  # torch.compile holds on to the one that it was given
             raise ValueError(
-                f"{self._precision.mode} replaced the whole compiled {type(target).__name__}: set it up first, then "
+                f"{self._precision.mode} replaced the compiled {type(target).__name__}: set it up first, then "
                 "compile what fabric.setup returns"
             )
         self._replaced.update(replaced_params(before, converted))
@@ -130,7 +130,7 @@ class Attached:
         return converted
 
     def take_optimizers(self, *optimizers: Optimizer) -> None:
-        """Has the optimizers step the parameters that stand in the models now, as precision and strategy say."""
+        """Gives the optimizers the parameters that replaced theirs, and has precision and strategy run their steps."""
         for optimizer in optimizers:
             remap_parameters(optimizer, self._replaced)
             self._strategy.setup_optimizer(optimizer)

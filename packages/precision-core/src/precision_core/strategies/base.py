@@ -44,22 +44,22 @@ class Strategy:
     multiprocess: bool = False
     """Whether it runs one process a device; Fabric then calls `join` before anything else."""
     sharded: bool = False
-    """Whether checkpoints are folders, to which each rank writes its shards; else rank zero writes a whole file."""
+    """Whether checkpoints are folders, to which each rank writes its shards; else rank zero writes one file."""
     checkpoint_format: CheckpointFormat | None = None
-    """Of an engine that keeps what core cannot save; a value of the class, as it reads where no strategy was made."""
+    """Of an engine whose objects core cannot save. A class attribute: `read` is called without a strategy object."""
     device: torch.device = torch.device("cpu")
     group: Group = Group()
-    """The processes of the run, once this one has joined them."""
+    """The collectives over the run's processes, once this one has joined them."""
     precision: Precision
     presence: Presence | None = None
-    """What ranks know of each other in calls that are for all of them; Fabric gives it."""
+    """Tells ranks of each other in calls that all ranks have to make; Fabric sets it."""
     optimizers: Collection[Optimizer] = ()
-    """Those that were set up, as far as they live; Fabric gives them."""
+    """Those that were set up, held weakly; Fabric sets it."""
 
     # ---------------------------------------------------------------- processes
 
     def lay_out(self, accelerator: str, devices: int | str | Sequence[int], num_nodes: int) -> Layout:
-        """Returns how many processes the run has, takes this one's device unless it has one, and starts nothing.
+        """Returns the run's processes and devices, and sets `device` where the user gave none; starts nothing.
 
         Raises:
             ValueError: devices that are not here, or of another kind than this object was made for.
@@ -151,15 +151,15 @@ class Strategy:
                         to = functools.partial(_to_device if key in fixed else _to_like, param)
                         state[key] = map_tensors(value, to)
                     elif isinstance(value, Tensor) and (group.get("fused") or group.get("capturable")):
-                        state[key] = value.to(param.device)  # else the host counts; float32, as bfloat16 counts to 256
+                        state[key] = value.to(param.device)  # else on the CPU; float32, as bfloat16 counts to 256
         return optimizer
 
     def make_loader(self, loader: Iterable[Any]) -> DeviceLoader:
-        """Returns what brings the loader's batches to the device."""
+        """Returns a loader that moves each batch to the device."""
         return DeviceLoader(loader, self.device)
 
     def setup_together(self, module: nn.Module | None, optimizers: tuple[Optimizer, ...]) -> None:
-        """Takes what one call set up, last: for an engine that needs a model and its optimizers at once.
+        """Called last, with all that one call set up: for an engine that needs a model and its optimizers at once.
 
         `module` is None where optimizers were set up apart from their model.
         """
@@ -198,7 +198,7 @@ class Strategy:
         return forward
 
     def make_outer_forward(self, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
-        """Returns what wraps a method of the module once more, outside of `torch.compile`, as engines need; or None."""
+        """Returns a decorator applied outside `torch.compile`, for engines that must not be traced; or None."""
         return None
 
     # ---------------------------------------------------------------- step
@@ -211,11 +211,11 @@ class Strategy:
         precision.post_backward(tensor, module)
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
-        """Makes the gradients of `optimizer` true, once per step."""
+        """Divides the gradients of `optimizer` by the loss scale, at most once per step."""
         self.precision.unscale_gradients(optimizer)
 
     def clip_gradients(self, module: nn.Module | None, optimizer: Optimizer | None, **clip: Any) -> Tensor | None:
-        """Clips true gradients; arguments and result as in `Precision.clip_gradients`."""
+        """Unscales and clips gradients; arguments and result as in `Precision.clip_gradients`."""
         return self.precision.clip_gradients(module, optimizer, **clip)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:

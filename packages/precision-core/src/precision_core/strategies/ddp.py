@@ -26,7 +26,7 @@ from precision_core.strategies.reducer import Reducer
 
 
 class DDPStrategy(Strategy):
-    """One process a device, each with the whole model; gradients are averaged in `policy.reduce`.
+    """One process per device, each with a full copy of the model; gradients are averaged in `policy.reduce`.
 
     The model keeps its class, attributes and keys: the engine is looked up for the very instance that was set up, so
     copies and pickles of it are plain models. Gradients of parameters that begin to train later are averaged from the
@@ -106,13 +106,13 @@ class DDPStrategy(Strategy):
             shapes = listed((str(tuple(param.shape)) for param in others), 5)
             warnings.warn(
                 f"this {type(optimizer).__name__} steps {len(others)} parameters of no model that was set up, of "
-                f"shapes {shapes}, whose gradients nobody averages over ranks: each rank will have values of its own. "
+                f"shapes {shapes}, whose gradients are not averaged over ranks: each rank will have values of its own. "
                 "Set their module up too, with fabric.setup(module)",
                 stacklevel=4,
             )
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[Any]:
-        """Context in which backward reduces no gradients; forward belongs into it, too."""
+        """Context in which backward reduces no gradients; the forward has to be inside it, too."""
         reducer = self._reducers.get(module)
         return reducer.no_sync() if enabled and reducer is not None else nullcontext()
 

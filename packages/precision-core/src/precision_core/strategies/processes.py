@@ -30,7 +30,7 @@ class Ranks:
 
 
 def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks | None:
-    """Returns what torchrun, or a launcher that sets its variables, says of this process; None: nobody launched it.
+    """Returns what torchrun, or a launcher that sets its variables, says of this process; None: no launcher.
 
     Raises:
         ValueError: some of RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT without the others, or numbers that cannot be.

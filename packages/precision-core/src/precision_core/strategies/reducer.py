@@ -95,7 +95,7 @@ class Reducer:
 
     def _begin(self, trained: dict[int, nn.Parameter]) -> None:
         """Makes the engine of `trained`, in the place of the one that there is."""
-        first = not self._known  # nobody has brought the model's values to all ranks yet
+        first = not self._known  # the ranks have values of their own yet
         if self._engine is not None:  # its hooks would go on averaging
             self._engine.reducer._remove_autograd_hooks()
             for hook in self._engine._accum_grad_hooks:

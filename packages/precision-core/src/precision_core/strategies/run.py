@@ -1,4 +1,4 @@
-"""Run: the processes of a run, as one of them sees them, and what it says to the others."""
+"""Run: the processes of a run: starting them, ranks, and collectives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Run:
     """
 
     _presence: Presence | None = None
-    """What ranks know of each other, once this process has joined them."""
+    """Tells ranks of each other, once this process has joined them."""
 
     def __init__(self, strategy: Strategy, layout: Layout, again: Callable[[], Run]) -> None:
         self._strategy = strategy
@@ -45,15 +45,16 @@ class Run:
     def launch(self, function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Starts the processes of the run, where they are not started yet; call it right after `Fabric(...)`.
 
-        Without a function the script is started again from its top, once in each process, and what follows runs in all
-        of them. With one, `function(fabric, *args, **kwargs)` runs in new processes, and what it returns on rank zero
-        is returned. On one device, and under torchrun, it only calls the function.
+        Without a function the script is started again from its top in each process, and what follows runs in all of
+        them. With one, `function(fabric, *args, **kwargs)` runs in new processes, and rank 0's result is returned. On
+        one device, and under torchrun, it only calls the function.
 
-        A strategy that needs other environment variables than this process has (XLA's several CPU devices) starts one
-        process with them.
+        A strategy that needs environment variables that this process was started without (XLA's several CPU devices)
+        starts one process with them.
 
         Raises:
-            RuntimeError: there is no script to start again; a process failed, with the traceback of the first one.
+            RuntimeError: there is no script to start again; several machines, which torchrun starts; a process failed,
+                with the traceback of the first one.
         """
         if self._joined:
             return None if function is None else function(self, *args, **kwargs)
@@ -147,7 +148,7 @@ class Run:
         return self._strategy.group.broadcast(data, src)
 
     def barrier(self, name: str | None = None) -> None:
-        """Waits until every process is here; `name` is for the reader."""
+        """Waits until every process is here; `name` is ignored."""
         self._check_launched()
         self._strategy.group.barrier()
 

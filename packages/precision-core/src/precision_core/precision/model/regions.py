@@ -1,4 +1,4 @@
-"""Exceptions: modules inside the model that run under a policy of their own.
+"""Regions: modules inside the model with a policy of their own, an exception of the model's.
 
 Every module has an effective policy: that of the first exception which covers it, else the model's. Where it differs
 from the parent's, the module is the root of a region, and its forward is overridden: inputs are cast to what the region

@@ -6,7 +6,7 @@
 
 Nothing here keeps an old parameter alive: each can be freed as soon as its layer is converted. But torch swaps the
 contents of parameters that are tensor subclasses, or all under `torch.__future__.set_swap_module_params_on_conversion`,
-and refuses that for tensors that somebody refers to weakly: those are held.
+and refuses that for tensors with weak references: those are held.
 """
 
 from __future__ import annotations
