@@ -68,9 +68,9 @@ def holds(tree: Any, dtype: torch.dtype) -> bool:
 
 
 def move(tree: T, device: torch.device) -> T:
-    """Returns `tree` with its tensors on `device`, and with whatever else is not known here and has a `to` of its own.
+    """Returns `tree` with its tensors on `device`, and with other objects that have a `to` method, but modules.
 
-    That is how batches of other libraries move (graphs, ragged tensors). Modules stay where they are.
+    That is how batches of other libraries move (graphs, ragged tensors).
     """
     return _map(tree, lambda tensor: tensor.to(device, non_blocking=True), {}, lambda leaf: _move_leaf(leaf, device))[0]
 

@@ -65,7 +65,7 @@ _BITS = {"16", "32", "64", "8", "4"}
 def hint(given: str, modes: Collection[str], package_of: Callable[[str], str | None] = lambda _: None) -> str:
     """Returns `'; did you mean "..."?'` of `modes` for a name that none of them has, with what else it may mean.
 
-    `package_of` gives the package that brings a mode; None: core has it, or somebody else.
+    `package_of` gives the package that brings a mode; None: core does, or an unknown package.
     """
     name = re.sub(r"[\s_]+", "-", given.strip().lower()).removeprefix("torch.").replace("bnb.", "bnb-")
     if name in _NO_MODES:

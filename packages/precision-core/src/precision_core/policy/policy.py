@@ -1,4 +1,4 @@
-"""Policy: which dtype each part of training uses, as one frozen value with a grammar.
+"""Policy: which dtype each part of training has, as one frozen value with a grammar.
 
 mode       one of MODES or ALIASES                      "bf16-mixed", "16", 32
 spelled    key=value, comma separated, any of the keys  "params=float32,compute=bfloat16"

@@ -1,4 +1,4 @@
-"""What `fabric.backward` is given, looked at before a loss is scaled: torch's own words come later and name no call."""
+"""Checks of what `fabric.backward` is given, before a loss is scaled: torch's own errors come late and name no call."""
 
 from __future__ import annotations
 

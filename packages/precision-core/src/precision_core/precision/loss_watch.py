@@ -1,7 +1,7 @@
-"""A loss that is inf or NaN for ten steps in a row, in modes that skip no such step: said once, by a warning.
+"""LossWatch: warns once of a loss that is inf or NaN for ten steps in a row, in modes that skip no such step.
 
-Nobody waits for a device: on the CPU the loss is read as it comes; of others ten losses are compared there, and what
-came out is read in a later backward, when it has arrived.
+It makes no host sync: on the CPU each loss is read; on other devices ten losses are compared there, and the result is
+read in a later backward, when the copy to the CPU is done.
 """
 
 from __future__ import annotations

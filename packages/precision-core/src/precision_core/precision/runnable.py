@@ -1,4 +1,4 @@
-"""Which policies core's plugins run: every other valid one is refused, with who runs it, if anyone."""
+"""Which policies core's plugins run: others are refused, naming the plugin that runs them, if there is one."""
 
 from __future__ import annotations
 

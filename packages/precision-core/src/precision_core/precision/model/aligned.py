@@ -1,7 +1,7 @@
-"""Calls that torch refuses for operands of several dtypes, made possible: for models that hold some tensors wider.
+"""Aligned: casts operands of calls that torch refuses for several dtypes, for models with some wider tensors.
 
-Matrix products, norms whose input is wider than their weights, and writes to indices. What torch takes as it is, sums
-and products of numbers above all, keeps torch's own rule, by which the wider dtype goes on.
+Matrix products, norms whose input is wider than their weights, and writes to indices. Calls that torch takes as they
+are, elementwise sums and products above all, keep torch's own type promotion.
 """
 
 from __future__ import annotations

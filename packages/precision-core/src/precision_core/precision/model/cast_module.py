@@ -1,4 +1,4 @@
-"""Converting a module's parameters and buffers, one tensor at a time, so that it needs one more at most.
+"""Casting a module's parameters and buffers, one tensor at a time: memory for one more tensor is enough.
 
 Parameters stay the same objects (an optimizer made before still holds them) and tied ones stay tied. `parameters_in`
 casts each as it is registered, while its module is built.
@@ -33,7 +33,7 @@ _NO_KERNEL = ("not implemented for", "Low precision dtypes")
 def cast_parameters(module: nn.Module, dtype_of: ParamDtype) -> list[Item]:
     """Casts every parameter, and its gradient if there is one, to `dtype_of(name, param)`; None leaves it as it is.
 
-    So does a tensor subclass that has one dtype only, as torchao's packed weights.
+    A tensor subclass that has one dtype only, as torchao's packed weights, stays as it is, too.
     """
     items = []
     for name, param in module.named_parameters():
@@ -60,7 +60,7 @@ def cast_parameters(module: nn.Module, dtype_of: ParamDtype) -> list[Item]:
 
 
 def packed_parameters(module: nn.Module, dtype_of: ParamDtype) -> list[Item]:
-    """Returns those that `cast_parameters` was to cast and that have stayed as they were."""
+    """Returns the parameters that `cast_parameters` had to leave in their dtype: tensor subclasses with one only."""
     return [
         Item(name, f"{type(param).__name__} has one dtype, {dtype_name(param.dtype)}")
         for name, param in module.named_parameters()
@@ -136,7 +136,7 @@ class _Float32WhereNeeded(TorchFunctionMode):
         )
         result = func(*wide_args, **wide_kwargs)
         if getattr(func, "__name__", "").endswith("_"):
-            for tensor, new in wide.items():  # what it was to change in place
+            for tensor, new in wide.items():  # in-place functions: their result
                 tensor.copy_(new)
             return args[0]
         return map_tensors(result, lambda t: t.to(half) if t.dtype is torch.float32 else t)

@@ -1,4 +1,4 @@
-"""Integers in layers that compute in floating point: torch says "Long and BFloat16", this names layer and input.
+"""Integer inputs of layers that compute in floating point: torch says "Long and BFloat16", this names layer and input.
 
 No mode casts integers, which may be ids, targets or masks.
 """
@@ -23,7 +23,7 @@ _WANTS_INTEGERS = re.compile(r"indices|index|expected [\w ]*(scalar type|dtype)(
 
 
 def explained(error: Exception, root: nn.Module, policy: Policy) -> Exception | None:
-    """Returns an error of the same type that names layer and input, where integers made `error`; None: others did.
+    """Returns an error of the same type that names layer and input, where integer inputs caused `error`; else None.
 
     Args:
         error: what a forward of `root` raised.

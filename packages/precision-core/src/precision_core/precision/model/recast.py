@@ -1,8 +1,8 @@
-"""A set-up model, or a copy of one, that its user casts: `copy.deepcopy(model).float()`, an average of a half model.
+"""Recast: a model that the user casts after setup, or a copy of one: `copy.deepcopy(model).float()`, an EMA of weights.
 
-Forward casts inputs, or computes by autocast, as the mode says, which weights of another dtype do not take. So a model
-that is cast goes on in the true mode of what it was cast to, with its inputs, created tensors and outputs. It does not
-go on to train where the mode promises float32 parameters, or where its optimizer's state is of another dtype.
+Forward casts inputs, or runs autocast, as the mode says, and weights of another dtype do not fit either. So a model
+that was cast runs in the true mode of its new dtype: inputs, created tensors and outputs. It does not train where the
+mode promises float32 parameters, or where its optimizer's state is of another dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CAST = "_precision_cast"
 
 
 def following_casts(dtype: torch.dtype) -> Callable[..., Callable[..., Any]]:
-    """Returns what `override` takes for `_apply` of a module whose parameters are in `dtype`: it notes casts."""
+    """Returns a decorator for `_apply` of a module whose parameters are in `dtype`: it records casts."""
 
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
         def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -42,14 +42,14 @@ def following_casts(dtype: torch.dtype) -> Callable[..., Callable[..., Any]]:
 
 
 def cast_to(module: nn.Module) -> torch.dtype | None:
-    """Returns what a set-up model was cast to since; None: it is in its mode's dtype."""
+    """Returns the dtype to which a model was cast after setup; None: it is in its mode's."""
     return module.__dict__.get(_CAST)
 
 
 def check_trains(module: nn.Module, cast: torch.dtype, policy: Policy, optimizers: Iterable[Optimizer]) -> None:
-    """Raises `RuntimeError` where a step of `optimizers` would train `module`, cast since setup, other than was said.
+    """Raises `RuntimeError` where `optimizers` would train `module`, cast after setup, in another dtype than promised.
 
-    Copies are no optimizer's, and run as they are; so does all that runs without gradients.
+    Copies, whose parameters no optimizer holds, run as they are; so does a forward without gradients.
     """
     if not torch.is_grad_enabled():
         return
@@ -73,5 +73,5 @@ def check_trains(module: nn.Module, cast: torch.dtype, policy: Policy, optimizer
 
 
 def forget_cast(module: nn.Module) -> None:
-    """Takes the note off, for a model that is set up anew or was cast back."""
+    """Deletes the record, for a model that is set up again or was cast back."""
     module.__dict__.pop(_CAST, None)

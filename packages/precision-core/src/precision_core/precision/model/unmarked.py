@@ -1,7 +1,7 @@
-"""Methods other than forward, which run in float32 under mixed modes unless they are marked: said once a class.
+"""Unmarked methods: others than forward run in float32 under mixed modes; a warning says so once per class.
 
-Each public method of the model's own classes is watched from outside: while one runs, a hook looks whether a part of
-the model computes without autocast. A forward through the model meets none of this.
+Each public method of the model's own classes is wrapped: while one runs, a hook checks whether a layer of the model
+computes without autocast. Forward is not wrapped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _said: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 def methods(module: nn.Module) -> Iterator[str]:
-    """Yields the names of the public methods of a model's own classes, forward and what nn.Module has left out."""
+    """Yields the names of the public methods of a model's own classes, without forward and what nn.Module has."""
     seen = set(dir(nn.Module))
     for kind in type(module).__mro__:
         if kind.__module__.startswith(_NOT_THE_USERS) or kind in (nn.Module, object):
@@ -37,7 +37,7 @@ def methods(module: nn.Module) -> Iterator[str]:
 
 
 def watching(name: str, device_type: str, mode: str) -> Callable[..., Callable[..., Any]]:
-    """Returns what `override` takes for the method `name` of a model that is set up in `mode`."""
+    """Returns a decorator for the method `name` of a model that is set up in `mode`."""
 
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
         def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -71,6 +71,6 @@ def watching(name: str, device_type: str, mode: str) -> Callable[..., Callable[.
 
 
 def is_watched(module: nn.Module, name: str) -> bool:
-    """Whether the method `name` stands there only to be watched."""
+    """Whether the method `name` was overridden by `watching` alone."""
     function = getattr(module.__dict__.get(name), "__func__", None)
     return function is not None and getattr(function, _WATCH, None) is function

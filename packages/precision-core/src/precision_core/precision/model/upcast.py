@@ -1,4 +1,4 @@
-"""Upcast: half parameters that train, of a checkpoint that arrives so, become float32, which mixed modes train."""
+"""Upcast: casts trainable half parameters, from a half checkpoint, to float32, which mixed modes train."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from precision_core.precision.model.report import Item
 
 
 def check_upcast(policy: Policy, mode: str) -> None:
-    """Raises `ValueError` where there is nothing to cast up: true modes cast all parameters to their own dtype."""
+    """Raises `ValueError` for a policy that is not mixed: true modes cast all parameters to their own dtype."""
     if not policy.mixed:
         raise ValueError(
             f'Fabric(precision="{mode}", upcast=True): {mode} casts all parameters to its own dtype; upcast is for '
@@ -24,10 +24,10 @@ def check_upcast(policy: Policy, mode: str) -> None:
 
 
 def upcast(module: nn.Module, policy: Policy, storage: Callable[[nn.Parameter], torch.dtype | None]) -> list[Item]:
-    """Casts parameters that train to float32, in place, and returns what was cast.
+    """Casts trainable parameters to float32, in place, and returns what was cast.
 
-    Frozen vectors beside them are cast too, for a norm whose weight trains and whose bias does not. Parameters of
-    modules that are exceptions to `policy`, and those that `storage` says None of, stay.
+    Frozen vectors of the same module are cast too, for a norm whose weight trains and whose bias does not. Parameters
+    of modules that are exceptions to `policy`, and those for which `storage` returns None, stay.
     """
     policies = EffectivePolicies(module, policy)
     trained = {name.rpartition(".")[0] for name, param in module.named_parameters() if param.requires_grad}

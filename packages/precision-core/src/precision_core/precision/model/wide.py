@@ -1,7 +1,7 @@
-"""What stays float32 in half modes: the one table, for every package.
+"""Wide: what stays float32 in half modes, in one table for every package.
 
-Some tensors must not be rounded, whatever the mode: a model says so of some itself, and others are known by what they
-are. An exception of the policy that covers the module wins over this table, and so does `buffers=` of a plugin.
+Some tensors must not be rounded, whatever the mode: models mark some, and `RULES` finds others. An exception of the
+policy that covers the module has priority over this table, and so has `buffers=` of a plugin.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _slots(root: nn.Module, policy: Policy) -> Iterator[Slot]:
 
 
 def marks(module: nn.Module) -> Iterator[tuple[str, tuple[torch.dtype, ...]]]:
-    """Yields the parts of names that this module says are to stay wide in it, and under which dtypes."""
+    """Yields the parts of names that this module marks to stay wide, and under which dtypes."""
     for attribute, dtypes in _MARKS.items():
         names = getattr(module, attribute, None)
         for name in (names,) if isinstance(names, str) else names if isinstance(names, Iterable) else ():
@@ -134,7 +134,7 @@ def marks(module: nn.Module) -> Iterator[tuple[str, tuple[torch.dtype, ...]]]:
 
 
 def _marks(root: nn.Module, dtype: torch.dtype) -> Iterator[re.Pattern[str]]:
-    """Yields what modules of `root` say of the names in them, as whole parts of a dotted name."""
+    """Yields patterns of what modules of `root` mark: the marks match full parts of a dotted name."""
     for prefix, module in root.named_modules(remove_duplicate=False):
         parts = sorted({".*".join(map(re.escape, name.split("*"))) for name, of in marks(module) if dtype in of})
         if parts:
