@@ -25,7 +25,7 @@ _FLOAT_PRODUCTS = ("cpu", "xpu")
 def product(x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout, threshold: float, training: bool) -> Tensor:
     """Returns x W^T + bias in the dtype of `x`; `threshold` and `training` are of int8 only."""
     if layout.format.quant_type != "int8":
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" and layout.columns % layout.format.block_size == 0:
             return _vendor_4bit(x, packed, bias, layout)
         return _dequantized(x, packed, bias, layout)
     if training and x.device.type in _FLOAT_PRODUCTS:
@@ -92,7 +92,10 @@ def int8_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, 
         return x.new_zeros(x.shape[0], codes.shape[0])
     if codes.shape[1] == 1 and x.device.type == "cpu":  # there torch's _int_mm is wrong for one column
         x, codes = F.pad(x, (0, 1)), F.pad(codes, (0, 1))
-    half = x.to(torch.float16, copy=threshold > 0)  # with a threshold it is written to, and restored
+    # CUDA's kernels read rows from a pointer on, whatever the strides.
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    # Elsewhere quantising with a threshold writes to its input, and restores it.
+    half = x.to(torch.float16, copy=threshold > 0 and x.device.type != "cuda")
     quantized, row_scales, outliers = bnb.int8_vectorwise_quant(half, threshold=threshold)
     if threshold > 0:
         mixed = torch.ops.bitsandbytes.int8_mixed_scaled_mm
@@ -104,7 +107,7 @@ def int8_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, 
 
 
 def _vendor_4bit(x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
-    """bitsandbytes' own call, with its kernels for GPUs."""
+    """bitsandbytes' own call, with its kernels for GPUs; they take rows of whole blocks."""
     parts, format = layout.parts(packed), layout.format
     nested = offset = None
     if parts.nested is not None and parts.offset is not None:
@@ -121,6 +124,7 @@ def _vendor_4bit(x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout)
         offset=offset,
         state2=nested,
     )
+    bias = None if bias is None else bias.contiguous()  # it is read from a pointer on; the input is made contiguous
     result: Tensor = bitsandbytes.matmul_4bit(x, parts.codes.view(-1, 1), quant_state=state, bias=bias)
     return result
 
@@ -131,24 +135,16 @@ def _vendor_4bit(x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout)
 def training_product(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float, training: bool) -> Tensor:
     """Returns x W^T + bias with the float `weight` quantised to int8 now; all three get gradients, in training.
 
-    The gradient takes quantisation for the identity.
+    The gradient takes quantisation for the identity. bitsandbytes' own call is not used: on CUDA it hands its kernel a
+    transposed view for the weight's gradient, which is wrong by 140 %, and it keeps codes from one step to the next.
     """
-    if x.device.type not in _FLOAT_PRODUCTS and training:
-        return _vendor_training(x, weight, bias, threshold)
     codes, scales = quantize_rows(weight.detach())
-    return _apply(_Training, x, weight, bias, codes, scales, None if training else threshold)
-
-
-def _vendor_training(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    """bitsandbytes' own call, with a state that is new each time: it would keep codes. GPUs alone need it."""
-    state = bitsandbytes.MatmulLtState()  # for floats that train; its other settings are no arguments
-    state.threshold = threshold
-    result: Tensor = bitsandbytes.matmul(x, weight, state=state, bias=bias)
-    return result
+    floats = training and x.device.type in _FLOAT_PRODUCTS
+    return _apply(_Training, x, weight, bias, codes, scales, None if floats else threshold)
 
 
 class _Training(Function):
-    """In training the weights are dequantised; in evaluation, where there is a `threshold`, the input is quantised."""
+    """Where there is a `threshold`, the input is quantised, too; None: the weights are dequantised."""
 
     @staticmethod
     def forward(

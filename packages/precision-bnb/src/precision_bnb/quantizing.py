@@ -182,5 +182,6 @@ def _quantize_8bit(weight: Tensor, packed: Tensor, layout: Layout) -> None:
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Returns int8 codes and the float32 scale of each row; the codes of a row of zeros may be anything."""
-    codes, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+    # CUDA's kernel reads rows from a pointer on, whatever the strides.
+    codes, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
     return codes, scales

@@ -1,0 +1,103 @@
+"""What GPUs need and a CPU does not: operands of their kernels, where values are quantised, when tables are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.autograd import _functions as vendors_products
+from torch import Tensor, nn
+
+from precision_bnb import BitsandbytesPrecision, products, quantizing
+from precision_bnb.packed import Format
+
+
+def strided(values: Tensor) -> Tensor:
+    """Returns the same values in another order in memory: columns first."""
+    return values.t().contiguous().t()
+
+
+def converted(mode: str, columns: int = 64, rows: int = 48, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(columns, rows))
+    return BitsandbytesPrecision(mode, torch.float16, base="32-true", **options).convert_module(model)[0]
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.detach().double() - wanted).norm() / wanted.norm())
+
+
+# ---------------------------------------------------------------- operands
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_weights_are_quantised_row_by_row(by_pointer: Any, dtype: torch.dtype) -> None:
+    """Those of transformers' Conv1D, transposed, were wrong by 140 %."""
+    weight = torch.randn(48, 64).to(dtype)
+    wanted = quantizing.quantize(weight, Format("int8"))
+    wide = torch.cat([weight, weight], 1)
+    with by_pointer:
+        assert torch.equal(quantizing.quantize(weight.t().contiguous(), Format("int8"), transposed=True), wanted)
+        assert torch.equal(quantizing.quantize(wide[:, :64], Format("int8")), wanted)
+    assert all(each.is_contiguous() for each in by_pointer.operands("bitsandbytes::"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("threshold", [0.0, 3.0])
+def test_inputs_of_int8_products_are_read_row_by_row(by_pointer: Any, threshold: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    codes, scales = quantizing.quantize_rows(torch.randn(48, 64))
+    x, bias = torch.randn(32, 64).to(dtype), torch.randn(48).to(dtype)
+    wanted = products.int8_product(x, codes, scales, bias, threshold)
+    with by_pointer:
+        found = products.int8_product(strided(x), codes, scales, torch.stack([bias, bias], 1)[:, 0], threshold)
+    assert torch.equal(found, wanted)
+    assert all(each.is_contiguous() for each in by_pointer.operands("bitsandbytes::int8"))
+
+
+def test_int8_training_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, by_pointer: Any) -> None:
+    """The input is quantised too, and gradients are those of floats."""
+    monkeypatch.setattr(products, "_FLOAT_PRODUCTS", ())
+    monkeypatch.setattr(vendors_products, "MatMul8bitFp", vendors_products.MatMul8bitLt)  # what is for GPUs, here
+    layer = converted("int8-training").half()
+    x, grad = torch.randn(32, 64).half(), torch.randn(32, 48).half()
+    inputs = strided(x).requires_grad_()
+    with by_pointer:
+        y = layer(inputs)
+        y.backward(strided(grad))
+    weight, bias = layer.weight.detach().double(), layer.bias.detach().double()
+    assert error(y, x.double() @ weight.t() + bias) < 0.02
+    assert error(inputs.grad, grad.double() @ weight) < 0.01
+    assert error(layer.weight.grad, grad.double().t() @ x.double()) < 1e-3
+    assert error(layer.bias.grad, grad.double().sum(0)) < 1e-3
+    assert all(each.is_contiguous() for each in by_pointer.operands("bitsandbytes::int8"))
+
+
+def test_there_bitsandbytes_is_wrong(by_pointer: Any) -> None:
+    """When this fails, bitsandbytes has been mended."""
+    torch.manual_seed(0)
+    x, grad, weight = torch.randn(32, 64).half(), torch.randn(32, 48).half(), nn.Parameter(torch.randn(48, 64).half())
+    with by_pointer:
+        vendors_products.MatMul8bitLt.apply(x, weight, None, None, None).backward(grad)
+    assert weight.grad is not None and error(weight.grad, grad.double().t() @ x.double()) > 1
+
+
+@pytest.fixture
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device is one that layers may compute on: to torch it has no autocast."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
+
+
+@pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize("columns", [48, 64, 96, 128])
+def test_the_fused_4_bit_kernel_gets_whole_blocks_and_a_contiguous_bias(recorder: Any, columns: int) -> None:
+    """Of other rows it warns in each forward, and dequantises them."""
+    layer = converted("nf4", columns).to("meta")
+    layer.bias = nn.Parameter(torch.empty(48, 2, device="meta", dtype=torch.float16).t()[0])
+    with recorder:
+        assert layer(torch.empty(2, 3, columns, device="meta")).shape == (2, 3, 48)
+    fused = recorder.operands("bitsandbytes::gemm_4bit")
+    dequantised = recorder.operands("bitsandbytes::dequantize_4bit")
+    assert bool(fused) == (columns % 64 == 0) and bool(dequantised) == (columns % 64 != 0)
+    assert all(each.is_contiguous() for each in fused)
