@@ -61,7 +61,7 @@ class Recorder(TorchDispatchMode):
 
 
 class ByPointer(Recorder):
-    """A context in which bitsandbytes' int8 kernels read as CUDA's do: by a pointer and a shape, whatever the strides."""
+    """A context in which bitsandbytes' int8 kernels read as CUDA's: by pointer and shape, whatever the strides."""
 
     def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func.name()

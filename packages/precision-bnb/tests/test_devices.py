@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.autograd import _functions as vendors_products
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from precision_bnb import BitsandbytesPrecision, products, quantizing
 from precision_bnb.packed import Format
+from precision_core import Fabric
 
 
 def strided(values: Tensor) -> Tensor:
@@ -101,3 +105,58 @@ def test_the_fused_4_bit_kernel_gets_whole_blocks_and_a_contiguous_bias(recorder
     dequantised = recorder.operands("bitsandbytes::dequantize_4bit")
     assert bool(fused) == (columns % 64 == 0) and bool(dequantised) == (columns % 64 != 0)
     assert all(each.is_contiguous() for each in fused)
+
+
+# ---------------------------------------------------------------- where values are quantised
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
+def test_values_are_quantised_on_the_device_that_is_asked_for(elsewhere: Any, mode: str) -> None:
+    """In large chunks there, and to the same bits; the result is where the values were."""
+    weight = torch.randn(1500, 512)  # three chunks of a CPU's
+    format = Format(mode.removesuffix("-dq"), double_quant=mode.endswith("-dq"))
+    wanted = quantizing.quantize(weight, format)
+    with elsewhere:
+        found = quantizing.quantize(weight, format, device=META)
+    assert torch.equal(found, wanted) and not found.is_meta
+    assert elsewhere.quantised == [weight.numel()] and not elsewhere.here
+
+
+def test_a_gpus_chunks_are_bounded(elsewhere: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantizing, "_CHUNK_ON_GPU", 2**16)
+    with elsewhere:
+        quantizing.quantize(torch.randn(512, 512), Format("nf4"), device=META)
+    assert elsewhere.quantised == [2**16] * 4
+
+
+@pytest.fixture
+def fabric(monkeypatch: pytest.MonkeyPatch) -> Fabric:
+    """One whose device is the meta device, once its plugin has been made for the CPU."""
+    fabric = Fabric(accelerator="cpu", precision=BitsandbytesPrecision("nf4", torch.float32))
+    monkeypatch.setattr(fabric._strategy, "device", META)
+    return fabric
+
+
+def test_a_file_is_quantised_where_the_model_will_live(elsewhere: Any, fabric: Fabric, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    floats = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64))
+    save_file(floats.state_dict(), tmp_path / "floats.safetensors")
+    with fabric.init_module():
+        model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 64))
+    with elsewhere:
+        fabric.load_module(tmp_path / "floats.safetensors", model)
+    assert (elsewhere.quantised, elsewhere.here) == ([64 * 48, 48 * 64], [])
+    for layer, values in zip(model, floats, strict=True):
+        assert torch.equal(layer.weight, quantizing.quantize(values.weight, Format("nf4")))
+    assert pickle.loads(pickle.dumps(model[0])).quantizes_on is None  # the device may be missing where that is read
+
+
+def test_a_float_model_is_quantised_where_it_will_live(elsewhere: Any, fabric: Fabric) -> None:
+    model = nn.Sequential(nn.Linear(64, 48))
+    values = model[0].weight.detach().clone()
+    with elsewhere:
+        fabric.precision_plugin.convert_module(model)
+    assert (elsewhere.quantised, elsewhere.here) == ([64 * 48], [])
+    assert torch.equal(model[0].weight, quantizing.quantize(values, Format("nf4")))

@@ -34,12 +34,14 @@ def quantize(
     ignore_modules: Iterable[str] | None = None,
     *,
     embeddings: bool = False,
+    device: torch.device | None = None,
     dry_run: bool = False,
 ) -> Surgery:
     """Replaces the layers of `module` by quantised ones, in place, one after another; returns what was done.
 
     Layers on the meta device become quantised ones on the meta device, to be loaded. bitsandbytes' own layers become
-    ours, with the same codes and scales.
+    ours, with the same codes and scales. `device` is where values are quantised, a chunk at a time; None: where each
+    weight is. The results stay where the weights are.
 
     Raises:
         ValueError: a pattern of `ignore_modules` that matches no module, layers that would lose something, weights that
@@ -50,7 +52,7 @@ def quantize(
     """
     fast.check(config)
     check_embeddings(config, embeddings)
-    maker = _Maker(config, compute_dtype)
+    maker = _Maker(config, compute_dtype, device)
     table = maker.table(embeddings, module)
     maker.find_readers(module, table)
     return _replaced(module, table, config, ignore_modules, dry_run)
@@ -62,10 +64,11 @@ def adopt_raw(
     compute_dtype: torch.dtype,
     ignore_modules: Iterable[str] | None = None,
     *,
+    device: torch.device | None = None,
     dry_run: bool = False,
 ) -> Surgery:
     """Takes over bitsandbytes' own layers, as `quantize` does, and leaves all others as they are."""
-    maker = _Maker(config, compute_dtype)
+    maker = _Maker(config, compute_dtype, device)
     table = maker.theirs()
     maker.find_readers(module, table)
     return _replaced(module, table, config, ignore_modules, dry_run)
@@ -114,8 +117,10 @@ def _kept_wide(module: nn.Module) -> Iterator[str]:
 class _Maker:
     """Makes the new layers of one configuration."""
 
-    def __init__(self, config: BitsAndBytesConfig, compute_dtype: torch.dtype) -> None:
-        self.config, self.compute_dtype = config, compute_dtype
+    def __init__(
+        self, config: BitsAndBytesConfig, compute_dtype: torch.dtype, device: torch.device | None = None
+    ) -> None:
+        self.config, self.compute_dtype, self.device = config, compute_dtype, device
         self.format = format_of(config)
         self.read: Mapping[nn.Module, str] = {}  # layers whose weight is read by other code than their own, and by what
 
@@ -157,7 +162,7 @@ class _Maker:
             return self._training(layer.weight, layer.bias, transposed)
         rows, columns = reversed(layer.weight.shape) if transposed else layer.weight.shape
         layout = Layout(self.format, rows, columns)
-        packed = quantize_weight(layer.weight, self.format, transposed=transposed)
+        packed = quantize_weight(layer.weight, self.format, transposed=transposed, device=self.device)
         return self._made(packed, layer, layout, transposed)
 
     def _made(self, packed: Tensor, layer: nn.Module, layout: Layout, transposed: bool = False) -> QuantizedLinear:
@@ -176,7 +181,7 @@ class _Maker:
     def embedding(self, layer: nn.Module) -> nn.Module:
         assert self.format is not None and isinstance(layer, nn.Embedding)
         layout = Layout(self.format, *layer.weight.shape)
-        packed = quantize_weight(layer.weight, self.format)
+        packed = quantize_weight(layer.weight, self.format, device=self.device)
         return QuantizedEmbedding(packed, layout, self.compute_dtype, layer.padding_idx)
 
     def _training(self, weight: nn.Parameter, bias: Any, transposed: bool = False) -> nn.Module:
@@ -193,7 +198,7 @@ class _Maker:
         layout = Layout(self.format, layer.out_features, layer.in_features)
         packed = adopt.packed_theirs(layer, layout)
         if packed is None:
-            packed = quantize_weight(adopt.floats_of(layer), self.format)
+            packed = quantize_weight(adopt.floats_of(layer), self.format, device=self.device)
         adopt.forget_theirs(layer)
         return self._made(packed, layer, layout)
 

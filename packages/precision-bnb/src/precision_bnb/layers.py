@@ -37,6 +37,9 @@ class Quantized(nn.Module):
     loads_unsharded = ("weight",)
     """What `fabric.load_module` hands over unsharded, to be checked, or quantised, before it is cut into shards."""
     shown = ""
+    quantizes_on: torch.device | None = None
+    """Where floats of a checkpoint are quantised: the device of the strategy that the layer was set up for. None: where
+    the weight is."""
     _repacked: fast.Repacked | None = None
 
     @property
@@ -97,6 +100,10 @@ class Quantized(nn.Module):
 
         move: Any = super()._apply
         return move(apply, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and saved: not what can be made again, nor a device that another machine may not have."""
+        return {**vars(self), "_repacked": None, "quantizes_on": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         restore: Any = super().__setstate__  # torch has no types for it
@@ -193,10 +200,6 @@ class QuantizedLinear(Quantized, nn.Linear):
         if mode:
             self._repacked = None
         return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: Any = super().__getstate__  # torch has no types for it
-        return {**state(), "_repacked": None}  # what can be made again is neither copied nor saved
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -52,7 +52,8 @@ def _load_whole(layer: Quantized, state: MutableMapping[str, Any], prefix: str, 
             f"{str(found.dtype).removeprefix('torch.')} of shape {tuple(found.shape)} in the checkpoint; expected "
             f"packed {layout.format}, or floats of shape {floats}"
         )
-    state[key] = quantize(found, layout.format, transposed=layer.transposed)
+    device = layer.quantizes_on or (None if layer.weight.is_meta else layer.weight.device)
+    state[key] = quantize(found, layout.format, transposed=layer.transposed, device=device)
 
 
 def check_shard(shard: Any, layout: Layout) -> None:

@@ -113,6 +113,11 @@ class BitsandbytesPrecision(Wrapping):
             return torch.bfloat16
         return self._config.bnb_4bit_compute_dtype or compute_dtype(device_type)
 
+    @property
+    def _device(self) -> torch.device | None:
+        """Where the model will live; None outside of Fabric."""
+        return None if self._strategy is None else self._strategy.device
+
     def _make_base(self, device_type: str, trains: bool) -> Precision:
         """Returns the plugin for what is not quantised."""
         dtype = self._compute_dtype(device_type)
@@ -204,17 +209,21 @@ class BitsandbytesPrecision(Wrapping):
     def before_load(self, module: nn.Module) -> None:
         """Quantises a model that was built in `module_init_context` while it has no values: a file is to fill it."""
         if any(True for _ in converted(module)):
+            self._set_devices(module)
             return
         planned = [item.name for item in self._surgery(module, dry_run=True).report.converted]
         if planned and planned != ["(root)"]:  # which has no parent to be replaced in: `setup` does it
             self._prepared[module] = self._surgery(module).report
+            self._set_devices(module)
 
     def _surgery(self, module: nn.Module, dry_run: bool = False) -> Surgery:
         dtype = self._compute_dtype(self._device_type)
-        return quantize(module, self._config, dtype, self._ignored, embeddings=self._embeddings, dry_run=dry_run)
+        options: dict[str, Any] = {"embeddings": self._embeddings, "device": self._device, "dry_run": dry_run}
+        return quantize(module, self._config, dtype, self._ignored, **options)
 
     def _adopt_raw(self, module: nn.Module, dry_run: bool = False) -> Surgery:
-        return adopt_raw(module, self._config, self._compute_dtype(self._device_type), self._ignored, dry_run=dry_run)
+        dtype = self._compute_dtype(self._device_type)
+        return adopt_raw(module, self._config, dtype, self._ignored, device=self._device, dry_run=dry_run)
 
     def _quantize(self, module: nn.Module, dry_run: bool = False) -> Surgery:
         surgery = self._surgery(module, dry_run)
@@ -273,8 +282,15 @@ class BitsandbytesPrecision(Wrapping):
 
         return cast_parameters(module, wide)
 
+    def _set_devices(self, module: nn.Module) -> None:
+        """Tells layers where to quantise what they load: on the device where the model will live, not on the CPU."""
+        for _, layer in converted(module):
+            if isinstance(layer, Quantized):
+                layer.quantizes_on = self._device
+
     def _set_up_layers(self, module: nn.Module) -> None:
         """Brings layers that were quantised by others, or before, to the settings of now."""
+        self._set_devices(module)
         for name, layer in converted(module):
             layer.shown = f"{type(layer).__name__}{f' {name!r}' * bool(name)}"
             if isinstance(layer, Quantized):

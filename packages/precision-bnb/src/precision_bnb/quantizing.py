@@ -17,8 +17,9 @@ from torch import Tensor
 from precision_bnb.config import COMPUTE_DTYPES
 from precision_bnb.packed import NESTED_BLOCK, Format, Layout
 
-_CHUNK = 2**18
-"""Weights quantised at a time: temporaries are about 20 bytes a weight. Larger and smaller chunks were slower."""
+_CHUNK, _CHUNK_ON_GPU = 2**18, 2**24
+"""Weights quantised at a time: temporaries are about 20 bytes a weight. On a CPU larger and smaller chunks were slower;
+on a GPU each chunk takes about eight kernel launches, and its codes come back in a copy that is waited for."""
 _LARGEST_BLOCK = 1024
 """Of bitsandbytes' AVX512 kernel; for larger ones it calls torch.compile. A block is as well several with one scale."""
 
@@ -29,8 +30,10 @@ _CPU = torch.device("cpu")
 _codes: dict[tuple[str, torch.device], Tensor] = {}
 
 
-def quantize(weight: Tensor, format: Format, *, transposed: bool = False) -> Tensor:
+def quantize(weight: Tensor, format: Format, *, transposed: bool = False, device: torch.device | None = None) -> Tensor:
     """Returns packed weights for floats (rows, columns), or (columns, rows) when `transposed`; on the same device.
+
+    `device` is where it is computed, a chunk at a time; None: where the weight is.
 
     Raises:
         ValueError: weights that are not of a floating dtype, or not of two dimensions; infinite ones or NaN; for int8
@@ -42,7 +45,8 @@ def quantize(weight: Tensor, format: Format, *, transposed: bool = False) -> Ten
     layout = Layout(format, *weight.shape)
     packed = layout.empty(weight.device)
     if not weight.is_meta and weight.numel():
-        (_quantize_8bit if format.quant_type == "int8" else _quantize_4bit)(weight, packed, layout)
+        write = _quantize_8bit if format.quant_type == "int8" else _quantize_4bit
+        write(weight, packed, layout, device or weight.device)
     return packed
 
 
@@ -76,12 +80,12 @@ def dequantize(packed: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
 # ---------------------------------------------------------------- 4 bits
 
 
-def _quantize_4bit(weight: Tensor, packed: Tensor, layout: Layout) -> None:
+def _quantize_4bit(weight: Tensor, packed: Tensor, layout: Layout, device: torch.device) -> None:
     format = layout.format
     parts = layout.parts(packed)
     double = format.double_quant
-    scales = torch.empty(len(parts.scales), dtype=torch.float32, device=weight.device) if double else parts.scales
-    for start, chunk in _chunks(weight, format.block_size):
+    scales = torch.empty(len(parts.scales), dtype=torch.float32, device=device) if double else parts.scales
+    for start, chunk in _chunks(weight, format.block_size, device):
         codes, state = bnb.quantize_4bit(chunk, blocksize=format.block_size, quant_type=format.quant_type)
         parts.codes[start // 2 : start // 2 + codes.numel()] = codes.view(-1)
         first = start // format.block_size
@@ -90,19 +94,24 @@ def _quantize_4bit(weight: Tensor, packed: Tensor, layout: Layout) -> None:
         raise ValueError(_NOT_FINITE)
     if double:
         assert parts.nested is not None and parts.offset is not None
-        parts.offset.fill_(scales.mean())
-        codes, state = bnb.quantize_blockwise(scales - parts.offset, blocksize=NESTED_BLOCK)
+        mean = scales.mean()
+        parts.offset.copy_(mean)
+        codes, state = bnb.quantize_blockwise(scales - mean, blocksize=NESTED_BLOCK)
         parts.scales.copy_(codes)
         parts.nested.copy_(state.absmax)
 
 
-def _chunks(weight: Tensor, block_size: int) -> Iterator[tuple[int, Tensor]]:
+def _chunk_size(device: torch.device) -> int:
+    return _CHUNK if device.type == "cpu" else _CHUNK_ON_GPU
+
+
+def _chunks(weight: Tensor, block_size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
     """Yields where each chunk of rows begins, in weights, and the chunk; all but the last are whole blocks."""
     columns = weight.shape[1]
     whole = block_size // math.gcd(columns, block_size)
-    rows = max(1, _CHUNK // (columns * whole)) * whole
+    rows = max(1, _chunk_size(device) // (columns * whole)) * whole
     for start in range(0, weight.shape[0], rows):
-        chunk = weight[start : start + rows].contiguous()
+        chunk = weight[start : start + rows].to(device).contiguous()
         yield start * columns, chunk.float() if chunk.dtype is torch.float64 else chunk
 
 
@@ -169,11 +178,11 @@ def _cached(name: str, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------- 8 bits
 
 
-def _quantize_8bit(weight: Tensor, packed: Tensor, layout: Layout) -> None:
+def _quantize_8bit(weight: Tensor, packed: Tensor, layout: Layout, device: torch.device) -> None:
     parts = layout.parts(packed)
-    rows = max(1, _CHUNK // layout.columns)
+    rows = max(1, _chunk_size(device) // layout.columns)
     for start in range(0, layout.rows, rows):
-        codes, scales = quantize_rows(weight[start : start + rows])
+        codes, scales = quantize_rows(weight[start : start + rows].to(device))
         parts.codes[start : start + rows] = codes.masked_fill_((scales == 0).unsqueeze(1), 0)  # theirs are 0 / 0
         parts.scales[start : start + rows] = scales
     if not bool(torch.isfinite(parts.scales).all()):
