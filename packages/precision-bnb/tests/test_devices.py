@@ -12,7 +12,7 @@ from bitsandbytes.autograd import _functions as vendors_products
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from precision_bnb import BitsandbytesPrecision, products, quantizing
+from precision_bnb import BitsandbytesPrecision, QuantizedLinear, products, quantizing
 from precision_bnb.packed import Format
 from precision_core import Fabric
 
@@ -160,3 +160,59 @@ def test_a_float_model_is_quantised_where_it_will_live(elsewhere: Any, fabric: F
         fabric.precision_plugin.convert_module(model)
     assert (elsewhere.quantised, elsewhere.here) == ([64 * 48], [])
     assert torch.equal(model[0].weight, quantizing.quantize(values, Format("nf4")))
+
+
+# ---------------------------------------------------------------- tables
+
+
+@pytest.fixture
+def no_tables(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Tensor]:
+    """The tables that this process has made so far, none."""
+    tables: dict[Any, Tensor] = {}
+    monkeypatch.setattr(quantizing, "_codes", tables)
+    return tables
+
+
+def assert_no_copies_in_forward(layer: Any, x: Tensor, recorder: Any) -> None:
+    x = x.to("meta")
+    with recorder:
+        layer(x)
+    assert not recorder.copies, "it would be captured in a CUDA graph"
+    assert recorder.operands("bitsandbytes::gemm_4bit") or recorder.operands("aten::embedding")
+
+
+@pytest.mark.usefixtures("on_meta", "no_tables")
+@pytest.mark.parametrize("way", ["moved", "unpickled", "made there", "taken over by hand"])
+def test_tables_are_made_when_a_layer_comes_to_a_device(recorder: Any, way: str, no_tables: dict[Any, Tensor]) -> None:
+    """In a forward that is captured in a CUDA graph they would lie in the graph's memory, which others write to."""
+    layer = converted("nf4-dq").to("meta")
+    saved = pickle.dumps(layer)
+    if way != "moved":
+        no_tables.clear()
+    if way == "unpickled":
+        layer = pickle.loads(saved)
+    elif way == "made there":
+        layer = QuantizedLinear(layer.weight, layer.bias, layer.layout, torch.float16)
+    elif way == "taken over by hand":
+        BitsandbytesPrecision("nf4-dq", torch.float16).convert_module(nn.Sequential(layer))
+    assert_no_copies_in_forward(layer, torch.ones(2, 64), recorder)
+
+
+def test_tables_are_made_at_setup_for_engines_that_move_weights_themselves(
+    recorder: Any, fabric: Fabric, no_tables: dict[Any, Tensor]
+) -> None:
+    model = nn.Sequential(converted("nf4"))
+    no_tables.clear()
+    fabric.precision_plugin.convert_module(model)
+    x, packed = torch.ones(2, 64, device="meta"), model[0].weight.to("meta")  # as FSDP2 does, by the parameter
+    with recorder:
+        products.product(x, packed, None, model[0].layout, 0.0, False)
+    assert recorder.operands("bitsandbytes::gemm_4bit") and not recorder.copies
+
+
+@pytest.mark.usefixtures("on_meta", "no_tables")
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq"])
+def test_an_embeddings_tables_too(recorder: Any, mode: str) -> None:
+    model = nn.Sequential(nn.Embedding(50, 64))
+    BitsandbytesPrecision(mode, torch.float16, embeddings=True).convert_module(model)
+    assert_no_copies_in_forward(model[0].to("meta"), torch.ones(2, 3, dtype=torch.long), recorder)

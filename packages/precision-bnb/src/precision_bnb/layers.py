@@ -99,7 +99,9 @@ class Quantized(nn.Module):
             return moved if moved.dtype is tensor.dtype else moved.view(tensor.dtype)
 
         move: Any = super()._apply
-        return move(apply, recurse)
+        moved_module = move(apply, recurse)
+        make_codes(self.format, self.weight.device)
+        return moved_module
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and saved: not what can be made again, nor a device that another machine may not have."""
@@ -108,7 +110,7 @@ class Quantized(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         restore: Any = super().__setstate__  # torch has no types for it
         restore(state)
-        make_codes(self.layout.format)
+        make_codes(self.format, self.weight.device)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
@@ -164,7 +166,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         transposed: bool = False,
     ) -> None:
         nn.Module.__init__(self)
-        make_codes(layout.format)
+        make_codes(layout.format, weight.device)
         self.in_features, self.out_features = layout.columns, layout.rows
         self.layout = layout
         self.compute_dtype = compute_dtype
@@ -212,7 +214,7 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
 
     def __init__(self, weight: Tensor, layout: Layout, compute_dtype: torch.dtype, padding_idx: int | None) -> None:
         nn.Module.__init__(self)
-        make_codes(layout.format)
+        make_codes(layout.format, weight.device)
         self.num_embeddings, self.embedding_dim = layout.rows, layout.columns
         self.padding_idx = padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False

@@ -19,6 +19,7 @@ from precision_bnb.config import COMPUTE_DTYPES, BitsAndBytesConfig
 from precision_bnb.convert import adopt_raw, check_embeddings, converted, format_of, quantize
 from precision_bnb.layers import Quantized, QuantizedEmbedding, QuantizedLinear
 from precision_bnb.meta import parameters_on_meta
+from precision_bnb.quantizing import make_codes
 from precision_bnb.share import left_out, quantised_share
 from precision_bnb.support import DEVICES, compute_dtype
 from precision_core import HalfPrecision, MixedPrecision, Policy, Precision, Report
@@ -283,10 +284,11 @@ class BitsandbytesPrecision(Wrapping):
         return cast_parameters(module, wide)
 
     def _set_devices(self, module: nn.Module) -> None:
-        """Tells layers where to quantise what they load: on the device where the model will live, not on the CPU."""
+        """Tells layers where to quantise what they load, and makes their tables there: engines may move the weights."""
         for _, layer in converted(module):
             if isinstance(layer, Quantized):
                 layer.quantizes_on = self._device
+                make_codes(layer.format, self._device or layer.weight.device)
 
     def _set_up_layers(self, module: nn.Module) -> None:
         """Brings layers that were quantised by others, or before, to the settings of now."""

@@ -158,12 +158,16 @@ def nested_code(device: torch.device) -> Tensor:
     return _cached("dynamic", device)
 
 
-def make_codes(format: Format) -> None:
-    """Makes the values of `format` on the CPU before a layer needs them: torch.compile could not trace that."""
+def make_codes(format: Format, device: torch.device = _CPU) -> None:
+    """Makes the tables of `format` on a device, and on the CPU, before a forward needs them.
+
+    torch.compile could not trace that, and in a CUDA graph that is captured they would lie in memory of the graph's.
+    """
     if format.quant_type != "int8":
-        code_of(format.quant_type, _CPU)
-        if format.double_quant:
-            nested_code(_CPU)
+        for each in dict.fromkeys((_CPU, device)):
+            code_of(format.quant_type, each)
+            if format.double_quant:
+                nested_code(each)
 
 
 def _cached(name: str, device: torch.device) -> Tensor:
