@@ -27,6 +27,7 @@ from precision_bnb import (
     quantize,
     quantizing,
 )
+from precision_bnb.views import Views
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 needs_kernel = pytest.mark.skipif(not fast.is_here(), reason="no AVX512-BF16: the fused kernel was not exercised")
@@ -386,7 +387,7 @@ def test_the_calls_that_gpus_get_are_the_same(mode: str) -> None:
     results = []
     for vendor in (False, True):
         x = inputs()[0].detach().requires_grad_()
-        y = products._vendor_4bit(x, layer.weight, layer.bias, layer.layout) if vendor else layer(x)
+        y = products._vendor_4bit(x, layer.bias, Views(layer.weight, layer.layout)) if vendor else layer(x)
         layer.zero_grad()
         y.square().sum().backward()
         results.append([y, x.grad, layer.bias.grad])

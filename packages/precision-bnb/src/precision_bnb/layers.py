@@ -15,6 +15,7 @@ from precision_bnb.loading import load_packed
 from precision_bnb.packed import Format, Layout
 from precision_bnb.products import product, training_product
 from precision_bnb.quantizing import code_of, dequantize, make_codes, nested_code
+from precision_bnb.views import Views
 
 
 def _shown(layer: Any) -> str:
@@ -41,6 +42,7 @@ class Quantized(nn.Module):
     """Where floats of a checkpoint are quantised: the device of the strategy that the layer was set up for. None: where
     the weight is."""
     _repacked: fast.Repacked | None = None
+    _views: Views | None = None
 
     @property
     def format(self) -> Format:
@@ -79,13 +81,26 @@ class Quantized(nn.Module):
             )
         return weight
 
+    def _opened(self) -> Views:
+        """Returns views of the weight's parts, those of the last forward where they still are; checks new ones."""
+        if torch.compiler.is_compiling():  # a trace has no addresses
+            return Views(self._checked_weight(), self.layout)
+        views = self._views
+        if views is None or not views.are_of(self.weight):
+            views = self._views = Views(self._checked_weight(), self.layout)
+        return views
+
+    def forget(self) -> None:
+        """Drops what a forward keeps for the next one and can make again; it holds on to the memory of the weight."""
+        self._repacked = self._views = None
+
     def _is_intact(self) -> bool:
         return self.weight.dtype is self.layout.format.storage and self.weight.shape == self.layout.shape
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves and casts, with the packed weight shown to `fn` as bytes; of a cast, only the move is done."""
         weight = self._parameters["weight"]
-        self._repacked = None
+        self.forget()
 
         def apply(tensor: Tensor) -> Tensor:
             if tensor is not weight:
@@ -105,7 +120,7 @@ class Quantized(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and saved: not what can be made again, nor a device that another machine may not have."""
-        return {**vars(self), "_repacked": None, "quantizes_on": None}
+        return {**vars(self), "_repacked": None, "_views": None, "quantizes_on": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         restore: Any = super().__setstate__  # torch has no types for it
@@ -120,7 +135,7 @@ class Quantized(nn.Module):
         except ValueError as error:
             errors.append(f"{prefix}weight: {error}")
             return
-        self._repacked = None
+        self.forget()
         if f"{prefix}weight" in own and type(self.weight.data) is Tensor and not self._is_intact():
             self.weight.data = self.layout.empty(self.weight.device)
         super()._load_from_state_dict(own, prefix, *args)
@@ -178,23 +193,23 @@ class QuantizedLinear(Quantized, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x W^T + bias."""
-        weight, dtype = self._checked_weight(), self.compute_dtype
+        views, dtype = self._opened(), self.compute_dtype
         cast = torch.is_autocast_enabled(x.device.type)
         output = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         rows = _rows(x, self).to(dtype)
         with torch.autocast(x.device.type, enabled=False) if cast else nullcontext():
             if self.fast_inference and not self.training and not torch.is_grad_enabled():
-                result = self._fast(rows, weight, bias)
+                result = self._fast(rows, bias, views)
             else:
-                result = product(rows, weight, bias, self.layout, self.threshold, self.training)
+                result = product(rows, self.weight, bias, views, self.threshold, self.training)
         return _as_input(result, x).to(output)
 
-    def _fast(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _fast(self, x: Tensor, bias: Tensor | None, views: Views) -> Tensor:
         if x.device.type != "cpu" or not fast.takes(self.layout):
-            return product(x, weight, bias, self.layout, self.threshold, False)
-        if self._repacked is None or not self._repacked.is_of(weight):
-            self._repacked = fast.Repacked(weight, self.layout)
+            return product(x, self.weight, bias, views, self.threshold, False)
+        if self._repacked is None or not self._repacked.is_of(self.weight):
+            self._repacked = fast.Repacked(self.weight, self.layout)
         return self._repacked.product(x, bias)
 
     def train(self, mode: bool = True) -> Any:
@@ -225,7 +240,7 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         """Returns the rows of `ids`."""
         layout, dtype = self.layout, self.compute_dtype
-        parts = layout.parts(self._checked_weight())
+        parts = self._opened().parts
         # Raises for what nn.Embedding raises for: ids of another dtype, below 0 or too large.
         ids = F.embedding(ids, torch.arange(layout.rows, device=ids.device).view(-1, 1)).squeeze(-1)
         if layout.format.quant_type == "int8":

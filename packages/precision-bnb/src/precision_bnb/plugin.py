@@ -287,6 +287,7 @@ class BitsandbytesPrecision(Wrapping):
         """Tells layers where to quantise what they load, and makes their tables there: engines may move the weights."""
         for _, layer in converted(module):
             if isinstance(layer, Quantized):
+                layer.forget()
                 layer.quantizes_on = self._device
                 make_codes(layer.format, self._device or layer.weight.device)
 

@@ -16,30 +16,36 @@ from torch import Tensor
 from torch.autograd import Function
 
 from precision_bnb.packed import Layout
-from precision_bnb.quantizing import code_of, dequantize, nested_code, quantize_rows
+from precision_bnb.quantizing import dequantize, dequantize_parts, quantize_rows
+from precision_bnb.views import Views
 
 _FLOAT_PRODUCTS = ("cpu", "xpu")
 """Where bitsandbytes trains 8-bit weights by dequantising them; elsewhere inputs are quantised in training, too."""
 
 
-def product(x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout, threshold: float, training: bool) -> Tensor:
-    """Returns x W^T + bias in the dtype of `x`; `threshold` and `training` are of int8 only."""
+def product(x: Tensor, packed: Tensor, bias: Tensor | None, views: Views, threshold: float, training: bool) -> Tensor:
+    """Returns x W^T + bias in the dtype of `x`; `views` are those of `packed`.
+
+    `threshold` and `training` are of int8 only.
+    """
+    layout = views.layout
     if layout.format.quant_type != "int8":
         if x.device.type != "cpu" and layout.columns % layout.format.block_size == 0:
-            return _vendor_4bit(x, packed, bias, layout)
-        return _dequantized(x, packed, bias, layout)
+            return _vendor_4bit(x, bias, views)
+        return _dequantized(x, packed, bias, views)
     if training and x.device.type in _FLOAT_PRODUCTS:
-        return _dequantized(x, packed, bias, layout)
-    parts = layout.parts(packed)
+        return _dequantized(x, packed, bias, views)
+    codes, scales = views.parts.codes, views.parts.scales
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _apply(_Int8, x, packed, bias, layout, threshold)
-    return int8_product(x, parts.codes, parts.scales, bias, threshold)
+        return _apply(_Int8, x, packed, bias, codes, scales, layout, threshold)
+    return int8_product(x, codes, scales, bias, threshold)
 
 
-def _dequantized(x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+def _dequantized(x: Tensor, packed: Tensor, bias: Tensor | None, views: Views) -> Tensor:
+    weight = dequantize_parts(views.parts, views.layout, x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _apply(_Dequantized, x, packed, bias, layout)
-    return F.linear(x, dequantize(packed, layout, x.dtype), bias)
+        return _apply(_Dequantized, x, packed, bias, weight, views.layout)
+    return F.linear(x, weight, bias)
 
 
 def _apply(function: Any, *args: Any) -> Tensor:
@@ -48,32 +54,40 @@ def _apply(function: Any, *args: Any) -> Tensor:
 
 
 class _Dequantized(Function):
-    """The weights are dequantised in the input's dtype, and again in backward."""
+    """The `weight` was dequantised in the input's dtype, and is again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None, weight: Tensor, layout: Layout) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.layout = layout
-        return F.linear(x, dequantize(packed, layout, x.dtype), bias)
+        return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return *_gradients(ctx, grad), None
+        return *_gradients(ctx, grad), None, None
 
 
 class _Int8(Function):
     """Input and weights are multiplied as int8; the gradient is that of the dequantised weights."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout, threshold: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        codes: Tensor,
+        scales: Tensor,
+        layout: Layout,
+        threshold: float,
+    ) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.layout = layout
-        parts = layout.parts(packed)
-        return int8_product(x, parts.codes, parts.scales, bias, threshold)
+        return int8_product(x, codes, scales, bias, threshold)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return *_gradients(ctx, grad), None, None
+        return *_gradients(ctx, grad), None, None, None, None
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
@@ -106,26 +120,11 @@ def int8_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, 
     return result
 
 
-def _vendor_4bit(x: Tensor, packed: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+def _vendor_4bit(x: Tensor, bias: Tensor | None, views: Views) -> Tensor:
     """bitsandbytes' own call, with its kernels for GPUs; they take rows of whole blocks."""
-    parts, format = layout.parts(packed), layout.format
-    nested = offset = None
-    if parts.nested is not None and parts.offset is not None:
-        code = nested_code(x.device)
-        nested = bnb.QuantState(absmax=parts.nested, code=code, blocksize=256, dtype=torch.float32)
-        offset = parts.offset.view(())
-    state = bnb.QuantState(
-        absmax=parts.scales,
-        shape=torch.Size((layout.rows, layout.columns)),
-        code=code_of(format.quant_type, x.device),
-        blocksize=format.block_size,
-        quant_type=format.quant_type,
-        dtype=x.dtype,
-        offset=offset,
-        state2=nested,
-    )
+    codes, state = views.state(x.dtype)
     bias = None if bias is None else bias.contiguous()  # it is read from a pointer on; the input is made contiguous
-    result: Tensor = bitsandbytes.matmul_4bit(x, parts.codes.view(-1, 1), quant_state=state, bias=bias)
+    result: Tensor = bitsandbytes.matmul_4bit(x, codes, quant_state=state, bias=bias)
     return result
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from precision_bnb.config import COMPUTE_DTYPES
-from precision_bnb.packed import NESTED_BLOCK, Format, Layout
+from precision_bnb.packed import NESTED_BLOCK, Format, Layout, Parts
 
 _CHUNK, _CHUNK_ON_GPU = 2**18, 2**24
 """Weights quantised at a time: temporaries are about 20 bytes a weight. On a CPU larger and smaller chunks were slower;
@@ -69,12 +69,16 @@ def check_floating(dtype: torch.dtype) -> None:
 def dequantize(packed: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Returns the weights (rows, columns) that packed ones stand for; `ValueError` for a dtype that is not floating."""
     check_floating(dtype)
+    return dequantize_parts(layout.parts(packed), layout, dtype)
+
+
+def dequantize_parts(parts: Parts, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Returns what `dequantize` does, of views that were made before."""
     if dtype not in COMPUTE_DTYPES:  # bitsandbytes' kernels leave those unwritten
-        return dequantize(packed, layout, torch.float32).to(dtype)
+        return dequantize_parts(parts, layout, torch.float32).to(dtype)
     if layout.format.quant_type == "int8":
-        parts = layout.parts(packed)
         return parts.codes.to(dtype).mul_(parts.scales.unsqueeze(1).mul(1.0 / 127.0))
-    return _dequantize_4bit(packed, layout, dtype)
+    return _dequantize_4bit(parts, layout, dtype)
 
 
 # ---------------------------------------------------------------- 4 bits
@@ -115,12 +119,11 @@ def _chunks(weight: Tensor, block_size: int, device: torch.device) -> Iterator[t
         yield start * columns, chunk.float() if chunk.dtype is torch.float64 else chunk
 
 
-def _dequantize_4bit(packed: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    parts = layout.parts(packed)
+def _dequantize_4bit(parts: Parts, layout: Layout, dtype: torch.dtype) -> Tensor:
     scales = scales_of(layout, parts.scales, parts.nested, parts.offset)
     kind, block, weights = layout.format.quant_type, layout.format.block_size, layout.rows * layout.columns
     kernel = torch.ops.bitsandbytes.dequantize_4bit.default
-    if packed.device.type != "cpu":
+    if parts.codes.device.type != "cpu":
         return kernel(parts.codes.view(-1, 1), scales, block, kind, (layout.rows, layout.columns), dtype)
     if block > _LARGEST_BLOCK:
         scales, block = scales.repeat_interleave(block // _LARGEST_BLOCK), _LARGEST_BLOCK
