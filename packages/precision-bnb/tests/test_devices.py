@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from bitsandbytes.autograd import _functions as vendors_products
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from precision_bnb import BitsandbytesPrecision, QuantizedLinear, products, quantizing
+from precision_bnb import MODES, BitsandbytesPrecision, QuantizedEmbedding, QuantizedLinear, products, quantizing
 from precision_bnb.packed import Format
 from precision_bnb.views import Views
 from precision_core import Fabric
@@ -298,3 +299,38 @@ def test_views_are_neither_copied_nor_saved_nor_in_the_way_of_free_memory() -> N
     assert pickle.loads(pickle.dumps(layer))._views is None
     BitsandbytesPrecision("nf4").convert_module(nn.Sequential(layer))
     assert layer._views is None
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+def embedding(mode: str, width: int, rows: int = 300, block_size: int = 64) -> QuantizedEmbedding:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(rows, width))
+    config = replace(MODES[mode], **({} if mode == "int8" else {"block_size": block_size}))
+    BitsandbytesPrecision(config, torch.float32, embeddings=True).convert_module(model)
+    return model[0]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("width", [64, 48, 7])
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "int8"])
+def test_embeddings_make_no_large_tables(recorder: Any, mode: str, width: int) -> None:
+    """Positions in int64 took 8 bytes a value, several times: 2 GB for 8192 tokens of a width of 8192."""
+    layer, ids = embedding(mode, width), torch.randint(0, 300, (40, 50))
+    with recorder:
+        result = layer(ids)
+    made = [each for call in recorder.calls for each in call.returned]
+    assert max(each.nbytes for each in made) <= result.nbytes * (1 + 1 / width)  # an odd row's bytes are a half more
+    wide = [tuple(each.shape) for each in made if each.dtype is torch.int64 and each.numel() >= result.numel()]
+    assert wide == []
+    assert not any(each.dtype is torch.int64 and each.numel() == 300 for each in made)  # none of the vocabulary
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 4096])
+@pytest.mark.parametrize("width", [64, 48, 30, 7, 1])
+@pytest.mark.parametrize("mode", ["nf4", "fp4-dq"])
+def test_embeddings_of_any_width_and_block(mode: str, width: int, block_size: int) -> None:
+    layer = embedding(mode, width, 301, block_size)
+    for ids in (torch.arange(301), torch.tensor(300), torch.randint(0, 301, (3, 4)).int(), torch.empty(0, 2).long()):
+        result = layer(ids)
+        assert torch.equal(result, layer.dequantize()[ids.long()]) and result.shape == (*ids.shape, width)

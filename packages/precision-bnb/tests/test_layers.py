@@ -421,7 +421,10 @@ def test_an_embedding_whose_codes_were_cast_says_so(mode: str) -> None:
         model(torch.tensor([1]))
 
 
-@pytest.mark.parametrize(("mode", "tables"), [("nf4", {"nf4"}), ("nf4-dq", {"nf4", "dynamic"}), ("int8", set())])
+NF4 = {"nf4", "nf4 pairs"}
+
+
+@pytest.mark.parametrize(("mode", "tables"), [("nf4", NF4), ("nf4-dq", {*NF4, "dynamic"}), ("int8", set())])
 def test_tables_of_codes_are_there_before_a_layer_needs_them(
     mode: str, tables: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

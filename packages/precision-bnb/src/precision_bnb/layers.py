@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from precision_bnb import fast
 from precision_bnb.loading import load_packed
-from precision_bnb.packed import Format, Layout
+from precision_bnb.packed import NESTED_BLOCK, Format, Layout
 from precision_bnb.products import product, training_product
-from precision_bnb.quantizing import code_of, dequantize, make_codes, nested_code
+from precision_bnb.quantizing import dequantize, make_codes, nested_code, pairs_of
 from precision_bnb.views import Views
 
 
@@ -238,23 +239,29 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Returns the rows of `ids`."""
+        """Returns the rows of `ids`, integers of any shape; raises what `nn.Embedding` raises."""
         layout, dtype = self.layout, self.compute_dtype
         parts = self._opened().parts
-        # Raises for what nn.Embedding raises for: ids of another dtype, below 0 or too large.
-        ids = F.embedding(ids, torch.arange(layout.rows, device=ids.device).view(-1, 1)).squeeze(-1)
         if layout.format.quant_type == "int8":
-            scales = F.embedding(ids, parts.scales.view(-1, 1)).mul_(1.0 / 127.0)
-            return (F.embedding(ids, parts.codes) * scales).to(dtype)
-        positions = ids.unsqueeze(-1) * layout.columns + torch.arange(layout.columns, device=ids.device)
-        pairs = parts.codes[positions // 2]
-        codes = torch.where(positions % 2 == 0, pairs >> 4, pairs & 15)
-        blocks = positions // layout.format.block_size
-        scales = parts.scales[blocks]
+            values, scales = F.embedding(ids, parts.codes), F.embedding(ids, parts.scales.view(-1, 1))
+            return (values * scales.mul_(1.0 / 127.0)).to(dtype)
+        columns, block = layout.columns, layout.format.block_size
+        F.embedding(ids, parts.codes[:1].expand(layout.rows, 1))  # raises for ids of other dtypes, below 0 or too large
+        start = ids.long() * columns  # of each row, in weights
+        # All tables of (ids, columns) have the bytes that they need: the rows' own, and indices in int32.
+        row_bytes = parts.codes.unfold(0, (columns + 1) // 2, 1)[start // 2]
+        values = F.embedding(row_bytes.int(), pairs_of(layout.format.quant_type, ids.device)).flatten(-2)
+        if columns % 2:  # a row may begin in the middle of a byte
+            values = torch.where(start.unsqueeze(-1) % 2 == 0, values[..., :-1], values[..., 1:])
+        run = math.gcd(columns, block)  # values side by side that share a scale, wherever their row begins
+        ends = torch.arange(0, columns, run, dtype=torch.int32, device=ids.device)
+        blocks = ((start % block).int().unsqueeze(-1) + ends) // block + (start // block).int().unsqueeze(-1)
+        scales = F.embedding(blocks, parts.scales.view(-1, 1))
         if parts.nested is not None:
             assert parts.offset is not None
-            scales = nested_code(ids.device)[scales.int()] * parts.nested[blocks // 256] + parts.offset
-        return (code_of(layout.format.quant_type, ids.device)[codes.int()] * scales).to(dtype)
+            scales = F.embedding(scales.int().squeeze(-1), nested_code(ids.device).view(-1, 1))
+            scales = scales * F.embedding(blocks // NESTED_BLOCK, parts.nested.view(-1, 1)) + parts.offset
+        return values.unflatten(-1, (-1, run)).mul_(scales).flatten(-2).to(dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -161,6 +161,11 @@ def nested_code(device: torch.device) -> Tensor:
     return _cached("dynamic", device)
 
 
+def pairs_of(quant_type: str, device: torch.device) -> Tensor:
+    """Returns float32 (256, 2): the values of a 4-bit type that each byte of codes has, the high half's first."""
+    return _cached(f"{quant_type} pairs", device)
+
+
 def make_codes(format: Format, device: torch.device = _CPU) -> None:
     """Makes the tables of `format` on a device, and on the CPU, before a forward needs them.
 
@@ -169,17 +174,25 @@ def make_codes(format: Format, device: torch.device = _CPU) -> None:
     if format.quant_type != "int8":
         for each in dict.fromkeys((_CPU, device)):
             code_of(format.quant_type, each)
+            pairs_of(format.quant_type, each)
             if format.double_quant:
                 nested_code(each)
 
 
 def _cached(name: str, device: torch.device) -> Tensor:
     key = (name, device)
-    if key not in _codes and device.type == "cpu":
-        _codes[key] = bnb.create_dynamic_map() if name == "dynamic" else bnb.get_4bit_type(name, device="cpu")
-    elif key not in _codes:
-        _codes[key] = _cached(name, _CPU).to(device)
+    if key not in _codes:
+        _codes[key] = _make_table(name) if device.type == "cpu" else _cached(name, _CPU).to(device)
     return _codes[key]
+
+
+def _make_table(name: str) -> Tensor:
+    if name == "dynamic":
+        table: Tensor = bnb.create_dynamic_map()
+        return table
+    quant_type, _, pairs = name.partition(" ")
+    code: Tensor = bnb.get_4bit_type(quant_type, device="cpu")
+    return torch.cartesian_prod(code, code) if pairs else code
 
 
 # ---------------------------------------------------------------- 8 bits
