@@ -8,7 +8,8 @@
     findings.py   all of it, printed
 
     modes.py      precision compare --modes: which precisions to run
-    compare.py    runs them one after another and collects a row for each
+    rows.py       a row for each, and which of them run here
+    compare.py    runs them one after another and fills the rows in
     process.py    one child process, and the lines it sends
     progress.py   what is shown meanwhile, on a terminal and in a log
     results.py    a row, and what is computed from all of them

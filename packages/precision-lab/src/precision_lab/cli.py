@@ -7,8 +7,12 @@ import sys
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from precision_lab.results import Row
 
 # Each command imports what it needs when it runs: torch takes seconds, --help should not.
 
@@ -72,12 +76,14 @@ def compare(
     """
     listed = _modes(modes)
     device_type = _device_type(accelerator)
-    _check_strategy(strategy, device_type, int(devices))
+    rows = _rows(
+        listed, device_type, named=modes is not None, run_slow=run_all, strategy=strategy, devices=int(devices)
+    )
     folder = _checked_folder(out)
 
     from rich.console import Console
 
-    from precision_lab.compare import make_rows, run
+    from precision_lab.compare import run
     from precision_lab.plot import save_plot
     from precision_lab.progress import make_progress
     from precision_lab.results import Comparison
@@ -85,9 +91,6 @@ def compare(
     from precision_lab.train import settings
 
     console = Console(highlight=False)
-    rows = make_rows(
-        listed, device_type, named=modes is not None, run_slow=run_all, strategy=strategy, devices=int(devices)
-    )
     comparison = Comparison(steps, seed, rows, strategy)
     with make_progress(console, rows, steps) as progress:
         run(comparison, accelerator, progress, int(devices))
@@ -142,13 +145,16 @@ def _device_type(accelerator: str) -> str:
         raise click.BadParameter(str(error), param_hint="--accelerator") from None
 
 
-def _check_strategy(strategy: str, device_type: str, devices: int) -> None:
-    from precision_lab.compare import refusal_of
+def _rows(modes: list[str], device_type: str, **options: Any) -> list[Row]:
+    from precision_lab.process import ChildFailed
+    from precision_lab.rows import ask_for_rows
 
     try:
-        refusal_of("32-true", device_type, strategy, devices)
-    except (ValueError, ImportError) as error:
+        return ask_for_rows(modes, device_type, **options)
+    except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--strategy") from None
+    except ChildFailed as failure:
+        raise click.ClickException(f"asking for {device_type}: {failure}") from None
 
 
 def _checked_folder(out: str) -> Path:

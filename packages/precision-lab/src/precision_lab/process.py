@@ -89,5 +89,10 @@ def _reason(code: int, errors: str, logs: Path) -> str:
     ranks = [path for path in logs.rglob("stderr.log") if "Traceback" in path.read_text(errors="replace")]
     if ranks:
         errors = min(ranks, key=lambda path: path.stat().st_mtime_ns).read_text(errors="replace")
+    return last_line(errors) or f"exit code {code}"
+
+
+def last_line(errors: str) -> str:
+    """Returns the last line of stderr that is not empty, without torchrun's "[rank0]:"; "" where there is none."""
     lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in errors.splitlines()]
-    return next((line for line in reversed(lines) if line), f"exit code {code}")
+    return next((line for line in reversed(lines) if line), "")

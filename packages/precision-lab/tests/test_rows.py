@@ -1,10 +1,15 @@
+import json
+
 import pytest
 import torch
+from click.testing import CliRunner
 
 from precision_core import MODES
 from precision_core.hardware import FORMATS
-from precision_lab.compare import make_rows, refusal_of
+from precision_core.testing import run_in_ranks
+from precision_lab.cli import main
 from precision_lab.modes import default_modes, parse_modes
+from precision_lab.rows import ask_for_rows, make_rows, refusal_of
 
 SLOW = "said so; --all runs it"
 
@@ -100,3 +105,45 @@ def test_what_a_strategy_refuses_is_a_row_with_its_reason(install):
 def test_a_strategy_that_cannot_run_here_is_a_wrong_option(strategy, devices, words):
     with pytest.raises(ValueError, match=words):
         refusal_of("32-true", "cpu", strategy, devices)
+
+
+# ---------------------------------------------------------------- a GPU, asked by a child
+
+
+def compare_beside_a_gpu(out, *options):
+    """Runs `compare` in a process where torch finds a GPU, and returns what was asked of it that makes a context."""
+    asked = []
+
+    def initialise():
+        asked.append("torch.cuda._lazy_init")
+        raise RuntimeError("a context was made")
+
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+    torch.cuda._lazy_init = torch.cuda.init = initialise
+    assert not torch.cuda.is_initialized()
+    result = CliRunner().invoke(main, ["compare", "--accelerator", "cuda", "--out", str(out), *options])
+    return asked, torch.cuda.is_initialized(), result.exit_code, result.output
+
+
+@pytest.mark.slow_start
+def test_the_parent_makes_no_cuda_context(tmp_path):
+    """The child looks for itself, and finds none."""
+    modes = "64-true,bf16-mixed,16-mixed"
+    ((asked, initialised, code, output),) = run_in_ranks(1, lambda: compare_beside_a_gpu(tmp_path, "--modes", modes))
+    assert (asked, initialised, code) == ([], False, 1), output
+    record = json.loads((tmp_path / "compare.json").read_text())
+    reasons = {row["mode"]: (row["status"], row["reason"]) for row in record["modes"]}
+    assert reasons == dict.fromkeys(modes.split(","), ("failed", "torch finds no cuda device here"))
+
+
+@pytest.mark.full
+@pytest.mark.slow_start
+def test_what_the_child_refuses_the_parent_refuses():
+    options = {"named": False, "run_slow": False, "strategy": "single_device", "devices": 2}
+    with pytest.raises(ValueError, match="runs in one process"):
+        ask_for_rows(["32-true"], "cuda", **options)
+
+
+def test_a_cpu_is_asked_in_this_process():
+    options = {"named": False, "run_slow": False, "strategy": "auto", "devices": 1}
+    assert ask_for_rows(["32-true"], "cpu", **options) == make_rows(["32-true"], "cpu", **options)

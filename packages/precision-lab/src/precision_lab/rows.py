@@ -1,0 +1,107 @@
+"""A row for each mode before anything is trained: which of them this machine and the strategy run.
+
+On a CPU that is found out in this process. A GPU is asked by a child: asking makes a context there, hundreds of MB that
+would lie beside what is measured for as long as this process lives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from precision_core import Policy, Support, supports
+from precision_core.support import is_core_mode, refusal, resolve_precision, resolve_strategy
+from precision_lab.process import ChildFailed, last_line
+from precision_lab.results import Row, Status, spell
+
+
+def ask_for_rows(modes: Sequence[str], device_type: str, **options: Any) -> list[Row]:
+    """Returns what `make_rows` does for the same arguments, without a context on a GPU in this process.
+
+    Raises:
+        ValueError: the strategy does not run on the device at all, or not in so many processes, or its package cannot
+            be imported.
+        ChildFailed: the child ended before it had an answer, with the last line that it wrote.
+    """
+    question = {"modes": list(modes), "device_type": device_type, **options}
+    if device_type == "cpu":
+        answer = _answer(question)
+    else:
+        child = subprocess.run(
+            [sys.executable, "-m", "precision_lab.rows"], input=json.dumps(question), capture_output=True, text=True
+        )
+        if child.returncode:
+            raise ChildFailed(last_line(child.stderr) or f"exit code {child.returncode}")
+        answer = json.loads(child.stdout)
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return [Row(**row) for row in answer["rows"]]
+
+
+def _answer(question: dict[str, Any]) -> dict[str, Any]:
+    try:
+        refusal_of("32-true", question["device_type"], question["strategy"], question["devices"])
+    except (ValueError, ImportError) as error:
+        return {"error": str(error)}
+    return {"rows": [asdict(row) for row in make_rows(**question)]}
+
+
+def make_rows(
+    modes: Sequence[str], device_type: str, *, named: bool, run_slow: bool, strategy: str = "auto", devices: int = 1
+) -> list[Row]:
+    """Returns a row for each mode, as `parse_modes` returns them. Those with a reason are not to be run.
+
+    Modes that the device is slow at are left out unless they were `named` or are to be run all the same. One that it
+    cannot run at all, or not under that strategy, has failed when it was asked for by name.
+    """
+    rows = []
+    for mode in modes:
+        policy = spell(Policy.parse(mode)) if is_core_mode(mode) else None
+        answer = _supports(mode, device_type, strategy)
+        if answer and (refused := refusal_of(mode, device_type, strategy, devices)):
+            answer = Support("no", refused)
+        status: Status = "failed" if named and not answer else "not run"
+        reasons = {"slow": "" if named or run_slow else f"{answer.reason}; --all runs it", "no": answer.reason}
+        rows.append(Row(mode, status, reasons.get(answer.level, ""), policy=policy))
+    return rows
+
+
+def _supports(mode: str, device_type: str, strategy: str) -> Support:
+    try:
+        return supports(mode, device_type, strategy)
+    except ImportError as error:  # some package's rows cannot be read: if it matters, the run itself will say so
+        return Support("native", str(error))
+
+
+def refusal_of(mode: str, device_type: str, strategy: str, devices: int) -> str | None:
+    """Returns why a strategy that was asked for does not run `mode`; None: it does, as far as its construction tells.
+
+    Raises:
+        ValueError: it does not run on the device at all, or not in so many processes.
+        ImportError: the package that brings it cannot be imported.
+    """
+    if strategy == "auto":  # those of core, which run all of its modes
+        return None
+    under, _ = resolve_strategy(strategy, device_type, devices, 1)
+    try:
+        return refusal(resolve_precision(mode, under), under)
+    except ValueError as error:
+        return str(error)
+    except ImportError:  # of the package that brings the mode: as above
+        return None
+
+
+def main() -> None:
+    """Answers the question on stdin, for a parent that must not ask itself."""
+    lines = os.fdopen(os.dup(1), "w")  # whatever a library prints belongs to stderr
+    os.dup2(2, 1)
+    print(json.dumps(_answer(json.load(sys.stdin))), file=lines, flush=True)
+
+
+if __name__ == "__main__":
+    main()
