@@ -21,3 +21,15 @@ def test_counts_what_was_taken_after_its_construction():
     (peak,) = run_in_ranks(1, lambda: peak_of_100_mib())
     assert peak is not None
     assert 95 * MIB < peak < 180 * MIB
+
+
+def test_on_cuda_what_was_there_before_does_not_count(monkeypatch):
+    """The text is on the device before the model is."""
+    allocated = {"now": 3 * MIB, "peak": 50 * MIB}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: allocated["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: allocated.update(peak=allocated["now"]))
+    memory = PeakMemory(torch.device("cuda", 0))
+    assert memory.read() == 0
+    allocated["peak"] = 10 * MIB
+    assert memory.read() == 7 * MIB

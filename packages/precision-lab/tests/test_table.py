@@ -16,9 +16,9 @@ def figures(mode, losses):
     )  # fmt: skip
 
 
-def printed(rows, width=80):
+def printed(rows, width=80, device="cpu"):
     text = io.StringIO()
-    print_table(Comparison(2, 0, rows, {"device": "cpu"}), Console(file=text, width=width))
+    print_table(Comparison(2, 0, rows, environment={"device": device}), Console(file=text, width=width))
     return text.getvalue()
 
 
@@ -39,6 +39,15 @@ def test_footnotes_explain_missing_figures():
     text = " ".join(printed([figures("bf16-mixed", [4.0])]).split())
     assert "- without 64-true among the finished modes" in text
     assert "- without 32-true among the finished modes" in text
+
+
+def test_footnotes_say_what_is_measured_on_a_gpu():
+    """Deterministic algorithms choose other kernels there: who reads the times has to know."""
+    rows = [figures("32-true", [4.0])]
+    gpu, cpu = (" ".join(printed(rows, device=device).split()) for device in ("cuda", "cpu"))
+    assert "ms/step: median, of deterministic kernels: attention's backward is slower" in gpu
+    assert "peak: growth of tensors' memory on the device" in gpu
+    assert "deterministic" not in cpu and "peak: growth of the process's memory" in cpu
 
 
 def test_a_table_without_a_finished_mode():

@@ -1,6 +1,7 @@
 """Memory that a training run took, as the machine counts it.
 
-On CUDA, torch's allocator knows its peak exactly. Anywhere else the process is asked: the growth of its resident peak
+On CUDA, torch's allocator knows its peak exactly; what tensors took before, the text for example, does not count.
+Anywhere else the process is asked: the growth of its resident peak
 over its resident size at the start, when everything is imported and the model does not exist yet. That includes what
 libraries allocate on first use (threads, workspaces), so it is the same for each mode only in a fresh process.
 
@@ -25,15 +26,14 @@ class PeakMemory:
         self._device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            self._before: int | None = 0
+            self._before: int | None = torch.cuda.memory_allocated(device)
         else:
             self._before = _resident("VmRSS")
 
     def read(self) -> int | None:
         """Returns the bytes by which memory grew at most; None where the system does not tell."""
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
-        peak = _resident("VmHWM")
+        on_cuda = self._device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self._device) if on_cuda else _resident("VmHWM")
         return None if peak is None or self._before is None else max(0, peak - self._before)
 
 

@@ -73,12 +73,10 @@ def _footnotes(comparison: Comparison) -> str:
     if comparison.find(REFERENCE) is None:
         drift += ", - without 64-true among the finished modes"
     ratio = "" if comparison.find(BASELINE) else "; x 32-true: - without 32-true among the finished modes"
-    peak = (
-        "most memory that tensors took on the device"
-        if comparison.environment.get("device") == "cuda"
-        else "growth of the process's memory from before the model was built"
-    )
+    on_cuda = comparison.environment.get("device") == "cuda"
+    whose = "tensors' memory on the device" if on_cuda else "the process's memory"
+    kernels = ", of deterministic kernels: attention's backward is slower than by default" if on_cuda else ""
     return (
         f"losses in nats per byte, train: mean of the last {tenth} step{'s' if tenth > 1 else ''}; drift: {drift}; "
-        f"ms/step: median{ratio}; peak: {peak}"
+        f"ms/step: median{kernels}{ratio}; peak: growth of {whose} from before the model was built"
     )
