@@ -43,7 +43,7 @@ def main() -> None:
                 x = torch.randn(options.batch, options.width, dtype=dtype)
                 mine, other = ours(layer, mode, dtype), theirs(layer, mode, dtype)
                 rows.append(row(mode, dtype, what, make(mine, x), make(other, x), options.rounds))
-    if fast.is_here():
+    if fast.is_available():
         config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "fast_inference": True}
         for batch in (1, 64):
             x = torch.randn(batch, options.width, dtype=torch.bfloat16)

@@ -13,7 +13,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt, LinearNF4
 from torch import Tensor, nn
 
 from precision_bnb import BitsandbytesPrecision, Int8TrainingLinear, QuantizedLinear
-from precision_bnb.adopt import format_of_theirs
+from precision_bnb.adopt import format_of_bnb_layer
 
 
 def model_with(layer: nn.Module) -> nn.Sequential:
@@ -101,7 +101,7 @@ def test_a_layer_whose_weight_alone_knows_how_it_is_packed_is_taken_over() -> No
     layer.weight = type(layer.weight)(torch.randn(64, 64), requires_grad=False, quant_type="nf4").to("cpu")
     layer.quant_state = None
     assert layer.weight.quant_state is not None
-    found = format_of_theirs(layer)
+    found = format_of_bnb_layer(layer)
     assert found is not None and found.quant_type == "nf4"
     layer.weight.quant_state = None
-    assert format_of_theirs(layer) is None
+    assert format_of_bnb_layer(layer) is None

@@ -85,7 +85,10 @@ def test_everything_can_be_reached() -> None:
             "nothing is stored quantised",
         ),
         ({"load_in_4bit": True, "fast_inference": True, "bnb_4bit_compute_dtype": "float32"}, "computes in bfloat16"),
-        ({"load_in_4bit": True, "quant_method": "gptq"}, "of quant_method 'gptq'"),
+        (
+            {"load_in_4bit": True, "quant_method": "gptq"},
+            "expected quant_method 'bitsandbytes' in the config, got 'gptq'",
+        ),
     ],
 )
 def test_what_is_refused(given: Any, message: str) -> None:
@@ -95,7 +98,7 @@ def test_what_is_refused(given: Any, message: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.complex64, "bfloat16"])
 def test_dtypes_that_nothing_computes_in_are_refused(dtype: Any) -> None:
-    with pytest.raises(ValueError, match=r"what layers compute in is one of torch.float32"):
+    with pytest.raises(ValueError, match=r"layers compute in one of torch.float32"):
         BitsandbytesPrecision("nf4", dtype)
 
 

@@ -30,7 +30,7 @@ from precision_bnb import (
 from precision_bnb.views import Views
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-needs_kernel = pytest.mark.skipif(not fast.is_here(), reason="no AVX512-BF16: the fused kernel was not exercised")
+needs_kernel = pytest.mark.skipif(not fast.is_available(), reason="no AVX512-BF16: the fused kernel was not exercised")
 
 
 def linear(columns: int = 128, rows: int = 64, seed: int = 0) -> nn.Linear:
@@ -53,7 +53,7 @@ def theirs(layer: nn.Linear, mode: str, dtype: torch.dtype = torch.float32, repa
         new = Linear4bit(layer.in_features, layer.out_features, compute_dtype=dtype, **options)
         new.weight = Params4bit(layer.weight.data, requires_grad=False, module=new, **options)
         new.bias = layer.bias
-        new.support_avx512bf16_for_cpu = repacks and fast.is_here()
+        new.support_avx512bf16_for_cpu = repacks and fast.is_available()
     else:
         floats = config.llm_int8_has_fp16_weight
         new = Linear8bitLt(
@@ -284,7 +284,7 @@ def test_the_repacked_copy_goes_with_the_weights(change: str) -> None:
         assert torch.equal(layer(x), other(x)) and not torch.equal(layer(x), before)
 
 
-@pytest.mark.skipif(fast.is_here(), reason="this CPU has the kernel")
+@pytest.mark.skipif(fast.is_available(), reason="this CPU has the kernel")
 def test_the_fused_kernel_is_refused_where_it_is_missing() -> None:
     match = r"fast_inference=True\) needs a CPU with AVX512-BF16, and this one has none: leave it out"
     with pytest.raises(ValueError, match=match):
@@ -295,7 +295,7 @@ def test_the_fused_kernel_is_refused_where_it_is_missing() -> None:
     assert type(layer) is nn.Linear
 
 
-@pytest.mark.skipif(fast.is_here(), reason="this CPU has the kernel")
+@pytest.mark.skipif(fast.is_available(), reason="this CPU has the kernel")
 @pytest.mark.parametrize("mode", ["nf4", "fp4-dq"])
 def test_a_layer_from_a_cpu_with_the_kernel_is_right_without_it(mode: str) -> None:
     layer, x = ours(linear(), mode, torch.bfloat16).eval(), inputs().detach()

@@ -127,13 +127,13 @@ def test_weights_that_are_no_numbers_are_refused(kind: str, value: float) -> Non
 
 
 def test_what_float16_cannot_hold_is_refused_for_int8() -> None:
-    with pytest.raises(ValueError, match="beyond float16's 65504"):
+    with pytest.raises(ValueError, match="at most 65504 in magnitude"):
         quantize(weights((8, 64)) * 1e6, Format("int8"))
     with pytest.raises(ValueError, match="two dimensions"):
         quantize(torch.ones(3), Format("nf4"))
 
 
-def test_the_label_tells_packed_weights_from_others() -> None:
+def test_the_footer_tells_packed_weights_from_others() -> None:
     packed = quantize(weights((8, 64)), Format("fp4", 128, True))
     assert layout_of(packed) == Layout(Format("fp4", 128, True), 8, 64)
     for other in (torch.randn(8, 64), packed[:-1], packed[1:], torch.zeros(3, dtype=torch.uint8), packed.to("meta")):

@@ -1,4 +1,4 @@
-"""Layers of bitsandbytes' own, taken over: as they are quantised, or as floats where they are not yet."""
+"""Layers of bitsandbytes' own, converted to ours: with their codes and scales, or their floats if not quantised yet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from precision_bnb.loading import packed_4bit, packed_int8
 from precision_bnb.packed import Format, Layout
 
-THEIRS: tuple[type[nn.Linear], ...] = (Linear4bit, LinearNF4, LinearFP4, Linear8bitLt)
+BNB_LAYERS: tuple[type[nn.Linear], ...] = (Linear4bit, LinearNF4, LinearFP4, Linear8bitLt)
 
 _BOOKKEEPING = (
     "state",
@@ -23,7 +23,7 @@ _BOOKKEEPING = (
 )
 
 
-def format_of_theirs(layer: nn.Linear) -> Format | None:
+def format_of_bnb_layer(layer: nn.Linear) -> Format | None:
     """Returns how a layer of bitsandbytes is quantised; None: it still has its floats."""
     if isinstance(layer, Linear8bitLt):
         codes, scales = _int8_parts(layer)
@@ -32,9 +32,9 @@ def format_of_theirs(layer: nn.Linear) -> Format | None:
     return None if state is None else Format(state.quant_type, state.blocksize, state.nested)
 
 
-def check_theirs(name: str, layer: nn.Linear, wanted: Format | None, mode: str) -> None:
+def check_bnb_layer(name: str, layer: nn.Linear, wanted: Format | None, mode: str) -> None:
     """Raises `ValueError` for a layer that is quantised otherwise than `wanted`, None for floats that train."""
-    format = format_of_theirs(layer)
+    format = format_of_bnb_layer(layer)
     if format is None:
         return
     here = name or "the model"
@@ -51,7 +51,7 @@ def check_theirs(name: str, layer: nn.Linear, wanted: Format | None, mode: str) 
 
 
 def how_to_ask_for(format: Format) -> str:
-    """Returns what to pass for layers of that format."""
+    """Returns what to pass as `precision` for layers of that format, for errors."""
     mode = f"{format.quant_type}{'-dq' * format.double_quant}"
     usual = Format(format.quant_type, double_quant=format.double_quant)
     more = [f"block_size={format.block_size}"] * (format.block_size != usual.block_size)
@@ -59,7 +59,7 @@ def how_to_ask_for(format: Format) -> str:
     return f'pass precision="{mode}"' if not more else f'pass replace(MODES["{mode}"], {", ".join(more)})'
 
 
-def packed_theirs(layer: nn.Linear, layout: Layout) -> Tensor | None:
+def pack_bnb_layer(layer: nn.Linear, layout: Layout) -> Tensor | None:
     """Returns the weights of a layer of bitsandbytes, packed; None: they are floats."""
     if isinstance(layer, Linear8bitLt):
         codes, scales = _int8_parts(layer)
@@ -69,15 +69,15 @@ def packed_theirs(layer: nn.Linear, layout: Layout) -> Tensor | None:
 
 
 def floats_of(layer: nn.Linear) -> nn.Parameter:
-    """Returns the float weight as a plain parameter; bitsandbytes' kinds quantise themselves when they are moved."""
+    """Returns the float weight as a plain parameter; bitsandbytes' parameter classes quantise when they are moved."""
     weight = layer.weight
     if type(weight) is nn.Parameter:
         return weight
     return nn.Parameter(weight.detach().as_subclass(Tensor), requires_grad=weight.requires_grad)
 
 
-def forget_theirs(layer: nn.Linear) -> None:
-    """Takes off what bitsandbytes keeps on a layer, codes and scales among it: nothing else shall keep them alive."""
+def strip_bnb_state(layer: nn.Linear) -> None:
+    """Removes bitsandbytes' attributes from a layer, so that its codes and scales can be freed."""
     for key in _BOOKKEEPING:
         vars(layer).pop(key, None)
 

@@ -1,4 +1,4 @@
-"""The settings: transformers' `BitsAndBytesConfig` as a frozen value, with what that class cannot say."""
+"""The settings: transformers' `BitsAndBytesConfig` as a frozen value, with two fields more."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ _OTHERS = ("quant_method", "_load_in_4bit", "_load_in_8bit")  # transformers' to
 
 @dataclass(frozen=True, kw_only=True)
 class BitsAndBytesConfig:
-    """What is quantised, how, and in what it computes; the names are those of transformers' class where it has one.
+    """Which weights are quantised, how, and the compute dtype, under transformers' field names where it has the field.
 
-    Raises `ValueError` for what is contradictory or unknown. Exactly one of `load_in_4bit` and `load_in_8bit` is true.
+    Exactly one of `load_in_4bit` and `load_in_8bit` is true.
+
+    Raises:
+        ValueError: unknown or contradictory values.
     """
 
     load_in_8bit: bool = False
@@ -36,15 +39,15 @@ class BitsAndBytesConfig:
     llm_int8_has_fp16_weight: bool = False
     """The weights stay floats that train, and are quantised in each forward: int8-training."""
     bnb_4bit_compute_dtype: torch.dtype | None = None
-    """What products are computed in, for 8 bits too; None: what the device computes fast."""
+    """The dtype of products, for 8 bits too; None: bfloat16 or float16 where the device has units, else float32."""
     bnb_4bit_quant_type: str = "fp4"
     """"fp4" or "nf4"."""
     bnb_4bit_use_double_quant: bool = False
     """Whether the scales are quantised to 8 bits in turn: 4.13 bits a weight in place of 4.5."""
     bnb_4bit_quant_storage: torch.dtype = torch.uint8
-    """What the packed bytes are viewed as, for engines that shard only tensors of one dtype."""
+    """The dtype that packed bytes are viewed as, for engines that shard only tensors of one dtype."""
     block_size: int = 64
-    """Weights that share a scale, of 4 bits only."""
+    """Weights that share a scale; for 4 bits only."""
     fast_inference: bool = False
     """Evaluate by the CPU's fused kernel, which keeps a second, repacked copy of 4-bit weights; see the README."""
 
@@ -94,10 +97,10 @@ class BitsAndBytesConfig:
 
     @classmethod
     def of(cls, config: Any) -> BitsAndBytesConfig:
-        """Returns the settings that a mode's name, a dict, transformers' object or one of these spells.
+        """Converts a mode's name, a dict, transformers' `BitsAndBytesConfig` or an object of this class to settings.
 
         Raises:
-            ValueError: unknown or contradictory, with what is allowed.
+            ValueError: unknown or contradictory settings, with the allowed ones.
         """
         if isinstance(config, BitsAndBytesConfig):
             return config
@@ -118,10 +121,10 @@ class BitsAndBytesConfig:
         return self.bnb_4bit_quant_type + "-dq" * self.bnb_4bit_use_double_quant
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what transformers' `BitsAndBytesConfig(**...)` takes: plain values, dtypes as strings.
+        """Returns arguments for transformers' `BitsAndBytesConfig(**...)`: plain values, dtypes as strings.
 
         Raises:
-            ValueError: another `block_size` than 64, which that class cannot say, and would quantise otherwise.
+            ValueError: `block_size` is not 64, the only one that class has.
         """
         if self.block_size != 64:
             raise ValueError(
@@ -167,7 +170,7 @@ def _of_mode(mode: str) -> BitsAndBytesConfig:
 def _of_dict(given: dict[str, Any]) -> BitsAndBytesConfig:
     method = str(getattr(given.get("quant_method"), "value", given.get("quant_method", "bitsandbytes")))
     if method != "bitsandbytes":
-        raise ValueError(f"this config is of quant_method {method!r}, not of bitsandbytes")
+        raise ValueError(f"expected quant_method 'bitsandbytes' in the config, got {method!r}")
     known = [field.name for field in fields(BitsAndBytesConfig)]
     values = {key: value for key, value in given.items() if key not in (*_IGNORED, *_OTHERS)}
     unknown = sorted(set(values) - set(known))

@@ -1,4 +1,4 @@
-"""Converting a model: layers become quantised ones, those of bitsandbytes are taken over, and back to floats."""
+"""Converting a model: float layers and bitsandbytes' own to quantised ones, and back to floats."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def quantize(
     device: torch.device | None = None,
     dry_run: bool = False,
 ) -> Surgery:
-    """Replaces the layers of `module` by quantised ones, in place, one after another; returns what was done.
+    """Replaces the layers of `module` by quantised ones, in place, one after another; returns the module and a report.
 
     Layers on the meta device become quantised ones on the meta device, to be loaded. bitsandbytes' own layers become
     ours, with the same codes and scales. `device` is where values are quantised, a chunk at a time; None: where each
     weight is. The results stay where the weights are.
 
     Raises:
-        ValueError: a pattern of `ignore_modules` that matches no module, layers that would lose something, weights that
-            are infinite, NaN or too large; nothing was changed. Nor was it for a layer of bitsandbytes that is
-            quantised in another way, for `embeddings` with int8-training, which quantises none, or for
+        ValueError: nothing was changed. A pattern of `ignore_modules` that matches no module; layers that would
+            lose something, a parametrisation for example; weights that are infinite, NaN or, for int8, beyond 65504;
+            a layer of bitsandbytes that is quantised in another way; `embeddings` with int8-training;
             `fast_inference` on a CPU without that kernel.
-        RuntimeError: a layer that could not be quantised, for want of memory for example; says how many were.
+        RuntimeError: a layer could not be quantised, for want of memory for example; says how many were before it.
     """
     fast.check(config)
     check_embeddings(config, embeddings)
@@ -67,7 +67,7 @@ def adopt_raw(
     device: torch.device | None = None,
     dry_run: bool = False,
 ) -> Surgery:
-    """Takes over bitsandbytes' own layers, as `quantize` does, and leaves all others as they are."""
+    """Converts bitsandbytes' own layers as `quantize` does, and leaves all others as they are."""
     maker = _Maker(config, compute_dtype, device)
     table = maker.theirs()
     maker.find_readers(module, table)
@@ -75,9 +75,9 @@ def adopt_raw(
 
 
 def check_embeddings(config: BitsAndBytesConfig, embeddings: bool) -> None:
-    """Raises `ValueError` where embeddings are to be quantised and the mode quantises none."""
+    """Raises `ValueError` where embeddings are to be quantised, and the mode does not quantise any."""
     if embeddings and format_of(config) is None:
-        raise ValueError(f"embeddings=True: {config.mode} quantises none, leave it out")
+        raise ValueError(f"embeddings=True: {config.mode} does not quantise embeddings; leave it out")
 
 
 def _replaced(
@@ -108,7 +108,7 @@ def _patterns(module: nn.Module, config: BitsAndBytesConfig, given: Iterable[str
 
 
 def _kept_wide(module: nn.Module) -> Iterator[str]:
-    """Yields what transformers' models say must stay wide; T5 casts the input of such a layer to its weight's dtype."""
+    """Yields the modules that transformers' models keep in float32: T5 casts inputs to the dtype of such a weight."""
     for child in module.modules():
         for part, _ in marks(child):
             yield part.removesuffix(".weight")
@@ -127,7 +127,7 @@ class _Maker:
     def table(self, embeddings: bool, module: nn.Module) -> dict[type[nn.Module], Replacement]:
         """Returns how each type of layer is replaced that `module` may have."""
         packs = self.format is not None
-        known = (*adopt.THEIRS, QuantizedLinear, Int8TrainingLinear)
+        known = (*adopt.BNB_LAYERS, QuantizedLinear, Int8TrainingLinear)
         like_linear = Replacement(self.linear, self._check_like, packs=packs)
         table = dict.fromkeys(linear_kinds(module, known), like_linear)
         table[nn.Linear] = Replacement(self.linear, self._check, packs=packs)
@@ -147,7 +147,7 @@ class _Maker:
     def theirs(self) -> dict[type[nn.Module], Replacement]:
         """Returns how bitsandbytes' own layers are replaced."""
         return dict.fromkeys(
-            adopt.THEIRS, Replacement(self.adopted, self._check_adopted, packs=self.format is not None)
+            adopt.BNB_LAYERS, Replacement(self.adopted, self._check_adopted, packs=self.format is not None)
         )
 
     def linear(self, layer: nn.Module) -> nn.Module:
@@ -193,20 +193,20 @@ class _Maker:
         assert isinstance(layer, nn.Linear)
         if self.format is None:
             weight = adopt.floats_of(layer)
-            adopt.forget_theirs(layer)
+            adopt.strip_bnb_state(layer)
             return self._training(weight, layer.bias)
         layout = Layout(self.format, layer.out_features, layer.in_features)
-        packed = adopt.packed_theirs(layer, layout)
+        packed = adopt.pack_bnb_layer(layer, layout)
         if packed is None:
             packed = quantize_weight(adopt.floats_of(layer), self.format, device=self.device)
-        adopt.forget_theirs(layer)
+        adopt.strip_bnb_state(layer)
         return self._made(packed, layer, layout)
 
     def _check_adopted(self, name: str, layer: nn.Module) -> str | None:
         """Raises `ValueError` for one that is quantised in another way, while nothing is changed yet."""
         assert isinstance(layer, nn.Linear)
-        adopt.check_theirs(name, layer, self.format, self.config.mode)
-        if adopt.format_of_theirs(layer) is None:
+        adopt.check_bnb_layer(name, layer, self.format, self.config.mode)
+        if adopt.format_of_bnb_layer(layer) is None:
             return self._check(name, layer)
         if layer in self.read:
             raise ValueError(
@@ -228,7 +228,7 @@ class _Maker:
         try:
             check_values(weight, self.format)
         except ValueError as error:
-            raise ValueError(f"{name or 'the model'} cannot be converted, and nothing was: {error}") from error
+            raise ValueError(f"{name or 'the model'} cannot be converted, and nothing was changed: {error}") from error
         return None
 
     def _check_like(self, name: str, layer: nn.Module) -> str | None:
@@ -255,16 +255,16 @@ def _conv1d() -> type[nn.Module] | None:
 
 
 def converted(module: nn.Module) -> Iterator[tuple[str, Quantized | Int8TrainingLinear]]:
-    """Yields name and layer of those that stand in a converted layer's place."""
+    """Yields name and layer of all quantised layers, those of int8-training too."""
     for name, child in module.named_modules():
         if isinstance(child, (Quantized, Int8TrainingLinear)):
             yield name, child
 
 
 def dequantize(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Puts `nn.Linear` (or Conv1D) and `nn.Embedding` back, in place, with the quantised values; returns the module.
+    """Replaces quantised layers by `nn.Linear` (or Conv1D) and `nn.Embedding` in `dtype`, in place; returns the module.
 
-    Weights and biases are frozen, as they were. For merging adapters, for example, or for saving floats.
+    Weights have the quantised values and stay frozen. For merging adapters, for example, or for saving floats.
 
     Raises:
         ValueError: nothing is quantised, or `dtype` is not floating; nothing was changed.
@@ -306,6 +306,6 @@ def dequantize(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
     }
     surgery = replace_layers(module, table)
     if not surgery.report.converted:
-        raise ValueError(f"this {type(module).__name__} has no quantised layer")
+        raise ValueError(f"dequantize: this {type(module).__name__} has no quantised layer")
     tell_peft_of_conv1d(surgery.module, _conv1d())
     return surgery.module

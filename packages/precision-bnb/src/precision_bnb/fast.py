@@ -20,28 +20,28 @@ _ROWS, _COLUMNS = 32, 64
 """The kernel takes multiples of these."""
 
 
-def is_here() -> bool:
+def is_available() -> bool:
     """Whether this CPU has the kernel."""
     return bool(bnb.has_avx512bf16())
 
 
 def check(config: BitsAndBytesConfig) -> None:
     """Raises `ValueError` where the kernel is asked for, and this CPU has none."""
-    if config.fast_inference and not is_here():
+    if config.fast_inference and not is_available():
         raise ValueError(
             "BitsAndBytesConfig(fast_inference=True) needs a CPU with AVX512-BF16, and this one has none: leave it out"
         )
 
 
-def takes(layout: Layout) -> bool:
-    """Whether there is a kernel that takes weights of that shape; a layer may come from a machine that had one."""
+def supports(layout: Layout) -> bool:
+    """Whether this CPU has the kernel and it takes weights of that shape and type."""
     format = layout.format
     fits = layout.rows % _ROWS == 0 and layout.columns % _COLUMNS == 0 and layout.columns % format.block_size == 0
-    return fits and format.quant_type != "int8" and is_here()
+    return fits and format.quant_type != "int8" and is_available()
 
 
 class Repacked:
-    """A copy of packed weights as the kernel wants it: 4 bits a weight and bfloat16 scales."""
+    """A copy of packed weights in the kernel's layout: 4 bits a weight and bfloat16 scales."""
 
     def __init__(self, packed: Tensor, layout: Layout) -> None:
         self._of, self._state = ref(packed), _state(packed)
@@ -58,7 +58,7 @@ class Repacked:
         self._layout = layout
 
     def is_of(self, packed: Tensor) -> bool:
-        """Whether this is the copy of those very values; what was written through `.data` is not seen."""
+        """Whether this is a copy of that tensor's present values; writes through `.data` are not noticed."""
         return self._of() is packed and self._state == _state(packed)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:

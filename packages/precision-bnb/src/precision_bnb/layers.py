@@ -20,12 +20,12 @@ from precision_bnb.views import Views
 
 
 def _shown(layer: Any) -> str:
-    """Returns what errors call a layer: its type, and its name in the model that it was set up in."""
+    """Returns what errors call a layer: its type, and its name in the model once it was set up."""
     return layer.shown or type(layer).__name__
 
 
 class Quantized(nn.Module):
-    """What both layers are: a module whose `weight` is packed, `layout` says how.
+    """Base class of quantised layers: `weight` is one tensor of packed bytes, and `layout` says what is where.
 
     Moving to another device moves it, casting to another dtype leaves it. Its state is `weight`, under the same name as
     the float layer's; loading takes packed weights of the same format, floats, which it quantises, or bitsandbytes'.
@@ -37,7 +37,7 @@ class Quantized(nn.Module):
     transposed: bool = False
     """Whether float checkpoints have (columns, rows), as Hugging Face's Conv1D does."""
     loads_unsharded = ("weight",)
-    """What `fabric.load_module` hands over unsharded, to be checked, or quantised, before it is cut into shards."""
+    """Tensors that `fabric.load_module` hands over unsharded, to be checked or quantised before they are sharded."""
     shown = ""
     quantizes_on: torch.device | None = None
     """Where floats of a checkpoint are quantised: the device of the strategy that the layer was set up for. None: where
@@ -99,7 +99,7 @@ class Quantized(nn.Module):
         return self.weight.dtype is self.layout.format.storage and self.weight.shape == self.layout.shape
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves and casts, with the packed weight shown to `fn` as bytes; of a cast, only the move is done."""
+        """Moves and casts; the packed weight is moved as bytes, and is never cast."""
         weight = self._parameters["weight"]
         self.forget()
 
@@ -143,7 +143,7 @@ class Quantized(nn.Module):
 
 
 def _rows(x: Tensor, layer: QuantizedLinear | Int8TrainingLinear) -> Tensor:
-    """Returns `x` (..., in) as (n, in); raises `RuntimeError` for what `nn.Linear` cannot take either."""
+    """Returns `x` (..., in) as (n, in); raises `RuntimeError` for integers and other widths, as `nn.Linear` does."""
     columns, rows = layer.in_features, layer.out_features
     if not x.is_floating_point():
         raise RuntimeError(
@@ -156,7 +156,7 @@ def _rows(x: Tensor, layer: QuantizedLinear | Int8TrainingLinear) -> Tensor:
 
 
 def _as_input(result: Tensor, x: Tensor) -> Tensor:
-    """Returns `result` (n, out) in the shape of `x`, (..., out); no view, of which FSDP2 warns at the root."""
+    """Returns `result` (n, out) as (..., out), like `x`; not as a view, of which FSDP2 warns at the root."""
     if x.dim() == 2:
         return result
     shaped: Tensor = torch.ops.aten._unsafe_view.default(result, (*x.shape[:-1], result.shape[-1]))
@@ -193,7 +193,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns x W^T + bias."""
+        """x W^T + bias (..., out) in the dtype of `x` or autocast's; `RuntimeError` for integers, other widths."""
         views, dtype = self._opened(), self.compute_dtype
         cast = torch.is_autocast_enabled(x.device.type)
         output = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
@@ -207,26 +207,26 @@ class QuantizedLinear(Quantized, nn.Linear):
         return _as_input(result, x).to(output)
 
     def _fast(self, x: Tensor, bias: Tensor | None, views: Views) -> Tensor:
-        if x.device.type != "cpu" or not fast.takes(self.layout):
+        if x.device.type != "cpu" or not fast.supports(self.layout):
             return product(x, self.weight, bias, views, self.threshold, False)
         if self._repacked is None or not self._repacked.is_of(self.weight):
             self._repacked = fast.Repacked(self.weight, self.layout)
         return self._repacked.product(x, bias)
 
     def train(self, mode: bool = True) -> Any:
-        """Sets the mode; the copy for the fused kernel is dropped by training."""
+        """Sets the mode; training drops the copy for the fused kernel."""
         if mode:
             self._repacked = None
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Arguments of the layer for `print(model)`."""
         bias = self.bias is not None
         return f"{self.in_features}, {self.out_features}, bias={bias}, {self.format}, compute={self.compute_dtype}"
 
 
 class QuantizedEmbedding(Quantized, nn.Embedding):
-    """ids (...) -> (..., width) in `compute_dtype`, of 4 or 8 bits; only the rows asked for are dequantised."""
+    """ids (...) -> (..., width) in `compute_dtype`, from 4 or 8 bits; only the rows of `ids` are dequantised."""
 
     def __init__(self, weight: Tensor, layout: Layout, compute_dtype: torch.dtype, padding_idx: int | None) -> None:
         nn.Module.__init__(self)
@@ -264,7 +264,7 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
         return values.unflatten(-1, (-1, run)).mul_(scales).flatten(-2).to(dtype)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Arguments of the layer for `print(model)`."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.format}"
 
 
@@ -299,7 +299,7 @@ class Int8TrainingLinear(nn.Linear):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns x W^T + bias."""
+        """x W^T + bias (..., out) in the dtype of `x` or autocast's; `RuntimeError` for integers, other widths."""
         dtype = self.compute_dtype
         cast = torch.is_autocast_enabled(x.device.type)
         output = torch.get_autocast_dtype(x.device.type) if cast else x.dtype

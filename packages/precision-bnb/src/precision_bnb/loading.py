@@ -1,4 +1,4 @@
-"""What a quantised layer makes of a checkpoint: packed weights, floats to quantise, or bitsandbytes' tensors."""
+"""Loading a checkpoint into a quantised layer: packed weights, floats to quantise, or bitsandbytes' tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from precision_bnb.packed import Layout, check_label, layout_of
+from precision_bnb.packed import Layout, check_footer, layout_of
 from precision_bnb.quantizing import quantize
 from precision_core.checkpoint import cut, is_sharded
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def load_packed(layer: Quantized, state: MutableMapping[str, Any], prefix: str) -> None:
-    """Puts packed weights for `layer` in the place of what `state` has for it; without a weight it changes nothing.
+    """Replaces the weight that `state` has for `layer` by packed weights; without one nothing changes.
 
     Raises:
         ValueError: weights of another format or shape.
@@ -31,12 +31,12 @@ def load_packed(layer: Quantized, state: MutableMapping[str, Any], prefix: str) 
     if is_sharded(found):
         check_shard(found, layout)
         return
-    _load_whole(layer, state, prefix, found)
+    _load_unsharded(layer, state, prefix, found)
     if is_sharded(live):
         state[key] = cut(state[key], live)
 
 
-def _load_whole(layer: Quantized, state: MutableMapping[str, Any], prefix: str, found: Tensor) -> None:
+def _load_unsharded(layer: Quantized, state: MutableMapping[str, Any], prefix: str, found: Tensor) -> None:
     key, layout = f"{prefix}weight", layer.layout
     theirs = layout_of(found, layout.format.storage)
     if theirs is not None:
@@ -57,13 +57,13 @@ def _load_whole(layer: Quantized, state: MutableMapping[str, Any], prefix: str, 
 
 
 def check_shard(shard: Any, layout: Layout) -> None:
-    """Raises `ValueError` where this rank's part of packed weights, a DTensor, has another label than `layout`."""
+    """Raises `ValueError` where this rank's shard of packed weights, a DTensor, has another footer than `layout`."""
     local = shard.to_local()
     if not local.numel():
         return
     (chunk,) = shard.__create_chunk_list__()
     flat = local.detach().reshape(-1).view(torch.uint8)
-    mismatch = check_label(flat, chunk.offsets[0] * shard.element_size(), layout)
+    mismatch = check_footer(flat, chunk.offsets[0] * shard.element_size(), layout)
     if mismatch is not None:
         raise ValueError(f"{mismatch} in the checkpoint, this layer is {layout.format}")
 
@@ -77,7 +77,7 @@ def _check(theirs: Layout, mine: Layout) -> None:
 
 
 def _from_bitsandbytes(layout: Layout, state: MutableMapping[str, Any], prefix: str) -> Tensor:
-    """Takes bitsandbytes' tensors for one layer out of `state`, and returns them packed."""
+    """Removes bitsandbytes' tensors for one layer from `state`, and returns them packed."""
     key = f"{prefix}weight"
     if f"{prefix}SCB" in state:
         scales = state.pop(f"{prefix}SCB")

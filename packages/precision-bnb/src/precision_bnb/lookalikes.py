@@ -1,4 +1,4 @@
-"""Subclasses of `nn.Linear` that compute what it computes, as Falcon's: those are quantised, too."""
+"""Subclasses of `nn.Linear` whose forward gives the same, Falcon's for example: they are quantised, too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models without values: parameters that are born on the meta device, while buffers are real."""
+"""Models without values: parameters are created on the meta device, buffers are not."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     scales       the largest magnitude of each block of 4 bits, or of each row of 8: float32, or codes of 1 byte
     scales of    with double quantisation: float32, one for 256 scales
       scales     ... and the mean that was subtracted: float32, one
-    label        32 bytes that say what this is
+    footer       32 bytes: a magic number, type, block size and shape
 
 Each part starts at a multiple of 16 bytes, so that it can be viewed in its dtype, and the whole in any storage dtype.
 
@@ -28,14 +28,14 @@ NESTED_BLOCK = 256
 """Scales that share a scale of their own; bitsandbytes has no other."""
 
 _ALIGNMENT = 16
-_LABEL = struct.Struct("<8sBBBxIQQ")
-_LABEL_BYTES = 32
+_FOOTER = struct.Struct("<8sBBBxIQQ")
+_FOOTER_BYTES = 32
 _MAGIC = b"bnbpack\x01"
 
 
 @dataclass(frozen=True)
 class Format:
-    """How weights are quantised: `block_size` and `double_quant` are of the 4-bit types."""
+    """How weights are quantised; `block_size`, the weights that share a scale, and `double_quant` are for 4 bits."""
 
     quant_type: str
     block_size: int = 64
@@ -60,7 +60,7 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of `rows` x `columns` weights lie in the bytes."""
+    """The byte offsets of the parts of packed weights (rows, columns)."""
 
     format: Format
     rows: int
@@ -83,15 +83,15 @@ class Layout:
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """Start and end of codes, scales, scales of scales, mean; made once, for they are needed in each forward."""
+        """Start and end in bytes of codes, scales, scales of scales, and mean; computed once."""
         spans: tuple[tuple[int, int], ...] = self._spans  # type: ignore[attr-defined]
         return spans
 
     @property
     def nbytes(self) -> int:
-        """How many bytes there are in all."""
+        """The size of packed weights in bytes, footer included."""
         end = self.spans[-1][1]
-        return math.ceil(end / _ALIGNMENT) * _ALIGNMENT + _LABEL_BYTES
+        return math.ceil(end / _ALIGNMENT) * _ALIGNMENT + _FOOTER_BYTES
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -99,19 +99,19 @@ class Layout:
         return self.nbytes // self.format.storage.itemsize, 1
 
     @property
-    def label(self) -> bytes:
-        """What the last bytes are."""
+    def footer(self) -> bytes:
+        """The last 32 bytes: a magic number, type, block size and shape."""
         format = self.format
         is_4bit = format.quant_type != "int8"
         fields = (TYPES.index(format.quant_type), is_4bit and format.double_quant, 0)
-        packed = _LABEL.pack(_MAGIC, *fields, format.block_size if is_4bit else 0, self.rows, self.columns)
-        return packed.ljust(_LABEL_BYTES, b"\0")
+        packed = _FOOTER.pack(_MAGIC, *fields, format.block_size if is_4bit else 0, self.rows, self.columns)
+        return packed.ljust(_FOOTER_BYTES, b"\0")
 
     def empty(self, device: torch.device | str) -> Tensor:
-        """Returns packed weights without values, apart from their label."""
+        """Returns packed weights (`shape`, in the storage dtype) with a footer and zeros otherwise."""
         packed = torch.zeros(self.nbytes, dtype=torch.uint8, device=device)
         if packed.device.type != "meta":
-            packed[-_LABEL_BYTES:] = torch.frombuffer(bytearray(self.label), dtype=torch.uint8).to(packed.device)
+            packed[-_FOOTER_BYTES:] = torch.frombuffer(bytearray(self.footer), dtype=torch.uint8).to(packed.device)
         return packed.view(self.format.storage).view(self.shape)
 
     def parts(self, packed: Tensor) -> Parts:
@@ -126,31 +126,31 @@ class Layout:
 
 
 def layout_of(packed: Tensor, storage: torch.dtype = torch.uint8) -> Layout | None:
-    """Returns the layout that the label of a tensor tells, None for one that is not packed; `storage` is not told."""
-    if packed.is_meta or not packed.is_contiguous() or packed.numel() * packed.itemsize < _LABEL_BYTES:
+    """Reads the layout from the footer of packed weights, None for other tensors; `storage` is not in the footer."""
+    if packed.is_meta or not packed.is_contiguous() or packed.numel() * packed.itemsize < _FOOTER_BYTES:
         return None
     flat = packed.detach().reshape(-1).view(torch.uint8)
-    layout = _read(bytes(flat[-_LABEL_BYTES:].tolist()), storage)
+    layout = _read(bytes(flat[-_FOOTER_BYTES:].tolist()), storage)
     return layout if layout is not None and layout.nbytes == flat.numel() else None
 
 
-def check_label(part: Tensor, start: int, layout: Layout) -> str | None:
-    """Returns what a part of packed weights, bytes from `start` on, is where its share of the label is not `layout`'s.
+def check_footer(part: Tensor, start: int, layout: Layout) -> str | None:
+    """Returns how a shard of packed weights, bytes from `start` on, differs in its part of the footer from `layout`.
 
-    None: there is no difference, or no label in that part.
+    None: there is no difference, or the footer is in another shard.
     """
-    first = layout.nbytes - _LABEL_BYTES
+    first = layout.nbytes - _FOOTER_BYTES
     found = bytes(part[max(first - start, 0) :].tolist()) if start + len(part) > first else b""
     offset = max(start - first, 0)
-    if found == layout.label[offset : offset + len(found)]:
+    if found == layout.footer[offset : offset + len(found)]:
         return None
-    theirs = _read(found, layout.format.storage) if len(found) == _LABEL_BYTES else None
+    theirs = _read(found, layout.format.storage) if len(found) == _FOOTER_BYTES else None
     return "another format" if theirs is None else str(theirs.format)
 
 
-def _read(label: bytes, storage: torch.dtype) -> Layout | None:
-    magic, type_index, double_quant, _, block_size, rows, columns = _LABEL.unpack(label[: _LABEL.size])
+def _read(footer: bytes, storage: torch.dtype) -> Layout | None:
+    magic, type_index, double_quant, _, block_size, rows, columns = _FOOTER.unpack(footer[: _FOOTER.size])
     if magic != _MAGIC or type_index >= len(TYPES):
         return None
     layout = Layout(Format(TYPES[type_index], block_size or 64, bool(double_quant), storage), rows, columns)
-    return layout if layout.label == label else None
+    return layout if layout.footer == footer else None

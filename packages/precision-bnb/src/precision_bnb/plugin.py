@@ -1,4 +1,4 @@
-"""The plugin: layers quantised by bitsandbytes, everything else as a base mode of core's has it."""
+"""The plugin: linear layers quantised by bitsandbytes, everything else in one of core's modes, the base."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ _DEFAULT_BASES = {  # compute dtype -> the base where something trains, which is
 
 
 class _Half(HalfPrecision):
-    """Core's, which tells of lost buffers what can be passed here."""
+    """Core's plugin; its warning about rounded buffers names this plugin's argument."""
 
     def how_to_keep_buffers(self) -> str:
         return f'BitsandbytesPrecision(base="{replace(self.policy, buffers=torch.float32)}")'
 
 
 class BitsandbytesPrecision(Wrapping):
-    """Linear layers in 4 or 8 bits; they are frozen (int8-training's train), all else is as `base` has it.
+    """Quantises linear layers to 4 or 8 bits and freezes them (int8-training's train); `base` is the mode of all else.
 
     Args:
         mode: "nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training", or a config: ours, transformers', a dict.
         dtype: what quantised layers compute in: float32, bfloat16 or float16. None: as the config says, else what the
             device computes fast.
-        ignore_modules: name patterns of modules that stay as they are ({"lm_head", "*.mlp"}). None: as the config says,
-            else the heads that `precision_bnb.convert.IGNORED` names.
+        ignore_modules: name patterns of modules that are not quantised ({"lm_head", "*.mlp"}). None: as the config
+            says, else the heads that `precision_bnb.convert.IGNORED` names.
         base: the mode of norms, heads, embeddings and adapters. None: what trains is float32, and the base is
             "bf16-mixed", "16-mixed" or "32-true" by the compute dtype; where nothing trains, "bf16-true" or "16-true".
         embeddings: whether `nn.Embedding` is quantised, too.
 
     Raises:
-        ValueError: an unknown mode, a contradictory config, a dtype that nothing computes in, patterns that are none,
+        ValueError: an unknown mode, a contradictory config, a dtype that layers cannot compute in, invalid patterns,
             `embeddings` with int8-training.
     """
 
@@ -75,7 +75,7 @@ class BitsandbytesPrecision(Wrapping):
         if dtype is not None:
             if dtype not in COMPUTE_DTYPES:
                 allowed = ", ".join(map(str, COMPUTE_DTYPES))
-                raise ValueError(f"BitsandbytesPrecision(dtype={dtype!r}): what layers compute in is one of {allowed}")
+                raise ValueError(f"BitsandbytesPrecision(dtype={dtype!r}): layers compute in one of {allowed}")
             config = replace(config, bnb_4bit_compute_dtype=dtype)
         fast.check(config)
         check_embeddings(config, embeddings)
@@ -90,7 +90,7 @@ class BitsandbytesPrecision(Wrapping):
 
     @cached_property
     def _packed(self) -> WeakIdKeyDictionary:
-        """Parameters that are packed weights; made late, for a plugin that is sent to other processes pickles."""
+        """Parameters that are packed weights; created on first use, so that a new plugin pickles."""
         return WeakIdKeyDictionary()
 
     @cached_property
@@ -102,7 +102,7 @@ class BitsandbytesPrecision(Wrapping):
 
     @property
     def mode(self) -> str:
-        """The mode, of a config the one that it is a variant of."""
+        """The mode's name; for a config, that of the mode that it is a variant of."""
         return self._config.mode
 
     def setup_bnb_config(self) -> BitsAndBytesConfig:
@@ -120,7 +120,7 @@ class BitsandbytesPrecision(Wrapping):
         return None if self._strategy is None else self._strategy.device
 
     def _make_base(self, device_type: str, trains: bool) -> Precision:
-        """Returns the plugin for what is not quantised."""
+        """Returns the plugin for what is not quantised, by the compute dtype where no `base` was given."""
         dtype = self._compute_dtype(device_type)
         mixed, true = _DEFAULT_BASES[dtype]
         policy = self._given_base or Policy.parse(mixed if trains else true)
@@ -129,7 +129,7 @@ class BitsandbytesPrecision(Wrapping):
         is_half = not policy.mixed and policy.params in (torch.float16, torch.bfloat16)
         return _Half(policy) if is_half else make_plugin(policy, device_type)
 
-    def _use(self, base: Precision) -> None:
+    def _set_base(self, base: Precision) -> None:
         base.scaler.counter.load_state_dict(self.wrapped.scaler.counter.state_dict())
         if self._strategy is not None:
             base.connect(self._strategy)
@@ -138,7 +138,7 @@ class BitsandbytesPrecision(Wrapping):
     # ---------------------------------------------------------------- set-up
 
     def refuses(self, strategy: Strategy) -> str | None:
-        """Returns why it cannot run under `strategy`: a device without kernels, or base's reason."""
+        """Returns why this cannot run under `strategy`, a device without kernels or the base's reason; None: it can."""
         device_type = strategy.device.type
         if device_type not in DEVICES:
             return f"bitsandbytes has kernels for {', '.join(DEVICES)}, not for {device_type!r}: use bf16-mixed there"
@@ -147,27 +147,27 @@ class BitsandbytesPrecision(Wrapping):
         return self._make_base(device_type, trains=True).refuses(strategy)
 
     def connect(self, strategy: Strategy) -> None:
-        """Takes the device, by which the compute dtype and the base mode are chosen where nothing else is said."""
+        """Remembers the strategy; its device chooses the compute dtype and the base unless they were given."""
         self._strategy = strategy
         if strategy.device.type != self._device_type:
             self._device_type = strategy.device.type
-            self._use(self._make_base(self._device_type, trains=True))
+            self._set_base(self._make_base(self._device_type, trains=True))
         else:
             super().connect(strategy)
 
     def storage(self, param: nn.Parameter) -> torch.dtype | None:
-        """Returns base's answer; None for packed weights, which no cast may touch whatever they are stored as."""
+        """Returns the dtype that the base stores `param` in; None for packed weights, which are never cast."""
         return None if param in self._packed else super().storage(param)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Quantises the layers, one after another and in place, casts the rest as `base` says, and returns the module.
 
-        A model whose layers are quantised already is taken as it is, with what was added since, adapters for example;
-        layers of bitsandbytes' own in it are taken over.
+        A model that is quantised already keeps its layers, and may have got adapters since; layers of bitsandbytes' own
+        are converted.
 
         Raises:
-            TypeError: no module.
-            ValueError: nothing to quantise; what `precision_bnb.quantize` refuses; a model that is quantised in another
+            TypeError: `module` is not an `nn.Module`.
+            ValueError: nothing to quantise; what `precision_bnb.quantize` raises for; a model quantised in another
                 mode; parameters that train under `base="16-true"`, by name.
         """
         if not isinstance(module, nn.Module):
@@ -266,10 +266,10 @@ class BitsandbytesPrecision(Wrapping):
         )
 
     def _choose_base(self, trains: bool) -> None:
-        """Half parameters are for models in which nothing trains."""
+        """Sets the default base: half parameters only where nothing trains."""
         wanted = self._make_base(self._device_type, trains)
         if wanted.policy != self.policy:
-            self._use(wanted)
+            self._set_base(wanted)
 
     def _widen_vectors(self, module: nn.Module) -> list[Item]:
         """Casts half vectors that were frozen to base's dtype: torch's norms take no half weight with a float32 input.
@@ -307,7 +307,7 @@ class BitsandbytesPrecision(Wrapping):
                 layer.fast_inference = self._config.fast_inference
 
     def module_init_context(self) -> AbstractContextManager[Any]:
-        """Context in which parameters are born on the meta device; `fabric.load_module` fills and quantises them.
+        """Context in which parameters are created on the meta device; `fabric.load_module` fills and quantises them.
 
         Buffers are real, and keep the dtype in which the module computes them.
         """

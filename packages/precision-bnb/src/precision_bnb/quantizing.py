@@ -23,8 +23,11 @@ on a GPU each chunk takes about eight kernel launches, and its codes come back i
 _LARGEST_BLOCK = 1024
 """Of bitsandbytes' AVX512 kernel; for larger ones it calls torch.compile. A block is as well several with one scale."""
 
-_NOT_FINITE = "it has weights that are infinite or NaN"
-_NOT_IN_HALF = "it has weights that are infinite, NaN, or beyond float16's 65504, which int8 goes through"
+_NOT_FINITE = "its weights must be finite, and some are infinite or NaN"
+_NOT_IN_HALF = (
+    "its weights must be finite and at most 65504 in magnitude, for int8 quantisation casts to float16: "
+    "some are infinite, NaN or larger"
+)
 
 _CPU = torch.device("cpu")
 _codes: dict[tuple[str, torch.device], Tensor] = {}
@@ -51,7 +54,7 @@ def quantize(weight: Tensor, format: Format, *, transposed: bool = False, device
 
 
 def check_values(weight: Tensor, format: Format | None) -> None:
-    """Raises `ValueError` for weights that cannot be quantised, without temporaries; `format` None: int8 later on."""
+    """Raises `ValueError` for weights that cannot be quantised, without temporaries; `format` None: int8-training."""
     if weight.is_meta or not weight.numel():
         return
     low, high = weight.detach().aminmax()
@@ -61,13 +64,13 @@ def check_values(weight: Tensor, format: Format | None) -> None:
 
 
 def check_floating(dtype: torch.dtype) -> None:
-    """Raises `ValueError` for what no weights are dequantised to."""
+    """Raises `ValueError` unless `dtype` is a floating `torch.dtype`."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dequantize: expected a floating dtype, got {dtype!r}")
 
 
 def dequantize(packed: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """Returns the weights (rows, columns) that packed ones stand for; `ValueError` for a dtype that is not floating."""
+    """Returns the weights (rows, columns) in a floating dtype; raises `ValueError` for others."""
     check_floating(dtype)
     return dequantize_parts(layout.parts(packed), layout, dtype)
 
@@ -143,7 +146,7 @@ def _dequantize_4bit(parts: Parts, layout: Layout, dtype: torch.dtype) -> Tensor
 
 
 def scales_of(layout: Layout, scales: Tensor, nested: Tensor | None, offset: Tensor | None) -> Tensor:
-    """Returns the scales of blocks of 4-bit weights in float32."""
+    """Returns the float32 scales (blocks,) of 4-bit weights, dequantised where they are quantised themselves."""
     if nested is None:
         return scales
     code = nested_code(scales.device)
@@ -152,12 +155,12 @@ def scales_of(layout: Layout, scales: Tensor, nested: Tensor | None, offset: Ten
 
 
 def code_of(quant_type: str, device: torch.device) -> Tensor:
-    """Returns the 16 values of a 4-bit type, as bitsandbytes has them."""
+    """Returns float32 (16,): the value of each code of a 4-bit type."""
     return _cached(quant_type, device)
 
 
 def nested_code(device: torch.device) -> Tensor:
-    """Returns the 256 values of the type that scales are quantised to."""
+    """Returns float32 (256,): the value of each 8-bit code that scales are quantised to (double quantisation)."""
     return _cached("dynamic", device)
 
 
@@ -203,14 +206,14 @@ def _quantize_8bit(weight: Tensor, packed: Tensor, layout: Layout, device: torch
     rows = max(1, _chunk_size(device) // layout.columns)
     for start in range(0, layout.rows, rows):
         codes, scales = quantize_rows(weight[start : start + rows].to(device))
-        parts.codes[start : start + rows] = codes.masked_fill_((scales == 0).unsqueeze(1), 0)  # theirs are 0 / 0
+        parts.codes[start : start + rows] = codes.masked_fill_((scales == 0).unsqueeze(1), 0)  # bitsandbytes' are 0 / 0
         parts.scales[start : start + rows] = scales
     if not bool(torch.isfinite(parts.scales).all()):
         raise ValueError(_NOT_IN_HALF)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns int8 codes and the float32 scale of each row; the codes of a row of zeros may be anything."""
+    """Returns int8 codes (rows, columns) and float32 scales (rows,); the codes of a row of zeros may be anything."""
     # CUDA's kernel reads rows from a pointer on, whatever the strides.
     codes, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
     return codes, scales

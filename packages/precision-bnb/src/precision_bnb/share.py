@@ -1,4 +1,4 @@
-"""How much of a model is quantised, and which experts are not."""
+"""The share of a model's weights that is quantised, and stacked experts, which are not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def quantised_share(module: nn.Module) -> str:
 
 
 def left_out(module: nn.Module) -> list[Item]:
-    """Returns what is multiplied and is no linear layer: matrices in one parameter, experts of a mixture mostly."""
+    """Returns parameters of three dimensions, matrices that no layer holds: experts of a mixture mostly."""
     return [
         Item(
             name, f"{param.shape[0]} {'experts' if is_expert else 'matrices'} in one parameter, no layer: left as it is"

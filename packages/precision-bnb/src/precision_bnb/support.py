@@ -1,4 +1,4 @@
-"""Rows of the support table: which devices bitsandbytes quantises on, and what it makes of them."""
+"""Rows of the support table: on which devices each mode runs, and how well."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from precision_core import SupportRow
 from precision_core.hardware import FORMATS, Level, is_available
 
 DEVICES = ("cpu", "cuda", "xpu")
-"""What bitsandbytes 0.50 has kernels for and its tests run on."""
+"""Device types that bitsandbytes 0.50 has kernels for."""
 
 
 def rows() -> list[SupportRow]:
@@ -23,7 +23,7 @@ def _answer(mode: str, device: str) -> tuple[Level, str]:
     if not is_available(device):
         return "no", f"torch finds no {device} device here"
     if device != "cpu":
-        return "native", "bitsandbytes has kernels for it; nobody has run these tests there"
+        return "native", "bitsandbytes has kernels for it; these tests have not been run there"
     if mode in ("int8", "int8-training"):
         what = "inputs quantised in evaluation, weights dequantised in training" if mode == "int8" else "weights"
         if torch.backends.cpu.get_cpu_capability() == "AVX512" and mode == "int8":
@@ -33,7 +33,7 @@ def _answer(mode: str, device: str) -> tuple[Level, str]:
 
 
 def compute_dtype(device_type: str) -> torch.dtype:
-    """Returns what that kind of device computes fast: bfloat16 or float16 where it has units, else float32."""
+    """Returns the first of bfloat16 and float16 that this kind of device computes natively, else float32."""
     if device_type in FORMATS and is_available(device_type):
         for dtype in (torch.bfloat16, torch.float16):
             if FORMATS[device_type][dtype]()[0] == "native":
