@@ -3,11 +3,13 @@ import json
 import pytest
 
 from precision_core import Policy
-from precision_lab.results import Comparison, Row, spell
+from precision_lab.results import Comparison, Row, policy_as_dict
 
 
 def done(mode, losses, seconds):
-    return Row(mode, "done", losses=losses, step_seconds=seconds, held_out_loss=2.0, policy=spell(Policy.parse(mode)))
+    return Row(
+        mode, "done", losses=losses, step_seconds=seconds, held_out_loss=2.0, policy=policy_as_dict(Policy.parse(mode))
+    )
 
 
 @pytest.fixture

@@ -158,7 +158,7 @@ def _rows(modes: list[str], device_type: str, **options: Any) -> list[Row]:
 
 
 def _checked_folder(out: str) -> Path:
-    """Makes the folder and tries to write in it: better now than after the training."""
+    """Creates the folder and writes a temporary file in it, so that errors come before the training."""
     from precision_core.checkpoint import local_path
 
     try:

@@ -15,13 +15,13 @@ from precision_lab.train import Job
 _FIGURES = {f.name for f in fields(Row)}
 
 Runner = Callable[[Job], Generator[dict[str, Any], None, None]]
-"""What trains in a process of its own, yields its events as they come, and raises `ChildFailed`: `run_child`."""
+"""Trains in a process of its own, yields its events as they come, and raises `ChildFailed`; `run_child` is one."""
 
 
 def run(
     comparison: Comparison, accelerator: str, progress: Progress, devices: int = 1, runner: Runner = run_child
 ) -> None:
-    """Runs every row that has no reason not to be run, and fills it in. One that fails leaves the others alone."""
+    """Trains the mode of each row without a `reason`, and fills the row in; after a failure the others go on."""
     for row in comparison.rows:
         if row.reason:
             continue

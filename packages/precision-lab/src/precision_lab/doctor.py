@@ -14,7 +14,7 @@ from precision_core.support import PLUGINS, STRATEGIES, is_core_mode, names, rea
 from precision_lab.installed import (
     Missing,
     Package,
-    claimed_twice,
+    duplicate_names,
     find_distributions,
     find_missing,
     find_packages,
@@ -26,7 +26,7 @@ from precision_lab.machine import Device, Machine, describe_machine, find_device
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that `precision doctor` says; field for field the JSON object."""
+    """Everything that `precision doctor` reports; its fields are those of the JSON object."""
 
     machine: Machine
     devices: list[Device]
@@ -37,7 +37,7 @@ class Findings:
     support: list[SupportRow]
     """One row for each mode, device that is here, and strategy that has a row of its own."""
     unrated: dict[str, list[str]]
-    """Mode -> devices of which no row speaks: `supports` loads its plugin and judges it by its dtypes."""
+    """Mode -> devices without a row: `supports` loads the plugin and judges it by its dtypes."""
     problems: list[str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -46,11 +46,11 @@ class Findings:
 
 
 def examine() -> Findings:
-    """Returns what there is to say of this machine and what is installed on it."""
+    """Examines this machine and what is installed on it; what fails meanwhile is among the problems."""
     devices, installed = find_devices(), find_distributions()
     packages = find_packages(installed)
     problems = [f"{device.type}: {device.error}" for device in devices if device.error]
-    problems += [*claimed_twice(), *unmet_requirements(packages, installed)]
+    problems += [*duplicate_names(), *unmet_requirements(packages, installed)]
     here = [device.type for device in devices if device.here or device.type == "xla"]
     table = read_table(here)
     problems += table.problems

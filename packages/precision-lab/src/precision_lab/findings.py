@@ -23,7 +23,7 @@ _LEGEND = (
 
 
 def print_findings(findings: Findings, console: Console) -> None:
-    """Prints a section for each of the findings that there is something in."""
+    """Prints the findings in sections; empty ones are left out."""
     with console.capture() as capture:
         _print_sections(findings, console)
     # Rich fills its cells with spaces, which wrap where a window is narrower, and go along when a line is copied.

@@ -1,4 +1,4 @@
-"""What is installed: precision packages, what they bring, and whether they fit together.
+"""What is installed: precision packages, the names that they register, and whether their versions fit together.
 
 All of it is read from metadata; nothing is imported.
 """
@@ -26,12 +26,12 @@ VENDORS = (
     "torchao",
 )
 
-_TAKEN = {PLUGINS: {*MODES, *map(str, ALIASES)}, STRATEGIES: {*CORES_STRATEGIES}, SUPPORT: set[str]()}
+_CORE_NAMES = {PLUGINS: {*MODES, *map(str, ALIASES)}, STRATEGIES: {*CORES_STRATEGIES}, SUPPORT: set[str]()}
 
 
 @dataclass(frozen=True)
 class Package:
-    """An installed distribution, and the names that it brings."""
+    """An installed distribution, and the names that it registers."""
 
     name: str
     version: str
@@ -42,7 +42,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Missing:
-    """Names that a package of ours would bring, and how to get it."""
+    """Modes and strategies of a package that is not installed, and the command that installs it."""
 
     names: list[str]
     package: str
@@ -54,7 +54,7 @@ def find_distributions() -> dict[str, Distribution]:
     found: dict[str, Distribution] = {}
     for each in distributions():
         metadata = each.metadata
-        if "Name" in metadata:  # what an uninstall left behind has none
+        if "Name" in metadata:  # metadata that a broken uninstall left behind has none
             found.setdefault(_normalized(metadata["Name"]), each)
     return found
 
@@ -86,9 +86,9 @@ def find_missing() -> list[Missing]:
     return [each for each in missing if each.names]
 
 
-def claimed_twice() -> Iterator[str]:
-    """Yields what is wrong with each name that two distributions claim, core among them."""
-    for group, taken in _TAKEN.items():
+def duplicate_names() -> Iterator[str]:
+    """Yields an error text for each name that two distributions register, core's own names included."""
+    for group, taken in _CORE_NAMES.items():
         for name in names(group):
             try:
                 find(group, name, taken=name in taken)
@@ -97,7 +97,7 @@ def claimed_twice() -> Iterator[str]:
 
 
 def unmet_requirements(packages: list[Package], installed: dict[str, Distribution]) -> Iterator[str]:
-    """Yields what `packages` require and is not there, or in a version that does not fit."""
+    """Yields an error text for each requirement of `packages` that is missing or installed in another version."""
     for package in packages:
         try:
             for text in installed[package.name].requires or ():

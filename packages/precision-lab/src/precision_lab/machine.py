@@ -1,4 +1,4 @@
-"""This machine: what it is, and which devices torch finds on it."""
+"""This machine: Python, torch, CPU, memory, and the devices that torch finds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from precision_core.policy import dtype_name
 
 @dataclass(frozen=True)
 class Machine:
-    """What runs here."""
+    """Versions, the CPU and its memory."""
 
     python: str
     torch: str
@@ -25,11 +25,11 @@ class Machine:
     cpu: str
     cores: int | None
     threads: int
-    """How many torch computes with."""
+    """CPU threads that torch computes with."""
     memory_bytes: int | None
-    """None where the system does not tell."""
+    """Physical memory; None where the operating system does not say."""
     formats: dict[str, Support]
-    """How well the CPU computes in the two narrow formats, and why."""
+    """How well the CPU computes in bfloat16 and in float16, and why."""
 
 
 @dataclass
@@ -38,14 +38,14 @@ class Device:
 
     type: str
     here: bool | None = None
-    """None: nobody knows, because its probe raised `error`, or because to ask would import torch_xla."""
+    """None: unknown, because the probe raised `error`, or because asking would import torch_xla."""
     count: int | None = None
     names: list[str] = field(default_factory=list)
     error: str = ""
 
 
 def describe_machine() -> Machine:
-    """Returns what runs here."""
+    """Returns versions, and this machine's CPU and memory."""
     cpu = FORMATS["cpu"]
     return Machine(
         python=platform.python_version(),

@@ -1,4 +1,4 @@
-"""Memory that a training run took, as the machine counts it.
+"""Peak memory of a training run, by torch's allocator on CUDA and by the operating system elsewhere.
 
 On CUDA, torch's allocator knows its peak exactly; what tensors took before, the text for example, does not count.
 Anywhere else the process is asked: the growth of its resident peak
@@ -20,7 +20,7 @@ _STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
-    """Counts from its construction."""
+    """The growth of memory since its construction, at most."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -31,7 +31,7 @@ class PeakMemory:
             self._before = _resident("VmRSS")
 
     def read(self) -> int | None:
-        """Returns the bytes by which memory grew at most; None where the system does not tell."""
+        """Returns bytes; None where the operating system does not say."""
         on_cuda = self._device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self._device) if on_cuda else _resident("VmHWM")
         return None if peak is None or self._before is None else max(0, peak - self._before)

@@ -22,10 +22,10 @@ def default_modes() -> list[str]:
 
 
 def parse_modes(text: str) -> list[str]:
-    """Returns the modes that `text` lists: core's as the policy spells them, those of packages as they are registered.
+    """Returns the modes that `text` lists: core's in the policy's spelling, those of packages by registered names.
 
     Raises:
-        ValueError: a mode that nobody knows or that is not installed, with core's text; the same one twice.
+        ValueError: an unknown mode, or one whose package is not installed, with core's message; a mode given twice.
     """
     modes: list[str] = []
     for given in split_modes(text):

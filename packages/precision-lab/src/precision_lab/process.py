@@ -26,11 +26,11 @@ _VENDORS = {
     # an idle machine and 1.5 s on a busy one; one thread takes 58 ms on both, and the same losses on any machine size.
     "OMP_NUM_THREADS": "1",
 }
-"""What libraries read from the environment when they start. The user's own settings come first."""
+"""Environment variables that libraries read when they start. The user's own values take precedence."""
 
 
 class ChildFailed(Exception):
-    """The child ended before its work was done; the message says why."""
+    """The child ended before its work was done; the message is its last line of stderr, or the signal that ended it."""
 
 
 def run_child(job: Job) -> Generator[dict[str, Any], None, None]:

@@ -1,4 +1,4 @@
-"""What is shown while modes train: bars on a terminal, a line every tenth of the way in a log."""
+"""Progress while modes train: bars on a terminal, a line for every tenth of the steps in a log."""
 
 from __future__ import annotations
 
@@ -102,5 +102,5 @@ class Lines:
 
 
 def make_progress(console: Console, rows: Sequence[Row], steps: int) -> Bars | Lines:
-    """Returns what suits the console: bars only where something moves on the screen."""
+    """Returns bars for a terminal, lines for a file or a pipe."""
     return (Bars if console.is_terminal else Lines)(console, rows, steps)

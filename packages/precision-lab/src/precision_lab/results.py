@@ -1,4 +1,4 @@
-"""What a comparison found: a row for each mode, and what takes several rows to say."""
+"""The results of a comparison: a row for each mode, and figures that need several rows."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ BASELINE = "32-true"
 
 @dataclass
 class Row:
-    """What one mode did. Figures are None as long as they are not known."""
+    """The figures of one mode; None until they are known. Bytes are those of the first process."""
 
     mode: str
-    """As `parse_modes` spells it: the same policy is the same string."""
+    """In the spelling of `parse_modes`: equal policies are equal strings."""
     status: Status = "not run"
     reason: str = ""
     """Why it was not run, or failed."""
@@ -37,11 +37,11 @@ class Row:
     peak_memory_bytes: int | None = None
     skipped_steps: int | None = None
     policy: dict[str, Any] | None = None
-    """Its fields as plain values; for a mode of a package as its plugin says, once it ran."""
+    """The policy's fields as plain values; of a package's mode as its plugin reports it, once it ran."""
 
     @property
     def train_loss(self) -> float | None:
-        """The mean over the last tenth of the steps: a single batch says little."""
+        """The mean training loss over the last tenth of the steps, nats per byte; a single batch says little."""
         return statistics.fmean(self.losses[-last_tenth(len(self.losses)) :]) if self.status == "done" else None
 
     @property
@@ -52,14 +52,14 @@ class Row:
 
 @dataclass
 class Comparison:
-    """All rows, and what was asked for."""
+    """All rows, and the arguments of the comparison."""
 
     steps: int
     seed: int
     rows: list[Row]
     strategy: str = "auto"
     environment: dict[str, Any] = field(default_factory=dict)
-    """What ran where, as the first child that came so far described it."""
+    """Device, versions and the like, from the first child that started."""
 
     def drift(self, row: Row) -> float | None:
         """Returns max over steps of |L - L64| / L64; None without a finished 64-true row."""
@@ -112,10 +112,10 @@ def last_tenth(steps: int) -> int:
     return max(1, steps // 10)
 
 
-def spell(policy: Policy) -> dict[str, Any]:
-    """Returns every field of `policy` as plain values."""
+def policy_as_dict(policy: Policy) -> dict[str, Any]:
+    """Returns the fields of `policy` as plain values for JSON, dtypes as strings."""
     values = {f.name: getattr(policy, f.name) for f in fields(policy)}
-    exceptions = {pattern: spell(exception) for pattern, exception in values.pop("exceptions")}
+    exceptions = {pattern: policy_as_dict(exception) for pattern, exception in values.pop("exceptions")}
     return {name: _plain(value) for name, value in values.items()} | {"exceptions": exceptions}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from precision_core import Policy, Support, supports
 from precision_core.support import is_core_mode, refusal, resolve_precision, resolve_strategy
 from precision_lab.process import ChildFailed, last_line
-from precision_lab.results import Row, Status, spell
+from precision_lab.results import Row, Status, policy_as_dict
 
 
 def ask_for_rows(modes: Sequence[str], device_type: str, **options: Any) -> list[Row]:
@@ -54,14 +54,14 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
 def make_rows(
     modes: Sequence[str], device_type: str, *, named: bool, run_slow: bool, strategy: str = "auto", devices: int = 1
 ) -> list[Row]:
-    """Returns a row for each mode, as `parse_modes` returns them. Those with a reason are not to be run.
+    """Returns a row for each mode, in the spelling of `parse_modes`; a row with a `reason` is not to be run.
 
-    Modes that the device is slow at are left out unless they were `named` or are to be run all the same. One that it
-    cannot run at all, or not under that strategy, has failed when it was asked for by name.
+    Modes that are slow on the device have one unless they were `named` or `run_slow` is set. Modes that cannot run on
+    it, or under that strategy, have one; where they were named, they have failed.
     """
     rows = []
     for mode in modes:
-        policy = spell(Policy.parse(mode)) if is_core_mode(mode) else None
+        policy = policy_as_dict(Policy.parse(mode)) if is_core_mode(mode) else None
         answer = _supports(mode, device_type, strategy)
         if answer and (refused := refusal_of(mode, device_type, strategy, devices)):
             answer = Support("no", refused)
@@ -79,7 +79,7 @@ def _supports(mode: str, device_type: str, strategy: str) -> Support:
 
 
 def refusal_of(mode: str, device_type: str, strategy: str, devices: int) -> str | None:
-    """Returns why a strategy that was asked for does not run `mode`; None: it does, as far as its construction tells.
+    """Returns why a named strategy does not run `mode`; None: plugin and strategy can be constructed together.
 
     Raises:
         ValueError: it does not run on the device at all, or not in so many processes.

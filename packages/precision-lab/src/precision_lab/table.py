@@ -11,7 +11,7 @@ from precision_lab.results import BASELINE, REFERENCE, Comparison, Row, last_ten
 
 _COLUMNS = ("train", "held-out", "drift", "ms/step", "x 32-true", "params", "grads", "optimizer", "peak", "skipped")
 _MODE_WIDTH = 30
-"""A policy that is spelled out is folded to that."""
+"""Longer modes, policies that are written out, are folded to this width."""
 
 
 def print_table(comparison: Comparison, console: Console) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from precision_core import Fabric
 from precision_lab.gpt import GPT, GPTConfig
 from precision_lab.memory import PeakMemory
-from precision_lab.results import spell
+from precision_lab.results import policy_as_dict
 from precision_lab.text import split_text
 
 BATCH = 4
@@ -51,7 +51,7 @@ EVALUATION_BATCH = 32
 
 @dataclass(frozen=True)
 class Job:
-    """What one child process is to do."""
+    """The arguments of one training run."""
 
     mode: str
     steps: int
@@ -63,7 +63,7 @@ class Job:
 
 
 def train(job: Job) -> Iterator[dict[str, Any]]:
-    """Trains, and yields what is known at the start, after each step, and at the end.
+    """Trains, and yields figures as plain values at the start, after each step, and at the end.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -77,10 +77,10 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True
     )
-    description = describe(fabric.device, model)  # of the whole model, which setup may shard
+    description = run_metadata(fabric.device, model)  # of the whole model, which setup may shard
     model, optimizer = fabric.setup(model, optimizer)
     yield description | {"devices": fabric.world_size}
-    yield {"policy": spell(fabric.precision_plugin.policy)}
+    yield {"policy": policy_as_dict(fabric.precision_plugin.policy)}
 
     batches = torch.Generator().manual_seed(job.seed)
     for step in range(job.steps):
@@ -100,8 +100,8 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
         yield {"step": step + 1, "loss": value, "seconds": time.perf_counter() - start}
 
     # Memory is read before evaluation, which is not part of training.
-    params = [part for part in map(local, model.parameters()) if part.numel()]
-    gradients = [local(param.grad) for param in model.parameters() if param.grad is not None]
+    params = [part for part in map(local_shard, model.parameters()) if part.numel()]
+    gradients = [local_shard(param.grad) for param in model.parameters() if param.grad is not None]
     figures = {  # of this process; None where an engine does not show what it holds
         "parameter_bytes": sum(param.nbytes for param in params) or None,
         "gradient_bytes": sum(gradient.nbytes for gradient in gradients) or None,
@@ -115,8 +115,8 @@ def train(job: Job) -> Iterator[dict[str, Any]]:
     yield figures | {"held_out_loss": held_out_loss}
 
 
-def describe(device: torch.device, model: nn.Module) -> dict[str, Any]:
-    """Returns what runs where."""
+def run_metadata(device: torch.device, model: nn.Module) -> dict[str, Any]:
+    """Returns device, versions, and the number of parameters."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "device": device.type,
@@ -161,19 +161,19 @@ def evaluate(model: nn.Module, data: Tensor, context: int) -> float:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Returns the size of all tensors in the optimizer's state, as far as this process holds them."""
+    """Returns the bytes of all tensors in the optimizer's state that are in this process."""
     values = (value for state in optimizer.state.values() for value in state.values())
-    return sum(local(value).nbytes for value in values if isinstance(value, Tensor))
+    return sum(local_shard(value).nbytes for value in values if isinstance(value, Tensor))
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Returns what of a tensor is in this process."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """Returns this process's shard of a tensor, all of a plain one."""
     to_local = getattr(tensor, "to_local", None)  # of a DTensor
     return tensor if to_local is None else to_local()
 
 
 def settings() -> dict[str, Any]:
-    """Returns the constants of this file and the model's sizes, for the record."""
+    """Returns the constants of this file and the model's sizes, for compare.json."""
     return {
         "model": asdict(GPTConfig()),
         "batch": BATCH,
