@@ -227,7 +227,7 @@ def test_an_embeddings_tables_too(recorder: Any, mode: str) -> None:
 @pytest.mark.usefixtures("on_meta")
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq"])
 def test_a_second_forward_makes_no_views(recorder: Any, mode: str) -> None:
-    """Host time: on a GPU a layer's own Python was half of what a forward of one token took."""
+    """They are half of a layer's own Python."""
     layer, x = converted(mode).to("meta"), torch.empty(1, 64, device="meta", dtype=torch.float16)
     with torch.no_grad():
         layer(x)

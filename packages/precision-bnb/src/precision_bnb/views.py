@@ -1,4 +1,4 @@
-"""Views of a packed weight's parts, kept from one forward to the next: making them is half of a layer's host time."""
+"""Views of a packed weight's parts, kept from one forward to the next: making them is half of a layer's own Python."""
 
 from __future__ import annotations
 
