@@ -15,6 +15,7 @@ from precision_core.testing.controls import round_parameters as round_parameters
 from precision_core.testing.controls import variations as variations  # noqa: E402
 from precision_core.testing.forks import CLEANUPS as CLEANUPS  # noqa: E402
 from precision_core.testing.hardware import needs as needs  # noqa: E402
+from precision_core.testing.host_reads import HostReads as HostReads  # noqa: E402
 from precision_core.testing.loss_bound import curve_distance as curve_distance  # noqa: E402
 from precision_core.testing.loss_bound import loss_bound as loss_bound  # noqa: E402
 from precision_core.testing.net import Net as Net  # noqa: E402
