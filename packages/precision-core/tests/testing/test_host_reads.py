@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import AdamW
 
-from precision_core.testing import HostReads
+from precision_core.testing import HostReads, run_in_ranks
 
 X, MASK = torch.arange(4.0), torch.tensor([True, False, True, True])
 
@@ -55,6 +58,8 @@ def test_arithmetic_choices_and_moves_to_the_device_do_not_count() -> None:
         X.clone().masked_fill_(MASK, 1.0)
         X.to(torch.device("cpu")), X.to(torch.float64), X[torch.tensor([1, 2])], X.clone().clamp_(max=X[1])
         X.repeat_interleave(torch.ones(4, dtype=torch.int64), output_size=4)
+        if X.is_cpu:
+            X[0].item()
     assert reads.lines == [] and weight.grad is not None
 
 
@@ -64,6 +69,21 @@ def test_backward_is_seen() -> None:
     with HostReads() as reads:
         weight.sum().backward()
     assert [line.rpartition(" ")[2] for line in reads.lines] == ["item"]
+
+
+def of_shards() -> list[str]:
+    mesh = init_device_mesh("cpu", (1,))
+    shards = distribute_tensor(X, mesh, [Shard(0)])
+    with HostReads() as reads:
+        (shards * 2).sum()
+        shards.sum().item()
+        torch.equal(shards, shards)
+    dist.destroy_process_group()
+    return [line.rpartition(" ")[2] for line in reads.lines]
+
+
+def test_what_dtensors_come_down_to_is_seen_once() -> None:
+    assert run_in_ranks(1, of_shards) == [["item", "equal"]]
 
 
 @pytest.mark.parametrize("fused", [False, True])

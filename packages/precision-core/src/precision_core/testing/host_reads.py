@@ -45,15 +45,17 @@ _MOVES: Mapping[Any, str] = {
 }
 """What no operator is called for where the tensor is on a CPU already."""
 
+_IS_CPU: Any = Tensor.is_cpu.__get__  # type: ignore[attr-defined]  # a new object each time, equal to the others
 _TORCH = str(Path(torch.__file__).parent)
 
 
 class HostReads:
     """Counts, while it is entered, reads of tensors' values by the host; each with the line outside of torch.
 
-    `.to("cpu")` counts by the string: `.to(device)` with a `torch.device` is a move to what plays the device. The
-    `step` of `optimizers` does not count: torch keeps it in host memory on every device, unless they are fused or
-    capturable. It sees this thread alone, in which backward runs on a CPU, too.
+    `.to("cpu")` counts by the string: `.to(device)` with a `torch.device` is a move to what plays the device, and no
+    tensor `is_cpu`, so that code which reads values on a CPU alone leaves that out. The `step` of `optimizers` does not
+    count: torch keeps it in host memory on every device, unless they are fused or capturable. It sees this thread
+    alone, in which backward runs on a CPU, too.
     """
 
     def __init__(self, *optimizers: Optimizer) -> None:
@@ -99,6 +101,8 @@ class _Moves(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func == _IS_CPU:
+            return False
         if func in _MOVES:
             self._reads.note(_MOVES[func], args[0])
         elif func is Tensor.to and any(isinstance(each, str) and each == "cpu" for each in (*args, *kwargs.values())):
@@ -115,7 +119,7 @@ class _Operators(TorchDispatchMode):
         self._reads = reads
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # the operators that a DTensor's comes down to are seen
         packet = getattr(func, "overloadpacket", func)
         kwargs = kwargs or {}
