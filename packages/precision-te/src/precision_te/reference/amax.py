@@ -59,8 +59,11 @@ class AmaxState:
         """Moves the state to `device`, and makes the history `steps` long, as `resized` does."""
         self.scale, self.history = self.scale.to(device), resized(self.history.to(device), steps)
 
-    def update(self, recipe: Delayed, roles: Sequence[Role]) -> None:
-        """Recomputes the scales of `roles` from their history, and shifts the history by one row."""
+    def update(self, recipe: Delayed, roles: Sequence[Role], ran: Tensor | None = None) -> None:
+        """Recomputes the scales of `roles` from their history, and shifts the history by one row.
+
+        Where `ran`, one bool on the device, is False, all stays as it is.
+        """
         for role in roles:
             column = slice(COLUMNS[role], COLUMNS[role] + 1)
             history, old = self.history[:, column], self.scale[column]
@@ -73,9 +76,10 @@ class AmaxState:
                 new = recipe.scaling_factor_compute_algo(chosen, old, largest, recipe)
             else:
                 new = _scale(chosen, old, largest, recipe.margin)
-            self.scale[column] = new
-            self.history[:, column] = history.roll(-1, 0)
-            self.history[0, column] = 0.0
+            shifted = history.roll(-1, 0)
+            shifted[0] = 0.0
+            self.scale[column] = new if ran is None else torch.where(ran, new, old)
+            self.history[:, column] = shifted if ran is None else torch.where(ran, shifted, history)
 
 
 def resized(history: Tensor, steps: int) -> Tensor:
@@ -95,12 +99,13 @@ def _scale(chosen: Tensor, old: Tensor, largest: float, margin: int) -> Tensor:
 
 def reduce(
     states: Sequence[AmaxState | None], ran: Sequence[bool], roles: Sequence[Role], group: dist.ProcessGroup
-) -> list[bool]:
-    """Reduces the running rows of `states` (max) over the ranks in `group`; returns which of them ran on any rank.
+) -> Tensor:
+    """Reduces the running rows of `states` (max) over the ranks in `group`.
 
-    All ranks pass equally many, in the same order; None where there is no state.
+    Returns which of them ran on any rank, bool (states,) on the device. All ranks pass equally many, in the same order;
+    None where there is no state.
     """
-    columns = [COLUMNS[role] for role in roles]
+    columns = slice(COLUMNS[roles[0]], COLUMNS[roles[-1]] + 1)
     device = next((state.history.device for state in states if state is not None), torch.device("cpu"))
     rows = torch.zeros(len(states), len(roles) + 1, dtype=torch.float32, device=device)
     for row, state, here in zip(rows, states, ran, strict=True):
@@ -108,8 +113,8 @@ def reduce(
             row[:-1] = state.history[0, columns]
         row[-1] = float(here)
     dist.all_reduce(rows, dist.ReduceOp.MAX, group=group)
-    anywhere = [flag > 0 for flag in rows[:, -1].tolist()]
+    anywhere = rows[:, -1] > 0
     for row, state, there in zip(rows, states, anywhere, strict=True):
-        if state is not None and there:
-            state.history[0, columns] = row[:-1]
+        if state is not None:
+            state.history[0, columns] = torch.where(there, row[:-1], state.history[0, columns])
     return anywhere

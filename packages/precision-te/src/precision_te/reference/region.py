@@ -7,9 +7,10 @@ outermost region ends with gradients enabled, those of gradients when a backward
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import repeat
 from typing import Protocol
 from weakref import ref
 
@@ -87,15 +88,16 @@ class Region:
         self._update(self.recipe, states, ("grad",))
 
     def _update(self, recipe: Delayed, ran: dict[int, AmaxState], roles: Sequence[Role]) -> None:
-        states = list(ran.values())
+        everyone: Sequence[AmaxState | None] = list(ran.values())
+        anywhere: Iterable[Tensor | None] = repeat(None)
         if recipe.reduce_amax and self.group is not None and dist.get_world_size(self.group) > 1:
-            everyone = states if self.layers is None else self._everyone(self.layers, recipe, ran)
+            everyone = everyone if self.layers is None else self._everyone(self.layers, recipe, ran)
             if not everyone:
                 return
             anywhere = reduce(everyone, [id(state) in ran for state in everyone], roles, self.group)
-            states = [state for state, there in zip(everyone, anywhere, strict=True) if state is not None and there]
-        for state in states:
-            state.update(recipe, roles)
+        for state, there in zip(everyone, anywhere, strict=False):
+            if state is not None:
+                state.update(recipe, roles, None if id(state) in ran else there)
 
     def _everyone(
         self, layers: Sequence[Callable[[], Layer | None]], recipe: Delayed, ran: dict[int, AmaxState]

@@ -40,8 +40,6 @@ class Quantized:
         """
         result = (self.values * self.scales) @ (other.values * other.scales).T
         scaled = result * self.outer * other.outer
-        if scaled.isfinite().all():
-            return scaled
         small, large = torch.minimum(self.outer, other.outer), torch.maximum(self.outer, other.outer)
         rescaled = result * small * large  # the large one first may be beyond float32's range on the way
         return torch.where(scaled.isfinite() | ~rescaled.isfinite(), scaled, rescaled)
@@ -89,9 +87,7 @@ def blocks(x: Tensor, format: Format, shape: tuple[int, int], *, power_of_2: boo
 def mxfp8(x: Tensor, format: Format, shape: tuple[int, int]) -> Quantized:
     """Quantises `x` with one power of 2 a block of 1x32 or 32x32 (OCP MX v1.0), E8M0, rounded up as the vendor does."""
     parts = _split(x, shape)
-    scale = power_of_2_above(
-        amax(parts, (1, 3)) * torch.tensor(format.max, dtype=torch.float32, device=x.device).reciprocal()
-    )
+    scale = power_of_2_above(amax(parts, (1, 3)) * _number(format.max, x).reciprocal())
     return _joined(x, format.round(parts / scale), scale, x.new_ones((), dtype=torch.float32))
 
 
@@ -105,7 +101,7 @@ def nvfp4(x: Tensor, shape: tuple[int, int], *, stochastic: bool = False) -> Qua
     largest = amax(x)
     outer = quotient(eight.max * four.max, largest).clamp(max=_LARGEST)
     outer = torch.where(outer == 0, 1.0, outer)
-    sixth = torch.tensor(four.max, dtype=torch.float32, device=x.device).reciprocal()
+    sixth = _number(four.max, x).reciprocal()
     scale = eight.round((amax(parts, (1, 3)) * (outer * sixth)).clamp(max=_LARGEST))
     factor = (1.0 / (scale * outer.reciprocal())).clamp(max=_LARGEST)
     return _joined(x, four.round(parts * factor, stochastic=stochastic), scale, largest / (eight.max * four.max))
@@ -124,9 +120,14 @@ def hadamard(x: Tensor) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float32, device=x.device)
     while len(matrix) < 16:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    turn = torch.tensor(_SIGNS, dtype=torch.float32, device=x.device).unsqueeze(1) * matrix / 4
+    turn = torch.stack([_number(sign, x) for sign in _SIGNS]).unsqueeze(1) * matrix / 4
     x = F.pad(x, (0, -x.shape[1] % 16))
     return (x.reshape(-1, 16) @ turn.to(x.dtype)).reshape(x.shape)
+
+
+def _number(number: float, x: Tensor) -> Tensor:
+    """Returns it in float32 where `x` is; made there, as the host would wait for a copy."""
+    return torch.full((), number, dtype=torch.float32, device=x.device)
 
 
 def _split(x: Tensor, shape: tuple[int, int]) -> Tensor:
