@@ -289,7 +289,10 @@ class Fabric(Saving):
         The forward has to be inside it, too: DDP decides there whether the backward reduces. `model` is one that was
         set up; with `enabled=False` the context changes nothing.
         """
-        return self._strategy.no_backward_sync(uncompiled(model), enabled)
+        return _nested(
+            self._precision.accumulation_context(enabled),
+            self._strategy.no_backward_sync(uncompiled(model), enabled),
+        )
 
     def teardown(self) -> None:
         """Ends the run: restores the methods of what was set up (dtypes stay), waits for a save, leaves the group."""
@@ -300,4 +303,12 @@ class Fabric(Saving):
             self._presence.close()
             forget(self._strategy)  # waits for a save that is under way
         self._precision.teardown()
-        super().teardown()
+        """Context for all but the last forward and backward of an accumulation: it reduces no gradients over ranks.
+
+        The forward has to be inside it, too: DDP decides there whether the backward reduces. `model` is one that was
+        set up; with `enabled=False` the context changes nothing.
+        """
+        return _nested(
+            self._precision.accumulation_context(enabled),
+            self._strategy.no_backward_sync(uncompiled(model), enabled),
+        )

@@ -62,6 +62,10 @@ class Engine(Protocol):
         """
         ...
 
+    def accumulation_context(self) -> AbstractContextManager[Any]:
+        """Returns a context of microbatches after which another one comes before the optimizer steps."""
+        ...
+
     def register(self, module: nn.Module) -> None:
         """Called with each model that is set up, in the same order on all ranks."""
         ...

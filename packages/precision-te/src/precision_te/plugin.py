@@ -63,7 +63,7 @@ class TransformerEnginePrecision(Wrapping):
         exclude: name patterns of modules that stay as they are, as {"lm_head", "blocks.0"}.
         engine: "te", which needs the vendor's library and a GPU, or "reference", which is slow and runs anywhere.
         keep_first: so many of the first linear layers that could be converted stay; likewise `keep_last`.
-        pad: te: pad shapes that FP8 cannot take with zeros, in each forward, instead of leaving such layers alone.
+        pad: te: pad shapes that FP8 cannot take with zeros, instead of leaving such layers alone.
         quantized_weights: te: linear weights are stored quantised alone, without their float values.
 
     Raises:
@@ -251,6 +251,10 @@ class TransformerEnginePrecision(Wrapping):
         """Context in which forward runs: the engine's, inside of base's."""
         engines = self._engine.context(self.recipe, group=self._group(), calibrating=self._calibrating)
         return Nested(super().forward_context(), engines)
+
+    def accumulation_context(self, enabled: bool) -> AbstractContextManager[Any]:
+        """Context of `fabric.no_backward_sync`: in it the vendor's layers are told which microbatch is the first."""
+        return self._engine.accumulation_context() if enabled else super().accumulation_context(enabled)
 
     def _group(self) -> dist.ProcessGroup | None:
         """Returns the processes over whom delayed scaling takes the largest values: all that train the model."""

@@ -111,6 +111,35 @@ def test_shapes_are_padded_by_choice() -> None:
     assert torch.equal(layer.weight.grad, torch.ones(50, 30))
 
 
+@pytest.mark.parametrize("recipe", ["delayed", "current"])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_vendors_forward_is_told_the_first_microbatch_and_gets_one_padded_weight(
+    te: Any, monkeypatch: pytest.MonkeyPatch, recipe: str, fp8: bool
+) -> None:
+    told, weights = [], []
+
+    def forward(layer: Any, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
+        layer.fp8 = fp8
+        weight, bias = layer._get_weight_and_bias_tensors()
+        told.append(is_first_microbatch)
+        weights.append(weight.data_ptr())
+        return nn.functional.linear(inp, weight, bias)
+
+    monkeypatch.setattr(te.Linear, "forward", forward)  # whose kernels need a GPU
+    user, layer = plugin(recipe=recipe, pad=True), nn.Linear(30, 50)
+    model = user.convert_module(nn.Sequential(layer))
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        for number in range(3):
+            with user.accumulation_context(number < 2):
+                model(torch.ones(16, 30)).sum().backward()
+        optimizer.step()
+    assert told == ([True, False, False] if fp8 else [True, True, None]) * 2
+    assert len({*weights[:3]}) == len({*weights[3:]}) == 1
+    assert torch.equal(layer.weight.grad, torch.full((50, 30), 96.0))  # type: ignore[arg-type]
+    assert vars(restore(model)[0]).keys() == vars(nn.Linear(1, 1)).keys()  # type: ignore[index]
+
+
 def test_meta_flags_ties_hooks() -> None:
     with torch.device("meta"):
         model = Problem().model()

@@ -164,6 +164,10 @@ class Precision:
         """Context in which forward runs: created tensors are float32, whatever torch's default dtype is."""
         return nullcontext() if torch.get_default_dtype() is torch.float32 else created_as(torch.float32)
 
+    def accumulation_context(self, enabled: bool) -> AbstractContextManager[Any]:
+        """Context of `fabric.no_backward_sync`: `enabled`, no step comes before the next backward outside of it."""
+        return nullcontext()
+
     def convert_output(self, data: T) -> T:
         """Returns `data` with tensors of the params and compute dtypes in `policy.output`; others are unchanged."""
         policy = self.policy

@@ -45,6 +45,10 @@ class Wrapping(Precision):
     def forward_context(self) -> AbstractContextManager[Any]:
         return self.wrapped.forward_context()
 
+    def accumulation_context(self, enabled: bool) -> AbstractContextManager[Any]:
+        """Context of `fabric.no_backward_sync`: that of `wrapped`."""
+        return self.wrapped.accumulation_context(enabled)
+
     def convert_output(self, data: T) -> T:
         return self.wrapped.convert_output(data)
 

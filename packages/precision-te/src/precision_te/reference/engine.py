@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import ref
 
@@ -60,6 +60,10 @@ class ReferenceEngine:
     ) -> AbstractContextManager[Any]:
         """Returns a new context in which the layers compute in `recipe`, to be entered inside the base mode's."""
         return region(recipe, group=group, calibrating=calibrating, layers=self._registered)
+
+    def accumulation_context(self) -> AbstractContextManager[Any]:
+        """Context that changes nothing: each forward quantises its weights."""
+        return nullcontext()
 
     def register(self, module: nn.Module) -> None:
         """Adds the model's layers to those whose amax is reduced over ranks, in the order of setup.

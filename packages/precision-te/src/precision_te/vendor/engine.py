@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from precision_te.recipes import Delayed, Recipe
 from precision_te.vendor.library import load
+from precision_te.vendor.microbatches import accumulating
 from precision_te.vendor.recipes import vendor_recipe
 
 _PROBES = {
@@ -31,7 +32,7 @@ class TransformerEngine:
 
     Args:
         given: the vendor's recipe, where the user gave one: it is used as it is.
-        pad: pad shapes that FP8 cannot take with zeros, in each forward.
+        pad: pad shapes that FP8 cannot take with zeros: inputs in each forward, weights once a step.
         quantized_weights: linear weights are stored quantised alone (the vendor's `quantized_model_init`).
     """
 
@@ -103,6 +104,10 @@ class TransformerEngine:
             recipe=self.vendor_recipe(recipe),
             amax_reduction_group=group,
         )
+
+    def accumulation_context(self) -> AbstractContextManager[Any]:
+        """Context of microbatches after which another comes before the step: weights are quantised in the first."""
+        return accumulating()
 
     def weights_context(self, recipe: Recipe) -> AbstractContextManager[Any]:
         """Returns the vendor's `quantized_model_init`: its layers made in it store their weights quantised alone."""
@@ -223,5 +228,5 @@ def _own(kind: Any) -> set[str]:
     if vendors is None:
         return set()
     sizes = (16, 16) if "Linear" in vendors.__name__ else (16,)
-    later = {"forwarded_at_least_once", "allow_different_data_and_param_types", "fp8_parameters"}
-    return {*vars(vendors(*sizes, device="meta")), *later, "made_for", "history", "multiple", "_loaded"}
+    later = {"forwarded_at_least_once", "_is_fsdp2", "allow_different_data_and_param_types", "fp8_parameters"}
+    return {*vars(vendors(*sizes, device="meta")), *later, "made_for", "history", "multiple", "kept", "_loaded"}

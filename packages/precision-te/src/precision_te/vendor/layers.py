@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from precision_te.reference.amax import resized
+from precision_te.vendor.microbatches import Kept
 
 _COLUMNS = {"scaling_fwd": (slice(0, 2), 2), "scaling_bwd": (slice(2, 3), 1)}
 """Columns of our state, and how many of the vendor's they are: of input and weight, without the output; of the output's
@@ -60,15 +61,36 @@ class _Picklable(te.module.base.TransformerEngineBaseModule):
 
 
 class _Padded(_Picklable, te.Linear):
-    """`transformer_engine.pytorch.Linear` for every shape.
+    """`transformer_engine.pytorch.Linear` for every shape, which keeps its weight in FP8 over microbatches.
 
     With `multiple` set, inputs and weights are padded with zeros to multiples of it, so that every shape works.
     """
 
     multiple: int | None = None
+    kept: Kept
 
-    def forward(self, inp: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.kept = Kept()
+
+    def forward(self, inp: Tensor, is_first_microbatch: bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Takes (..., in_features) and returns (..., out_features)."""
+        if is_first_microbatch is None and self._keeps():
+            is_first_microbatch = self.kept.is_first_microbatch(self.weight)
+        try:
+            output = self._padded_forward(inp, is_first_microbatch, *args, **kwargs)
+        except BaseException:
+            self.kept.forget_quantized()
+            raise
+        if not self.fp8:  # it may have been the first one, and has quantised nothing
+            self.kept.forget_quantized()
+        return output
+
+    def _keeps(self) -> bool:
+        """Whether the weight is there from one forward to the next: FSDP2 frees it, and quantised ones need no copy."""
+        return not self.is_fsdp2 and not self.primary_weights_in_fp8
+
+    def _padded_forward(self, inp: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.multiple is None:
             return super().forward(inp, *args, **kwargs)
         rows = inp.reshape(-1, inp.shape[-1])
@@ -81,7 +103,9 @@ class _Padded(_Picklable, te.Linear):
         if self.multiple is None:
             return weight, bias
         rows, columns = (-size % self.multiple for size in weight.shape)
-        return pad(weight, (0, columns, 0, rows)), pad(bias, (0, rows)) if self.use_bias else bias
+        padded = self.kept.padded if self._keeps() else lambda _, tensor, more: pad(tensor, more)
+        weight = padded("weight", weight, (0, columns, 0, rows))
+        return weight, padded("bias", bias, (0, rows)) if self.use_bias else bias
 
 
 class TELinear(_TorchsKeys, _Padded):
