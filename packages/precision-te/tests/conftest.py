@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
+from collections.abc import Callable
 from importlib.metadata import distributions
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +19,28 @@ from precision_te.vendor import library
 torch.set_num_threads(1)
 
 
+def _find_kernels() -> bool:
+    """Whether the vendor's torch extension is there: as a distribution, or beside the package, built from source."""
+    if any(distributions(name="transformer-engine-torch")):
+        return True
+    spec = find_spec("transformer_engine")
+    if spec is None or spec.origin is None:
+        return False
+    package, name = Path(spec.origin).parent, "transformer_engine_torch*.so"
+    beside = (package.parent, Path(sysconfig.get_paths()["purelib"]))
+    return any(package.rglob(name)) or any(any(folder.glob(name)) for folder in beside)
+
+
+@pytest.fixture(scope="session")
+def find_kernels() -> Callable[[], bool]:
+    """The function that looks for the vendor's torch extension."""
+    return _find_kernels
+
+
 @pytest.fixture(scope="session")
 def has_kernels() -> bool:
-    """Whether the vendor's torch extension is installed, as the rows do; a test fails then where it does not load."""
-    return any(distributions(name="transformer-engine-torch"))
+    """Whether the vendor's torch extension is installed; a test fails then where it does not load."""
+    return _find_kernels()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -43,6 +44,24 @@ def test_the_version_is_checked_where_it_is_loaded_and_once(monkeypatch: pytest.
     assert library.load() is module
     monkeypatch.setattr(library, "_imported", None)  # is not called again
     assert library.load() is module
+
+
+@pytest.mark.usefixtures("no_vendor")
+@pytest.mark.parametrize("place", ["", "transformer_engine", "transformer_engine/wheel_lib"])
+def test_a_build_from_source_runs_the_tests_of_kernels(
+    find_kernels: Callable[[], bool],
+    has_kernels: bool,
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "transformer_engine" / "wheel_lib").mkdir(parents=True)
+    (tmp_path / "transformer_engine" / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "transformer_engine")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_kernels() is has_kernels  # of the recipes alone
+    (tmp_path / place / "transformer_engine_torch.cpython-311-x86_64-linux-gnu.so").touch()
+    assert find_kernels()
 
 
 def test_the_extra_names_the_same_range() -> None:
