@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from precision_core import MODES, Fabric
 from precision_core.testing import run_in_ranks
-from precision_fsdp import FSDPStrategy
+from precision_fsdp import FSDPStrategy, materialise
 
 
 class Block(nn.Module):
@@ -162,6 +165,38 @@ def in_part_with_values() -> tuple[float, float, bool]:
 
 def test_what_has_values_keeps_them() -> None:
     assert run_in_ranks(2, in_part_with_values) == [(7.0, 5.0, True)] * 2
+
+
+def off_the_device() -> tuple[list[str], dict[str, torch.Tensor], str]:
+    """Shards of a mesh whose device is not the CPU, which they stay on: meta stands for an accelerator."""
+    dist.init_process_group("gloo")
+    mesh = DeviceMesh("meta", torch.arange(2), mesh_dim_names=("shard",))
+    with torch.device("meta"):
+        model = nn.Linear(4, 5)  # 5 rows over two ranks
+        model.register_buffer("table", torch.ones(3))
+    for key, param in [*model.named_parameters()]:
+        local = param.detach().chunk(2)[dist.get_rank()]
+        sharded = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=param.shape, stride=param.stride())
+        setattr(model, key, nn.Parameter(sharded))
+
+    def fill(module: Any) -> None:
+        nn.init.normal_(module.weight), nn.init.normal_(module.bias)
+        module.table = torch.ones(3)
+
+    torch.manual_seed(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(materialise, "_random_numbers_of_rank_zero", lambda device: nullcontext())
+        materialise.materialise(model, fill, torch.device("meta"), offload=True)
+    shards = {name: param.to_local().detach() for name, param in model.named_parameters()}  # type: ignore[attr-defined]
+    return [str(each.device) for each in shards.values()], shards, str(model.table.device)
+
+
+def test_offloaded_shards_are_cut_on_the_cpu_and_never_go_to_the_device() -> None:
+    torch.manual_seed(3)
+    weight, bias = torch.empty(5, 4).normal_(), torch.empty(5).normal_()
+    for rank, (devices, shards, table) in enumerate(run_in_ranks(2, off_the_device)):
+        assert devices == ["cpu", "cpu"] and table == "meta"  # buffers are where forward runs
+        assert torch.equal(shards["weight"], weight.chunk(2)[rank]) and torch.equal(shards["bias"], bias.chunk(2)[rank])
 
 
 # -------------------------------------------------------------------- the user's own, and nobody's

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from torch import Tensor, nn
@@ -209,12 +209,15 @@ class Fabric(Saving):
         return data.to(self.device) if isinstance(data, nn.Module) else move(data, self.device)
 
     @contextmanager
-    def init_module(self) -> Iterator[None]:
-        """Context in which modules are built on the device, with parameters in the precision's dtype.
+    def init_module(self, empty_init: bool = False) -> Iterator[None]:
+        """Context in which modules are built where the strategy wants them, with parameters in the precision's dtype.
 
-        Strategies that shard parameters build them without values, on the meta device; `setup` initialises the shards.
+        That is the device; strategies that shard build modules without values, which `setup` gives them. With
+        `empty_init` they leave that to `load_module` or `load`, called after `setup`: nothing is drawn that a file
+        replaces, and a forward before that raises. Other strategies draw all the same.
         """
-        with self._strategy.module_init_context(self._precision):
+        left = self._strategy.left_to_a_file() if empty_init else nullcontext()
+        with self._strategy.module_init_context(self._precision), left:
             yield
 
     @contextmanager
@@ -303,12 +306,10 @@ class Fabric(Saving):
             self._presence.close()
             forget(self._strategy)  # waits for a save that is under way
         self._precision.teardown()
-        """Context for all but the last forward and backward of an accumulation: it reduces no gradients over ranks.
+        super().teardown()
 
-        The forward has to be inside it, too: DDP decides there whether the backward reduces. `model` is one that was
-        set up; with `enabled=False` the context changes nothing.
-        """
-        return _nested(
-            self._precision.accumulation_context(enabled),
-            self._strategy.no_backward_sync(uncompiled(model), enabled),
-        )
+
+@contextmanager
+def _nested(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield

@@ -32,7 +32,6 @@ DIFFERENT: dict[str, dict[str, str]] = {
     "all_reduce": {"group": "not here: it reduces over all processes"},
     "broadcast": {"obj": "`data`"},
     "clip_gradients": {"module": "`model`; `max_norm` and `clip_val` are passed by name"},
-    "init_module": {"empty_init": "not here: strategies that shard leave parameters without values until `setup`"},
     "load": {"weights_only": "`trust=True` is `weights_only=False`; without it nothing in the file is executed"},
     "no_backward_sync": {"module": "`model`"},
     "seed_everything": {
@@ -61,6 +60,8 @@ BEHAVIOUR: tuple[str, ...] = (
     "`16-mixed` scales the loss under every strategy and on every device; call `fabric.unscale_gradients(optimizer)` "
     "before your own code reads gradients.",
     "`error_if_nonfinite` of `clip_gradients` is False unless you say so: a step that overflowed is skipped.",
+    "`init_module(empty_init=True)` leaves values out under FSDP alone, and a forward before a file has filled them "
+    "raises.",
     "`setup_dataloaders` returns a tuple where it was given several, not a list.",
     "`save` adds the precision's and the random generators' state, and `load(path, state)` brings all back or nothing; "
     "plain values of `state` are written back into it.",

@@ -3,20 +3,22 @@
 Module by module, children before the one that holds them, as constructors do it, every rank makes the parameters in
 full, has them initialised under the same random numbers, keeps its shard, and frees the rest. So no rank ever holds
 more than one module in full; except that what is in a module with a `reset_parameters()` of its own stays in full until
-that has been called, since it may set its children's parameters, too (torch's MultiheadAttention does).
+that has been called, since it may set its children's parameters, too (torch's MultiheadAttention does). Only the shard
+is moved to where it stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from precision_core.checkpoint import cut
 from precision_core.policy import cast_tensor, listed
 
 InitFn = Callable[[nn.Module], Any]
@@ -32,15 +34,18 @@ def is_on_meta(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
 
 
-def check_can_initialise(root: nn.Module, init_fn: InitFn | None) -> None:
-    """Raises `ValueError` naming parameters and buffers on meta that no module around them has a way to set."""
+def check_can_initialise(root: nn.Module, init_fn: InitFn | None, empty: Container[nn.Module] = ()) -> None:
+    """Raises `ValueError` naming parameters and buffers on meta that no module around them has a way to set.
+
+    Modules in `empty` get theirs from a file, all but what no file has: buffers that are not persistent.
+    """
     if init_fn is not None or not is_on_meta(root):
         return
-    resets = {name for name, module in root.named_modules() if _resets(module)}
+    resets = {name for name, module in root.named_modules() if does_reset(module)}
     names = [
         f"{name}.{key}" if name else key
         for name, module in root.named_modules()
-        for key in _on_meta(module)
+        for key in (not_in_files(module) if module in empty else keys_on_meta(module))
         if not any(name == other or not other or name.startswith(f"{other}.") for other in resets)
     ]
     if names:
@@ -48,17 +53,26 @@ def check_can_initialise(root: nn.Module, init_fn: InitFn | None) -> None:
 
 
 @torch.no_grad()
-def materialise(root: nn.Module, init_fn: InitFn | None, device: torch.device) -> None:
+def materialise(
+    root: nn.Module,
+    init_fn: InitFn | None,
+    device: torch.device,
+    *,
+    offload: bool = False,
+) -> None:
     """Gives what is on meta in the sharded `root` its values: `init_fn(module)`, else `module.reset_parameters()`.
 
     The random numbers are those of rank zero's generator on the CPU, where the values are drawn: what the same modules
     would get one after the other in one process. A tied parameter has the values of the first module that holds it.
+    Buffers are on `device`, and shards, unless `offload` leaves them on the CPU.
 
     Raises:
         ValueError: parameters or buffers that nothing has set, by name.
     """
-    walk = _Walk(root, init_fn, device)
-    with _random_numbers_of_rank_zero():
+    if not is_on_meta(root):
+        return
+    walk = _Walk(root, init_fn, device, torch.device("cpu") if offload else device)
+    with _random_numbers_of_rank_zero(device):
         walk.visit("", root, inside=False)
     if walk.unset:
         raise ValueError(f"nothing initialises {listed(walk.unset)}: {_WAY_OUT}")
@@ -79,15 +93,15 @@ class _Slot(NamedTuple):
 class _Walk:
     """One pass over the modules of `root`; what is `pending` is in full and no shard yet."""
 
-    def __init__(self, root: nn.Module, init_fn: InitFn | None, device: torch.device) -> None:
-        self._init_fn, self._device = init_fn, device
-        self._keys = {module: _on_meta(module) for module in root.modules()}
-        self._resets = {module for module in self._keys if init_fn is None and _resets(module)}
+    def __init__(self, root: nn.Module, init_fn: InitFn | None, device: torch.device, shards: torch.device) -> None:
+        self._init_fn, self._device, self._shards = init_fn, device, shards
+        self._keys = {module: keys_on_meta(module) for module in root.modules()}
+        self._resets = {module for module in self._keys if init_fn is None and does_reset(module)}
         self._holders: dict[Tensor, list[tuple[nn.Module, str]]] = {}  # of each parameter on meta: a tied one's several
         for module, keys in self._keys.items():
             for key in keys:
                 if key in module._parameters:
-                    self._holders.setdefault(_slot(module, key), []).append((module, key))
+                    self._holders.setdefault(tensor_of(module, key), []).append((module, key))
         self._pending: list[_Slot] = []
         self.unset: list[str] = []
 
@@ -111,9 +125,9 @@ class _Walk:
 
     def _fill(self, name: str, module: nn.Module, key: str, is_kept: bool) -> None:
         """Replaces a tensor on meta by one of the full shape, filled with NaN (zeros where it has no NaN)."""
-        like = _slot(module, key)
+        like = tensor_of(module, key)
         new = torch.empty(like.shape, dtype=like.dtype)
-        new.fill_(float("nan") if like.is_floating_point() or like.is_complex() else 0)
+        new.fill_(unset_value(like))
         if key not in module._parameters:
             module._buffers[key] = new
         else:
@@ -125,26 +139,35 @@ class _Walk:
 
     def _shard_pending(self) -> None:
         for slot in self._pending:
-            value = _slot(slot.module, slot.key)
+            value = tensor_of(slot.module, slot.key)
             if not _is_set(value, (slot.empty, slot.version)):
                 self.unset.append(slot.name)
             if slot.like not in self._holders:
                 slot.module._buffers[slot.key] = cast_tensor(value.detach(), slot.like.dtype).to(self._device)
                 continue
-            new = _shard(value, slot.like, self._device)
+            new = _shard(value, slot.like, self._shards)
             for holder, key in self._holders[slot.like]:
                 holder._parameters[key] = new
         self._pending.clear()
 
 
-def _resets(module: nn.Module) -> bool:
+def does_reset(module: nn.Module) -> bool:
     """Whether its `reset_parameters()` is to be called: it must not undo values that parameters in it have already."""
     params = [*module.parameters()]
-    on_meta = bool(_on_meta(module)) or (bool(params) and all(param.is_meta for param in params))
+    on_meta = bool(keys_on_meta(module)) or (bool(params) and all(param.is_meta for param in params))
     return on_meta and _reset_of(module) is not None
 
 
-def _on_meta(module: nn.Module) -> list[str]:
+def not_in_files(module: nn.Module) -> list[str]:
+    """Returns the buffers of a module on meta that no file has."""
+    return [key for key in keys_on_meta(module) if key in module._non_persistent_buffers_set]
+
+
+def unset_value(like: Tensor) -> float:
+    return float("nan") if like.is_floating_point() or like.is_complex() else 0
+
+
+def keys_on_meta(module: nn.Module) -> list[str]:
     return [
         key
         for key, each in (*module._parameters.items(), *module._buffers.items())
@@ -160,7 +183,7 @@ def _reset_of(module: nn.Module) -> Callable[[], Any] | None:
     return None
 
 
-def _slot(module: nn.Module, key: str) -> Tensor:
+def tensor_of(module: nn.Module, key: str) -> Tensor:
     tensor: Tensor | None = module._parameters.get(key)
     if tensor is None:
         tensor = module._buffers[key]
@@ -177,20 +200,23 @@ def _is_set(value: Tensor, before: tuple[Tensor, int]) -> bool:
 
 
 def _shard(value: Tensor, like: Tensor, device: torch.device) -> nn.Parameter:
-    """Returns this rank's shard of `value` as the parameter that replaces `like`."""
+    """Returns this rank's shard of `value`, the only part that is moved, as the parameter that replaces `like`."""
     if not isinstance(like, DTensor):
         return nn.Parameter(value.detach().to(device), requires_grad=like.requires_grad)
-    full = cast_tensor(value.detach(), like.dtype).to(device)
-    shard = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)  # all ranks have the values
+    shard = cut(cast_tensor(value.detach(), like.dtype), like).to(device)  # all ranks have the values
     return nn.Parameter(shard, requires_grad=like.requires_grad)
 
 
 @contextmanager
-def _random_numbers_of_rank_zero() -> Iterator[None]:
-    """Draws what rank zero would; a rank whose generator differed from rank zero's has it back afterwards."""
+def _random_numbers_of_rank_zero(device: torch.device) -> Iterator[None]:
+    """Draws what rank zero would; a rank whose generator differed from rank zero's has it back afterwards.
+
+    The state goes through `device`: a group of nccl alone sends no tensors of the CPU.
+    """
     own = torch.get_rng_state()
-    common = own.clone()
-    dist.broadcast(common, src=0)
+    sent = own.to(device, copy=True)
+    dist.broadcast(sent, src=0)
+    common = sent.cpu()
     torch.set_rng_state(common)
     try:
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from types import MethodType
@@ -31,6 +31,7 @@ from precision_core.override import override
 from precision_core.strategies import Ranks, TorchGroup, join
 from precision_fsdp.arguments import check_arguments, check_reshard, make_mesh
 from precision_fsdp.copies import refuse_copies
+from precision_fsdp.filled import Empty, check_filled, expect, leave_empty
 from precision_fsdp.groups import make_groups
 from precision_fsdp.held import Unsynced, drop, dropping, followed_by
 from precision_fsdp.limits import check_can_shard
@@ -125,6 +126,7 @@ class FSDPStrategy(Strategy):
         self._device_mesh: DeviceMesh | None = None
         self._unsynced = Unsynced()
         self._members = Members()
+        self._empty = Empty()
 
     # ---------------------------------------------------------------- processes
 
@@ -167,6 +169,10 @@ class FSDPStrategy(Strategy):
         with torch.device("meta"), precision.module_init_context():
             yield
 
+    def left_to_a_file(self) -> AbstractContextManager[None]:
+        """Context in which modules are built that get no values at setup, but from a file after it."""
+        return self._empty.building()
+
     def check_optimizers(self, module: nn.Module | None, optimizers: Sequence[Optimizer]) -> None:
         """Checks the optimizers, and that each holds parameters of `module` alone, or none of them.
 
@@ -206,7 +212,7 @@ class FSDPStrategy(Strategy):
         blocks = repeated_blocks(module) if self._wrap is None else select("wrap", self._wrap, module)
         again = to_recompute(self._recompute, module, blocks)
         groups = make_groups(module, blocks, self.precision)
-        check_can_initialise(module, self._init_fn)
+        check_can_initialise(module, self._init_fn, self._empty.modules)
         if any(isinstance(param, DTensor) for param in module.parameters()):
             raise ValueError(f"this {type(module).__name__} is sharded already: give fabric.setup the model as it was")
         mesh = self._get_mesh()
@@ -226,7 +232,9 @@ class FSDPStrategy(Strategy):
             )
         send(module.buffers(), self.device)
         if is_on_meta(module):
-            materialise(module, self._init_fn, torch.device("cpu") if self._cpu_offload else self.device)
+            how = (module, self._init_fn, self.device)
+            expect(module, leave_empty(*how, offload=self._cpu_offload, empty=self._empty.modules))
+            materialise(*how, offload=self._cpu_offload)
         refuse_copies(module)
         notes = notes_of(module, groups, mesh, len(again))
         report = self.precision.report
@@ -248,6 +256,7 @@ class FSDPStrategy(Strategy):
 
             def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 check_not_lost(self)
+                check_filled(self)
                 return function(self, *args, **kwargs)
 
             return method

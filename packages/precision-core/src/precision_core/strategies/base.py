@@ -114,6 +114,10 @@ class Strategy:
         with self.device, precision.module_init_context():
             yield
 
+    def left_to_a_file(self) -> AbstractContextManager[None]:
+        """Context in which modules are built whose values a file brings after setup: it may leave them out."""
+        return nullcontext()
+
     def check_optimizers(self, module: nn.Module | None, optimizers: Sequence[Optimizer]) -> None:
         """Checks what one call sets up, before anything is converted; `module` None: optimizers apart from a model.
 
