@@ -93,10 +93,15 @@ class Snapshot:
             if (gradient := param.grad) is not None
             and (seen is None or seen[0]() is not gradient or seen[1] != gradient._version)  # type: ignore[union-attr]
         ]
-        for param, sample in zip(params_of(optimizer), self._samples, strict=False):
-            now = None if sample is None else _sample(param.grad)
-            if now is not None and sample is not None and not torch.equal(now, sample):
-                changed.append(param)
+        pairs = [
+            (param, sample, now)
+            for param, sample in zip(params_of(optimizer), self._samples, strict=False)
+            if sample is not None and (now := _sample(param.grad)) is not None
+        ]
+        if pairs:  # one read for all
+            differ = [now.shape != sample.shape or (now != sample).any() for _, sample, now in pairs]
+            flags = torch.stack([torch.as_tensor(each).to(pairs[0][1].device) for each in differ]).tolist()
+            changed += [param for (param, _, _), flag in zip(pairs, flags, strict=True) if flag]
         return [param for param in changed if not _is_zero(param.grad)] if changed else changed
 
     def updated(self, optimizer: Optimizer) -> list[nn.Parameter]:
