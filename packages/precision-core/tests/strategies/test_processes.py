@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import BackendConfig
 
 from precision_core.strategies.layout import make_layout
-from precision_core.strategies.processes import Ranks, ranks_from_environment
+from precision_core.strategies.processes import Ranks, backend_for, bound_device, join, ranks_from_environment
+from precision_core.testing import run_in_ranks
 
 FULL = {
     "RANK": "5",
@@ -62,3 +65,51 @@ def test_under_torchrun_the_layout_is_torchruns(monkeypatch: pytest.MonkeyPatch)
 def test_num_nodes_is_a_number_of_machines(nodes: object) -> None:
     with pytest.raises(ValueError, match=r"num_nodes=.*expected a number of machines"):
         make_layout("cpu", 1, nodes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("device", "backends"),
+    [
+        ("cpu", {"cpu": "gloo", "cuda": "gloo"}),
+        ("mps", {"cpu": "gloo", "cuda": "gloo"}),
+        ("cuda:1", {"cpu": "gloo", "cuda": "nccl"}),
+        ("xpu:0", {"cpu": "gloo", "xpu": "xccl"}),
+    ],
+)
+def test_every_run_has_a_backend_for_tensors_on_the_cpu(device: str, backends: dict[str, str]) -> None:
+    backend = backend_for(torch.device(device))
+    assert backend is not None
+    assert BackendConfig(dist.Backend(backend)).device_backend_map == backends
+    assert backend_for(torch.device("meta")) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "binds"),
+    [
+        ("cuda:1", "cpu:gloo,cuda:nccl", True),
+        ("cuda:1", "NCCL", True),
+        ("cuda:1", None, True),
+        ("cuda", "nccl", False),
+        ("cuda:1", "gloo", False),
+        ("cuda:1", "cpu:gloo,cuda:gloo", False),
+        ("cpu", "gloo", False),
+        ("cpu", None, False),
+        ("mps:0", "gloo", False),
+        ("xpu:0", "cpu:gloo,xpu:xccl", False),
+    ],
+)
+def test_a_device_is_bound_where_the_backend_is_its_own(device: str, backend: str | None, binds: bool) -> None:
+    assert bound_device(torch.device(device), backend) == (torch.device(device) if binds else None)
+
+
+def join_on_the_cpu() -> tuple[str, float]:
+    ranks = ranks_from_environment()
+    assert ranks is not None
+    join(ranks, torch.device("cpu"), None, None)
+    tensor = torch.tensor(ranks.rank + 1.0)
+    dist.all_reduce(tensor)
+    return dist.get_backend_config(), tensor.item()
+
+
+def test_a_run_on_the_cpu_has_gloo_whatever_torch_finds() -> None:
+    assert run_in_ranks(2, join_on_the_cpu) == [("cpu:gloo,cuda:gloo", 3.0)] * 2

@@ -85,7 +85,7 @@ class DeepSpeedStrategy(Strategy):
         config: DeepSpeed's own config (https://www.deepspeed.ai/docs/config-json/) for what has no argument here.
         offload_optimizer: keep optimizer state and master weights in CPU memory.
         offload_parameters: keep parameters there too, at stage 3.
-        backend: of torch.distributed; None is torch's own choice.
+        backend: of torch.distributed; None is gloo on CPUs, and nccl or xccl beside it on GPUs.
         timeout: how long a process waits for the others in a collective; None is torch's default.
 
     Raises:

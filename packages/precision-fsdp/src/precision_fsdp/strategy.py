@@ -71,7 +71,7 @@ class FSDPStrategy(Strategy):
         state_dict_type: "sharded" or "full", what checkpoints hold.
         init_fn: how a module's own parameters and buffers are initialised when the model was built in
             `fabric.init_module()`; None: by its `reset_parameters()`.
-        backend: of torch.distributed ("gloo", "nccl", ...); None is torch's own choice for the devices it finds.
+        backend: of torch.distributed ("gloo", "nccl", ...); None is gloo on CPUs, and nccl or xccl beside it on GPUs.
         timeout: how long a process waits for the others in a collective; None is torch's default.
 
     Raises:

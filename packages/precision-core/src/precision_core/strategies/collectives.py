@@ -104,6 +104,7 @@ class TorchGroup(Group):
         return map_tensors(data, reduce)
 
     def broadcast(self, data: T, src: int = 0) -> T:
-        box: list[Any] = [data]
+        # in CPU memory: as they are, each rank would unpickle them on the device of rank `src` first
+        box: list[Any] = [map_tensors(data, lambda tensor: tensor.to("cpu")) if self.rank == src else None]
         dist.broadcast_object_list(box, src=src, device=self._device)
-        return map_tensors(box[0], lambda tensor: tensor.to(self._device))
+        return map_tensors(data if self.rank == src else box[0], lambda tensor: tensor.to(self._device))

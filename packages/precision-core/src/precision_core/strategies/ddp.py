@@ -34,7 +34,7 @@ class DDPStrategy(Strategy):
     for the others.
 
     Args:
-        backend: of torch.distributed ("gloo", "nccl", ...); None is torch's own choice for the devices it finds.
+        backend: of torch.distributed ("gloo", "nccl", ...); None is gloo on CPUs, and nccl or xccl beside it on GPUs.
         timeout: how long a process waits for the others in a collective; None is torch's default.
         **engine: options of torch.nn.parallel.DistributedDataParallel: find_unused_parameters, static_graph,
             broadcast_buffers, bucket_cap_mb, gradient_as_bucket_view, ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -53,10 +54,35 @@ def ranks_from_environment(environment: Mapping[str, str] = os.environ) -> Ranks
     return ranks
 
 
+_BACKENDS = {"cpu": "gloo", "mps": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
+_GLOO = dist.Backend.backend_capability[dist.Backend.GLOO]
+
+
+def backend_for(device: torch.device) -> str | None:
+    """Returns the backend of torch.distributed for processes on such devices; None: torch's own choice.
+
+    That choice is the accelerator's backend alone wherever the machine has one, in which no tensor on the CPU can be
+    reduced, gathered or broadcast: neither those of a run on the CPU, nor a checkpoint's.
+    """
+    return _BACKENDS.get(device.type)
+
+
+def bound_device(device: torch.device, backend: str | None) -> torch.device | None:
+    """Returns the `device_id` for `init_process_group`: the device, where `backend` is made for its kind.
+
+    With it nccl connects at once, and `barrier` does not guess the device, of which it warns. A backend that takes such
+    tensors by way of the CPU, as gloo does, is not bound; nor is one to devices that gloo does not know (xpu), since
+    every later group is for the bound device too, that for saves in the background among them.
+    """
+    own = dist.Backend.default_device_backend_map.get(device.type)
+    is_own = own != dist.Backend.GLOO and own in re.split("[:,]", str(backend or own).lower())
+    return device if is_own and device.index is not None and device.type in _GLOO else None
+
+
 def join(ranks: Ranks, device: torch.device, backend: str | None, timeout: timedelta | None) -> bool:
     """Joins the other processes; returns whether a process group was made for it, False where there was one.
 
-    `backend` None is torch's own choice for the devices that it finds.
+    `backend` None is `backend_for(device)`.
 
     Raises:
         RuntimeError: there is a process group of another size, or torch cannot make one.
@@ -71,7 +97,15 @@ def join(ranks: Ranks, device: torch.device, backend: str | None, timeout: timed
             )
         return False
     store = _store_for(ranks, timeout)
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
+    backend = backend_for(device) if backend is None else backend
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timeout,
+        device_id=bound_device(device, backend),
+    )
     atexit.register(time.sleep, _LET_GO)
     return True
 
