@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,3 +61,17 @@ def install(tmp_path: Path, installed: set[str], monkeypatch: pytest.MonkeyPatch
         sys.modules.pop(module, None)
         if before is not None:  # a second import of a package would find its submodules there, and not take them in
             sys.modules[module] = before
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a program of that name on the PATH that answers with this text, and notes what it was asked."""
+
+    def install(answer: str) -> None:
+        program = tmp_path / "bin" / "nvidia-smi"
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\necho \"$@\" >> '{program}.asked'\nprintf '{answer}'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+
+    return install

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from precision_core.compute_capability import compute_capability
 from precision_core.policy.policy import Policy
 
 ACCELERATORS: dict[str, tuple[str, ...]] = {
@@ -36,6 +37,8 @@ def is_available(device_type: str) -> bool:
     if device_type == "cpu":
         return True
     try:
+        if device_type == "cuda":  # by NVML: its `is_available` starts the driver, which a forked rank then cannot use
+            return torch.cuda.device_count() > 0
         return bool(module_of(device_type).is_available())
     except (RuntimeError, AttributeError):  # torch has no such module, or it cannot tell
         return False
@@ -92,13 +95,13 @@ def _onednn(question: str) -> bool:
 
 
 def _cuda_bfloat16() -> Answer:
-    if torch.cuda.is_bf16_supported(including_emulation=False):
+    if torch.version.hip or compute_capability() >= (8, 0):
         return "native", "this GPU has bfloat16 units (compute capability 8.0 or newer)"
     return "emulated", "this GPU is older than compute capability 8.0: bfloat16 is computed in float32 and rounded"
 
 
 def _cuda_float16() -> Answer:
-    if torch.version.hip or torch.cuda.get_device_capability() >= (7, 0):
+    if torch.version.hip or compute_capability() >= (7, 0):
         return "native", "this GPU multiplies float16 matrices in units of their own"
     return "slow", "this GPU is older than compute capability 7.0 and has no units for float16 matrices"
 

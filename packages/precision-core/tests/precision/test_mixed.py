@@ -12,8 +12,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, SGD, Adam
 
 from precision_core import Fabric, MixedPrecision, Policy
+from precision_core.hardware import is_available
 
-NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
+NO_CUDA = pytest.mark.skipif(is_available("cuda"), reason="is about a machine without CUDA")
 
 
 def train(plugin: MixedPrecision, gradients: list[float], lr: float = 1.0) -> nn.Parameter:

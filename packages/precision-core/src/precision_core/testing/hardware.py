@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
+from precision_core.compute_capability import compute_capability
 from precision_core.hardware import device_count, is_available
 
 
@@ -30,6 +30,6 @@ def _missing(device_type: str, count: int, capability: tuple[int, int] | None) -
         return f"torch finds no {device_type} device here"
     if (found := device_count(device_type)) < count:
         return f"torch finds {found}"
-    if capability is not None and (here := torch.cuda.get_device_capability()) < capability:
+    if capability is not None and (here := compute_capability()) < capability:
         return f"this one has {here[0]}.{here[1]}"
     return None
