@@ -31,7 +31,7 @@ LEVELS = (
 )
 """What imports from those before it, and from its own package."""
 IN_CHECKPOINT = (
-    ("error", "paths", "tree"),
+    ("error", "paths", "tree", "arrival"),
     ("agreement", "shards"),
     ("storage", "live", "background"),
     ("save", "load", "weights", "presence"),

@@ -109,7 +109,7 @@ def test_tensors_that_are_one_stay_one_in_the_copy() -> None:
         "c": torch.ones(2, 3),
         "empty": torch.ones(0),
     }
-    copy = copied({**live, "sparse": torch.eye(2).to_sparse()})
+    copy, _ = copied({**live, "sparse": torch.eye(2).to_sparse()})
     assert copy["a"] is copy["b"] and copy["a"].data_ptr() != tied.data_ptr() and copy["c"] is not copy["a"]
     tied.data.fill_(2)
     assert torch.equal(copy["a"], torch.ones(2, 3)) and torch.equal(copy["rows"][0], torch.ones(3))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from precision_core.checkpoint.agreement import is_distributed
+from precision_core.checkpoint.arrival import Arrival
 from precision_core.checkpoint.shards import deep_copied, is_sharded
 from precision_core.policy.casting import map_tensors
 from precision_core.strategies import Strategy
@@ -130,11 +131,12 @@ def forget(strategy: Strategy) -> None:
         dist.destroy_process_group(background.group)
 
 
-def copied(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns a deep copy of `content` in CPU memory, with this rank's shards of DTensors.
+def copied(content: dict[str, Any]) -> tuple[dict[str, Any], Arrival]:
+    """Returns a deep copy of `content` in CPU memory, with this rank's shards of DTensors, and what to wait for first.
 
     Tensors that share their memory, such as tied weights, share it in the copy.
     """
+    arrival = Arrival()
     by_memory: dict[Any, Tensor] = {}
     copies: dict[int, Any] = {}
 
@@ -145,9 +147,10 @@ def copied(content: dict[str, Any]) -> dict[str, Any]:
             if local.layout is torch.strided and local.numel():
                 memory = (local.data_ptr(), local.device, local.stride(), tensor.shape, tensor.dtype)
             if memory not in by_memory:
-                by_memory[memory] = tensor.detach().to("cpu", copy=True).requires_grad_(tensor.requires_grad)
+                by_memory[memory] = arrival.copy(tensor)
             copies[id(tensor)] = by_memory[memory]
         return tensor
 
     map_tensors(content, keep)
-    return deep_copied(content, copies, "cpu")
+    arrival.record()
+    return deep_copied(content, copies, "cpu"), arrival

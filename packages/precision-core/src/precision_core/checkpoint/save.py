@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from precision_core.checkpoint import background
 from precision_core.checkpoint.agreement import agreed, gather_over, together
+from precision_core.checkpoint.arrival import Arrival
 from precision_core.checkpoint.background import PendingSave
 from precision_core.checkpoint.error import FORMAT_VERSION, RESERVED
 from precision_core.checkpoint.live.optimizer_names import param_names
@@ -51,14 +52,18 @@ def save(
     check_alike(gather_over(strategy, shards))
     ranks = gather_over(strategy, mine)
     content = {**content, RESERVED: {**header, "rng": ranks[0]["rng"], "ranks": ranks if len(ranks) > 1 else []}}
+    arrival = Arrival()
     if not wait:
         with agreed(strategy, "save"):  # raise now what can be known now
             checkpoint.check_saveable(map_leaves(content, lambda _, leaf: None if is_sharded(leaf) else leaf))
-            content = background.copied(content) if shards or strategy.sharded or strategy.group.is_rank_zero else {}
+            keeps = shards or strategy.sharded or strategy.group.is_rank_zero
+            content, arrival = background.copied(content if keeps else {})
     if shards and not strategy.sharded:
+        arrival.wait()
         content = unsharded(content, keep=strategy.group.is_rank_zero)
 
     def write(group: ProcessGroup | None) -> None:
+        arrival.wait()
         if strategy.sharded:
             from precision_core.checkpoint.storage.folder import write_folder  # takes seconds to import
 
