@@ -134,7 +134,7 @@ FORMATS: dict[str, dict[torch.dtype, _Probe]] = {
     },
     "cuda": {
         torch.float64: _always(_EVERYWHERE),
-        torch.float32: _always(_EVERYWHERE),
+        torch.float32: _always(("native", "every device of this kind computes in it; TF32 by Fabric(tf32=True)")),
         torch.bfloat16: _cuda_bfloat16,
         torch.float16: _cuda_float16,
     },

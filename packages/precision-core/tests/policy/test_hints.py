@@ -73,7 +73,7 @@ def test_what_else_it_may_be_and_whose_it_is() -> None:
         '"fp8-reference" computes FP8\'s values in plain torch, on any device)'
     )
     assert '"bf16-mixed" is right where' in hint("auto", MODES)
-    assert '"32-true" and torch.set_float32_matmul_precision("high")' in hint("tf32", ALL)
+    assert 'Fabric(precision="32-true", tf32=True)' in hint("tf32", ALL)
 
 
 def test_the_table_names_what_there_is_and_each_name_once() -> None:

@@ -53,7 +53,7 @@ _REMARKS = {
 _NO_MODES = {
     "auto": '; no mode is chosen for you: "bf16-mixed" is right where supports("bf16-mixed", device) says native, else '
     '"16-mixed" on a GPU and "32-true" on a CPU',
-    "tf32": '; TF32 is how float32 products are computed: "32-true" and torch.set_float32_matmul_precision("high")',
+    "tf32": '; TF32 is how float32 products are computed: Fabric(precision="32-true", tf32=True)',
 }
 _BY_NAME = {name: modes for modes, names in ELSEWHERE.items() for name in names.split()}
 
