@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -236,7 +237,7 @@ class Fabric(Saving):
     def autocast(self) -> AbstractContextManager[Any]:
         """Context in which code outside the model's forward runs in the precision: autocast under mixed modes."""
         context, products = self._precision.forward_context(), self._attached.products
-        return context if products is nullcontext else products(context)
+        return context if products is nullcontext or torch.compiler.is_compiling() else products(context)
 
     def backward(self, tensor: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Runs backward from the loss, scaled where the mode scales; further arguments go to `Tensor.backward`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -74,6 +75,7 @@ def setting(**values: Any) -> Callable[[], None]:
                     "matmul": (matmul, "fp32_precision"),
                     "old_matmul": (matmul, "allow_tf32"),
                     "conv": (conv, "fp32_precision"),
+                    "rnn": (rnn, "fp32_precision"),
                     "old_cudnn": (cudnn, "allow_tf32"),
                     "all": (everything, "fp32_precision"),
                     "all_cuda": (everything.cudnn, "fp32_precision"),
@@ -91,6 +93,7 @@ SETTINGS = {
     "medium, and oneDNN apart": setting(old="medium", onednn="ieee"),
     "old forms": setting(old_matmul=True, old_cudnn=False),
     "old forms off": setting(old_matmul=False, old_cudnn=False),
+    "both forms off": setting(old_cudnn=False, conv="ieee", rnn="ieee"),
     "new forms": setting(matmul="tf32", conv="ieee"),
     "new forms off": setting(matmul="ieee", conv="ieee"),
     "all": setting(all="tf32"),
@@ -143,7 +146,7 @@ class Watching(nn.Module):
         return y
 
 
-OFF, ON = ("none", "ieee", "ieee"), ("tf32",) * 3
+OFF, ON = ("none", "none", "none"), ("tf32",) * 3
 TORCHS = ("none", "tf32", "tf32")
 
 
@@ -224,10 +227,35 @@ def test_a_compiled_model_is_one_graph_that_runs_in_the_setting(first: str) -> N
         assert seen == [("compiled", OFF), ("run", OFF), ("run", OFF)]
     else:
         model = compiled(fabric.setup(model))
-        with pytest.warns(UserWarning, match="compiled after fabric.setup, and TF32 is allowed"):
+        with pytest.warns(UserWarning, match="compiled after fabric.setup, or in place, and TF32"):
             assert torch.allclose(model(X[None]), expected)
         assert seen == [("compiled", TORCHS), ("run", TORCHS)]
     fabric.backward(model(X[None]).sum())
+    assert now() == TORCHS
+
+
+@pytest.mark.usefixtures("like_cuda", "fresh_compiler")
+def test_autocast_in_what_is_compiled_leaves_the_graph_whole() -> None:
+    fabric, layer = Fabric("cpu", precision="bf16-mixed"), nn.Linear(3, 2)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def run(x: Tensor) -> Tensor:
+        with fabric.autocast():
+            return layer(x)
+
+    assert run(X).dtype is torch.bfloat16
+
+
+def test_an_inner_context_that_fails_gives_the_settings_back() -> None:
+    class Fails(contextlib.AbstractContextManager[None]):
+        def __enter__(self) -> None:
+            raise KeyError
+
+        def __exit__(self, *error: Any) -> None:
+            raise AssertionError
+
+    with pytest.raises(KeyError), Tf32(False, Fails()):
+        pass
     assert now() == TORCHS
 
 
@@ -252,8 +280,8 @@ def test_what_is_compiled_after_setup_is_warned_of_where_it_matters(
         model(X)
 
 
-def test_no_warning_of_the_old_form_reaches_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tf32, "_told", False)
+def test_no_warning_of_the_old_form_reaches_anybody() -> None:
+    tf32._no_warning.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for allowed in (False, True):

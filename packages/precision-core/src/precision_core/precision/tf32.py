@@ -11,19 +11,15 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import nn
-from torch.backends import cudnn
 
-_matmul, _conv, _rnn, _mkldnn = (
-    torch.backends.cuda.matmul,
-    cudnn.conv,  # type: ignore[attr-defined]
-    cudnn.rnn,  # type: ignore[attr-defined]
-    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-)
+_backends: Any = torch.backends  # whose stubs lack the new form
+_cudnn, _conv, _rnn = _backends.cudnn, _backends.cudnn.conv, _backends.cudnn.rnn
+_matmul, _onednn_matmul = _backends.cuda.matmul, _backends.mkldnn.matmul
 
 Products = Callable[..., AbstractContextManager[Any]]
 """What makes the context, and enters another in it where it is given one."""
@@ -33,29 +29,36 @@ Restore = Callable[[], None]
 class Tf32(AbstractContextManager[None]):
     """Context in which products of float32 may be computed in TF32, or may not; any context `inner` is entered in it.
 
-    It may be entered again, also inside of itself. What torch.compile traces leaves the settings alone: they are those
-    of whoever calls what it makes.
+    It may be entered again, also inside of itself. Not for what torch.compile traces: that leaves the settings alone,
+    and runs in those of whoever calls what was compiled.
     """
 
     def __init__(self, allowed: bool, inner: AbstractContextManager[Any] | None = None) -> None:
         self._allowed = allowed
         self._inner = inner
-        self._restores: list[tuple[Restore, Restore]] = []
+        self._restores: list[tuple[Restore | None, Restore | None]] = []
+        _no_warning()
 
     def __enter__(self) -> None:
-        if not torch.compiler.is_compiling():
-            self._restores.append((_set_matmul(self._allowed), _set_cudnn(self._allowed)))
+        self._restores.append((_set_matmul(self._allowed), _set_cudnn(self._allowed)))
         if self._inner is not None:
-            self._inner.__enter__()
+            try:
+                self._inner.__enter__()
+            except BaseException:
+                self._restore()
+                raise
 
     def __exit__(self, *error: Any) -> None:
         try:
             if self._inner is not None:
                 self._inner.__exit__(*error)
         finally:
-            if not torch.compiler.is_compiling():
-                for restore in self._restores.pop():
-                    restore()
+            self._restore()
+
+    def _restore(self) -> None:
+        for restore in self._restores.pop():
+            if restore is not None:
+                restore()
 
 
 PRODUCTS: dict[str, Callable[[bool], Products]] = {"cuda": lambda allowed: functools.partial(Tf32, allowed)}
@@ -77,8 +80,8 @@ def make_forward(module: nn.Module, context: Products, allowed: bool) -> Callabl
     def check() -> None:
         if not allowed and (_matmul.fp32_precision == "tf32" or (has_cudnn and _conv.fp32_precision == "tf32")):
             warnings.warn(
-                "this model was compiled after fabric.setup, and TF32 is allowed: its products of float32 are not "
-                "computed in float32. Pass fabric.setup(torch.compile(model)), or set "
+                "this model was compiled after fabric.setup, or in place, and TF32 is allowed: its products of float32 "
+                "are not computed in float32. Pass fabric.setup(torch.compile(model)), or set "
                 "torch.backends.cudnn.allow_tf32 = False; or say Fabric(tf32=True)",
                 stacklevel=2,
             )
@@ -96,21 +99,28 @@ def make_forward(module: nn.Module, context: Products, allowed: bool) -> Callabl
     return make
 
 
-def _set_matmul(allowed: bool) -> Restore:
-    before = _matmul.fp32_precision
-    if (before == "tf32") is allowed:
-        return _nothing
-    old = _quietly(torch.get_float32_matmul_precision)
-    before = _unset_if_inherited(before)
-    if old is not None:
+def _set_matmul(allowed: bool) -> Restore | None:
+    """Sets what products of matrices may do; returns what gives the settings back, None where they are so already."""
+    try:
+        if _matmul.allow_tf32 is allowed:  # the old form costs a third of the new one, and agrees with it or raises
+            return None
+    except RuntimeError:
+        if (_matmul.fp32_precision == "tf32") is allowed:
+            return None
+    before = _unset_if_inherited(_matmul.fp32_precision)
+    try:
+        old: str | None = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        old = None
+    else:
         _matmul.allow_tf32 = allowed
     _matmul.fp32_precision = "tf32" if allowed else "ieee"
 
     def restore() -> None:
         if old == "medium":  # which says something of oneDNN's products, too
-            onednn = _mkldnn.fp32_precision
+            onednn = _onednn_matmul.fp32_precision
             torch.set_float32_matmul_precision(old)
-            _mkldnn.fp32_precision = onednn
+            _onednn_matmul.fp32_precision = onednn
         elif old is not None:
             _matmul.allow_tf32 = old == "high"
         _matmul.fp32_precision = before
@@ -118,49 +128,44 @@ def _set_matmul(allowed: bool) -> Restore:
     return restore
 
 
-def _set_cudnn(allowed: bool) -> Restore:
-    before = _conv.fp32_precision, _rnn.fp32_precision
-    if all((each == "tf32") is allowed for each in before):
-        return _nothing
-    old = _quietly(lambda: cudnn.allow_tf32)
-    conv, rnn = map(_unset_if_inherited, before)
+def _set_cudnn(allowed: bool) -> Restore | None:
+    """Sets what convolutions and RNNs may do, as `_set_matmul` does."""
+    try:
+        old: bool | None = _cudnn.allow_tf32
+    except RuntimeError:
+        old = None
+        if all((each.fp32_precision == "tf32") is allowed for each in (_conv, _rnn)):
+            return None
+    if old is allowed:
+        return None
+    if old and _cudnn.fp32_precision != "tf32":  # torch's own setting: the short way
+        _cudnn.allow_tf32 = False
+        return _allow_cudnn
+    conv, rnn = (_unset_if_inherited(each.fp32_precision) for each in (_conv, _rnn))
     if old is not None:
-        cudnn.allow_tf32 = allowed
+        _cudnn.allow_tf32 = allowed
     _conv.fp32_precision = _rnn.fp32_precision = "tf32" if allowed else "ieee"
 
     def restore() -> None:
         if old is not None:
-            cudnn.allow_tf32 = old
+            _cudnn.allow_tf32 = old
         _conv.fp32_precision, _rnn.fp32_precision = conv, rnn
 
     return restore
 
 
+def _allow_cudnn() -> None:
+    _cudnn.allow_tf32 = True
+
+
 def _unset_if_inherited(value: str) -> str:
     """Returns how to set what reads as `value` so that it goes on following `torch.backends.fp32_precision`."""
-    return "none" if cudnn.fp32_precision == value else value
+    return "none" if _cudnn.fp32_precision == value else value
 
 
-_told = False
-
-
-def _quietly(question: Callable[[], Any]) -> Any:
-    """Returns what the old form of a setting says; None where it disagrees with the new one.
-
-    torch 2.9 warns of the old form once in a process: here, where nobody is to read it.
-    """
-    global _told
-    try:
-        if _told:
-            return question()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            answer = question()
-        _told = True
-        return answer
-    except RuntimeError:
-        return None
-
-
-def _nothing() -> None:
-    pass
+@functools.cache
+def _no_warning() -> None:
+    """Has torch 2.9 warn of the old form, which it does once in a process, where nobody is to read it."""
+    with warnings.catch_warnings(), suppress(RuntimeError):
+        warnings.simplefilter("ignore")
+        _ = _cudnn.allow_tf32
