@@ -250,8 +250,12 @@ class Fabric(Saving):
         check_loss(tensor, has_gradient=(bool(args) and args[0] is not None) or kwargs.get("gradient") is not None)
         if not self._precision.policy.scale:  # else the scaler skips such steps, and counts them
             self._attached.losses.backward(tensor)
-        with self._attached.products():
-            self._strategy.backward(tensor, None if model is None else uncompiled(model), *args, **kwargs)
+        target, products = None if model is None else uncompiled(model), self._attached.products
+        if products is nullcontext:
+            self._strategy.backward(tensor, target, *args, **kwargs)
+            return
+        with products():
+            self._strategy.backward(tensor, target, *args, **kwargs)
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Divides the gradients of `optimizer` by the loss scale, in place, at most once per step.
