@@ -115,3 +115,33 @@ def parameters_are_named() -> None:
 
 def test_parameters_that_an_engine_cannot_hold_are_named() -> None:
     run_in_ranks(1, parameters_are_named)
+
+
+@pytest.mark.parametrize(
+    ("devices", "visible", "wanted"),
+    [
+        ([1], None, "CUDA_VISIBLE_DEVICES=1 and pass devices=1"),
+        ([1], "4,6", "CUDA_VISIBLE_DEVICES=6 and pass devices=1"),
+        ([1, 0], None, "CUDA_VISIBLE_DEVICES=1,0 and pass devices=2"),
+    ],
+)
+def test_gpus_are_those_of_the_local_ranks(
+    devices: list[int], visible: str | None, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed puts models on the GPU of the local rank's number: batches would go to another one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ValueError, match=wanted):
+        Fabric("gpu", DeepSpeedStrategy(), devices=devices)
+
+
+@pytest.mark.parametrize("devices", [[0, 1], 2, "auto"])
+def test_gpus_in_the_order_of_the_ranks_are_taken(devices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    strategy = DeepSpeedStrategy()
+    assert list(strategy.lay_out("gpu", devices, 1).indices) == [0, 1]
+    assert strategy.device == torch.device("cuda:0")

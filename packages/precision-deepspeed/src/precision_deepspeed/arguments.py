@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
+from precision_core.strategies import Layout
+
 _CPU_OFFLOAD = {"device": "cpu"}
+_VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}
 _BY_SHAPE = ("adafactor", "muon", "sparseadam", "lamb", "lars", "shampoo", "soap")
 
 
@@ -56,6 +60,21 @@ def config_of(
     if "offload_optimizer" in zero:
         made.setdefault("zero_force_ds_cpu_optimizer", False)  # the user's torch optimizer steps there as well
     return made
+
+
+def check_devices(layout: Layout) -> None:
+    """Raises `ValueError` for GPUs other than those with the local ranks' numbers, where DeepSpeed puts the models."""
+    indices, kind = list(layout.indices), layout.device_type
+    if kind not in _VISIBLE or indices == list(range(len(indices))):
+        return
+    variable = _VISIBLE[kind]
+    visible = [name for name in os.environ.get(variable, "").split(",") if name]
+    names = [visible[index] if index < len(visible) else str(index) for index in indices]
+    raise ValueError(
+        f"Fabric(devices={indices}): DeepSpeed puts the model of the first process on {kind}:0, of the second on "
+        f"{kind}:1, and so on, whatever the devices. Start the script with {variable}={','.join(names)} and pass "
+        f"devices={len(indices)}"
+    )
 
 
 def check_optimizer(optimizer: Optimizer, stage: int) -> None:

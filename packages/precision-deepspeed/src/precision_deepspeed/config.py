@@ -43,7 +43,7 @@ def deepspeed_config(policy: Policy | str | int, user_config: Mapping[str, Any] 
 
     Mixed policies are the section `torch_autocast`, with an empty list of layers whose gradients may be reduced in a
     lower dtype than float32; true ones are `bf16` and `fp16`. Gradients are not clipped (DeepSpeed's default is a norm
-    of 1.0 since 0.19.4), one step is one backward, and any torch optimizer may be used.
+    of 1.0 since 0.19.4), one step is one backward, any torch optimizer may be used, and nothing is timed.
 
     Raises:
         ValueError: `user_config` contradicts the policy (the error names both), or a model does not learn with the two.
@@ -63,6 +63,8 @@ def deepspeed_config(policy: Policy | str | int, user_config: Mapping[str, Any] 
     if "train_batch_size" not in config:
         config.setdefault("train_micro_batch_size_per_gpu", 1)  # DeepSpeed wants one of them, and only prints it
     config.setdefault("zero_allow_untested_optimizer", True)
+    # By default DeepSpeed times every forward and step, and waits for all that the GPU computes to do so.
+    config["timers"] = {"throughput": {"enabled": False}, **_table(config, "timers")}
     _set_section(config, policy)
     _set_reduction(config, policy)
     _check_stage(config, policy)

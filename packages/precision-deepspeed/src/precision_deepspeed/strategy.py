@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -17,10 +17,10 @@ from precision_core import Policy, Precision, Strategy
 from precision_core.checkpoint import Filter, stateful_objects
 from precision_core.override import original
 from precision_core.scaling import make_clip
-from precision_core.strategies import Ranks, TorchGroup, join
+from precision_core.strategies import Layout, Ranks, TorchGroup, join
 from precision_core.support import is_core_mode
 from precision_deepspeed import vendor
-from precision_deepspeed.arguments import check_optimizer, check_together, config_of
+from precision_deepspeed.arguments import check_devices, check_optimizer, check_together, config_of
 from precision_deepspeed.binding import bind, unbind
 from precision_deepspeed.checkpoints import describe, read_plain
 from precision_deepspeed.checkpoints import folder as checkpoint
@@ -118,6 +118,16 @@ class DeepSpeedStrategy(Strategy):
         self._in_engine = False
         self._made_group = False
         self._until_teardown = ExitStack()
+
+    def lay_out(self, accelerator: str, devices: int | str | Sequence[int], num_nodes: int) -> Layout:
+        """Returns core's layout.
+
+        Raises:
+            ValueError: also devices that are not those of the local ranks, where DeepSpeed would put the model.
+        """
+        layout = super().lay_out(accelerator, devices, num_nodes)
+        check_devices(layout)
+        return layout
 
     def join(self, ranks: Ranks) -> None:
         """Joins the other processes of the run, and has DeepSpeed use the device."""

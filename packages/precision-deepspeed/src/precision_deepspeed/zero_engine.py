@@ -88,8 +88,8 @@ class ZeroEngine(Engine):
         if clip.error_if_nonfinite:
             check_finite(torch.stack([gradient.float().abs().sum() for gradient in gradients]).sum(), clip)
         limit = clip.clip_val * self._zero.loss_scale
-        for gradient in gradients:
-            if all_finite([gradient]):  # else inf or NaN stays, and the step is skipped
+        if all_finite(gradients):  # else inf or NaN stays, and the step is skipped
+            for gradient in gradients:
                 gradient.clamp_(-limit, limit)
 
     def _step(self) -> bool:

@@ -38,9 +38,13 @@ def multiply(gradients: list[Tensor], factor: float | Tensor) -> None:
 
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether no element is inf or NaN; waits for the device."""
-    # Counted, as torch 2.9 adds up the ranks' answers to all() of a sharded tensor: one rank's yes was everybody's.
-    return not any(bool(unsharded(torch.logical_not(torch.isfinite(gradient)).sum())) for gradient in gradients)
+    """Whether no element is inf or NaN; waits once for each device."""
+    counts: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        # Counted, as torch 2.9 adds up the ranks' answers to all() of a sharded tensor: one rank's yes was everybody's.
+        count = unsharded(torch.logical_not(torch.isfinite(gradient)).sum())
+        counts.setdefault(count.device, []).append(count)
+    return not any(bool(torch.stack(each).any()) for each in counts.values())
 
 
 def is_plain(gradients: Sequence[Tensor]) -> bool:
