@@ -9,12 +9,15 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import nox
+from nox.command import CommandFailed
 
 nox.needs_version = ">=2026.8.10"  # older reports do not say why a session was skipped
 nox.options.default_venv_backend = "uv"
@@ -71,8 +74,9 @@ def lint(session: nox.Session) -> None:
 
 
 def _param(name: str, row: dict[str, Any]) -> Any:
-    """The row as a session. Where its hardware is missing it gets no environment: it is only there to say so."""
-    python = False if row["hardware"] in MISSING else row["python"]
+    """The row as a session. It gets no environment where its hardware is missing, and it is only there to say so, and
+    where a ready-made image has one."""
+    python = False if row["hardware"] in MISSING or row["slice"] else row["python"]
     return nox.param(python, row, id=name, tags=[row["package"], row["hardware"], *row["tags"]])
 
 
@@ -118,7 +122,13 @@ def _built(session: nox.Session, row: dict[str, Any]) -> str:
 @nox.parametrize("python,row", [_param(name, row) for name, row in ROWS.items()])
 def tests(session: nox.Session, row: dict[str, Any]) -> None:
     """One row of the matrix: its pins, the bounds between the packages, the package's tests."""
-    folder = _folder(row)
+    folder, name = _folder(row), f"{row['package']}/{row['id']}"
+    if row["slice"]:
+        if reason := MISSING.get(row["hardware"]):
+            session.skip(f"needs {row['hardware']}: {reason}")
+        with _recorded(session, name):
+            session.run(sys.executable, "ci/gpu.py", row["slice"], "--out", session.create_tmp(), external=True)
+        return
     pytest = ["pytest", *_paths(row)]
     workers = ["pytest-xdist"] if row["workers"] > 1 else []
     if workers:
@@ -133,7 +143,29 @@ def tests(session: nox.Session, row: dict[str, Any]) -> None:
         session.install(_built(session, row))
     if session.venv_backend != "none":  # a ready-made image has no uv, and packages whose bounds are not ours to check
         session.run("uv", "pip", "check", external=True)  # uv ignores version bounds between workspace packages
-    session.run(*pytest, *session.posargs)
+    if session.posargs:  # a part of the row, which says nothing of all of it
+        session.run(*pytest, *session.posargs)
+        return
+    with _recorded(session, name) as junit:
+        session.run(*pytest, "--junitxml", junit)
+
+
+@contextmanager
+def _recorded(session: nox.Session, name: str) -> Iterator[str]:
+    """Context in which a row runs, after which ci/ran.toml says that it did; pytest's report is to go to the path."""
+    junit = Path(session.create_tmp(), "junit.xml")
+    junit.unlink(missing_ok=True)
+
+    def record(result: str) -> None:
+        command = (sys.executable, "ci/ran.py", "record", name, result, "--junit", str(junit))
+        session.run(*command, external=True, success_codes=[0, 1])
+
+    try:
+        yield str(junit)
+    except CommandFailed:
+        record("failed")
+        raise
+    record("passed")
 
 
 # -------------------------------------------------------------------- tiers
@@ -192,6 +224,12 @@ def full(session: nox.Session) -> None:
         if row["default"]:
             session.notify(f"tests({name})")
     session.notify("dist")
+
+
+@nox.session(python=False, default=False)
+def matrix(session: nox.Session) -> None:
+    """Prints the rows, and when each was run last, at which commit and on which machine."""
+    session.run(sys.executable, "ci/ran.py", external=True)
 
 
 @nox.session(python=False, requires=["env"], default=False)

@@ -60,7 +60,8 @@ PATHS = {
     "examples/README.md": tags(),
     "examples/a folder/ünï\n.py": tags(),
     **dict.fromkeys(("noxfile.py", "pyproject.toml", "ci/a.py", ".ci/run", "conftest.py", "packages/x"), ALL),
-    **dict.fromkeys(("README.md", "CONTRIBUTING.md", "LICENSE", "benchmarks/a.py"), frozenset()),
+    **dict.fromkeys(("README.md", "CONTRIBUTING.md", "LICENSE"), frozenset()),
+    **dict.fromkeys(("benchmarks/a.py", "ci/ran.toml"), tags()),
 }
 EXAMPLES = ("packages/precision-te/src/a.py", "examples/a folder/ünï\n.py", "noxfile.py", "README.md")
 
