@@ -96,7 +96,7 @@ def record(root: Path, row: str, result: str) -> str:
     commit = run("git", "rev-parse", "--short=8", "HEAD", cwd=root).strip()
     day = time.strftime("%Y-%m-%d")
     write(root, [dict(zip(KEYS, (row, commit, day, machine(), result), strict=True))])
-    return f"recorded in ci/ran.toml: {row} {result}"
+    return f"recorded in ci/ran.toml: {row}: {result}"
 
 
 def counted(junit: Path) -> str:
@@ -106,6 +106,11 @@ def counted(junit: Path) -> str:
     total, skipped, failed = (int(suite.get(key, 0)) for key in ("tests", "skipped", "failures"))
     failed += int(suite.get("errors", 0))
     return ", ".join([f"{total - skipped - failed} passed", *_some(failed, "failed"), *_some(skipped, "skipped")])
+
+
+def summary(result: str, counts: str) -> str:
+    """Returns "120 passed", "failed: 119 passed, 1 failed", or the result alone where nothing was counted."""
+    return counts if counts and result == "passed" else ": ".join(filter(None, [result, counts]))
 
 
 def _some(count: int, word: str) -> list[str]:
@@ -123,7 +128,7 @@ def take(root: Path, results: Path) -> list[str]:
         elif entry["kind"] == "slice":
             at = begun[entry["slice"]]
             counts = ", ".join(f"{count} {word}" for word, count in sorted(entry["tests"].items()))
-            result = ": ".join(filter(None, [entry["result"], counts]))
+            result = summary(entry["result"], counts)
             names = [name for name, row in rows(root).items() if row.get("slice") == entry["slice"]]
             values = (at["commit"], at["day"], at["machine"], result)
             new += [dict(zip(KEYS, (name, *values), strict=True)) for name in names]
@@ -188,7 +193,7 @@ def main() -> None:
         root = repository()
         if given.what == "record":
             counts = counted(given.junit) if given.junit and given.junit.exists() else ""
-            print(record(root, given.row, ": ".join(filter(None, [given.result, counts]))))
+            print(record(root, given.row, summary(given.result, counts)))
         elif given.what == "take":
             print(*take(root, given.results), sep="\n")
         elif given.what == "readmes" and given.check:

@@ -55,7 +55,7 @@ def test_a_row_that_ran_is_written_with_commit_and_numbers(repo: Any, tmp_path: 
     (tmp_path / "junit.xml").write_text(JUNIT)
     arguments = ("--junit", str(tmp_path / "junit.xml"))
     said = repo.script("ran.py", "record", "precision-one/cpu", "failed", *arguments)
-    assert "precision-one/cpu failed: 7 passed, 1 failed, 2 skipped" in said
+    assert "precision-one/cpu: failed: 7 passed, 1 failed, 2 skipped" in said
     (entry,) = ran(repo)
     assert entry["commit"] == repo.git("rev-parse", "--short=8", "HEAD")
     assert entry["result"] == "failed: 7 passed, 1 failed, 2 skipped" and entry["row"] == "precision-one/cpu"
@@ -67,6 +67,13 @@ def test_a_row_that_ran_is_written_with_commit_and_numbers(repo: Any, tmp_path: 
     printed = repo.script("ran.py").splitlines()
     assert printed[1].startswith("precision-one/cpu") and printed[1].endswith("2 skipped")
     assert printed[3].split()[:2] == ["tests-integration/cpu", "cpu"] and printed[3].endswith("no run is recorded")
+
+
+def test_of_a_row_that_passed_the_numbers_are_enough(repo: Any, tmp_path: Path) -> None:
+    (tmp_path / "junit.xml").write_text(JUNIT.replace('failures="1"', 'failures="0"'))
+    repo.script("ran.py", "record", "precision-one/cpu", "passed", "--junit", str(tmp_path / "junit.xml"))
+    repo.script("ran.py", "record", "tests-integration/cpu", "passed", "--junit", str(tmp_path / "none.xml"))
+    assert [each["result"] for each in ran(repo)] == ["8 passed, 2 skipped", "passed"]
 
 
 def test_the_latest_run_on_a_machine_replaces_the_one_before(repo: Any) -> None:
