@@ -12,7 +12,6 @@ soon as it is there: a line for each test, each step, and the slice. A slice end
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -22,20 +21,22 @@ import subprocess
 import sys
 import sysconfig
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpu_plan import ROOT, Plan, Slice, Step, build, commit_of, install_line
 from gpu_results import append
 from ran import machine
+from workspace import Problem
 
-from workspace import Problem, distribution, run
-
-ROOT = Path(__file__).parents[1]
-OFFLINE = {"PIP_BREAK_SYSTEM_PACKAGES": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONUNBUFFERED": "1"}
+VARIABLES = {
+    "PIP_BREAK_SYSTEM_PACKAGES": "1",  # an image is thrown away
+    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # those of an image are not ours, and warnings are errors here
+    "PYTHONUNBUFFERED": "1",
+}
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (34, 31, 28, 27, 24, 17)] + ["manylinux2014_x86_64"]
 
 OUT_OF_TIME, ENDED = "out of time", "ended from outside"
@@ -45,82 +46,6 @@ class Ended(Exception):
     """The time is over, or somebody ended this process."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """A command, or pytest's arguments."""
-
-    name: str
-    tests: list[str] = field(default_factory=list)
-    command: list[str] = field(default_factory=list)
-    environment: dict[str, str] = field(default_factory=dict)
-
-    def line(self, out: Path) -> list[str]:
-        if self.tests:
-            return [sys.executable, "-m", "pytest", "-q", "-p", "gpu_results", "-p", "no:cacheprovider", *self.tests]
-        return [word.replace("{python}", sys.executable).replace("{out}", str(out)) for word in self.command]
-
-
-@dataclass(frozen=True)
-class Slice:
-    """What runs in one go."""
-
-    name: str
-    minutes: float
-    installs: list[str]
-    brings: list[str]
-    requires: list[str]
-    steps: list[Step]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The file of slices, in its order."""
-
-    wheels: Path
-    python: str
-    most_mib: int
-    brings: dict[str, list[str]]
-    slices: list[Slice]
-
-    @classmethod
-    def read(cls, path: Path) -> Plan:
-        table = tomllib.loads(path.read_text())
-        slices = []
-        for each in table["slice"]:
-            steps = [Step(**step) for step in each["steps"]]
-            slices.append(Slice(**{"installs": [], "brings": [], "requires": [], **each, "steps": steps}))
-        wheels = path.parents[1] / table["wheels"]
-        return cls(wheels, table["python"], table["most-mib"], table.get("brings", {}), slices)
-
-    def chosen(self, names: list[str]) -> list[Slice]:
-        """Returns the slices with these names in the order of the file, whatever the order of the names."""
-        known = [each.name for each in self.slices]
-        if unknown := [name for name in names if name not in known]:
-            raise Problem(f"no slice is named {', '.join(unknown)}; there are: {', '.join(known)}")
-        return [each for each in self.slices if each.name in names]
-
-    def brought(self, one: Slice) -> list[str]:
-        return [requirement for name in one.brings for requirement in self.brings[name]]
-
-
-def _is_installed(requirement: str) -> bool:
-    """Whether the image has it, in any version."""
-    try:
-        importlib.metadata.distribution(distribution(requirement))
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def install_line(plan: Plan, one: Slice) -> list[str]:
-    """Returns the command that installs our wheels, and those of others that the image lacks; [] where nothing is."""
-    wanted = [*one.installs, *(each for each in plan.brought(one) if not _is_installed(each))]
-    if not wanted:
-        return []
-    options = ["--quiet", "--force-reinstall", "--no-deps", "--no-index", "--find-links", str(plan.wheels)]
-    return [sys.executable, "-m", "pip", "install", *options, *dict.fromkeys(wanted)]
-
-
 class Run:
     """One slice that runs: its deadline, and where its results go."""
 
@@ -128,11 +53,14 @@ class Run:
         self.plan, self.slice, self.out = plan, one, out
         self.deadline = time.monotonic() + 60 * one.minutes
         self.results = out / "results.jsonl"
+        self.start = self.results.stat().st_size if self.results.exists() else 0  # of this run, in the file
 
     def write(self, kind: str, **entry: object) -> None:
         append(str(self.results), kind=kind, slice=self.slice.name, **entry)
         if kind != "begin":
             print(" ".join(f"{key}={value}" for key, value in entry.items() if key != "log"), flush=True)
+            if str(entry["result"]).startswith("failed"):
+                print(*str(entry.get("log", "")).splitlines()[-12:], sep="\n", flush=True)
 
     def steps(self) -> Iterator[Step]:
         if missing := [name for name in self.slice.requires if importlib.util.find_spec(name) is None]:
@@ -144,7 +72,7 @@ class Run:
     def run(self) -> str:
         """Runs the steps in their order, and returns the slice's result."""
         begun, results, here = time.monotonic(), [], machine()
-        self.write("begin", commit=_commit(self.plan), machine=here, day=time.strftime("%Y-%m-%d"))
+        self.write("begin", commit=commit_of(self.plan), machine=here, day=time.strftime("%Y-%m-%d"))
         left = [step.name for step in self.slice.steps]
         try:
             for step in self.steps():
@@ -191,7 +119,7 @@ class Run:
         names = {"GPU_RESULTS": str(self.results), "GPU_SLICE": self.slice.name, "GPU_STEP": step.name}
         path = os.pathsep.join([str(ROOT / "ci"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         scripts = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-        env = {**os.environ, **OFFLINE, **names, "PYTHONPATH": path, "PATH": scripts, **step.environment}
+        env = {**os.environ, **VARIABLES, **names, "PYTHONPATH": path, "PATH": scripts, **step.environment}
         left = self.deadline - time.monotonic()
         if left <= 0:
             return OUT_OF_TIME
@@ -209,9 +137,9 @@ class Run:
         return "passed" if status == 0 else f"failed: exit status {status}"
 
     def _tests(self, step: str) -> Counter[str]:
-        lines = [json.loads(line) for line in self.results.read_text().splitlines()]
-        mine = [each for each in lines if each["kind"] == "test" and each["slice"] == self.slice.name]
-        return Counter(each["result"] for each in mine if each["step"] == step)
+        lines = self.results.read_bytes()[self.start :].splitlines()
+        mine = [each for each in map(json.loads, lines) if each["kind"] == "test" and each["step"] == step]
+        return Counter(each["result"] for each in mine)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -224,39 +152,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             return
         except subprocess.TimeoutExpired:
             continue
-
-
-def _commit(plan: Plan) -> str:
-    """Returns the commit that the wheels were built from; else that of the checkout, if git is there."""
-    noted = plan.wheels / "commit"
-    try:
-        return noted.read_text() if noted.exists() else run("git", "rev-parse", "--short=8", "HEAD", cwd=ROOT).strip()
-    except (Problem, OSError):
-        return "unknown"
-
-
-def build(plan: Plan) -> None:
-    """Builds our wheels, and fetches those that the image lacks, into the folder of wheels."""
-    plan.wheels.mkdir(parents=True, exist_ok=True)
-    for old in plan.wheels.glob("*.whl"):
-        old.unlink()
-    pip = (sys.executable, "-m", "pip")
-    ours = dict.fromkeys(name for each in plan.slices for name in each.installs)
-    run(
-        *pip, "wheel", "--quiet", "--no-deps", "-w", plan.wheels, *(ROOT / "packages" / name for name in ours), cwd=ROOT
-    )
-    tags = [option for platform in PLATFORMS for option in ("--platform", platform)]
-    options = ("--quiet", "--no-deps", "--only-binary=:all:", "--python-version", plan.python, *tags)
-    for requirement in dict.fromkeys(each for group in plan.brings.values() for each in group):
-        try:
-            run(*pip, "download", *options, "-d", plan.wheels, requirement, cwd=ROOT)
-        except Problem:  # no wheel is published: one of pure Python is built here
-            run(*pip, "wheel", "--quiet", "--no-deps", "-w", plan.wheels, requirement, cwd=ROOT)
-    (plan.wheels / "commit").write_text(run("git", "rev-parse", "--short=8", "HEAD", cwd=ROOT).strip())
-    size = sum(file.stat().st_size for file in plan.wheels.iterdir()) / 2**20
-    print(f"{plan.wheels}: {len(list(plan.wheels.glob('*.whl')))} wheels, {size:.0f} MiB")
-    if size > plan.most_mib:
-        raise Problem(f"that is more than {plan.most_mib} MiB: bring less")
 
 
 def main() -> None:
@@ -293,7 +188,11 @@ def main() -> None:
         if out is None:
             raise Problem("name a folder for the results: --out FOLDER, or the variable OUT")
         out.mkdir(parents=True, exist_ok=True)
-        results = [Run(plan, each, out).run() for each in chosen]
+        results = []
+        for each in chosen:
+            results.append(Run(plan, each, out).run())
+            if results[-1] == ENDED:
+                break
     except Problem as problem:
         sys.exit(f"gpu: {problem}")
     sys.exit(any(result != "passed" for result in results))

@@ -120,7 +120,7 @@ def _some(count: int, word: str) -> list[str]:
 def take(root: Path, results: Path) -> list[str]:
     """Records what slices of ci/gpu_slices.toml did elsewhere, for the rows that name them; returns a line for each."""
     begun: dict[str, dict[str, str]] = {}
-    new = []
+    new, said = [], []
     for line in results.read_text().splitlines():
         entry = json.loads(line)
         if entry["kind"] == "begin" and "commit" in entry:
@@ -129,11 +129,15 @@ def take(root: Path, results: Path) -> list[str]:
             at = begun[entry["slice"]]
             counts = ", ".join(f"{count} {word}" for word, count in sorted(entry["tests"].items()))
             result = summary(entry["result"], counts)
+            if not re.fullmatch("[0-9a-f]+", at["commit"]):
+                said.append(f"not recorded: {entry['slice']}, of {at['commit']}, which is no commit")
+                continue
             names = [name for name, row in rows(root).items() if row.get("slice") == entry["slice"]]
             values = (at["commit"], at["day"], at["machine"], result)
             new += [dict(zip(KEYS, (name, *values), strict=True)) for name in names]
+            said += [f"{name}: {result}" for name in names]
     write(root, new)
-    return [f"{each['row']}: {each['result']}" for each in new]
+    return said
 
 
 # -------------------------------------------------------------------- what is printed

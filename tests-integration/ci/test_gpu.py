@@ -119,7 +119,7 @@ def test_slow():
 
 def a_slow_slice(folder: Path, minutes: float) -> Path:
     (folder / "test_it.py").write_text(TESTS)
-    environment = f"{{ PYTEST_DISABLE_PLUGIN_AUTOLOAD = '1', PID = {json.dumps(str(folder / 'pid'))} }}"
+    environment = f"{{ PID = {json.dumps(str(folder / 'pid'))} }}"
     tests = json.dumps([str(folder / "test_it.py"), "--rootdir", str(folder), "-c", os.devnull])
     steps = [
         code("first", "print('figures so far')"),
@@ -158,7 +158,9 @@ def test_a_slice_that_runs_out_of_time_has_written_what_it_had(tmp_path: Path) -
 
 
 def test_a_slice_that_is_ended_from_outside_has_too(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "ci" / "gpu.py", "slow", "--slices", a_slow_slice(tmp_path, 1), "--out"]
+    file = a_slow_slice(tmp_path, 1)
+    file.write_text(file.read_text() + f"[[slice]]\nname = 'next'\nminutes = 1\nsteps = [{code('it', 'pass')}]\n")
+    command = [sys.executable, ROOT / "ci" / "gpu.py", "slow", "next", "--slices", file, "--out"]
     process = subprocess.Popen([*command, tmp_path / "out"], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     limit = time.monotonic() + 30
     while not (tmp_path / "pid").exists() and time.monotonic() < limit:
@@ -185,9 +187,19 @@ def test_what_fails_does_not_keep_the_next_from_running(tmp_path: Path) -> None:
     ]
 
 
+def test_results_of_a_second_run_are_appended_and_counted_alone(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("def test_it():\n    pass\n")
+    tests = json.dumps([str(tmp_path / "test_it.py"), "--rootdir", str(tmp_path), "-c", os.devnull])
+    file = slices_of(tmp_path, f"name = 'one'\nminutes = 1\nsteps = [{{ name = 'tests', tests = {tests} }}]")
+    for _ in range(2):
+        assert gpu("one", "--slices", file, "--out", tmp_path / "out").returncode == 0
+    assert [each["tests"] for each in lines(tmp_path / "out", "slice")] == [{"passed": 1}] * 2
+
+
 def test_without_its_wheels_a_slice_runs_nothing(tmp_path: Path) -> None:
     file = slices_of(tmp_path, f"name = 'one'\nminutes = 1\ninstalls = ['precision-core']\nsteps = [{code('it', '')}]")
-    assert gpu("one", "--slices", file, "--out", tmp_path / "out").returncode == 1
+    done = gpu("one", "--slices", file, "--out", tmp_path / "out")
+    assert done.returncode == 1 and "-m pip install --quiet" in done.stdout  # and what pip said
     assert [(each["step"], each["result"]) for each in lines(tmp_path / "out", "step")] == [
         ("install", "failed: exit status 1"),
         ("it", "not begun"),

@@ -106,10 +106,19 @@ def test_slices_of_another_machine_are_taken_for_the_rows_that_name_them(repo: A
         {"kind": "begin", "slice": "core", "step": "first"},
         {"kind": "test", "slice": "core", "step": "first", "test": "a", "result": "passed"},
         {"kind": "slice", "slice": "core", "result": "out of time", "tests": {"passed": 41, "failed": 1}},
+        {
+            "kind": "begin",
+            "slice": "core",
+            "commit": "12345678+changes",
+            "machine": "a GPU, a CPU",
+            "day": "2026-12-01",
+        },
+        {"kind": "slice", "slice": "core", "result": "passed", "tests": {"passed": 42}},
     ]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     assert repo.script("ran.py", "take", str(tmp_path / "results.jsonl")) == (
         "precision-one/cuda: out of time: 1 failed, 41 passed\n"
+        "not recorded: core, of 12345678+changes, which is no commit\n"
     )
     values = ("precision-one/cuda", "12345678", "2026-11-30", "a GPU, a CPU", "out of time: 1 failed, 41 passed")
     assert ran(repo) == [dict(zip(("row", "commit", "date", "machine", "result"), values, strict=True))]
