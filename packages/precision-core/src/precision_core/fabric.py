@@ -183,6 +183,20 @@ class Fabric(Saving):
         """
         self._attached.mark_forward_method(model, name)
 
+    def setup_schedulers(self, *schedulers: Any) -> Any:
+        """Has `scheduler.step()` do nothing after an optimizer step that was skipped; returns the one, or a tuple.
+
+        For schedulers that are stepped after each `optimizer.step()`; leave those out that are stepped once an epoch.
+        On a GPU nothing waits for whether the step was skipped, as `fabric.last_step_skipped` does: the rate follows
+        when the next `optimizer.step()`, `get_last_lr()` or `state_dict()` needs it.
+
+        Raises:
+            ValueError: no scheduler, or one that was set up before, or whose optimizer was not.
+        """
+        with self._attached.undone_on_error():
+            self._attached.take_schedulers(*schedulers)
+        return schedulers[0] if len(schedulers) == 1 else schedulers
+
     @overload
     def setup_dataloaders(
         self, loader: Iterable[Any], /, *, move_to_device: bool = True, use_distributed_sampler: bool = True

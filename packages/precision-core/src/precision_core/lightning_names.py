@@ -40,7 +40,7 @@ DIFFERENT: dict[str, dict[str, str]] = {
     },
     "setup": {
         "module": "`model`",
-        "scheduler": "not here: schedulers need no setup; step them unless `fabric.last_step_skipped`",
+        "scheduler": "`fabric.setup_schedulers(scheduler)`, where steps may be skipped (16-mixed, 16-true)",
         "move_to_device": "not here: the model is moved to `fabric.device`",
     },
     "setup_dataloaders": {"dataloaders": "`loaders`"},

@@ -39,7 +39,7 @@ def reads(mode: str, strategy: str = "auto", ask: Ask = nothing, fused: bool = T
     plugin: Any = mode
     if MODES[mode].scale:  # on such a device it leaves the flag where it is; no step overflows
         plugin = MixedPrecision(mode, device="cpu", scaler={"init_scale": 128.0})
-        plugin.scaler = LossScaler(plugin.setup_scaler(), min_scale=2.0**-14, max_skips=50, lazy=True)
+        plugin.scaler = LossScaler(plugin.setup_scaler(), min_scale=2.0**-14, max_skips=50, avoid_sync=True)
     fabric = Fabric("cpu", strategy, devices=1, precision=plugin)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 1))
@@ -75,7 +75,7 @@ def test_a_step_under_ddp_reads_nothing() -> None:
     ("mode", "ask", "files"),
     [
         ("bf16-mixed", "error_if_nonfinite", {"scaling/clipping.py": STEPS}),
-        ("16-mixed", "error_if_nonfinite", {"scaling/scaled_gradients.py": STEPS, "scaling/gradients.py": STEPS}),
+        ("16-mixed", "error_if_nonfinite", {"scaling/loss_scaler.py": STEPS, "scaling/gradients.py": STEPS}),
         ("bf16-mixed", "last_step_skipped", {}),
         ("16-mixed", "last_step_skipped", {"scaling/counters.py": STEPS}),
     ],

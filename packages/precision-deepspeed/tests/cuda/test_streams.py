@@ -37,7 +37,7 @@ def trained(strategy: DeepSpeedStrategy, mode: str, accumulate: int = 2) -> tupl
         assert norm is not None
         norms.append(norm.item())
         optimizer.step()
-    with fabric.strategy.whole(model):
+    with fabric.strategy.gathered(model):
         values = [param.detach().float().clone() for param in model.parameters()]
     fabric.teardown()
     return values, norms

@@ -128,6 +128,7 @@ class LossScaler(ScaledGradients):
             raise RuntimeError(
                 "optimizer.step() before any backward: there are no gradients yet. Call fabric.backward(loss) first"
             )
+        record.skipped = False
         if gradients:
             if carries:
                 self._unscale(optimizer, record, gradients)
@@ -187,6 +188,7 @@ class LossScaler(ScaledGradients):
                 original(optimizer, "step")(evaluate, **kwargs)
             except _SkippedError:
                 skipped = True
+        record.skipped = skipped
         self.counter.add(skipped)
         self._update_pending = self._update_pending or not record.counted
         self._after_step(optimizer, record, name_of)
@@ -203,12 +205,18 @@ class LossScaler(ScaledGradients):
             finally:
                 del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
         else:
-            skipped = bool(flag)
-            returned = None if skipped else step(**kwargs)
-            self.counter.add(skipped)
+            record.skipped = bool(flag)
+            returned = None if record.skipped else step(**kwargs)
+            self.counter.add(record.skipped)
             return returned
+        record.skipped = flag
         self.counter.add_later(flag)
         return returned
+
+    def was_skipped(self, optimizer: Optimizer) -> bool | Tensor:
+        """Whether the last step of `optimizer` was skipped; a tensor, not zero if so, where only its device knows."""
+        record = self._records.get(optimizer)
+        return False if record is None else record.skipped
 
     def check_skips(self, name_of: NameOf) -> None:
         """Raises `FloatingPointError` after `max_skips` skipped steps in a row; names parameters with inf or NaN."""

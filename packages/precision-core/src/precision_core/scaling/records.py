@@ -43,6 +43,7 @@ class Record:
         self.stepped = False  # since the last scaling
         self.found_inf: bool | Tensor = False  # in UNSCALED gradients; a tensor with `avoid_sync`
         self.counted = True  # found_inf has gone into an update of the scale
+        self.skipped: bool | Tensor = False  # the last step; a tensor where only the device knows
         self.steps = 0
         self.snapshot: Snapshot | None = None  # of gradients that are SCALED, where the end of backward was seen
 

@@ -64,6 +64,10 @@ class Scaler:
         self.counter.steps += 1
         return result
 
+    def was_skipped(self, optimizer: Optimizer) -> bool | Tensor:
+        """Whether the last step of `optimizer` was skipped; a tensor, not zero if so, where only its device knows."""
+        return self.counter.last_skipped
+
     def check_skips(self, name_of: NameOf) -> None:
         """Raises `FloatingPointError` when too many steps in a row were skipped."""
 

@@ -24,6 +24,7 @@ from precision_core.precision.tf32 import make_forward, products
 from precision_core.scaling.gradients import params_of
 from precision_core.strategies import membership
 from precision_core.strategies.base import Strategy
+from precision_core.strategies.schedulers import Schedulers
 
 
 class Attached:
@@ -38,6 +39,7 @@ class Attached:
         self.optimizers: WeakSet[Optimizer] = WeakSet()
         self.losses = LossWatch(precision.mode)
         self._models: WeakSet[nn.Module] = WeakSet()
+        self._schedulers = Schedulers(precision)
         self._restores = ExitStack()
         self._replaced: ParamMap = WeakIdKeyDictionary()  # what setup replaced, for optimizers that are set up later
 
@@ -140,12 +142,20 @@ class Attached:
             self.optimizers.add(optimizer)
             self._override(optimizer, "step", self._make_step)
 
+    def take_schedulers(self, *schedulers: Any) -> None:
+        """Has the schedulers' steps do nothing after skipped steps; raises `ValueError` as Fabric's method does."""
+        for scheduler in schedulers:
+            for restore in self._schedulers.take(scheduler, self.optimizers):
+                self._restores.callback(restore)
+
     def _make_step(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        run, losses = self._strategy.optimizer_step, self.losses
+        run, losses, schedulers = self._strategy.optimizer_step, self.losses, self._schedulers
         losses.sees_steps = True
 
         def step(self: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+            schedulers.before_step(self)
             result = run(self, closure, **kwargs)
+            schedulers.after_step(self)
             losses.stepped()
             return result
 
