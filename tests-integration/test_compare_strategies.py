@@ -17,10 +17,11 @@ from rich.console import Console
 
 import precision_lab.train as train_module
 from precision_core.testing import curve_distance, loss_bound, run_in_ranks
-from precision_lab.compare import make_rows, run
+from precision_lab.compare import run
 from precision_lab.gpt import GPTConfig
 from precision_lab.progress import make_progress
 from precision_lab.results import Comparison
+from precision_lab.rows import make_rows
 from precision_lab.text import split_text
 from precision_lab.train import Job
 

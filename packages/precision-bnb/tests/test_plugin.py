@@ -372,7 +372,7 @@ def test_what_is_no_pattern_no_module_or_quantises_nothing_is_refused_early() ->
 def test_refusals_name_the_argument() -> None:
     model = Model()
     model.head.weight.register_hook(lambda grad: grad)
-    with pytest.raises(ValueError, match=r"leave the layers as they are with ignore_modules=\['head'\]"):
+    with pytest.raises(ValueError, match=r"skip the layers with ignore_modules=\['head'\]"):
         BitsandbytesPrecision("nf4").convert_module(model)
     BitsandbytesPrecision("nf4", ignore_modules=["head"]).convert_module(model)
 

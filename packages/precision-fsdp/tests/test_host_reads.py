@@ -20,7 +20,7 @@ def play_device(fabric: Fabric) -> None:
     """Has 16-mixed leave scale and flags where they are, as it does on every device but a CPU."""
     scaler: Any = fabric.precision_plugin.scaler
     if fabric.precision_plugin.policy.scale:
-        scaler._scale._lazy = scaler._records._lazy = True
+        scaler._scale._avoid_sync = scaler._records._avoid_sync = True
         scaler._scale._is_plain = False
 
 

@@ -155,7 +155,7 @@ TORCHS = ("none", "tf32", "tf32")
 @pytest.mark.parametrize(("allowed", "inside"), [(False, OFF), (True, ON)])
 def test_forward_backward_and_autocast(mode: str, allowed: bool, inside: tuple[str, str, str]) -> None:
     fabric, model = Fabric("cpu", precision=mode, tf32=allowed), Watching()
-    assert fabric._arguments[1]["tf32"] is allowed  # what launched processes get
+    assert fabric._again.keywords["tf32"] is allowed  # type: ignore[attr-defined]  # what launched processes get
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     fabric.setup(model, optimizer)
     for _ in range(2):
