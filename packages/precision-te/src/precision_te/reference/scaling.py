@@ -6,6 +6,7 @@ are filled up with zeros, which changes no scale.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +40,10 @@ class Quantized:
         float32, here they are applied to the values before; that differs by float32's rounding.
         """
         result = (self.values * self.scales) @ (other.values * other.scales).T
-        scaled = result * self.outer * other.outer
+        scaled = (result * self.outer).mul_(other.outer)
         small, large = torch.minimum(self.outer, other.outer), torch.maximum(self.outer, other.outer)
-        rescaled = result * small * large  # the large one first may be beyond float32's range on the way
-        return torch.where(scaled.isfinite() | ~rescaled.isfinite(), scaled, rescaled)
+        rescaled = result.mul_(small).mul_(large)  # the large one first may be beyond float32's range on the way
+        return torch.where((scaled.abs() < math.inf) | ~(rescaled.abs() < math.inf), scaled, rescaled)
 
 
 def amax(x: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
