@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -54,12 +55,14 @@ def test_ranks_with_other_seeds_get_all_of_rank_zeros() -> None:
     assert sums == others and total == (33 * 17 + 17 + 17 * 3) * 4
 
 
-def hashed(content: Tensor) -> tuple[int, int]:
-    one, two = start._hash(content.contiguous().flatten().view(torch.uint8)).tolist()
-    return one, two
+@pytest.mark.parametrize("way", [start._hash_of_cpu, start._hash_on_device])
+def test_equal_contents_alone_have_equal_hashes(
+    way: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hashed(content: Tensor) -> tuple[int, int]:
+        one, two = way(content).tolist()
+        return one, two
 
-
-def test_equal_contents_alone_have_equal_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
     base = torch.zeros(37, dtype=torch.uint8)
     contents = [
         base,
