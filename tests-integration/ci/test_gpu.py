@@ -17,7 +17,8 @@ import tomllib
 ROOT = Path(__file__).parents[2]
 SLICES = tomllib.loads((ROOT / "ci" / "gpu_slices.toml").read_text())
 MATRIX = tomllib.loads((ROOT / "ci" / "matrix.toml").read_text())
-ENVIRONMENT = {name: text for name, text in os.environ.items() if name != "OUT"}
+# as a shell has it: a worker of pytest-xdist would tell its children that they are workers, too
+ENVIRONMENT = {name: text for name, text in os.environ.items() if name != "OUT" and not name.startswith("PYTEST_")}
 
 HEAD = 'wheels = "wheels"\npython = "3.12"\nmost-mib = 1\n\n[brings]\n'
 
