@@ -23,7 +23,7 @@ import pytest
 # A compiler that starts processes of its own has each import torch: for kernels as small as the tests' that is all.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-LIMIT, STARTING = 5.0, 20.0
+LIMIT, LIMIT_OF_STARTS = 5.0, 20.0
 """CPU seconds, of the process and its children, that a test of the fast tier may take on an idle machine; the second
 where it is marked slow_start."""
 YARDSTICK = 0.2
@@ -85,7 +85,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         seconds = _cpu_seconds() - item.stash[BEFORE]
-        limit = STARTING if item.get_closest_marker("slow_start") else LIMIT
+        limit = LIMIT_OF_STARTS if item.get_closest_marker("slow_start") else LIMIT
         slowness = max(1.0, _yardstick() / YARDSTICK) if seconds > limit else 1.0
         item.user_properties.append(("cpu", (seconds, limit, slowness)))
         _check_nothing_is_left()

@@ -35,7 +35,7 @@ def test_burns():
 def fast_tier(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     """Runs one test file in a fast tier that lets a test take a quarter of a second."""
     conftest = (ROOT / "conftest.py").read_text()
-    changed = conftest.replace("LIMIT, STARTING = 5.0, 20.0", "LIMIT, STARTING = 0.25, 20.0")
+    changed = conftest.replace("LIMIT, LIMIT_OF_STARTS = 5.0, 20.0", "LIMIT, LIMIT_OF_STARTS = 0.25, 20.0")
     changed = changed.replace("max(1.0, _yardstick() / YARDSTICK)", "1.0")  # a machine that is not slow
     assert changed.count("0.25, 20.0") == 1 and "_yardstick() /" not in changed
     (folder / "conftest.py").write_text(changed)

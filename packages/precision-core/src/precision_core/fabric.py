@@ -143,7 +143,7 @@ class Fabric(Saving):
             model = self._attached.module(model)
             self._attached.take_optimizers(*optimizers)
             self._strategy.setup_together(uncompiled(model), optimizers)
-            forget_cast(uncompiled(model))  # that was the engine
+            forget_cast(uncompiled(model))  # the strategy's engine may have cast it, the user has not
         return (model, *optimizers) if optimizers else model
 
     def setup_module(self, model: Model) -> Model:
@@ -250,8 +250,8 @@ class Fabric(Saving):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Context in which code outside the model's forward runs in the precision: autocast under mixed modes."""
-        context, products = self._precision.forward_context(), self._attached.products
-        return context if products is nullcontext or torch.compiler.is_compiling() else products(context)
+        context, tf32 = self._precision.forward_context(), self._attached.tf32_context
+        return context if tf32 is nullcontext or torch.compiler.is_compiling() else tf32(context)
 
     def backward(self, tensor: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         """Runs backward from the loss, scaled where the mode scales; further arguments go to `Tensor.backward`.
@@ -264,11 +264,11 @@ class Fabric(Saving):
         check_loss(tensor, has_gradient=(bool(args) and args[0] is not None) or kwargs.get("gradient") is not None)
         if not self._precision.policy.scale:  # else the scaler skips such steps, and counts them
             self._attached.losses.backward(tensor)
-        target, products = None if model is None else uncompiled(model), self._attached.products
-        if products is nullcontext:
+        target, tf32 = None if model is None else uncompiled(model), self._attached.tf32_context
+        if tf32 is nullcontext:
             self._strategy.backward(tensor, target, *args, **kwargs)
             return
-        with products():
+        with tf32():
             self._strategy.backward(tensor, target, *args, **kwargs)
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:

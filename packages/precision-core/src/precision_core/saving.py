@@ -1,4 +1,4 @@
-"""Saving: the checkpoints of a run, and a module's weights alone; `Fabric` is one.
+"""Saving: the checkpoints of a run, and a module's weights alone; the base of `Fabric`, on top of `Run`.
 
 What does it stands in `checkpoint/`, which a plain `import precision_core` leaves out: it is imported in the calls.
 """

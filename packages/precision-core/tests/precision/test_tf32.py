@@ -14,7 +14,7 @@ from torch.backends import cudnn
 
 from precision_core import Fabric
 from precision_core.precision import tf32
-from precision_core.precision.tf32 import PRODUCTS, Tf32
+from precision_core.precision.tf32 import CONTEXTS, Tf32
 
 matmul, conv, rnn, onednn = (
     torch.backends.cuda.matmul,
@@ -40,7 +40,7 @@ def settings() -> Iterator[None]:
 @pytest.fixture
 def like_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has a CPU's runs set what those of a CUDA device set: flags that exist on every machine."""
-    monkeypatch.setitem(PRODUCTS, "cpu", PRODUCTS["cuda"])
+    monkeypatch.setitem(CONTEXTS, "cpu", CONTEXTS["cuda"])
 
 
 def now() -> tuple[str, str, str]:

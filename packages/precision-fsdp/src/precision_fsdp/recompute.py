@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from precision_core import Precision
 from precision_core.override import override
 from precision_core.precision import Restore, created_as
-from precision_fsdp.given import unchanged
+from precision_fsdp.block_arguments import unchanged
 from precision_fsdp.selection import One, select
 
 Context = Callable[[], AbstractContextManager[Any]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from precision_fsdp.held import drop
+from precision_fsdp.unsynced import drop
 
 _KEY = "_precision_fsdp_lost"
 

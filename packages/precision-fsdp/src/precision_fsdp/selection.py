@@ -1,4 +1,4 @@
-"""Selection: which modules of a model a user means, by class, by name, or by a predicate."""
+"""Selection: which modules of a model a user means, by class, by name, or by a predicate; else the repeated block."""
 
 from __future__ import annotations
 

@@ -31,9 +31,8 @@ from precision_core.override import override
 from precision_core.strategies import Ranks, TorchGroup, join
 from precision_fsdp.arguments import check_arguments, check_reshard, make_mesh
 from precision_fsdp.copies import refuse_copies
-from precision_fsdp.filled import Empty, check_filled, expect, leave_empty
+from precision_fsdp.from_file import Empty, check_filled, expect, leave_empty
 from precision_fsdp.groups import make_groups
-from precision_fsdp.held import Unsynced, drop, dropping, followed_by
 from precision_fsdp.limits import check_can_shard
 from precision_fsdp.materialise import InitFn, check_can_initialise, is_on_meta, materialise
 from precision_fsdp.notes import notes_of
@@ -45,6 +44,7 @@ from precision_fsdp.recovery import begin_anew, check_not_lost
 from precision_fsdp.second_order import check_first_order, first_order
 from precision_fsdp.selection import Selection, check_selection, repeated_blocks, select
 from precision_fsdp.start import send
+from precision_fsdp.unsynced import Unsynced, drop, dropping, followed_by
 
 _OWN_POLICY = "_policy_before_fsdp"
 

@@ -17,7 +17,8 @@ from precision_bnb.reading.source import NO_ENTRY, definition
 from precision_bnb.reading.values import Bound, Super, holds_module, identity
 
 _FOREIGN = ("torch", "peft", "bitsandbytes", "precision_bnb", "precision_core", "accelerate", "numpy", "builtins")
-"""Their modules and functions are not followed: torch's read by a gate that surgery closes, peft's ask first."""
+"""Their modules and functions are not followed: torch's layers read weights in a fast path that `replace_layers` turns
+off, and peft asks what a layer is before it does."""
 _DEEPEST = 30
 """Calls in calls that are followed; Python itself ends at 1000, and following one takes a dozen."""
 

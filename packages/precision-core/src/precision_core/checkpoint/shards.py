@@ -25,7 +25,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
-def is_made_of_parts(tensor: Tensor) -> bool:
+def is_wrapper_subclass(tensor: Tensor) -> bool:
     """Whether `tensor` is a subclass that wraps other tensors (`__tensor_flatten__`), DTensor excepted."""
     return hasattr(type(tensor), "__tensor_flatten__") and not is_sharded(tensor)
 
@@ -87,7 +87,7 @@ def check_parts(tensors: dict[str, Tensor]) -> None:
     """Raises `ValueError` for DTensors whose shards wrap other tensors: they cannot be sharded anew later."""
     for name, tensor in tensors.items():
         local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-        if is_made_of_parts(local):
+        if is_wrapper_subclass(local):
             raise ValueError(
                 f"cannot save {name}: shards of a {type(local).__name__} cannot be read again. Leave that object out "
                 "of `state`, use an optimizer whose state is plain tensors (torch.optim.AdamW), or a strategy that "
@@ -113,7 +113,7 @@ def check_alike(described: list[Described]) -> None:
 
 def copy_of(tensor: Tensor, device: torch.device | str | None = None) -> Tensor:
     """Returns a deep copy; a subclass that has none is copied by its inner tensors, onto `device` (None: their own)."""
-    if not is_made_of_parts(tensor):
+    if not is_wrapper_subclass(tensor):
         return copy.deepcopy(tensor)
     try:
         return copy.deepcopy(tensor)
@@ -130,7 +130,7 @@ def deep_copied(tree: Any, memo: dict[int, Any] | None = None, device: torch.dev
     copies = {} if memo is None else memo
 
     def keep(tensor: Tensor) -> Tensor:
-        if is_made_of_parts(tensor) and id(tensor) not in copies:
+        if is_wrapper_subclass(tensor) and id(tensor) not in copies:
             copies[id(tensor)] = copy_of(tensor, device)
         return tensor
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from precision_core.data.position import capture, keeps_own_state, length, recall, stateful_sampler
+from precision_core.data.order import capture, keeps_own_state, length, recall, stateful_sampler
 from precision_core.policy.casting import move
 
 _KEYS: dict[str, Any] = {

@@ -165,7 +165,10 @@ class Precision:
         return nullcontext() if torch.get_default_dtype() is torch.float32 else created_as(torch.float32)
 
     def accumulation_context(self, enabled: bool) -> AbstractContextManager[Any]:
-        """Context of `fabric.no_backward_sync`: `enabled`, no step comes before the next backward outside of it."""
+        """Context of `fabric.no_backward_sync`, around every microbatch but the last where `enabled`.
+
+        No optimizer steps before a backward that runs outside of it.
+        """
         return nullcontext()
 
     def convert_output(self, data: T) -> T:

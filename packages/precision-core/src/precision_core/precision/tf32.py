@@ -21,7 +21,7 @@ _backends: Any = torch.backends  # whose stubs lack the new form
 _cudnn, _conv, _rnn = _backends.cudnn, _backends.cudnn.conv, _backends.cudnn.rnn
 _matmul, _onednn_matmul = _backends.cuda.matmul, _backends.mkldnn.matmul
 
-Products = Callable[..., AbstractContextManager[Any]]
+MakeContext = Callable[..., AbstractContextManager[Any]]
 """What makes the context, and enters another in it where it is given one."""
 Restore = Callable[[], None]
 
@@ -61,18 +61,18 @@ class Tf32(AbstractContextManager[None]):
                 restore()
 
 
-PRODUCTS: dict[str, Callable[[bool], Products]] = {"cuda": lambda allowed: functools.partial(Tf32, allowed)}
+CONTEXTS: dict[str, Callable[[bool], MakeContext]] = {"cuda": lambda allowed: functools.partial(Tf32, allowed)}
 """Device type -> what makes the context of each forward and backward; other devices compute float32 in float32."""
 
 
-def products(device_type: str, allowed: bool) -> Products:
+def tf32_context(device_type: str, allowed: bool) -> MakeContext:
     """Returns what makes the context for devices of that type; `nullcontext` where there is nothing to set."""
     if type(allowed) is not bool:
         raise ValueError(f"Fabric(tf32={allowed!r}): expected True or False")
-    return PRODUCTS[device_type](allowed) if device_type in PRODUCTS else nullcontext
+    return CONTEXTS[device_type](allowed) if device_type in CONTEXTS else nullcontext
 
 
-def make_forward(module: nn.Module, context: Products, allowed: bool) -> Callable[[Callable[..., Any]], Any]:
+def make_forward(module: nn.Module, context: MakeContext, allowed: bool) -> Callable[[Callable[..., Any]], Any]:
     """Returns what puts a method of `module`, or of what compiled it, into the context."""
     has_cudnn = any(isinstance(each, (nn.modules.conv._ConvNd, nn.RNNBase)) for each in module.modules())
 

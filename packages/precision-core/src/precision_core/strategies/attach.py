@@ -20,7 +20,7 @@ from precision_core.precision.model.recast import following_casts, forget_cast
 from precision_core.precision.model.remap import ParamMap, named_params, remap_parameters, replaced_params
 from precision_core.precision.model.report import module_bytes
 from precision_core.precision.model.upcast import upcast
-from precision_core.precision.tf32 import make_forward, products
+from precision_core.precision.tf32 import make_forward, tf32_context
 from precision_core.scaling.gradients import params_of
 from precision_core.strategies import membership
 from precision_core.strategies.base import Strategy
@@ -35,7 +35,7 @@ class Attached:
         self._strategy = strategy
         self._upcast = upcast
         self._tf32 = tf32
-        self.products = products(strategy.device.type, tf32)
+        self.tf32_context = tf32_context(strategy.device.type, tf32)
         self.optimizers: WeakSet[Optimizer] = WeakSet()
         self.losses = LossWatch(precision.mode)
         self._models: WeakSet[nn.Module] = WeakSet()
@@ -186,8 +186,8 @@ class Attached:
         make = self._strategy.make_outer_forward(module)
         if make is not None:  # outside of torch.compile: an engine is not to be traced
             self._override(outer, name, make)
-        if self.products is not nullcontext:
-            self._override(outer, name, make_forward(module, self.products, self._tf32))
+        if self.tf32_context is not nullcontext:
+            self._override(outer, name, make_forward(module, self.tf32_context, self._tf32))
 
     def _override(self, obj: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         self._restores.callback(override(obj, name, make))

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Run:
-    """The run's processes under `strategy`; `Fabric` is one, and adds the precision and the loop.
+    """The run's processes under `strategy`; the base of `Fabric`, which adds the precision and the loop.
 
     Before `launch` no other process is there: ranks are 0, and what needs the others raises `RuntimeError`.
     """

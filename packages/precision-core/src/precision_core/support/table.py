@@ -1,6 +1,7 @@
 """The support table: how well this machine runs each mode, one row per mode and kind of device.
 
-Core's rows are about its own modes. Packages add theirs through the entry-point group `precision.support`, whose
+Core's rows are about its own modes, and follow from `hardware.FORMATS`: how well each kind of device computes in each
+dtype, and why. Packages add theirs through the entry-point group `precision.support`, whose
 functions take nothing and return an iterable of `SupportRow`.
 """
 

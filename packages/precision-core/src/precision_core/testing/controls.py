@@ -1,6 +1,6 @@
 """Runs whose curves must exceed a mode's `loss_bound`, and runs whose curves must not.
 
-controls    one thing wrong: beyond the bound. For any backend, given how it makes its Fabric.
+controls    wrong on purpose, in one thing: beyond the bound. For any backend, given how it makes its Fabric.
 variations  the same training in another order of arithmetic, or by another engine: within the bound. On one device.
 """
 

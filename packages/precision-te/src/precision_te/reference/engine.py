@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from precision_te.recipes import RECIPES, Recipe
-from precision_te.reference.again import Checkpointed
 from precision_te.reference.layers import ReferenceLinear
+from precision_te.reference.recompute import Checkpointed
 from precision_te.reference.region import region
 
 

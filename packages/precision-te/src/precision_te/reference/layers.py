@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from precision_te.recipes import Delayed
-from precision_te.reference import again, region
-from precision_te.reference.again import Run
+from precision_te.reference import recompute, region
 from precision_te.reference.amax import AmaxState
 from precision_te.reference.products import Scales, linear
+from precision_te.reference.recompute import Run
 from precision_te.reference.region import Region
 
 STATE = "_extra_state"
@@ -49,12 +49,12 @@ class ReferenceLinear(nn.Linear):
         Raises:
             ValueError: x does not have in_features columns, or has another dtype than the weight and no autocast.
         """
-        run, first = again.taken(self), False
+        run, first = recompute.taken(self), False
         if run is None and torch._C._current_graph_task_id() != -1:  # by backward
-            run = again.pending(self._runs, self._last)
+            run = recompute.pending(self._runs, self._last)
         if run is None:
             run, first = Run(region.current()), True
-        again.note(self, run)
+        recompute.note(self, run)
         within = run.region
         if within is None:
             return self._plain(x, run, first)

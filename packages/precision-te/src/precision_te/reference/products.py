@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from precision_te.recipes import Recipe
 from precision_te.reference import operands
-from precision_te.reference.again import Run
 from precision_te.reference.amax import COLUMNS, AmaxState
 from precision_te.reference.operands import Role
+from precision_te.reference.recompute import Run
 from precision_te.reference.region import Region
 from precision_te.reference.scaling import Quantized
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from precision_core.checkpoint.shards import copy_of, is_made_of_parts, is_sharded
+from precision_core.checkpoint.shards import copy_of, is_sharded, is_wrapper_subclass
 from precision_core.policy.casting import map_tensors
 from precision_core.policy.dtypes import FLOAT_DTYPES
 
@@ -45,7 +45,7 @@ def prepare(optimizer: Optimizer, saved: dict[str, Any], dtypes: list[torch.dtyp
             destination = destinations.get(tensor)  # None: a user hook made it
             if destination is None:
                 destination = _destination(key, tensor, param, live, dtype)
-            if not is_made_of_parts(destination):  # those have their values already
+            if not is_wrapper_subclass(destination):  # those have their values already
                 destination.copy_(tensor)
             settled[tensor] = _Final.wrap(destination, may_be_cast=key == "step")
         # Those without a parameter are cloned, as torch takes them as they are.
@@ -73,7 +73,7 @@ class _Final(Tensor):
 
     @classmethod
     def wrap(cls, tensor: Tensor, may_be_cast: bool) -> Tensor:
-        if may_be_cast or not (type(tensor) is Tensor or is_sharded(tensor) or is_made_of_parts(tensor)):
+        if may_be_cast or not (type(tensor) is Tensor or is_sharded(tensor) or is_wrapper_subclass(tensor)):
             return tensor
         wrapper = torch.empty(0).as_subclass(cls)  # a tensor of its own: a DTensor cannot be viewed as a subclass
         wrapper.tensor = tensor
@@ -115,7 +115,7 @@ def _destination(key: Any, tensor: Tensor, param: Tensor, live: Any, saved_param
         if type(live) is type(tensor) and live.dtype is dtype and _sharding(live) == _sharding(tensor):
             return live
         return torch.empty_like(tensor, dtype=dtype, device=device)
-    if is_made_of_parts(tensor):
+    if is_wrapper_subclass(tensor):
         return copy_of(tensor, device)
     if tensor.layout is not torch.strided or type(tensor) is not Tensor:
         return copy.deepcopy(tensor).to(device, dtype)

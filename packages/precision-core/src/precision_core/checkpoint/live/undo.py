@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from precision_core.checkpoint.live.own_way import overrides
 from precision_core.checkpoint.live.transaction import Undo
-from precision_core.checkpoint.shards import copy_of, is_made_of_parts, is_sharded
+from precision_core.checkpoint.shards import copy_of, is_sharded, is_wrapper_subclass
 from precision_core.data.loader import DeviceLoader
 from precision_core.policy.casting import map_tensors
 from precision_core.precision.base import Precision
@@ -74,8 +74,8 @@ class _Values:
 
     def _keep(self, tensor: Tensor) -> Tensor:
         if tensor not in self.copies and not is_lazy(tensor) and _is_writable(tensor):  # no load can change the others
-            made_of_parts = is_made_of_parts(tensor)
-            self.copies[tensor] = copy_of(tensor) if made_of_parts else tensor.detach().to("cpu", copy=True)
+            wraps = is_wrapper_subclass(tensor)
+            self.copies[tensor] = copy_of(tensor) if wraps else tensor.detach().to("cpu", copy=True)
         return tensor
 
     def in_copy_of(self, tree: Any) -> Any:
@@ -85,7 +85,7 @@ class _Values:
     @torch.no_grad()
     def restore(self) -> None:
         for tensor, value in self.copies.items():
-            if is_made_of_parts(tensor):
+            if is_wrapper_subclass(tensor):
                 for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
                     getattr(tensor, name).copy_(getattr(value, name))
             elif (tensor.shape, tensor.dtype) != (value.shape, value.dtype):

@@ -1,4 +1,7 @@
-"""Replaces a file in one step: its path always has the old or the new file, complete, also after a crash."""
+"""Replaces a file in one step: its path always has the old or the new file, complete, also after a crash.
+
+Folders cannot be replaced in one step: how they are is in manifest.py.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 FSDP2 adds them to the gradients of the next backward that reduces. So zeroing, unscaling and stepping have to look
 here, too. torch has no public name for them: all that this package reads of FSDP2's private state is read here, and
-tests/test_held.py lists it. A name that torch no longer has is a `RuntimeError` at setup.
+tests/test_unsynced.py lists it. A name that torch no longer has is a `RuntimeError` at setup.
 """
 
 from __future__ import annotations

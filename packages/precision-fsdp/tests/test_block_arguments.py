@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from precision_fsdp.given import unchanged
+from precision_fsdp.block_arguments import unchanged
 
 
 class Kind(Enum):

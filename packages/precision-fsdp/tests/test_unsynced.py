@@ -15,7 +15,7 @@ from torch.optim import SGD
 from precision_core import Fabric, MixedPrecision
 from precision_core.testing import run_in_ranks
 from precision_fsdp import FSDPPrecision, FSDPStrategy
-from precision_fsdp.held import Unsynced
+from precision_fsdp.unsynced import Unsynced
 
 MESSAGE = (
     "SGD.step() would ignore unsynced gradients, accumulated in fabric.no_backward_sync: first.weight, first.bias, "
