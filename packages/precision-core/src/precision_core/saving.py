@@ -1,6 +1,6 @@
 """Saving: the checkpoints of a run, and a module's weights alone; the base of `Fabric`, on top of `Run`.
 
-What does it stands in `checkpoint/`, which a plain `import precision_core` leaves out: it is imported in the calls.
+The code is in `checkpoint/`, which a plain `import precision_core` leaves out: the methods import it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Filled: models whose values a file brings (`fabric.init_module(empty_init=True)`) have them before they run."""
+"""From a file: models whose values a file brings (`fabric.init_module(empty_init=True)`) have them before they run."""
 
 from __future__ import annotations
 

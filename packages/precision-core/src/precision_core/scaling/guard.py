@@ -1,4 +1,4 @@
-"""Guard: how steps and changes are detected that ignore that gradients carry a loss scale.
+"""Guard: finds optimizer steps and changes of gradients while the gradients are still multiplied by the loss scale.
 
 Three ways. A hook of torch's runs before each `Optimizer.step` of the process while gradients carry a scale, in
 backward too. A gradient's version counter tells that it was changed since its backward, a parameter's that it was

@@ -60,9 +60,9 @@ class DDPStrategy(Strategy):
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Moves the module to the device and makes its engine; all ranks get rank 0's parameters and buffers."""
         module = super().setup_module(module)
-        superset = bool(self._options.get("find_unused_parameters"))
+        find_unused = bool(self._options.get("find_unused_parameters"))
         make = functools.partial(self._make_engine, module)
-        self._reducers[module] = Reducer(module, make, superset=superset, presence=self.presence)
+        self._reducers[module] = Reducer(module, make, find_unused=find_unused, presence=self.presence)
         return module
 
     def _make_engine(self, module: nn.Module, init_sync: bool) -> DistributedDataParallel:

@@ -1,4 +1,4 @@
-"""The processes of a run: what torchrun's variables say of this one, and how a process joins the others."""
+"""Reads torchrun's environment variables, and makes the process group: how a process joins the others of its run."""
 
 from __future__ import annotations
 

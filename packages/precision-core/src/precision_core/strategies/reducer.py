@@ -33,7 +33,7 @@ class Reducer:
     Args:
         module: the model of the user.
         make: makes the engine for what trains now; with `init_sync` all ranks get rank zero's values.
-        superset: whether the engine goes without gradients of some of its parameters (find_unused_parameters).
+        find_unused: whether the engine goes without gradients of some of its parameters (find_unused_parameters).
         presence: what says that another rank has gone on without making its engine anew.
     """
 
@@ -42,21 +42,21 @@ class Reducer:
         module: nn.Module,
         make: Callable[..., DistributedDataParallel],
         *,
-        superset: bool,
+        find_unused: bool,
         presence: Presence | None,
     ) -> None:
         self._module = module
         self._make = make
-        self._superset = superset
+        self._find_unused = find_unused
         self._presence = presence
         self._syncs = True
         self._engine: DistributedDataParallel | None = None
         self._previous: DistributedDataParallel | None = None  # a graph of the forward before this may lead to it
         self._reduced: dict[int, nn.Parameter] = {}  # by id, those of the engine
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensors that are alike on all ranks
-        self._census = _Census(module)
-        if self._census.trained:
-            self._begin(self._census.trained)
+        self._snapshot = _Snapshot(module)
+        if self._snapshot.trained:
+            self._begin(self._snapshot.trained)
 
     def engine(self) -> DistributedDataParallel | None:
         """Returns the engine for a forward that trains, of exactly what trains now; None: nothing does.
@@ -65,18 +65,18 @@ class Reducer:
             RuntimeError: other ranks train other parameters.
         """
         self._previous = None
-        if not self._census.holds():
-            self._census = _Census(self._module)
-            trained = self._census.trained
-            right = trained.keys() <= self._reduced.keys() if self._superset else trained.keys() == self._reduced.keys()
+        if not self._snapshot.holds():
+            self._snapshot = _Snapshot(self._module)
+            trained = self._snapshot.trained
+            right = trained.keys() <= self._reduced.keys() if self._find_unused else trained.keys() == self._reduced.keys()
             if not right:
                 self._check_agreed(trained)
                 self._begin(trained)
-        return self._engine if self._census.trained else None
+        return self._engine if self._snapshot.trained else None
 
     def has(self, param: Tensor) -> bool:
         """Whether the model had the parameter at its last forward that trained."""
-        return id(param) in self._census.params
+        return id(param) in self._snapshot.params
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -103,8 +103,8 @@ class Reducer:
         if not first:
             self._send_new()
         wanted = dict(trained)
-        if self._superset:  # what is frozen and trained by turns needs no other engine each time
-            wanted |= {key: param for key, param in self._reduced.items() if key in self._census.params}
+        if self._find_unused:  # what is frozen and trained by turns needs no other engine each time
+            wanted |= {key: param for key, param in self._reduced.items() if key in self._snapshot.params}
         frozen = [param for param in wanted.values() if not param.requires_grad]
         self._previous, self._engine, self._reduced = self._engine, None, wanted
         if not wanted:
@@ -161,7 +161,7 @@ class Reducer:
                 )
 
 
-class _Census:
+class _Snapshot:
     """Which parameters a module has and which of them train, compared without a walk through the module."""
 
     def __init__(self, module: nn.Module) -> None:

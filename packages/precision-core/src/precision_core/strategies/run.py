@@ -1,4 +1,4 @@
-"""Run: the processes of a run: starting them, ranks, and collectives."""
+"""Run, the base of Fabric: its methods that start processes, say which rank this is, and talk to the others."""
 
 from __future__ import annotations
 
