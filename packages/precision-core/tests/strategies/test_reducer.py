@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from precision_core import DDPStrategy, Fabric, MixedPrecision
-from precision_core.strategies.reducer import _Census
+from precision_core.strategies.reducer import _Snapshot
 from precision_core.testing import run_in_ranks
 from precision_core.testing.ranks import RankError
 
@@ -217,22 +217,22 @@ def test_statistics_of_each_rank_stay_its_own() -> None:
     assert first == second and own
 
 
-def test_a_census_sees_every_change() -> None:
+def test_a_snapshot_sees_every_change() -> None:
     model = net()
-    census = _Census(model)
-    assert census.holds() and len(census.trained) == 6
+    snapshot = _Snapshot(model)
+    assert snapshot.holds() and len(snapshot.trained) == 6
     for how in ("unfrozen", "frozen", "by turns", "added", "replaced", "a parameter added", "a block around"):
         model = begin(how)
-        census = _Census(model)
-        assert census.holds()
+        snapshot = _Snapshot(model)
+        assert snapshot.holds()
         change(how, model, torch.optim.SGD(model.parameters()), 2, 0)
-        assert not census.holds(), how
+        assert not snapshot.holds(), how
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_the_census_of_a_scripted_part_holds() -> None:
+def test_the_snapshot_of_a_scripted_part_holds() -> None:
     model = nn.Sequential(torch.jit.trace(nn.Linear(4, 4), torch.ones(1, 4)), nn.Linear(4, 2))
-    census = _Census(model)
-    assert census.holds() and len(census.trained) == 4
+    snapshot = _Snapshot(model)
+    assert snapshot.holds() and len(snapshot.trained) == 4
     model[0].requires_grad_(False)
-    assert not census.holds()
+    assert not snapshot.holds()

@@ -68,7 +68,8 @@ class Reducer:
         if not self._snapshot.holds():
             self._snapshot = _Snapshot(self._module)
             trained = self._snapshot.trained
-            right = trained.keys() <= self._reduced.keys() if self._find_unused else trained.keys() == self._reduced.keys()
+            reduced = self._reduced.keys()
+            right = trained.keys() <= reduced if self._find_unused else trained.keys() == reduced
             if not right:
                 self._check_agreed(trained)
                 self._begin(trained)
