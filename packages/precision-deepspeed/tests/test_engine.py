@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from precision_core import Fabric
 from precision_core.testing import RankError, run_in_ranks
 from precision_deepspeed import DeepSpeedStrategy
+from precision_deepspeed.engine import INCOMPLETE
 
 STAGES = (0, 1, 2, 3)
 INPUT = torch.randn(6, 4, generator=torch.Generator().manual_seed(5))
@@ -159,6 +160,27 @@ def after_a_backward_that_raised(stage: int) -> list[float]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_backward_that_raised_is_not_stepped(stage: int) -> None:
     assert run_in_ranks(1, after_a_backward_that_raised, stage) == [pytest.approx([1.0] * 4)]
+
+
+def one_of_two_backwards_raises(stage: int) -> None:
+    fabric = Fabric(accelerator="cpu", strategy=DeepSpeedStrategy(stage))
+    model = nn.Linear(4, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    fabric.setup(model, optimizer)
+    fabric.backward(model(torch.ones(1, 4)).sum())
+    output = model(torch.ones(1, 4))
+    output.register_hook(lambda gradient: (_ for _ in ()).throw(KeyError("mine")))
+    with pytest.raises(KeyError, match="mine"):
+        fabric.backward(output.sum())
+    for call in (lambda: fabric.clip_gradients(model, optimizer, max_norm=1.0), optimizer.step):
+        with pytest.raises(RuntimeError, match=INCOMPLETE[:40]):
+            call()
+    fabric.teardown()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_of_a_backward_that_raised_are_neither_clipped_nor_stepped(stage: int) -> None:
+    run_in_ranks(1, one_of_two_backwards_raises, stage)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

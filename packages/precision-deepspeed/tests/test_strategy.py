@@ -422,6 +422,7 @@ def test_it_starts_alone_without_anybodys_variables() -> None:
         ({"stage": 2, "offload_parameters": True}, ["stage=3"]),
         ({"stage": 0, "offload_optimizer": True}, ["stage=1, 2 or 3"]),
         ({"stage": 2, "config": {"zero_optimization": {"stage": 3}}}, ["stage=2", "= 3"]),
+        ({"stage": 2, "config": {"zero_optimization": {"stage": 1}}}, ["stage=2", "= 1"]),
         ({"stage": 2, "config": "ds.json"}, ["dict", "json.load"]),
         ({"stage": 2, "offload_optimizer": "nvme"}, ["offload_optimizer='nvme'", "zero_optimization"]),
         (
