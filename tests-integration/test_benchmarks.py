@@ -40,6 +40,7 @@ def formats(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     sys.modules.pop("_measure", None)
 
 
+@pytest.mark.slow_start
 def test_each_mode_trains_and_prints_its_figures(
     formats: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
