@@ -23,6 +23,7 @@ from precision_bnb.quantizing import make_codes
 from precision_bnb.share import left_out, quantised_share
 from precision_bnb.support import DEVICES, compute_dtype
 from precision_core import HalfPrecision, MixedPrecision, Policy, Precision, Report
+from precision_core.hardware import is_available
 from precision_core.policy import check_pattern, listed
 from precision_core.precision import Item, Wrapping, cast_parameters, hidden_parameters, make_plugin, module_bytes
 from precision_core.surgery import Surgery
@@ -84,7 +85,7 @@ class BitsandbytesPrecision(Wrapping):
         self._embeddings = embeddings
         self._given_base = None if base is None else Policy.parse(base)
         self._strategy: Strategy | None = None
-        self._device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device_type = "cuda" if is_available("cuda") else "cpu"
         self.wrapped = self._make_base(self._device_type, trains=True)
         self.policy = self.wrapped.policy
 

@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from precision_core import MODES, HalfPrecision, Policy, Precision
+from precision_core.hardware import is_available
 from precision_core.precision import Wrapping, make_plugin
 from precision_deepspeed.config import has_pure_state
 from precision_deepspeed.scaler import DynamicScaler, EngineScaler, SectionScaler
@@ -70,7 +71,7 @@ class DeepSpeedPrecision(Wrapping):
             self.policy = replace(self.policy, buffers=self._make_half().policy.buffers)
         elif buffers is not None:
             raise ValueError(f"DeepSpeedPrecision({self._mode!r}, buffers=...): only true half modes cast buffers")
-        self._device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device_type = "cuda" if is_available("cuda") else "cpu"
         self.wrapped = self._make_wrapped()
 
     def _make_half(self) -> Precision:

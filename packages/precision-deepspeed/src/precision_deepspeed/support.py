@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
-from precision_core.hardware import cpu_has_float16
+from precision_core.hardware import cpu_has_float16, is_available
 from precision_core.support import SupportRow
 
 STRATEGY = "deepspeed"
@@ -23,7 +21,7 @@ NO_FLOAT16 = (
 
 def rows() -> Iterator[SupportRow]:
     """Yields the modes that do not run under DeepSpeed on this machine, and why; the others are as the device is."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    devices = ["cpu", *(["cuda"] if is_available("cuda") else [])]
     for device in devices:
         yield SupportRow("64-true", device, "no", NO_FLOAT64, STRATEGY)
     if not cpu_has_float16():  # DeepSpeed asks oneDNN for the same; importing DeepSpeed takes seconds and prints

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from precision_core import Policy, Report
+from precision_core.hardware import is_available
 from precision_core.policy import parse_dtype
 from precision_core.precision import Wrapping, hidden_parameters, make_plugin, module_bytes
 from precision_core.support import base_of
@@ -103,7 +104,7 @@ class TransformerEnginePrecision(Wrapping):
         self._strategy: Strategy | None = None
         self._calibrating = False
         policy = _combined(Policy.parse(precision), weights_dtype, fallback_compute_dtype)
-        self._device_type = "cuda" if engine == "te" or torch.cuda.is_available() else "cpu"
+        self._device_type = "cuda" if engine == "te" or is_available("cuda") else "cpu"
         self.wrapped = make_plugin(policy, self._device_type)
         self.policy = policy
         self._stays = (*name_patterns(exclude), *(pattern for pattern, _ in policy.exceptions))

@@ -21,6 +21,7 @@ def pretend(te: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, in
 
     def pretend(capability: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         for module in (quantization, utils):
             monkeypatch.setattr(module, "get_device_compute_capability", lambda: capability)
