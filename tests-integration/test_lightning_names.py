@@ -35,7 +35,7 @@ def own_parameters(name: str) -> list[str]:
 @pytest.mark.skipif(not importlib.util.find_spec("lightning_fabric"), reason="Lightning Fabric is not installed")
 def test_each_difference_is_in_the_table_and_nothing_else_is() -> None:
     command = [sys.executable, "-W", "ignore", "-c", NAMES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     properties, methods = json.loads(done.stdout.splitlines()[-1])
     assert {"device", "global_rank", "node_rank"} <= set(properties) and {"setup", "rank_zero_first"} <= set(methods)
 

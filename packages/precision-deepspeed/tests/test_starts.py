@@ -89,7 +89,7 @@ def started(how: str, folder: Path) -> dict[str, list[list[float]]]:
         command = [*command, "--master_port", port()]
         variables["DS_ACCELERATOR"] = "cpu"
     command = [*command, str(folder / "script.py"), str(folder / "out.json"), str(ranks)]
-    finished = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=180)
+    finished = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=600)
     assert finished.returncode == 0, finished.stderr[-3000:]
     found: dict[str, list[list[float]]] = json.loads((folder / "out.json").read_text())
     assert found.pop("world_size") == ranks
