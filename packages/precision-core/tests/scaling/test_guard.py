@@ -144,6 +144,59 @@ def test_an_optimizer_that_was_not_set_up_raises_before_it_steps(loop: Callable[
     assert {param.item() for param in model.parameters()} == {1.0}
 
 
+@pytest.mark.parametrize("kind", ["criterion", "parameter", "input"])
+@pytest.mark.parametrize("order", ["alone", "first", "second"])
+def test_an_optimizer_of_what_no_model_has_raises_before_it_steps(kind: str, order: str) -> None:
+    fabric, model, criterion = make_fabric(), weight(), weight()
+    optimizer = sgd(model)
+    if order == "alone":  # the model is frozen, as in a style transfer
+        fabric.setup(model.requires_grad_(False))
+    else:
+        fabric.setup(model, optimizer)
+    leaves: dict[str, Any] = {"criterion": criterion.weight, "parameter": nn.Parameter(torch.ones(1, 1))}
+    leaf = leaves.get(kind, torch.ones(1, 1))
+    forgotten = SGD([leaf.requires_grad_()], lr=0.1)
+    other = weight()
+    for beside in (torch.ones(1, 1).requires_grad_(), torch.ones(1, 1).requires_grad_(), leaf):  # in the third loss
+        fabric.backward((model(X) * beside).sum())
+        optimizer.zero_grad() if beside is not leaf else None
+    if order == "second":
+        optimizer.step()
+    other(X).sum().backward()
+    sgd(other).step()  # has nothing to do with the run
+    with pytest.raises(RuntimeError, match=r"SGD was not set up.*fabric\.setup_optimizers\(optimizer\)"):
+        forgotten.step()
+    assert (leaf.item(), other.weight.item()) == (1.0, RIGHT)
+    fabric.setup_optimizers(forgotten)
+    forgotten.step()
+    assert leaf.item() == RIGHT
+    model.zero_grad()
+
+
+def test_gradients_of_inputs_are_left_as_they_were_read() -> None:
+    fabric, model = make_fabric(), weight()
+    optimizer = sgd(model)
+    fabric.setup(model, optimizer)
+    x = torch.ones(1, 1, requires_grad=True)
+    train_on = model(x).sum()
+    fabric.backward(train_on)
+    read = x.grad
+    with torch.no_grad():
+        x += 0.1 * read.sign()  # type: ignore[union-attr]
+    optimizer.zero_grad()
+    fabric.backward(model(x).sum() * float("inf"))
+    optimizer.step()  # is skipped, and the scale falls
+    optimizer.zero_grad()
+    x.grad = read
+    read.fill_(SCALE)  # type: ignore[union-attr]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(fabric, model)
+    assert read.item() == SCALE  # type: ignore[union-attr]
+    optimizer.step()
+    assert model.weight.item() == RIGHT
+
+
 def test_the_second_of_two_optimizers_was_forgotten() -> None:
     fabric, first, second = make_fabric(), weight(), weight()
     of_first, of_second = sgd(first), sgd(second)

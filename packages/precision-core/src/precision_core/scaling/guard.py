@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator
+from itertools import chain
 from typing import Any, Generic, TypeVar
 from weakref import ref
 
@@ -125,31 +126,53 @@ def _is_zero(gradient: Tensor | None) -> bool:
 
 
 class Unheld:
-    """Parameters of the run's models that no known optimizer holds, and which of their gradients carry the scale."""
+    """What trains and no known optimizer holds, and which of its gradients carry the scale.
+
+    Parameters of the run's models, and leaves of losses that were scaled: parameters of a model or of a criterion that
+    was not set up, and tensors that an optimizer may hold.
+    """
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
         self._models = models
         self._params: dict[int, ref[nn.Parameter]] = {}
+        self._leaves: dict[int, ref[Tensor]] = {}  # of losses, which no model of the run has
         self._before: dict[int, tuple[int, int]] | None = None  # before a backward that has not ended yet
-        self._scaled: dict[int, tuple[ref[nn.Parameter], ref[Tensor], int]] = {}  # with the parameter's version
+        self._scaled: dict[int, tuple[ref[Tensor], ref[Tensor], int]] = {}  # with the parameter's version
 
     def __bool__(self) -> bool:
         """Whether there are any, for the usual loop, in which there are none."""
-        return bool(self._params or self._scaled)
+        return bool(self._params or self._leaves or self._scaled)
 
     def find(self, held: Container[int]) -> None:
         """Looks for them anew: those whose ids are not in `held`."""
         self._params = {id(param): ref(param) for param in self._all() if id(param) not in held}
+        known = {id(param) for param in self._all()}
+        alive = {key: each for key, each in self._leaves.items() if each() is not None}
+        self._leaves = {key: each for key, each in alive.items() if key not in held and key not in known}
         self._scaled = {key: value for key, value in self._scaled.items() if key not in held}
+
+    def find_leaves(self, loss: Tensor, held: Container[int]) -> None:
+        """Adds the leaves of `loss` that neither `held` nor the run's models have.
+
+        Not where parameters are sharded: FSDP2's graphs end in the full parameters, whose gradients it takes away.
+        """
+        params = list(self._all())
+        if any(hasattr(param, "device_mesh") for param in params):
+            return
+        known = {id(param) for param in params}
+        new = [leaf for leaf in _leaves_of(loss) if id(leaf) not in known and id(leaf) not in held]
+        self._leaves = {key: each for key, each in self._leaves.items() if each() is not None}
+        self._leaves |= {id(leaf): ref(leaf) for leaf in new}
 
     def _all(self) -> Iterator[nn.Parameter]:
         for model in self._models:
             yield from model.parameters()
 
-    def in_models(self, params: Iterable[nn.Parameter]) -> nn.Parameter | None:
-        """Returns the first that is a parameter of the run's models, whoever holds it."""
+    def in_run(self, params: Iterable[nn.Parameter]) -> nn.Parameter | None:
+        """Returns the first that is a parameter of the run's models, whoever holds it, or a leaf of its losses."""
         everything = {id(param) for param in self._all()}
-        return next((param for param in params if id(param) in everything), None)
+        leaves = self._leaves
+        return next((each for each in params if id(each) in everything or _is(leaves.get(id(each)), each)), None)
 
     def before_backward(self) -> None:
         """Notes the gradients that are there, to tell the new ones from them."""
@@ -166,13 +189,16 @@ class Unheld:
         kept = {id(param): (ref(param), ref(grad), param._version) for param, grad in self._marked()}
         self._scaled = kept | scaled
 
-    def _with_gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        for each in self._params.values():
-            param = each()
-            if param is not None and param.grad is not None:
+    def _with_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for param in self._alive():
+            if param.grad is not None:
                 yield param, param.grad
 
-    def _marked(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def _alive(self) -> Iterator[Tensor]:
+        references: Iterable[ref[Any]] = chain(self._params.values(), self._leaves.values())
+        yield from (param for param in [each() for each in references] if param is not None)
+
+    def _marked(self) -> Iterator[tuple[Tensor, Tensor]]:
         for param_ref, grad_ref, _ in self._scaled.values():
             param, grad = param_ref(), grad_ref()
             if param is not None and grad is not None and param.grad is grad:
@@ -180,32 +206,60 @@ class Unheld:
 
     def trains(self) -> bool:
         """Whether any of them gets gradients."""
-        return any(param is not None and param.requires_grad for param in [each() for each in self._params.values()])
+        return any(param.requires_grad for param in self._alive())
+
+    def any_scaled(self) -> bool:
+        """Whether any gradients are known to carry the scale."""
+        return next(self._marked(), None) is not None
 
     def gradients(self) -> list[Tensor]:
-        """Returns the gradients that are known to carry the scale."""
-        return [grad for _, grad in self._marked()]
+        """Returns the gradients of parameters that are known to carry the scale.
+
+        Not those of other tensors, such as inputs: the user may have read them, and is not to find them changed.
+        """
+        return [grad for param, grad in self._marked() if isinstance(param, nn.Parameter)]
 
     def carrying(self, params: Iterable[nn.Parameter]) -> nn.Parameter | None:
         """Returns the first of `params`, which no known optimizer holds, whose gradient carries the scale."""
         new = []  # to the models since `find`: nothing says that their gradients are unscaled
         for param in params:
-            grad, known, marked = param.grad, self._params.get(id(param)), self._scaled.get(id(param))
+            key, grad = id(param), param.grad
             if grad is None:
                 continue
+            marked = self._scaled.get(key)
             if marked is not None and marked[1]() is grad:
                 return param
-            if known is None or known() is not param:
+            if not _is(self._params.get(key), param) and not _is(self._leaves.get(key), param):
                 new.append(param)
-            elif self._before is not None and self._before.get(id(param)) != (id(grad), grad._version):
+            elif self._before is not None and self._before.get(key) != (id(grad), grad._version):
                 return param
-        return self.in_models(new) if new else None
+        return self.in_run(new) if new else None
 
     def left(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Returns those that were updated since the last backward, and those that still have scaled gradients."""
+        """Returns parameters that were updated since the last backward, and those that still have scaled gradients.
+
+        Other tensors are left out: of an input the sign of its gradient may be all that is used.
+        """
         alive = [(param_ref(), version) for param_ref, _, version in self._scaled.values()]
-        updated = [param for param, version in alive if param is not None and param._version != version]
-        return updated, [param for param, _ in self._marked()]
+        updated = [param for param, version in alive if isinstance(param, nn.Parameter) and param._version != version]
+        return updated, [param for param, _ in self._marked() if isinstance(param, nn.Parameter)]
+
+
+def _is(reference: ref[Any] | None, tensor: Tensor) -> bool:
+    return reference is not None and reference() is tensor
+
+
+def _leaves_of(loss: Tensor) -> Iterator[Tensor]:
+    """Yields the tensors at which the graph of `loss` ends: those whose gradients a backward adds to."""
+    stack, seen = [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "AccumulateGrad":
+            yield node.variable  # type: ignore[attr-defined]
+        stack += [each for each, _ in node.next_functions]
 
 
 def stepping() -> Iterator[Optimizer]:

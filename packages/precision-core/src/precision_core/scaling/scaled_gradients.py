@@ -102,7 +102,7 @@ class ScaledGradients(Scaler):
             self._records.carry_scale(optimizer, record)
             if record.gradients is Gradients.UNSCALED:
                 self._discard_check(optimizer, record)
-        self._watch.begin(live)
+        self._watch.begin(loss, live)
         self._update_if_pending()
         scaled = self._scale.times(loss)
         self._last_scale = self._scale.value()

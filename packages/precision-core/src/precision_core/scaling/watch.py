@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -14,6 +14,12 @@ from precision_core.scaling.gradients import gradients_of, params_of
 from precision_core.scaling.guard import StepHook, Unheld, stepping, wraps
 from precision_core.scaling.records import Gradients, Record, Records
 from precision_core.scaling.scaler import NameOf
+
+_FIRST_LOSSES = 16
+"""Of this many first losses, and as many again when an optimizer or a model has come, the leaves are looked for.
+
+A loop's losses are alike, or a few kinds that take turns; a walk through a graph takes about a microsecond a node.
+"""
 
 
 class Watch:
@@ -33,17 +39,21 @@ class Watch:
         self._hook: StepHook[Watch] | None = None
         self.unheld = Unheld(models)
         self._found: tuple[int, int, int] | None = None  # optimizers ever added and alive, and models, at its last look
+        self._losses = 0  # whose leaves were looked for
         self._warned = False
 
-    def begin(self, live: list[tuple[Optimizer, Record]]) -> None:
+    def begin(self, loss: Tensor, live: list[tuple[Optimizer, Record]]) -> None:
         """Checks every optimizer step of the process from now on, until no gradients carry the scale."""
         self._find_unheld(live)
+        if self._losses < _FIRST_LOSSES:
+            self._losses += 1
+            self.unheld.find_leaves(loss, _held(live))
         if not self._warned:
             self._check_left(live)
         if self.unheld and self.unheld.trains():  # a closure runs after the hook of the step that calls it
             for optimizer in stepping():
                 if self._records.get(optimizer) is None:
-                    self._check_foreign(optimizer, self.unheld.in_models)
+                    self._check_foreign(optimizer, self.unheld.in_run)
         if self._hook is None:
             self._hook = StepHook(self, Watch._before_step)
         self._hook.add()
@@ -51,8 +61,8 @@ class Watch:
     def _find_unheld(self, live: list[tuple[Optimizer, Record]]) -> None:
         found = (self._records.added, len(live), len(self._models))
         if self._found != found:
-            self._found = found
-            self.unheld.find({id(param) for optimizer, _ in live for param in params_of(optimizer)})
+            self._found, self._losses = found, 0
+            self.unheld.find(_held(live))
 
     def rest(self) -> None:
         """Stops watching where no gradients are known to carry the scale."""
@@ -60,7 +70,7 @@ class Watch:
             return
         if self._found is None or self._found[0] != self._records.added:  # one has come, which may hold them now
             self._find_unheld(self._records.live())
-        if not self.unheld or not self.unheld.gradients():
+        if not self.unheld or not self.unheld.any_scaled():
             self._hook.remove()
 
     def end(self) -> None:
@@ -132,3 +142,7 @@ class Watch:
             "fabric.setup_optimizers(optimizer), or call requires_grad_(False) on what does not train"
         )
         warnings.warn(what, stacklevel=7)
+
+
+def _held(live: list[tuple[Optimizer, Record]]) -> set[int]:
+    return {id(param) for optimizer, _ in live for param in params_of(optimizer)}
