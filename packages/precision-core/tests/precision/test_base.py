@@ -115,6 +115,24 @@ def test_modules_are_born_in_the_dtype_with_their_tables_unspoilt(mode: str) -> 
     assert plain.linear.weight.dtype is F32  # outside again
 
 
+@pytest.mark.parametrize("mode", PLUGINS)
+@pytest.mark.parametrize("default", [BF16, F64], ids=str)
+def test_modules_are_born_alike_whatever_the_process_default_dtype_is(mode: str, default: torch.dtype) -> None:
+    def born() -> Rotary:
+        torch.manual_seed(0)
+        with PLUGINS[mode]().module_init_context():
+            return Rotary()
+
+    expected = born()
+    torch.set_default_dtype(default)
+    try:
+        module = born()
+    finally:
+        torch.set_default_dtype(F32)
+    for (name, tensor), other in zip(module.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert tensor.dtype is other.dtype and torch.equal(tensor, other), name
+
+
 def test_float64_parameters_are_drawn_in_float64() -> None:
     with DoublePrecision().module_init_context():
         weight = nn.Linear(64, 64).weight

@@ -136,13 +136,16 @@ class Precision:
     def module_init_context(self) -> AbstractContextManager[Any]:
         """Context in which modules are built with parameters in `policy.params`, or the widest of its exceptions.
 
-        Each parameter is cast when it is registered. Buffers keep the dtype in which the module computes them, and
-        `convert_module` casts them afterwards: a position table computed in bfloat16 has wrong positions.
+        Values are drawn in float32, whatever the process's default dtype is, and each parameter is cast when it is
+        registered. Buffers keep the dtype in which the module computes them, and `convert_module` casts them
+        afterwards: a position table computed in bfloat16 has wrong positions.
         """
         dtype = self.policy.params
         for _, exception in self.policy.exceptions:
             dtype = torch.promote_types(dtype, exception.params)
-        return nullcontext() if dtype is torch.float32 else parameters_in(dtype)
+        if dtype is torch.float32:
+            return nullcontext() if torch.get_default_dtype() is torch.float32 else created_as(torch.float32)
+        return parameters_in(dtype)
 
     def before_load(self, module: nn.Module) -> None:
         """Prepares a module with parameters on the meta device, in place, for the file that will be loaded into it.

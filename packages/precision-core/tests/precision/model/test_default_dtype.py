@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,6 +49,7 @@ CREATED: dict[str, Callable[[], Tensor]] = {
     "normal": lambda: torch.normal(0.1, 2.0, (3,), generator=torch.Generator().manual_seed(0)),
     "eye": lambda: torch.eye(3),
     "full": lambda: torch.full((2,), 0.1),
+    "full of a tensor": lambda: torch.full((2,), torch.tensor(0.1)),
     "full of a tensor's size": lambda: torch.full((three(),), 0.1),
     "full of numpy's size": lambda: torch.full((numpy.int64(3),), 0.1),
     "linspace": lambda: torch.linspace(0, 1, 7),
@@ -174,7 +176,6 @@ SAID: dict[str, tuple[Callable[[], Any], torch.dtype]] = {
     "from_numpy": (lambda: torch.from_numpy(numpy.ones(2, numpy.float32)), F32),
     "frombuffer": (lambda: torch.frombuffer(bytearray(8), dtype=F32), F32),
     "load": (lambda: torch.load(saved(torch.tensor([0.1], dtype=F16))), F16),
-    "full of a tensor": (lambda: torch.full((2,), torch.tensor(0.1, dtype=F32)), F32),
     "normal of tensors": (lambda: torch.normal(X32, 1.0), F32),
     "where of tensors": (lambda: torch.where(ids() > 1, X32, 0.1), F32),
     "stack of tensors": (lambda: torch.stack([X32, X32]), F32),
@@ -238,14 +239,27 @@ def test_a_function_may_run_outside() -> None:
 
 HUGE = 1e300  # beyond float32, and so beyond every narrower default dtype
 
+
+def compressed(kind: str, indices: list[list[int]], **options: Any) -> Tensor:
+    make = getattr(torch, f"sparse_{kind}_tensor")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # once in a process: in beta state
+        return make(*indices, [HUGE], (1, 1), check_invariants=True, **options).to_dense()  # type: ignore[no-any-return]
+
+
 BEYOND: dict[str, Callable[[], Tensor]] = {
     "full": lambda: torch.full((2,), torch.finfo(F64).min),
     "full by name": lambda: torch.full(size=(2,), fill_value=HUGE),
+    "full of a tensor": lambda: torch.full((2,), torch.tensor(-HUGE)),
     "full of numpy's float64": lambda: torch.full((2,), numpy.float64(HUGE)),
     "full of a complex": lambda: torch.full((2,), complex(HUGE, 1)),
     "scalar_tensor": lambda: torch.scalar_tensor(HUGE),
     "tensor": lambda: torch.tensor([HUGE, -HUGE]),
     "arange": lambda: torch.arange(0, HUGE, HUGE / 4),
+    "arange to a tensor": lambda: torch.arange(0, torch.tensor(HUGE), HUGE / 4),
+    "compressed rows": lambda: compressed("csr", [[0, 1], [0]]),
+    "compressed columns": lambda: compressed("csc", [[0, 1], [0]]),
+    "compressed": lambda: compressed("compressed", [[0, 1], [0]], layout=torch.sparse_csr),
     "where": lambda: torch.where(ids() > 0, HUGE, 0.0),
     "where of an int": lambda: torch.where(ids() > 0, HUGE, 0),
     "where of integers": lambda: torch.where(ids() > 0, ids(), HUGE),
@@ -256,6 +270,12 @@ BEYOND: dict[str, Callable[[], Tensor]] = {
     "power": lambda: HUGE ** ids(),
     "difference": lambda: HUGE - ids(),
 }
+
+
+def test_a_value_beyond_the_dtype_stays_in_the_wider_one() -> None:
+    with created_as(BF16):
+        made = torch.full((2,), torch.tensor(torch.finfo(F32).min, dtype=F32))
+    assert made.dtype is F32 and made[0] == torch.finfo(F32).min
 
 
 @pytest.mark.parametrize("default", [F32, torch.float16], ids=str)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from precision_core.policy.casting import cast, cast_dtype, cast_tensor, map_tensors
 from precision_core.policy.dtypes import HALF_DTYPES, dtype_name
 from precision_core.precision.model.aligned import tensors
+from precision_core.precision.model.default_dtype import created_as
 from precision_core.precision.model.report import Item
 
 ParamDtype = Callable[[str, nn.Parameter], torch.dtype | None]
@@ -144,7 +145,7 @@ class _Float32WhereNeeded(TorchFunctionMode):
 
 @contextmanager
 def parameters_in(dtype: torch.dtype) -> Iterator[None]:
-    """Casts each floating parameter that this thread registers on a module.
+    """Casts each floating parameter that this thread registers on a module, from float32 in which it is drawn.
 
     Initialisers that torch has no half kernel for run in float32, and what they return is rounded.
     """
@@ -157,7 +158,8 @@ def parameters_in(dtype: torch.dtype) -> Iterator[None]:
 
     handle = register_module_parameter_registration_hook(hook)  # type: ignore[arg-type]
     try:
-        with _Float32WhereNeeded():
+        drawn = nullcontext() if torch.get_default_dtype() is torch.float32 else created_as(torch.float32)
+        with drawn, _Float32WhereNeeded():
             yield
     finally:
         handle.remove()

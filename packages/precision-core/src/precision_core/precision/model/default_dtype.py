@@ -4,8 +4,9 @@ Inside `created_as(dtype)`, whatever torch would give its default dtype gets `dt
 one (`torch.zeros(3)`, `torch.tensor([0.5])`) and arithmetic that makes floats of integers (`torch.arange(4) / 3`).
 A dtype that the user wrote (`dtype=`, `.float()`, `.to(...)`) and whatever follows from a floating input stays.
 
-Out of reach is what torch hides from function modes: the old constructor `torch.Tensor(...)`, scripted functions, and
-Python code that reads `torch.get_default_dtype()` itself (`torch.signal.windows`, `torch.distributions` of numbers).
+Out of reach is what torch hides from function modes: the old `torch.Tensor(...)` and `torch.range`, scripted functions,
+and Python code that reads `torch.get_default_dtype()` itself (`torch.signal.windows`, `torch.distributions` of
+numbers).
 A function mode is also off in backward, where activation checkpoints run parts of forward again. They want it passed:
 `checkpoint(..., use_reentrant=False, context_fn=lambda: (nullcontext(), precision.forward_context()))`.
 """
@@ -44,7 +45,13 @@ _FACTORIES = frozenset(
 _OF_NUMBERS = frozenset({torch.full, torch.scalar_tensor, torch.arange})
 """Floating only when their numbers are: one beyond the default dtype's range must not be created in that first."""
 
-_INFERRING = _OF_NUMBERS | {torch.tensor, torch.as_tensor, torch.asarray, torch.sparse_coo_tensor}
+_INFERRING = frozenset(
+    {
+        *_OF_NUMBERS,
+        *(torch.tensor, torch.as_tensor, torch.asarray, torch.sparse_coo_tensor, torch.sparse_compressed_tensor),
+        *(getattr(torch, f"sparse_{name}_tensor") for name in ("csr", "csc", "bsr", "bsc")),
+    }
+)
 """Floating only when the values are."""
 
 _BOUNDS = frozenset(
@@ -99,7 +106,7 @@ class created_as(TorchFunctionMode):
         if func in _FACTORIES and _leaves_dtype_open(func, args, kwargs):
             return func(*args, **{**kwargs, "dtype": self.dtype})
         if func in _OF_NUMBERS and _leaves_dtype_open(func, args, kwargs):
-            if (number := _widest_number((*args, *kwargs.values()))) is not int:
+            if (number := self._widest_number((*args, *kwargs.values()))) is not int:
                 return func(*args, **{**kwargs, "dtype": self._dtype_for(number)})
         elif (func in _CONDITIONAL or func in _BOUNDS) and _only_numbers_float(args, kwargs):
             return func(*self._widen(args, func), **self._widen(kwargs, func))
@@ -118,6 +125,20 @@ class created_as(TorchFunctionMode):
         if torch.promote_types(wanted, out.dtype) is wanted is not out.dtype:
             return func(*self._widen(args, func), **self._widen(kwargs, func)).to(wanted)
         return out.to(wanted)
+
+    def _widest_number(self, values: tuple[Any, ...]) -> type:
+        """Returns complex, float or int: what is widest among the numbers, and tensors whose values the dtype holds.
+
+        Of a wider tensor torch's default dtype stays: its value may be beyond the narrow one.
+        """
+        found = [_widest_number(values)]
+        for value in values:
+            if isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex()):
+                number = complex if value.is_complex() else float
+                wanted = self._dtype_for(number)
+                if torch.promote_types(value.dtype, wanted) is wanted:
+                    found.append(number)
+        return max(found, key=(int, float, complex).index)
 
     def _dtype_for(self, number: type) -> torch.dtype:
         return cast_dtype(torch.complex64, self.dtype) if number is complex else self.dtype
