@@ -32,6 +32,7 @@ from precision_core.precision.model.upcast import check_upcast
 from precision_core.saving import Saving
 from precision_core.strategies import Strategy
 from precision_core.strategies.attach import Attached
+from precision_core.strategies.membership import check_module, check_optimizer
 from precision_core.support.resolve import check_composition, resolve_precision, resolve_strategy
 
 if TYPE_CHECKING:
@@ -278,9 +279,11 @@ class Fabric(Saving):
         again. Does nothing where the loss is not scaled.
 
         Raises:
+            ValueError: not an optimizer.
             RuntimeError: the gradients come from no `fabric.backward`, or were changed while they carried the scale; or
                 the strategy's engine holds them (DeepSpeed), the error says what to do instead.
         """
+        check_optimizer("fabric.unscale_gradients", optimizer)
         self._strategy.unscale_gradients(optimizer)
 
     def clip_gradients(
@@ -300,9 +303,16 @@ class Fabric(Saving):
         loss is scaled, inf and NaN lead to a skipped step, not to an error, unless `error_if_nonfinite`.
 
         Raises:
-            ValueError: not exactly one of `max_norm` and `clip_val`, or neither `model` nor `optimizer`.
+            ValueError: not exactly one of `max_norm` and `clip_val`, neither `model` nor `optimizer`, or other objects.
             RuntimeError: `error_if_nonfinite` and the norm is inf or NaN; or as `unscale_gradients`.
         """
+        if model is not None:
+            instead = (
+                "write fabric.clip_gradients(model, optimizer, max_norm=1.0), for all of a model without optimizer"
+            )
+            check_module("fabric.clip_gradients", model, instead)
+        if optimizer is not None:
+            check_optimizer("fabric.clip_gradients", optimizer)
         return self._strategy.clip_gradients(
             None if model is None else uncompiled(model),
             optimizer,

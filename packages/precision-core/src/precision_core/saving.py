@@ -12,6 +12,7 @@ from torch import nn
 
 from precision_core.override import uncompiled
 from precision_core.precision.base import Precision
+from precision_core.strategies.membership import check_module
 from precision_core.strategies.run import Run
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Saving(Run):
 
         Raises:
             ValueError: a tensor that safetensors cannot hold, or without values (names it); a URL for `path`; a
-                `max_shard_size` that is no size.
+                `max_shard_size` that is no size; not a module.
             ImportError: safetensors is not installed.
             OSError: the file cannot be written; an old file at `path` stays.
             CheckpointError: another rank failed, exited, or went on without calling this.
@@ -117,7 +118,9 @@ class Saving(Run):
         from precision_core.checkpoint.paths import local_path
         from precision_core.checkpoint.weights.files import save_module
 
-        place, target = local_path(path, "fabric.save_module"), uncompiled(module)
+        place = local_path(path, "fabric.save_module")
+        check_module("fabric.save_module", module, "pass the model, whose state_dict is taken here, as second argument")
+        target = uncompiled(module)
         self._check_launched("fabric.save_module")
         with agreed(self._strategy, "save"), self._strategy.gathered(target):
             save_module(place, target, max_shard_size=max_shard_size, keep=self.is_global_zero)
@@ -133,7 +136,7 @@ class Saving(Run):
             CheckpointError: damaged, or of other names or shapes than the module, here or on another rank; nothing was
                 changed.
             FileNotFoundError: there is no such file.
-            ValueError: a URL for `path`.
+            ValueError: a URL for `path`, or not a module.
             ImportError: safetensors is not installed.
         """
         from precision_core.checkpoint.agreement import agreed
@@ -141,7 +144,9 @@ class Saving(Run):
         from precision_core.checkpoint.shards import is_sharded
         from precision_core.checkpoint.weights.files import load_module
 
-        place, target = local_path(path, "fabric.load_module"), uncompiled(module)
+        place = local_path(path, "fabric.load_module")
+        check_module("fabric.load_module", module, "pass the model, which is filled in place, as second argument")
+        target = uncompiled(module)
         self._check_launched("fabric.load_module" if any(map(is_sharded, target.parameters())) else "")
         if any(param.is_meta for param in target.parameters()):
             self._precision.before_load(target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,3 +132,31 @@ def test_under_ddp_parameters_of_no_model_are_said_once() -> None:
     assert first != second  # as it says
     (said, first), (_, second) = run_in_ranks(2, beside, "set up")
     assert not said and first == second
+
+
+CALLS: dict[str, tuple[Callable[[Any, Any, Any, Path], Any], str]] = {
+    "clip, the wrong way round": (lambda f, m, o, p: f.clip_gradients(o, m, max_norm=1.0), "Module, got a SGD"),
+    "clip, parameters": (lambda f, m, o, p: f.clip_gradients(m.parameters(), max_norm=1.0), "Module, got a generator"),
+    "clip, a list": (lambda f, m, o, p: f.clip_gradients(m, [o], max_norm=1.0), "optimizer, got a list.*for each"),
+    "clip, a model twice": (lambda f, m, o, p: f.clip_gradients(m, m, clip_val=1.0), "optimizer, got a Linear"),
+    "unscale, a model": (lambda f, m, o, p: f.unscale_gradients(m), "optimizer, got a Linear"),
+    "unscale, nothing": (lambda f, m, o, p: f.unscale_gradients(None), "optimizer, got a NoneType"),
+    "save_module, a state_dict": (lambda f, m, o, p: f.save_module(p, m.state_dict()), "Module, got a OrderedDict"),
+    "load_module, a state_dict": (lambda f, m, o, p: f.load_module(p, m.state_dict()), "Module, got a OrderedDict"),
+    "save_module, a state": (lambda f, m, o, p: f.save_module(p, {"model": m}), "Module, got a dict"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("mode", ["32-true", "16-mixed"])
+def test_what_is_no_model_or_no_optimizer_is_said_by_the_users_call(name: str, mode: str, tmp_path: Path) -> None:
+    call, said = CALLS[name]
+    host, model = fabric(mode), nn.Linear(2, 2)
+    optimizer = sgd(model)
+    host.setup(model, optimizer)
+    method = {"clip": "clip_gradients", "unscale": "unscale_gradients"}.get(
+        name.partition(",")[0], name.partition(",")[0]
+    )
+    with pytest.raises(ValueError, match=rf"fabric\.{method} expected a torch.*{said}"):
+        call(host, model, optimizer, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -1,14 +1,34 @@
-"""Which optimizer steps which model: one made over another model, or over a copy, would train nothing here."""
+"""Which optimizer steps which model: one made over another model, or over a copy, would train nothing here.
+
+And whether what a call was given is a model, or an optimizer, at all.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Container, Iterable, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from precision_core.scaling.gradients import params_of
+
+
+def check_module(call: str, value: Any, instead: str) -> None:
+    """Raises `ValueError` where `value` is no module; the message names the user's call, and says what to pass."""
+    if not isinstance(value, nn.Module):
+        raise ValueError(f"{call} expected a torch.nn.Module, got a {type(value).__name__}: {instead}")
+
+
+def check_optimizer(call: str, value: Any) -> None:
+    """Raises `ValueError` where `value` is no optimizer; the message names the user's call, and says what to pass."""
+    if not hasattr(value, "param_groups"):
+        several = " once for each of them" if isinstance(value, (list, tuple)) else ""
+        raise ValueError(
+            f"{call} expected a torch optimizer, got a {type(value).__name__}: call it{several} with what "
+            "fabric.setup(model, optimizer) was given"
+        )
 
 
 def check_together(

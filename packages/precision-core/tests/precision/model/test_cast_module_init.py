@@ -20,6 +20,7 @@ INITIALISERS: dict[str, Callable[[Tensor], Any]] = {
     "sparse_": lambda weight: nn.init.sparse_(weight, 0.5),
     "a factorisation of the user's": lambda weight: weight.data.copy_(torch.linalg.svd(torch.randn_like(weight))[0]),
     "an inverse": lambda weight: weight.data.copy_(torch.linalg.inv(torch.eye(8, dtype=weight.dtype) * 2)),
+    "a pseudo-inverse": lambda weight: weight.data.copy_(torch.linalg.pinv(torch.eye(8, dtype=weight.dtype) * 2)),
 }
 
 

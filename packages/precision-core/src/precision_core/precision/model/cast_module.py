@@ -27,7 +27,7 @@ from precision_core.precision.model.report import Item
 ParamDtype = Callable[[str, nn.Parameter], torch.dtype | None]
 BufferDtype = Callable[[str, Tensor], torch.dtype | None]
 
-_NO_KERNEL = ("not implemented for", "Low precision dtypes")
+_NO_KERNEL = ("not implemented for", "Low precision dtypes", "of float, double, cfloat or cdouble types")
 """What torch says where it has no kernel for a dtype."""
 
 
