@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -177,6 +178,11 @@ class Attached:
         method = getattr(target, name, None) if isinstance(name, str) else None
         if not callable(method) or isinstance(method, nn.Module):
             raise ValueError(f"fabric.mark_forward_method: {type(target).__name__} has no method {name!r}")
+        if inspect.isgeneratorfunction(inspect.unwrap(method)):
+            raise ValueError(
+                f"fabric.mark_forward_method: {name!r} is a generator, whose body runs after the call has returned, "
+                "outside of the precision: have it call a method that is marked"
+            )
         if is_overridden(target, name) and not unmarked.is_watched(target, name):
             raise ValueError(f"fabric.mark_forward_method: {name!r} is marked already")
         self._attach_forward(target, model, name)

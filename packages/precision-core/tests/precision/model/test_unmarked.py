@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -110,3 +110,24 @@ def test_copies_pickles_and_teardown() -> None:
     assert torch.equal(compiled(X), model(X))
     fabric.teardown()
     assert "training_step" not in vars(model) and "forward" not in vars(model)
+
+
+class Streaming(Net):
+    def stream(self, x: Tensor) -> Iterator[Tensor]:
+        for _ in range(2):
+            yield self.layer(x)
+
+    def of_marked(self, x: Tensor) -> Iterator[Tensor]:
+        yield self.training_step(x)
+
+
+def test_generators_are_watched_while_they_run_and_cannot_be_marked() -> None:
+    fabric = Fabric(accelerator="cpu", precision="bf16-mixed")
+    model = fabric.setup(Streaming())
+    with pytest.raises(ValueError, match=r"'stream' is a generator.*have it call a method that is marked"):
+        fabric.mark_forward_method(model, "stream")
+    fabric.mark_forward_method(model, "training_step")
+    assert not messages(lambda: list(model.of_marked(X)))
+    (said,) = messages(lambda: [each.dtype for each in model.stream(X)])
+    assert "Streaming.stream runs its layers in float32" in str(said.message) and said.filename == __file__
+    assert "have it call a method that fabric.mark_forward_method has marked" in str(said.message)

@@ -10,6 +10,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -30,8 +31,8 @@ def methods(module: nn.Module) -> Iterator[str]:
         if kind.__module__.startswith(_NOT_THE_USERS) or kind in (nn.Module, object):
             continue
         for name, value in vars(kind).items():
-            is_plain = isinstance(value, FunctionType) and not inspect.isgeneratorfunction(value)
-            if is_plain and not inspect.iscoroutinefunction(value) and not name.startswith("_") and name not in seen:
+            is_async = inspect.iscoroutinefunction(value) or inspect.isasyncgenfunction(value)
+            if isinstance(value, FunctionType) and not is_async and not name.startswith("_") and name not in seen:
                 seen.add(name)
                 yield name
 
@@ -40,9 +41,8 @@ def watching(name: str, device_type: str, mode: str) -> Callable[..., Callable[.
     """Returns a decorator for the method `name` of a model that is set up in `mode`."""
 
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or type(self) in _said or torch.is_autocast_enabled(device_type):
-                return function(self, *args, **kwargs)
+        @contextmanager
+        def watch(self: nn.Module, cure: str) -> Iterator[None]:
             parts = {id(module) for module in self.modules()} - {id(self)}
             outside = False
 
@@ -52,20 +52,35 @@ def watching(name: str, device_type: str, mode: str) -> Callable[..., Callable[.
 
             handle = register_module_forward_pre_hook(look)
             try:
-                return function(self, *args, **kwargs)
+                yield
             finally:
                 handle.remove()
                 if outside and type(self) not in _said:
                     _said.add(type(self))
                     warnings.warn(
                         f"{type(self).__name__}.{name} runs its layers in float32, since only forward runs in {mode}: "
-                        f'call fabric.mark_forward_method(model, "{name}") after setup, or run it in '
-                        "`with fabric.autocast():`",
-                        stacklevel=2,
+                        f"{cure}, or run it in `with fabric.autocast():`",
+                        stacklevel=4,  # past contextlib and the wrapper
                     )
 
-        setattr(watched, _WATCH, watched)  # itself: who wraps it takes over its attributes
-        return watched
+        def is_silent(self: nn.Module) -> bool:
+            return torch.compiler.is_compiling() or type(self) in _said or torch.is_autocast_enabled(device_type)
+
+        def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if is_silent(self):
+                return function(self, *args, **kwargs)
+            with watch(self, f'call fabric.mark_forward_method(model, "{name}") after setup'):
+                return function(self, *args, **kwargs)
+
+        def watched_generator(self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            if is_silent(self):
+                return (yield from function(self, *args, **kwargs))
+            with watch(self, "have it call a method that fabric.mark_forward_method has marked"):
+                return (yield from function(self, *args, **kwargs))
+
+        new: Callable[..., Any] = watched_generator if inspect.isgeneratorfunction(function) else watched
+        setattr(new, _WATCH, new)  # itself: who wraps it takes over its attributes
+        return new
 
     return make
 
