@@ -38,7 +38,8 @@ TABLE: dict[str, str] = {
         optimizer save_checkpoint set_gradient_accumulation_boundary skipped_steps step torch_autocast_z0_gradscaler
         zero_cpu_offload zero_grad zero_nvme_offload_optimizer zero_optimization_partition_gradients
     """,
-    "half optimizer": "clip_grad fp16_groups fp32_groups overflow",
+    "half optimizer": "clip_grad fp16_groups fp32_groups overflow overflow_checker",
+    "overflow checker": "has_overflow_serial",
     "zero optimizer": f"""{_ZERO}
         _release_preflattened_grad_buffers all_grad_tensors bit16_groups compute_grad_norm get_gradient_for_reduction
         gradient_accumulation_dtype refresh_fp32_params scaled_global_norm single_partition_of_fp32_groups
@@ -87,6 +88,7 @@ LEAD_TO = {
     "_zero": "optimizer",
     "parameter_offload": "offload",
     "_live": "scaler",
+    "overflow_checker": "checker",
     "_hp_mapping": "mapping",
     **dict.fromkeys(("hp_fragment_address", "lp_fragment_address"), "address"),
 }
@@ -118,6 +120,7 @@ _HOOK: Reach = attrgetter("optimizer.parameter_offload")
 OBJECTS: tuple[tuple[str, str, str, Reach], ...] = (
     *(("engine", f"stage {stage}", "engine", lambda engine: engine) for stage in range(4)),
     ("half optimizer", "stage 0 over bfloat16", "optimizer", _OPTIMIZER),
+    ("overflow checker", "stage 0 over bfloat16", "checker", attrgetter("optimizer.overflow_checker")),
     *(("zero optimizer", f"stage {stage}", "optimizer", _OPTIMIZER) for stage in (1, 2)),
     *(("bucket", f"stage {stage}", "bucket", lambda engine: bucket(engine)) for stage in (1, 2)),
     ("parameter", "stage 2", "parameter", lambda engine: parameter(engine)),

@@ -79,6 +79,10 @@ class HalfEngine(Engine):
         for state in optimizer.state.values():  # DeepSpeed has stepped once on zeros, for the state to be there
             if "step" in state:
                 state["step"] = state["step"] * 0
+        # DeepSpeed's own waits for the device once a parameter
+        vendor.optimizer.overflow_checker.has_overflow_serial = lambda params: (
+            not all_finite([param.grad for param in params if param.grad is not None])
+        )
 
     def _backward(self, loss: Tensor, scale: float, retain_graph: bool) -> None:
         self.vendor.backward(loss, retain_graph=retain_graph)
