@@ -10,36 +10,29 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from precision_core import Fabric
-from precision_core.testing import HostReads, run_in_ranks, sgd
+from precision_core.testing import reads_of_ten_steps, run_in_ranks
 from precision_te import NVFP4, Delayed, TransformerEnginePrecision
+from precision_te.plugin import MODES
 from precision_te.recipes import RECIPES
 from precision_te.reference.formats import FORMATS
 from precision_te.reference.scaling import Quantized, per_tensor
 
 
-def steps(recipe: Any, **where: Any) -> list[str]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
-    optimizer = sgd(model.parameters())
+def steps(recipe: Any, strategy: str = "auto") -> dict[str, int]:
     precision = TransformerEnginePrecision("bf16-mixed", engine="reference", recipe=recipe)
-    fabric = Fabric("cpu", precision=precision, **where)
-    fabric.setup(model, optimizer)
-    x = torch.randn(16, 32)
-    with HostReads(optimizer) as reads:
-        for _ in range(10):
-            optimizer.zero_grad()
-            fabric.backward(model(x).square().mean())
-            fabric.clip_gradients(model, optimizer, max_norm=1.0)
-            optimizer.step()
-    fabric.teardown()
-    return reads.lines
+    return dict(reads_of_ten_steps(Fabric("cpu", strategy, precision=precision), clip={"max_norm": 1.0}))
 
 
 @pytest.mark.parametrize(
     "recipe", [*RECIPES, Delayed(amax_compute_algo="most_recent", margin=1), NVFP4(disable_rht=True)]
 )
 def test_ten_steps_read_nothing(recipe: Any) -> None:
-    assert steps(recipe) == []
+    assert steps(recipe) == {}
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.endswith("-reference")])
+def test_no_mode_reads_anything_but_what_is_asked_for(mode: str) -> None:
+    assert reads_of_ten_steps(Fabric("cpu", precision=mode), skipped=True) == {}
 
 
 class Copies(TorchFunctionMode):
@@ -66,12 +59,12 @@ def test_a_step_copies_no_numbers_to_the_device(recipe: str) -> None:
     assert copies.count == 0
 
 
-def in_ranks() -> list[str]:
-    return steps("delayed", strategy="ddp")
+def in_ranks() -> dict[str, int]:
+    return steps("delayed", "ddp")
 
 
 def test_ten_steps_over_ranks_read_nothing() -> None:
-    assert run_in_ranks(2, in_ranks) == [[], []]
+    assert run_in_ranks(2, in_ranks) == [{}, {}]
 
 
 def with_a_branch(one: Quantized, other: Quantized) -> Tensor:

@@ -55,7 +55,7 @@ class HostReads:
     `.to("cpu")` counts by the string: `.to(device)` with a `torch.device` is a move to what plays the device, and no
     tensor `is_cpu`, so that code which reads values on a CPU alone leaves that out. The `step` of `optimizers` does not
     count: torch keeps it in host memory on every device, unless they are fused or capturable. It sees this thread
-    alone, in which backward runs on a CPU, too.
+    alone, in which backward runs on a CPU, too, and nothing inside of operators that other libraries register.
     """
 
     def __init__(self, *optimizers: Optimizer) -> None:
