@@ -9,9 +9,17 @@ from torch import nn
 from torch.optim import SGD
 
 from precision_core import DDPStrategy, Fabric
+from precision_core.strategies.transfer import pack, unpack
 from precision_core.testing import needs
 
 pytestmark = [needs("cuda"), pytest.mark.usefixtures("alone")]
+
+
+class Custom:
+    """Any object of a user's."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
 
 
 def test_each_kind_of_tensor_has_its_backend() -> None:
@@ -49,3 +57,11 @@ def test_gradients_are_reduced_on_the_device_by_value(mode: str) -> None:
         assert model.weight.grad is not None and model.weight.grad.tolist() == [[0.25] * 4]
         optimizer.step()
     fabric.teardown()
+
+
+def test_tensors_in_custom_objects_leave_one_gpu_in_cpu_memory_and_arrive_on_another() -> None:
+    """On one rank nothing is received: the way there and back, as two would take it."""
+    data = Custom(torch.arange(3, device="cuda"))
+    content, tensors = pack(data, torch.device("cuda", 0))
+    assert [each[0].device.type for each in tensors] == ["cpu"]
+    assert unpack((content, tensors), torch.device("cuda", 0)).value.tolist() == [0, 1, 2]

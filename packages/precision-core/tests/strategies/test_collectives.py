@@ -25,3 +25,23 @@ def test_tensors_are_pickled_in_cpu_memory_by_the_rank_that_sends_them() -> None
     assert first[:2] == second[:2] == ([2.0, 2.0], "of 1")
     assert first[2:] == ([], False)
     assert len(second[2]) == 1 and "strategies/collectives.py" in second[2][0] and second[3]
+
+
+class Custom:
+    """Holds a tensor where nobody but pickle finds it."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._value = value
+
+
+def broadcast_custom() -> tuple[list[float], int]:
+    fabric = Fabric("cpu", "ddp", devices=2)
+    with HostReads() as reads:
+        theirs = fabric.broadcast(Custom(torch.full((2,), fabric.global_rank + 1.0)), src=1)
+    moves = [line for line in reads.lines if line.endswith('to("cpu")')]
+    fabric.teardown()
+    return theirs._value.tolist(), len(moves)
+
+
+def test_tensors_in_custom_objects_are_sent_alike() -> None:
+    assert run_in_ranks(2, broadcast_custom) == [([2.0, 2.0], 0), ([2.0, 2.0], 1)]

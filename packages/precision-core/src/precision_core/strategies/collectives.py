@@ -11,6 +11,7 @@ from torch import Tensor
 from precision_core.policy.casting import map_tensors
 from precision_core.policy.messages import nearest
 from precision_core.strategies.processes import Ranks
+from precision_core.strategies.transfer import pack, unpack
 
 T = TypeVar("T")
 
@@ -67,7 +68,11 @@ class Group:
         return map_tensors(data, lambda tensor: tensor.detach() / 1 if op == "mean" else tensor.detach().clone())
 
     def broadcast(self, data: T, src: int = 0) -> T:
-        """Returns rank `src`'s `data`, any object that pickles; its tensors arrive on this rank's device."""
+        """Returns rank `src`'s `data`, any object that pickles; its tensors arrive on this rank's device.
+
+        Those in containers, and of those in custom objects the ones that were on rank `src`'s device; the others stay
+        in CPU memory.
+        """
         return data
 
 
@@ -105,6 +110,9 @@ class TorchGroup(Group):
 
     def broadcast(self, data: T, src: int = 0) -> T:
         # in CPU memory: as they are, each rank would unpickle them on the device of rank `src` first
-        box: list[Any] = [map_tensors(data, lambda tensor: tensor.to("cpu")) if self.rank == src else None]
+        sends = self.rank == src
+        box: list[Any] = [None]
+        if sends:
+            box = [pack(map_tensors(data, lambda tensor: tensor.to("cpu")), self._device)]
         dist.broadcast_object_list(box, src=src, device=self._device)
-        return map_tensors(data if self.rank == src else box[0], lambda tensor: tensor.to(self._device))
+        return map_tensors(data if sends else unpack(box[0], self._device), lambda tensor: tensor.to(self._device))
