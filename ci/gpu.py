@@ -2,7 +2,8 @@
 
     python ci/gpu.py --build              # where there is network: the wheels to bring along
     python ci/gpu.py --list
-    python ci/gpu.py core deepspeed       # in the order of the file; --dry-run: says what it would run
+    python ci/gpu.py core deepspeed       # in the order of the file
+    python ci/gpu.py --dry-run            # what all slices (or these) would run, as a shell script
     python ci/ran.py take results.jsonl   # back in the checkout: what ran, for ci/ran.toml and the READMEs
 
 It needs nothing but Python and pip. Each result is appended to results.jsonl in the folder of --out (default: $OUT) as
@@ -12,7 +13,6 @@ soon as it is there: a line for each test, each step, and the slice. A slice end
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shlex
@@ -63,7 +63,7 @@ class Run:
                 print(*str(entry.get("log", "")).splitlines()[-12:], sep="\n", flush=True)
 
     def steps(self) -> Iterator[Step]:
-        if missing := [name for name in self.slice.requires if importlib.util.find_spec(name) is None]:
+        if missing := self.slice.missing():
             raise Problem(f"the image has no {', '.join(missing)}")
         if line := install_line(self.plan, self.slice):
             yield Step("install", command=line)
@@ -154,6 +154,29 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
+def script(plan: Plan, slices: list[Slice], out: Path) -> Iterator[str]:
+    """Yields the lines of a shell script that runs what the slices run, less their deadlines and results.jsonl."""
+    minutes = sum(each.minutes for each in slices)
+    yield f"# {len(slices)} slices, at most {minutes:g} minutes, of commit {commit_of(plan)}, on {machine()}"
+    if not list(plan.wheels.glob("*.whl")):
+        yield f"# no wheels in {plan.wheels}: python ci/gpu.py --build, where there is network"
+    variables = " ".join(f"{name}={value}" for name, value in VARIABLES.items())
+    yield f"cd {shlex.quote(str(ROOT))}; python={shlex.quote(sys.executable)}; export {variables}"
+    yield f"export PATH={shlex.quote(sysconfig.get_path('scripts'))}:$PATH; mkdir -p {shlex.quote(str(out))}"
+    for each in slices:
+        yield f"\n# {each.name}: {each.minutes:g} minutes"
+        mark = ""
+        if missing := each.missing():
+            mark = "# "
+            yield f"# left out here, where there is no {', '.join(missing)}"
+        for step in [Step("install", command=install_line(plan, each)), *each.steps]:
+            line = [word for word in step.line(out) if word != "-pgpu_results"]  # which writes results.jsonl
+            if line:
+                python, words = ("$python ", line[1:]) if line[0] == sys.executable else ("", line)
+                before = "".join(f"{name}={shlex.quote(value)} " for name, value in step.environment.items())
+                yield f"{mark}{before}{python}{shlex.join(words)}    # {step.name}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("slice", nargs="*", help="see --list")
@@ -176,15 +199,12 @@ def main() -> None:
         if given.build:
             return build(plan)
         chosen = plan.chosen(given.slice)
+        if given.dry_run:
+            print(*script(plan, chosen or plan.slices, given.out or Path(os.environ.get("OUT") or "results")), sep="\n")
+            return
         if not chosen:
             raise Problem(f"name a slice; there are: {', '.join(each.name for each in plan.slices)}")
         out = given.out or (Path(os.environ["OUT"]) if os.environ.get("OUT") else None)
-        if given.dry_run:
-            for each in chosen:
-                print(f"# {each.name}: {each.minutes:g} minutes")
-                lines = [install_line(plan, each), *(step.line(out or Path("$OUT")) for step in each.steps)]
-                print(*(shlex.join(line) for line in lines if line), sep="\n")
-            return
         if out is None:
             raise Problem("name a folder for the results: --out FOLDER, or the variable OUT")
         out.mkdir(parents=True, exist_ok=True)

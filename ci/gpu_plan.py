@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import sys
 import tomllib
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ class Step:
 
     def line(self, out: Path) -> list[str]:
         if self.tests:
-            return [sys.executable, "-m", "pytest", "-q", "-p", "gpu_results", "-p", "no:cacheprovider", *self.tests]
+            return [sys.executable, "-m", "pytest", "-q", "-pgpu_results", "-p", "no:cacheprovider", *self.tests]
         return [word.replace("{python}", sys.executable).replace("{out}", str(out)) for word in self.command]
 
 
@@ -42,6 +43,10 @@ class Slice:
     brings: list[str]
     requires: list[str]
     steps: list[Step]
+
+    def missing(self) -> list[str]:
+        """Returns the modules that it requires and the image lacks."""
+        return [name for name in self.requires if importlib.util.find_spec(name) is None]
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,10 @@ def test_every_slice_is_a_row_and_every_test_on_a_gpu_in_a_slice() -> None:
 
 def test_a_dry_run_says_what_would_run_in_the_order_of_the_file(tmp_path: Path) -> None:
     said = gpu("--dry-run", "formats", "core", "--out", tmp_path / "out").stdout.splitlines()
-    assert [line for line in said if line.startswith("#")] == ["# core: 9 minutes", "# formats: 8 minutes"]
-    assert "pip install --quiet --force-reinstall --no-deps --no-index" in said[1] and "precision-core" in said[1]
+    assert said[0].startswith("# 2 slices, at most 17 minutes, of commit ")
+    assert [line for line in said if line.endswith(" minutes")] == ["# core: 9 minutes", "# formats: 8 minutes"]
+    install = said[said.index("# core: 9 minutes") + 1]
+    assert "pip install --quiet --force-reinstall --no-deps --no-index" in install and "precision-core" in install
     tests = [line.partition("pytest ")[2] for line in said if " -m pytest " in line]
     assert [next(word for word in line.split() if word.endswith(".py")).rpartition("/")[2] for line in tests] == [
         "test_collectives.py",
@@ -84,8 +86,28 @@ def test_a_dry_run_says_what_would_run_in_the_order_of_the_file(tmp_path: Path) 
         "test_contract.py",
         "test_contract.py",
     ]
-    assert said[-5].endswith("benchmarks/bench_gpu_formats.py --modes bf16-mixed")
+    assert said[-5].partition("    # ")[0] == "$python benchmarks/bench_gpu_formats.py --modes bf16-mixed"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_without_names_has_all_slices() -> None:
+    said = gpu("--dry-run").stdout.splitlines()
+    assert [line.split()[1].rstrip(":") for line in said if line.endswith(" minutes")] == [
+        each["name"] for each in SLICES["slice"]
+    ]
+    assert "# left out here, where there is no transformer_engine, transformer_engine_torch" in said
+    assert said[-1].startswith("# $python -m pytest") and said[-1].endswith(
+        "packages/precision-te/tests/cuda    # kernels"
+    )
+
+
+def test_a_dry_run_is_a_script_that_runs_the_steps(tmp_path: Path) -> None:
+    told = "import os, sys; print(sys.executable, os.environ['PYTEST_DISABLE_PLUGIN_AUTOLOAD'], os.environ['A'])"
+    step = code("says what it has", told).replace(" }", ", environment = { A = 'a b' } }")
+    slices = slices_of(tmp_path, f"name = 'one'\nminutes = 1\nsteps = [{step}]")
+    script = gpu("--dry-run", "--slices", slices, "--out", tmp_path / "out").stdout
+    ran = subprocess.run(["sh", "-e", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert (ran.stdout, ran.stderr) == (f"{sys.executable} 1 a b\n", "")
 
 
 @pytest.mark.parametrize(
