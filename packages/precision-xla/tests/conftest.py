@@ -42,7 +42,7 @@ def run_python() -> Run:
                 environment[name] = value
         command = ["-c", textwrap.dedent(arguments[0])] if len(arguments) == 1 else list(arguments)
         return subprocess.run(
-            [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=900, check=False
+            [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=1800, check=False
         )
 
     return run

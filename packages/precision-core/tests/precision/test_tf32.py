@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.backends import cudnn
 
 from precision_core import Fabric
+from precision_core.hardware import FORMATS
 from precision_core.precision import tf32
 from precision_core.precision.tf32 import CONTEXTS, Tf32
 
@@ -292,3 +293,9 @@ def test_no_warning_of_the_old_form_reaches_anybody() -> None:
 def test_another_value_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Fabric\(tf32='high'\): expected True or False"):
         Fabric("cpu", tf32="high")  # type: ignore[arg-type]
+
+
+def test_the_support_table_says_how_to_allow_it() -> None:
+    """`supports` and `precision doctor` print this of a CUDA device."""
+    level, reason = FORMATS["cuda"][torch.float32]()
+    assert level == "native" and reason.endswith("TF32 by Fabric(tf32=True)")
