@@ -14,7 +14,6 @@ from precision_core.testing.controls import controls as controls  # noqa: E402
 from precision_core.testing.controls import round_parameters as round_parameters  # noqa: E402
 from precision_core.testing.controls import variations as variations  # noqa: E402
 from precision_core.testing.forks import CLEANUPS as CLEANUPS  # noqa: E402
-from precision_core.testing.hardware import needs as needs  # noqa: E402
 from precision_core.testing.host_reads import HostReads as HostReads  # noqa: E402
 from precision_core.testing.loss_bound import curve_distance as curve_distance  # noqa: E402
 from precision_core.testing.loss_bound import loss_bound as loss_bound  # noqa: E402
@@ -30,5 +29,6 @@ from precision_core.testing.problem import sgd as sgd  # noqa: E402
 from precision_core.testing.problem import train as train  # noqa: E402
 from precision_core.testing.ranks import RankError as RankError  # noqa: E402
 from precision_core.testing.ranks import run_in_ranks as run_in_ranks  # noqa: E402
+from precision_core.testing.required_hardware import needs as needs  # noqa: E402
 from precision_core.testing.ten_steps import reads_of_ten_steps as reads_of_ten_steps  # noqa: E402
 from precision_core.testing.ten_steps import small_model as small_model  # noqa: E402

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from precision_core.testing import hardware, needs
+from precision_core.testing import needs, required_hardware
 
 
 def outcome(mark: Any) -> tuple[bool, str]:
@@ -37,8 +37,8 @@ def test_what_is_nowhere_is_skipped() -> None:
 def test_the_reason_says_what_is_needed_and_what_is_here(
     arguments: tuple[Any, ...], found: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hardware, "is_available", lambda device_type: found > 0)
-    monkeypatch.setattr(hardware, "device_count", lambda device_type: found)
+    monkeypatch.setattr(required_hardware, "is_available", lambda device_type: found > 0)
+    monkeypatch.setattr(required_hardware, "device_count", lambda device_type: found)
     skips, text = outcome(needs(*arguments))
     assert skips is (reason is not None) and text.startswith(reason or "needs 2 cuda devices")
 
@@ -47,8 +47,8 @@ def test_the_reason_says_what_is_needed_and_what_is_here(
 def test_a_compute_capability_is_a_minimum(
     here: str, skips: bool, nvidia_smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hardware, "is_available", lambda device_type: True)
-    monkeypatch.setattr(hardware, "device_count", lambda device_type: 1)
+    monkeypatch.setattr(required_hardware, "is_available", lambda device_type: True)
+    monkeypatch.setattr(required_hardware, "device_count", lambda device_type: 1)
     nvidia_smi(here)
     skipped, reason = outcome(needs("cuda", capability=(8, 9)))
     assert skipped is skips and not torch.cuda.is_initialized()
