@@ -80,6 +80,16 @@ def is_overridden(obj: Any, name: str) -> bool:
     return f"{_ORIGINAL}_{name}" in obj.__dict__
 
 
+def without_overrides(obj: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Returns `values` less what `override` put into the dict of `obj`: torch's schedulers take their state from there.
+
+    A value of the same name that is no method, as a scheduler of the user's may have one, stays.
+    """
+    ours = {name for name in obj.__dict__ if name.startswith(f"{_ORIGINAL}_")}
+    ours |= {name.removeprefix(f"{_ORIGINAL}_") for name in ours}
+    return {name: value for name, value in values.items() if not (name in ours and isinstance(value, MethodType))}
+
+
 def original(obj: Any, name: str) -> Callable[..., Any]:
     """Returns the method `name` of an optimizer as it was before `override`, whoever wrapped it since."""
     method: Callable[..., Any] | None = obj.__dict__.get(f"{_ORIGINAL}_{name}")

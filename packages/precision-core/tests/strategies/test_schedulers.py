@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,16 @@ def warmup(optimizer: Any) -> LRScheduler:
 
 
 SCHEDULERS = (one_cycle, warmup, lambda optimizer: StepLR(optimizer, 2, gamma=0.5))
+
+
+class OwnState(StepLR):
+    """Keeps a state of its own, with a key that is also a method's name."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_epoch = state_dict["step"]
 
 
 def made(*, on_device: bool, precision: str = "16-mixed") -> tuple[Fabric, nn.Module, Any]:
@@ -132,3 +143,28 @@ def test_what_cannot_be_set_up_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="this StepLR is set up already"):
         fabric.setup_schedulers(scheduler, scheduler)
     assert "step" not in vars(scheduler)  # nothing was set up
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step()` was not necessary")  # SequentialLR's own
+@pytest.mark.parametrize("make", [*SCHEDULERS, lambda optimizer: OwnState(optimizer, 3)])
+def test_a_set_up_scheduler_is_saved_as_if_it_were_not(make: Any, tmp_path: Path) -> None:
+    states = []
+    for set_up in (False, True):
+        fabric, model, optimizer = made(on_device=False)
+        scheduler = make(optimizer)
+        if set_up:
+            fabric.setup_schedulers(scheduler)
+        for _ in range(2):
+            fabric.backward(model(torch.ones(2, 4)).mean())
+            optimizer.step()
+            scheduler.step()
+        states.append(scheduler.state_dict())
+        if set_up:
+            fabric.save(tmp_path / "last.ckpt", {"scheduler": scheduler})
+            again = fabric.setup_schedulers(make(optimizer))
+            fabric.load(tmp_path / "last.ckpt", {"scheduler": again})
+            assert again.state_dict() == scheduler.state_dict()
+            assert again.last_epoch == 2
+        fabric.teardown()
+    plain, saved = states
+    assert saved == plain

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from precision_core.override import is_overridden, override
+from precision_core.override import is_overridden, override, without_overrides
 from precision_core.precision.base import Precision
 
 _ASYNCHRONOUS = ("cuda", "xpu")
@@ -116,6 +116,7 @@ class _Steps:
 
         def method(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
             self.settle()
-            return function(scheduler, *args, **kwargs)
+            result = function(scheduler, *args, **kwargs)
+            return without_overrides(scheduler, result) if function.__name__ == "state_dict" else result
 
         return method
