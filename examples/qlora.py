@@ -5,8 +5,8 @@
     python examples/qlora.py --tiny                                              # random weights, seconds
     python examples/qlora.py --tiny --strategy fsdp --devices 2 --accelerator cpu
 
-Needs precision-core, precision-bnb, transformers, peft and safetensors, for --strategy fsdp also precision-fsdp. Without
---text it reads the language reference that every Python ships as plain text.
+Needs precision-core, precision-bnb, transformers, peft and safetensors, for --strategy fsdp also precision-fsdp.
+Without --text it reads the language reference that every Python ships as plain text.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def folder_of(name: str | None, fabric: Fabric) -> Path:
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
         folder = Path(fabric.broadcast(tempfile.mkdtemp(prefix="qlora-")))  # rank zero's
         if fabric.is_global_zero:
-            LlamaForCausalLM(LlamaConfig(vocab_size=256, **sizes)).save_pretrained(folder)
+            # a frozen head of usual size, 0.02, could not make large logits
+            LlamaForCausalLM(LlamaConfig(vocab_size=256, initializer_range=0.1, **sizes)).save_pretrained(folder)
         fabric.barrier()
         return folder
     if Path(name).is_dir():
@@ -77,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     fabric.launch()
     fabric.seed_everything(0)
     folder = folder_of(args.model, fabric)
-    with fabric.init_module():  # without memory
+    # FSDP's own context makes all on the meta device, tables of positions too, which are in no file. So there each rank
+    # reads the 4-bit model into CPU memory, and `setup` leaves it a shard.
+    with precision.module_init_context() if args.strategy == "fsdp" else fabric.init_module():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     files = [folder / "model.safetensors.index.json", folder / "model.safetensors"]
     # Quantised layer by layer as it is read: the float model is never in memory.
