@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tiny", action="store_true", help="random weights and a run of seconds on one CPU core")
     args = parser.parse_args(argv)
     if args.tiny:
-        args.model, args.rate, args.steps, args.length, args.accelerator = None, 5e-3, 30, 64, "cpu"
+        args.model, args.rate, args.steps, args.length, args.accelerator = None, 5e-3, 20, 64, "cpu"
 
     fabric = Fabric(args.accelerator, precision=args.precision, upcast=args.precision.endswith("mixed"))
     fabric.seed_everything(0)

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--tiny", action="store_true", help="small models, few epochs, on the CPU")
     args = parser.parse_args(argv)
     if args.tiny:
-        args.epochs, args.width, args.accelerator = 12, 64, "cpu"
+        args.epochs, args.width, args.accelerator = 8, 48, "cpu"
 
     fabric = Fabric(accelerator=args.accelerator, precision=args.precision)
     fabric.seed_everything(0)

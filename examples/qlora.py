@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tiny", action="store_true", help="random weights and a run of seconds on one CPU core")
     args = parser.parse_args(argv)
     if args.tiny:
-        args.model, args.rate, args.steps, args.batch, args.length, args.accelerator = None, 2e-2, 40, 8, 64, "cpu"
+        args.model, args.rate, args.steps, args.batch, args.length, args.accelerator = None, 2e-2, 25, 8, 64, "cpu"
 
     # Adapters train in float32 under bfloat16 autocast: in bfloat16 half of their small updates would come to nothing.
     precision = BitsandbytesPrecision(args.mode, dtype=torch.bfloat16)
