@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from workspace import Package, Problem, distribution, packages, repository, run
 
 INTEGRATION = "tests-integration"
-DOCUMENTS = {"README.md", "CONTRIBUTING.md", "LICENSE"}  # no row's tests read them
+DOCUMENTS = {"BENCHMARKS.md", "CONTRIBUTING.md", "LICENSE"}  # no row's tests read them
 
 
 def _commit(root: Path, name: str) -> str | None:
@@ -67,7 +67,7 @@ def affected(root: Path, paths: Iterable[PurePosixPath]) -> set[str]:
                 integration = True
             case [top, *_] if top in DOCUMENTS:
                 pass
-            case ["benchmarks", *_] | ["ci", "ran.toml"]:  # which the tests over several packages read
+            case ["benchmarks", *_] | ["ci", "ran.toml"] | ["README.md"]:  # which the tests over several packages read
                 integration = True
             case _:  # noxfile.py, ci/, the root's pyproject.toml; and what nobody has thought of
                 return everything

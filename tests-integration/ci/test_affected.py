@@ -60,8 +60,8 @@ PATHS = {
     "examples/README.md": tags(),
     "examples/a folder/ünï\n.py": tags(),
     **dict.fromkeys(("noxfile.py", "pyproject.toml", "ci/a.py", ".ci/run", "conftest.py", "packages/x"), ALL),
-    **dict.fromkeys(("README.md", "CONTRIBUTING.md", "LICENSE"), frozenset()),
-    **dict.fromkeys(("benchmarks/a.py", "ci/ran.toml"), tags()),
+    **dict.fromkeys(("BENCHMARKS.md", "CONTRIBUTING.md", "LICENSE"), frozenset()),
+    **dict.fromkeys(("benchmarks/a.py", "ci/ran.toml", "README.md"), tags()),
 }
 EXAMPLES = ("packages/precision-te/src/a.py", "examples/a folder/ünï\n.py", "noxfile.py", "README.md")
 
@@ -95,7 +95,7 @@ def test_the_default_is_where_the_branch_left_origin_main(repo: Any) -> None:
     repo.git("switch", "--quiet", "--create", "branch")
     repo.write("packages/precision-te/src/a.py")
     repo.commit()
-    repo.write("README.md")
+    repo.write("LICENSE")
     repo.commit()
     repo.git("switch", "--quiet", "main")
     repo.write("packages/precision-core/src/a.py")  # what came to main since is no change of the branch's
