@@ -9,12 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from precision_core import MODES
 from precision_core.testing import run_in_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +65,19 @@ def test_it_is_read_in_two_minutes_and_names_the_commands() -> None:
         assert f"    {command}" in README
     for example in sorted(ROOT.glob("examples/*.py")):
         assert f"(examples/{example.name})" in README
+
+
+def test_the_picture_is_small_and_shows_every_mode_by_its_figures() -> None:
+    path = ROOT / "benchmarks/compare.svg"
+    picture = ElementTree.parse(path).getroot()
+    words = [element.text or "" for element in picture.iter() if element.tag.endswith("}text")]
+    assert path.stat().st_size < 100_000
+    assert {"32-true", "bf16-mixed", "bf16-true"} <= set(words)
+    assert not any("ms" in word.split() for word in words)  # times do not hold on a busy machine
+    bars = [each for each in picture.iter() if each.tag.endswith("}rect") and each.get("height") == "20"]
+    modes = sum(word in MODES for word in words)
+    assert len(bars) == 3 * modes >= 9  # parameters, gradients, optimizer
+    assert "prefers-color-scheme: dark" in path.read_text()
 
 
 @pytest.mark.full
