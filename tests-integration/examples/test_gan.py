@@ -13,5 +13,5 @@ pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed he
 def test_it_learns_to_draw(example: Callable[..., Any]) -> None:
     result = example("gan", "--tiny")
     assert result["after"] < 0.6 * result["before"]
-    assert result["digits"] >= 6
+    assert result["digits"] >= 5
     assert result["steps"] == 2 * 8 * 28  # two optimizers, epochs, batches

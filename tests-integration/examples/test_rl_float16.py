@@ -9,6 +9,6 @@ from typing import Any
 def test_the_difference_is_a_number_and_float16s_is_smaller(example: Callable[..., Any]) -> None:
     results = example("rl_float16", "--tiny")
     for result in results.values():
-        assert result["reward"] > 0.6 and result["first"] < 0.2
+        assert result["reward"] > 0.5 and result["first"] < 0.2
         assert result["gap"] > 0
     assert results["bf16"]["gap"] > 4 * results["16"]["gap"]  # three bits more: 8, less what else differs
