@@ -223,6 +223,7 @@ def full(session: nox.Session) -> None:
     for name, row in ROWS.items():
         if row["default"]:
             session.notify(f"tests({name})")
+    session.notify("docs")
     session.notify("dist")
 
 
@@ -265,6 +266,14 @@ def bench(session: nox.Session) -> None:
     session.install("--group", "packages/precision-bnb/pyproject.toml:bench")
     for script in sorted(ROOT.glob("benchmarks/bench_*.py")):
         session.run("python", str(script.relative_to(ROOT)), *session.posargs)
+
+
+@nox.session(python=BASE["python"], default=False)
+def docs(session: nox.Session) -> None:
+    """The site, from docs/ and the packages' READMEs and docstrings, into site/; a broken link is an error."""
+    session.install("--group", "docs")
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+    session.run("python", "ci/check_site.py", "site")
 
 
 @nox.session(python=BASE["python"])

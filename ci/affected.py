@@ -67,7 +67,8 @@ def affected(root: Path, paths: Iterable[PurePosixPath]) -> set[str]:
                 integration = True
             case [top, *_] if top in DOCUMENTS:
                 pass
-            case ["benchmarks", *_] | ["ci", "ran.toml"] | ["README.md"]:  # which the tests over several packages read
+            # which the tests over several packages read
+            case ["benchmarks" | "docs", *_] | ["ci", "ran.toml"] | ["README.md"] | ["mkdocs.yml"]:
                 integration = True
             case _:  # noxfile.py, ci/, the root's pyproject.toml; and what nobody has thought of
                 return everything

@@ -61,7 +61,7 @@ PATHS = {
     "examples/a folder/ünï\n.py": tags(),
     **dict.fromkeys(("noxfile.py", "pyproject.toml", "ci/a.py", ".ci/run", "conftest.py", "packages/x"), ALL),
     **dict.fromkeys(("BENCHMARKS.md", "CONTRIBUTING.md", "LICENSE"), frozenset()),
-    **dict.fromkeys(("benchmarks/a.py", "ci/ran.toml", "README.md"), tags()),
+    **dict.fromkeys(("benchmarks/a.py", "ci/ran.toml", "README.md", "docs/a/b.md", "mkdocs.yml"), tags()),
 }
 EXAMPLES = ("packages/precision-te/src/a.py", "examples/a folder/ünï\n.py", "noxfile.py", "README.md")
 
