@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import posixpath
 import re
 import sys
@@ -178,13 +179,21 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 # -------------------------------------------------------------------- the twins
 
 
-def as_markdown(name: str) -> str:
-    """Returns a name of the API as Markdown: its signature and its docstring, and those of its public methods."""
+@functools.cache
+def _loader() -> Any:
+    """Returns what has read all packages' sources, once: it imports nothing."""
     import griffe
 
-    paths = [str(path) for path in (ROOT / "packages").glob("*/src")]
-    loaded = griffe.load(name.rpartition(".")[0], search_paths=paths, resolve_aliases=True, resolve_external=False)
-    what = loaded[name.rpartition(".")[2]]
+    loader = griffe.GriffeLoader(search_paths=[str(path) for path in (ROOT / "packages").glob("*/src")])
+    for package in {package.partition(".")[0] for package, _ in API.values()}:
+        loader.load(package)
+    loader.resolve_aliases(external=False)
+    return loader
+
+
+def as_markdown(name: str) -> str:
+    """Returns a name of the API as Markdown: its signature and its docstring, and those of its public methods."""
+    what = _loader().modules_collection[name]
     parts = [f"## {what.name}", _described(what)]
     if what.is_class:
         for member in what.all_members.values():
