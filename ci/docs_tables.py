@@ -15,6 +15,7 @@ import torch
 
 from precision_core import ALIASES, MODES, Policy
 from precision_core import hardware as core
+from precision_core.errors import CODES
 from precision_core.policy import dtype_name
 from precision_core.strategies import STRATEGIES
 from precision_core.support import PLUGINS, names, refusal, resolve_precision, resolve_strategy
@@ -122,7 +123,17 @@ def _refused(mode: str, strategy: str) -> str | None:
         return str(error)
 
 
-TABLES: dict[str, Callable[[], str]] = {"modes.md": modes, "devices.md": devices, "pairs.md": pairs}
+def errors() -> str:
+    """Each code with its one line."""
+    return rows(["code", "what happened"], *([f"[{code}](#{code})", line] for code, line in CODES.items()))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "modes.md": modes,
+    "devices.md": devices,
+    "pairs.md": pairs,
+    "errors.md": errors,
+}
 """File in docs/generated -> what writes it."""
 
 

@@ -18,7 +18,7 @@ CORE = Path(precision_core.__file__).parent
 ROOT = Path(__file__).parents[3]
 
 LEVELS = (
-    ("override", "lightning_names", "compute_capability", "policy"),
+    ("override", "lightning_names", "compute_capability", "errors", "policy"),
     ("scaling",),
     ("hardware",),
     ("precision", "data"),

@@ -235,7 +235,7 @@ class BitsandbytesPrecision(Wrapping):
             raise ValueError(
                 f"{self.mode}: this {type(module).__name__} has no layer to quantise. Linear layers are"
                 f"{', and embeddings' if self._embeddings else ''}; left alone: {skipped or 'none'}"
-                f"{'. To quantise a subclass, put nn.Linear in its place' * derived}"
+                f"{'. To quantise a subclass, put nn.Linear in its place' * derived} [nothing-to-convert]"
             )
         return surgery
 

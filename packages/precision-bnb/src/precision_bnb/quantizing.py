@@ -23,10 +23,10 @@ on a GPU each chunk takes about eight kernel launches, and its codes come back i
 _LARGEST_BLOCK = 1024
 """Of bitsandbytes' AVX512 kernel; for larger ones it calls torch.compile. A block is as well several with one scale."""
 
-_NOT_FINITE = "its weights must be finite, and some are infinite or NaN"
+_NOT_FINITE = "its weights must be finite, and some are infinite or NaN [nonfinite-weights]"
 _NOT_IN_HALF = (
     "its weights must be finite and at most 65504 in magnitude, for int8 quantisation casts to float16: "
-    "some are infinite, NaN or larger"
+    "some are infinite, NaN or larger [nonfinite-weights]"
 )
 
 _CPU = torch.device("cpu")

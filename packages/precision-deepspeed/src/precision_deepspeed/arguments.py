@@ -83,12 +83,12 @@ def check_optimizer(optimizer: Optimizer, stage: int) -> None:
     if any(float(state.get("step", 1)) for state in optimizer.state.values()):  # Adagrad's is there from the start
         raise ValueError(
             f"this {name} has state, which DeepSpeed discards when it takes the optimizer over: call fabric.setup "
-            "first, then load the checkpoint with fabric.load"
+            "first, then load the checkpoint with fabric.load [sharded-optimizer]"
         )
     if stage > 0 and any(cls.__name__.lower() in _BY_SHAPE for cls in type(optimizer).__mro__):
         raise ValueError(
             f"{name} looks at the shape of each parameter, and under ZeRO an optimizer steps flat shards of many "
-            "parameters: use an elementwise one (AdamW, SGD), or pass stage=0"
+            "parameters: use an elementwise one (AdamW, SGD), or pass stage=0 [sharded-optimizer]"
         )
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if isinstance(optimizer, Adagrad) and (stage > 0 or any(param.dtype is not torch.float32 for param in params)):
@@ -117,7 +117,10 @@ def check_together(
             "optimizer of its parameters"
         )
     if isinstance(optimizer, LBFGS):
-        raise ValueError("LBFGS evaluates the loss several times a step, which DeepSpeed's engine does not support")
+        raise ValueError(
+            "LBFGS evaluates the loss several times a step, which DeepSpeed's engine does not support"
+            " [closure-optimizer]"
+        )
     if is_taken:
         raise ValueError(
             "DeepSpeedStrategy trains one model: the backward of a second one would run through the first one's "

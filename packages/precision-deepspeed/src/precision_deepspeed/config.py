@@ -107,7 +107,7 @@ def _check_keys(config: Mapping[str, Any]) -> None:
     for key in config.keys() - _KNOWN:
         near = difflib.get_close_matches(str(key), _KNOWN, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "leave it out; options of ZeRO go into zero_optimization"
-        raise ValueError(f"config[{key!r}] is not a key that DeepSpeed reads: {hint}")
+        raise ValueError(f"config[{key!r}] is not a key that DeepSpeed reads: {hint} [engine-config]")
     for key, value in config.items():
         if value == "auto":
             raise ValueError(f'config[{key!r}] is "auto", which the Hugging Face Trainer fills in: leave it out')
@@ -139,7 +139,7 @@ def _check_zero(config: Mapping[str, Any]) -> None:
 
 def _fix(config: dict[str, Any], key: str, value: float, way_out: str) -> None:
     if config.get(key, value) != value:
-        raise ValueError(f"config[{key!r}] is {config[key]!r}, and has to be {value!r} here: {way_out}")
+        raise ValueError(f"config[{key!r}] is {config[key]!r}, and has to be {value!r} here: {way_out} [engine-config]")
     config[key] = value
 
 
@@ -157,6 +157,7 @@ def _set_section(config: dict[str, Any], policy: Policy) -> None:
             needs = f'config["{wanted}"]' if wanted else "none of fp16, bf16 and torch_autocast"
             raise ValueError(
                 f'config["{name}"]["enabled"] is {enabled!r} and precision="{policy}" needs {needs} enabled: change one'
+                " [engine-config]"
             )
         if name != wanted:
             config.pop(name, None)  # DeepSpeed 0.19.8 reads keys of a disabled torch_autocast section too

@@ -24,13 +24,14 @@ from precision_core.policy import map_tensors
 PLAIN_BACKWARD = (
     "loss.backward() on a model that fabric.setup gave to DeepSpeed, whose engine steps only the gradients of "
     "fabric.backward(loss): call that. For gradients of inputs alone: torch.autograd.grad(loss, x), or "
-    "loss.backward(inputs=[x]). Nothing was changed"
+    "loss.backward(inputs=[x]). Nothing was changed [plain-backward]"
 )
 
 SECOND_ORDER = (
     "torch.autograd.grad(..., create_graph=True): second-order gradients (gradient penalties, Hessian-vector products) "
     "need the parameters in both backwards, and DeepSpeed's stage 3 frees the gathered ones after the first: pass "
     "stage=0, 1 or 2 to DeepSpeedStrategy, which support this, and then call fabric.backward(loss). Nothing was changed"
+    " [second-order]"
 )
 
 AGAIN = (

@@ -57,6 +57,7 @@ class Order:
                 "ranks gave gradients to different parameters, or in another order, since the last step: from stage 2 "
                 "on DeepSpeed would add them up across parameters. Let every rank use all of the model (add "
                 "0 * part(x).sum() to the loss), or pass stage=0 or 1; optimizer.zero_grad() discards these gradients"
+                " [ranks-differ]"
             )
         self._agreed, self._compared = self._recorded, True
 

@@ -58,7 +58,7 @@ class EngineScaler(Scaler):
             raise FloatingPointError(
                 f"{self.counter.skipped_in_a_row} optimizer steps in a row were skipped, the loss scale is "
                 f"{self.factor:g}: inf or NaN in the gradients. Look for NaN in the data or the loss, lower the "
-                'learning rate, or use precision="bf16-mixed", which needs no scaling'
+                'learning rate, or use precision="bf16-mixed", which needs no scaling [no-finite-gradients]'
             )
 
 

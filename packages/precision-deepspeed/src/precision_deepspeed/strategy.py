@@ -316,7 +316,9 @@ class DeepSpeedStrategy(Strategy):
             with torch.enable_grad():
                 result = closure()
         if not engine.has_gradients:
-            raise RuntimeError("optimizer.step() before any backward: call fabric.backward(loss) first")
+            raise RuntimeError(
+                "optimizer.step() before any backward: call fabric.backward(loss) first [step-before-backward]"
+            )
         with self._inside():
             skipped = engine.step()
         optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers ask for it

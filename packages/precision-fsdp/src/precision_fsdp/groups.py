@@ -115,7 +115,7 @@ def _casts(
                 f"{name or 'the model'} ({kind}) trains parameters of several dtypes: {listed}. FSDP reduces the "
                 "gradients of a module in one: cast them alike (where the model marks some to stay float32, by an "
                 f'exception such as "{name or "*"}: {policy}"), freeze some, hold them in modules of their own, or use '
-                "a mixed mode"
+                "a mixed mode [mixed-dtypes]"
             )
         stored = next(iter(trained), stored)
     return GroupCasts(stored, gathered, casts.reduce_dtype)
@@ -131,6 +131,7 @@ def _check_tied(groups: list[Group]) -> None:
                     f"{other_name} and {name} are one tied parameter in two groups of FSDP, {_title(other)} and "
                     f"{_title(group)}, which torch cannot gather: choose wrap=... so that both are in one (what is in "
                     "no group of its own is in the root's), and name both in exceptions of the policy, or neither"
+                    " [tied-exception]"
                 )
 
 

@@ -27,7 +27,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
     kind, fused = type(optimizer), any(group.get("fused") for group in optimizer.param_groups)
     for (refused, when_fused), reason in _NOT_FOR_SHARDS.items():
         if isinstance(optimizer, refused) and fused >= when_fused:
-            raise ValueError(f"{kind.__name__} cannot run under FSDPStrategy: {reason}")
+            raise ValueError(f"{kind.__name__} cannot run under FSDPStrategy: {reason} [sharded-optimizer]")
     params = [param for group in optimizer.param_groups for param in group["params"]]
     full = [param for param in params if not isinstance(param, DTensor) and optimizer.state.get(param)]
     if full:
@@ -36,7 +36,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
         raise ValueError(
             f"this {kind.__name__} has state for {len(full)} unsharded parameters, of shapes {shapes}{why}, and FSDP "
             "shards parameters: make the optimizer after fabric.setup(model) and give it to fabric.setup_optimizers, "
-            "or set up a new one and bring its state with fabric.load"
+            "or set up a new one and bring its state with fabric.load [sharded-optimizer]"
         )
 
 

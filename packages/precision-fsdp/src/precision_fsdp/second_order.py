@@ -20,7 +20,7 @@ from precision_core.policy import map_tensors
 _WHY = (
     "{call}: second-order gradients (gradient penalties, Hessian-vector products) need the parameters in both "
     'backwards, and FSDP frees the gathered ones after the first. Use strategy="ddp", or DeepSpeedStrategy(stage=2) '
-    "of precision-deepspeed, where they are right. Nothing was changed"
+    "of precision-deepspeed, where they are right. Nothing was changed [second-order]"
 )
 
 

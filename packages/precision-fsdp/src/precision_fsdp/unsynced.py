@@ -66,7 +66,7 @@ class Unsynced:
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step() would ignore unsynced gradients, accumulated in "
                 f"fabric.no_backward_sync: {listed(names, 5)}. Run the last backward of an accumulation outside of it, "
-                "or drop them with zero_grad()"
+                "or drop them with zero_grad() [unsynced-gradients]"
             )
         self._expected = bool(held)
 

@@ -226,6 +226,7 @@ class TransformerEnginePrecision(Wrapping):
             layers = ", ".join(layer.__name__ for layer in self._engine.layers)
             raise ValueError(
                 f"{self.mode}: this {kind} has no layer to convert. {layers} are; left alone: {skipped or 'none'}"
+                " [nothing-to-convert]"
             )
 
     def _follow(self, module: nn.Module) -> None:

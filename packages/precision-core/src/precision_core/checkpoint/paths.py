@@ -35,7 +35,7 @@ def local_path(path: str | PathLike[str], call: str) -> Path:
         raise ValueError(
             f"{what}: {scheme}:// addresses are not supported. Pass a local path (checkpoints/last.ckpt, ~/last.ckpt, "
             "file:///data/last.ckpt), and copy with the storage's own tool or mount it. (For a local folder of that "
-            "name pass an absolute path)"
+            "name pass an absolute path) [path-address]"
         )
     text = os.fspath(path)
     if isinstance(text, str) and text.startswith("~"):

@@ -93,6 +93,7 @@ class Presence:
             if now - began > self._limit.total_seconds():
                 raise CheckpointError(
                     f"{call} was called on rank {self._rank}, and not on all others within {self._limit}"
+                    " [not-on-all-ranks]"
                 )
             if now > ask_at:
                 found = self._look_around(desk)
@@ -102,7 +103,7 @@ class Presence:
                     raise CheckpointError(
                         f"{call} was called on rank {self._rank}, and rank {sure} {what} without calling it. All "
                         f"ranks must call {call}, also where rank 0 alone writes: take it out of "
-                        "`if fabric.is_global_zero:`, or whatever keeps the others from it"
+                        "`if fabric.is_global_zero:`, or whatever keeps the others from it [not-on-all-ranks]"
                     )
                 suspects, ask_at = found, time.monotonic() + _BETWEEN
             time.sleep(next(pauses))

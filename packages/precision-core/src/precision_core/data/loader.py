@@ -78,6 +78,7 @@ class DeviceLoader:
         if skipped < skip:
             raise ValueError(
                 f"cannot resume at batch {skip}: the loader ended after {skipped} batches, so its data changed"
+                " [loader-position]"
             )
         self._goes_on = False
         return batches
@@ -133,6 +134,7 @@ class DeviceLoader:
             raise ValueError(
                 f"cannot resume at batch {state['batches']}: the checkpoint's loader had {state['length']} batches per "
                 f"epoch, this one has {mine}. Save at the end of an epoch, or leave the loader out of `state`"
+                " [loader-position]"
             )
         sampler = stateful_sampler(self._loader)
         if sampler is not None and state.get("sampler") is not None:

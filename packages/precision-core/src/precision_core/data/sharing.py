@@ -25,15 +25,19 @@ def share_out(loader: Iterable[Any], rank: int, world_size: int) -> Iterable[Any
         return loader
     way_out = "share its data out by rank yourself, and pass use_distributed_sampler=False"
     if type(loader) is not DataLoader:
-        raise ValueError(f"setup_dataloaders cannot rebuild a {type(loader).__name__} with another sampler: {way_out}")
+        raise ValueError(
+            f"setup_dataloaders cannot rebuild a {type(loader).__name__} with another sampler: {way_out}"
+            " [loader-sharing]"
+        )
     own = next((each for each in (loader.batch_sampler, _sampler(loader)) if not _is_torchs(each)), None)
     if own is not None:
-        raise ValueError(f"setup_dataloaders cannot share out a {type(own).__name__}: {way_out}")
+        raise ValueError(f"setup_dataloaders cannot share out a {type(own).__name__}: {way_out} [loader-sharing]")
     given = _sampler(loader)
     shuffles = isinstance(given, RandomSampler)
     if isinstance(given, RandomSampler) and (given.replacement or given.num_samples != len(given.data_source)):
         raise ValueError(
             f"setup_dataloaders cannot share out a RandomSampler with replacement or num_samples: {way_out}"
+            " [loader-sharing]"
         )
     sampler = EpochSampler(
         loader.dataset,

@@ -50,4 +50,4 @@ def check_all_used(
     for pattern in patterns:
         if not any(holds(pattern, name) for name in names):
             hint = nearest(pattern, names) or nearest(pattern, {name.rpartition(".")[2] for name in names})
-            raise ValueError(f"the pattern {pattern!r} matches no {what} of this model{hint}")
+            raise ValueError(f"the pattern {pattern!r} matches no {what} of this model{hint} [no-such-module]")

@@ -44,6 +44,7 @@ def check_hyperparameters(
                         f"{type(optimizer).__name__}: {name}={value:g} of param_groups[{index}] is {stored:g} in "
                         f"{dtype_name(dtype)}, which its step computes in: {_WHAT_HAPPENS[name, stored]}. Pass "
                         f'{_INSTEAD[name]}, fused=True, which computes in float32, or precision="16-mixed"'
+                        " [optimizer-option]"
                     )
 
 

@@ -16,13 +16,13 @@ _ALLOWED = "fabric.backward expects the loss, a tensor of one value that came fr
 def check_loss(loss: Any, has_gradient: bool) -> None:
     """Raises `ValueError` for what no backward can start from; `has_gradient`: one was given along with it."""
     if not isinstance(loss, Tensor):
-        raise ValueError(f"{_ALLOWED}; got {_kind(loss)}{_way_out(loss)}")
+        raise ValueError(f"{_ALLOWED}; got {_kind(loss)}{_way_out(loss)} [not-a-loss]")
     if not loss.requires_grad:
-        raise ValueError(f"{_ALLOWED}; this one has no graph: {_why_no_graph(loss)}")
+        raise ValueError(f"{_ALLOWED}; this one has no graph: {_why_no_graph(loss)} [not-a-loss]")
     if loss.numel() != 1 and not has_gradient:
         raise ValueError(
             f"{_ALLOWED}; this one has shape {tuple(loss.shape)}: reduce it with loss.mean() or loss.sum(), or pass "
-            "its gradient, fabric.backward(tensor, gradient)"
+            "its gradient, fabric.backward(tensor, gradient) [not-a-loss]"
         )
 
 

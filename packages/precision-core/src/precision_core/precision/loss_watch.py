@@ -59,7 +59,8 @@ class LossWatch:
             warnings.warn(
                 f"the loss was inf or NaN in {IN_A_ROW} steps in a row. {self._mode} skips no such step, so the "
                 "parameters are likely to be NaN by now: load the last checkpoint, then look at the data, the learning "
-                "rate, and clipping (fabric.clip_gradients with error_if_nonfinite=True raises at the first one)",
+                "rate, and clipping (fabric.clip_gradients with error_if_nonfinite=True raises at the first one)"
+                " [nonfinite-loss]",
                 stacklevel=4,
             )
 

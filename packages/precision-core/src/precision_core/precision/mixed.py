@@ -133,7 +133,7 @@ class MixedPrecision(Precision):
                 f"{self.policy.flat} trains float32 parameters, these are not: {names}. To cast them to float32 "
                 f'pass Fabric(precision="{self.policy}", upcast=True), or without Fabric MixedPrecision('
                 f'"{self.policy}", device="{self.device_type}", upcast=True); or load the model in float32 '
-                "(transformers: dtype=torch.float32), or freeze them with requires_grad_(False)"
+                "(transformers: dtype=torch.float32), or freeze them with requires_grad_(False) [half-parameters]"
             )
 
     def _check_complex(self, module: nn.Module) -> None:
@@ -146,7 +146,7 @@ class MixedPrecision(Precision):
             raise ValueError(
                 f"{self.policy.flat} scales the loss, and torch unscales no complex gradients, those of "
                 f'{listed(names)}: use precision="bf16-mixed", which does not scale, hold them as real '
-                "parameters (torch.view_as_real), or freeze them with requires_grad_(False)"
+                "parameters (torch.view_as_real), or freeze them with requires_grad_(False) [complex-parameters]"
             )
 
     # ---------------------------------------------------------------- forward

@@ -44,4 +44,4 @@ def check_runnable(policy: Policy) -> None:
     for part in (policy.flat, *(exception for _, exception in policy.exceptions)):
         for refused, reason in _REFUSED:
             if refused(part):
-                raise ValueError(f"precision={str(policy)!r} cannot run here: {reason}")
+                raise ValueError(f"precision={str(policy)!r} cannot run here: {reason} [cannot-run-here]")

@@ -32,7 +32,7 @@ def make_clip(max_norm: float | None, clip_val: float | None, norm_type: float, 
         raise ValueError(
             "clip_gradients takes exactly one of max_norm and clip_val, got "
             f"{'neither' if max_norm is None else 'both'}: pass max_norm=1.0 to limit the norm of all gradients "
-            "together, clip_val=0.5 to limit each element"
+            "together, clip_val=0.5 to limit each element [clip-arguments]"
         )
     limit = clip_val if max_norm is None else max_norm
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
@@ -67,7 +67,7 @@ def clip_unscaled(params: Sequence[nn.Parameter], clip: Clip) -> Tensor | None:
     if clip.error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(
             f"clip_gradients(error_if_nonfinite=True): the {clip.norm_type:g}-norm of the gradients is non-finite, "
-            f"{norm.item()}: look for NaN in the data or the loss"
+            f"{norm.item()}: look for NaN in the data or the loss [nonfinite-norm]"
         )
     for kind in kinds:
         _multiply(kind, clip.max_norm, norm)

@@ -24,7 +24,7 @@ def check_fused(optimizers: Iterable[Optimizer], dtype: torch.dtype, device_type
         if fused and kind in _KINDS and not _steps_right(kind, dtype, device_type):
             raise ValueError(
                 f"{kind.__name__}(fused=True) of torch {torch.__version__} does not step {dtype} parameters on "
-                f"{device_type}: pass fused=False, or foreach=True"
+                f"{device_type}: pass fused=False, or foreach=True [fused-optimizer]"
             )
 
 

@@ -101,7 +101,7 @@ class LossScaler(ScaledGradients):
             raise ValueError(
                 "clip_gradients(model) found scaled gradients that no known optimizer holds: "
                 f"{listed(map(name_of, wanted.values()), 5)}. Pass the optimizer, give it to fabric.setup, "
-                "or call requires_grad_(False) on parameters that are not trained"
+                "or call requires_grad_(False) on parameters that are not trained [scaled-gradients]"
             )
         return holders
 
@@ -127,6 +127,7 @@ class LossScaler(ScaledGradients):
         if self._last_scale is None:
             raise RuntimeError(
                 "optimizer.step() before any backward: there are no gradients yet. Call fabric.backward(loss) first"
+                " [step-before-backward]"
             )
         record.skipped = False
         if gradients:
@@ -179,7 +180,7 @@ class LossScaler(ScaledGradients):
                         param.grad = None
             raise FloatingPointError(
                 f"{type(optimizer).__name__}: inf or NaN in its closure's gradients {self._max_skips} times in a row, "
-                f"the loss scale is {self.torch_scaler.get_scale():g}. {_ADVICE}"
+                f"the loss scale is {self.torch_scaler.get_scale():g}. {_ADVICE} [no-finite-gradients]"
             )
 
         skipped = bool(record.found_inf) and record.gradients is Gradients.UNSCALED
@@ -231,5 +232,5 @@ class LossScaler(ScaledGradients):
         raise FloatingPointError(
             f"{self.counter.skipped_in_a_row} optimizer steps in a row were skipped, the loss scale is "
             f"{self.torch_scaler.get_scale():g}: inf or NaN in the gradients of "
-            f"{listed(bad, 5) or 'parameters whose gradients are gone by now'}. {_ADVICE}"
+            f"{listed(bad, 5) or 'parameters whose gradients are gone by now'}. {_ADVICE} [no-finite-gradients]"
         )

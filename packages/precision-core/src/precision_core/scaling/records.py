@@ -95,6 +95,7 @@ class Records:
             raise ValueError(
                 "LBFGS evaluates the loss several times a step and cannot run with a scaled loss: "
                 'use another optimizer, or a mode that does not scale such as precision="bf16-mixed"'
+                " [closure-optimizer]"
             )
         ours = {id(param) for param in params_of(optimizer)}
         for other, _ in self.live():
@@ -102,6 +103,7 @@ class Records:
                 raise ValueError(
                     f"{type(optimizer).__name__} and {type(other).__name__} hold the same parameter: under "
                     "a scaled loss gradients are unscaled per optimizer, so each parameter may be in one optimizer only"
+                    " [shared-parameter]"
                 )
 
     def any_scaled(self) -> bool:
@@ -133,7 +135,7 @@ class Records:
             raise RuntimeError(
                 f"the gradients of {type(optimizer).__name__} come from no scaled loss: nothing was scaled since its "
                 "last step. Call fabric.backward(loss) instead of loss.backward(); in a loop without Fabric, "
-                "precision.pre_backward(loss, model).backward()"
+                "precision.pre_backward(loss, model).backward() [unscaled-loss]"
             )
         if not self.is_scaled(optimizer, record):
             return False
@@ -144,7 +146,7 @@ class Records:
                 f"they carried the loss scale ({self._torch_scaler.get_scale():g}). Call "
                 "fabric.unscale_gradients(optimizer) before anything reads or changes p.grad, or clip with "
                 f"fabric.clip_gradients(model, optimizer, max_norm=...); zero_grad() of {type(optimizer).__name__} "
-                "drops them"
+                "drops them [changed-gradients]"
             )
         return True
 

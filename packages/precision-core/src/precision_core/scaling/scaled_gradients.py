@@ -195,7 +195,7 @@ class ScaledGradients(Scaler):
             raise ValueError(
                 f"16-mixed scales the loss, and unscales no half and no complex gradients: {listed(wrong, 5)}. They "
                 "train since fabric.setup, or came with add_param_group: freeze them with requires_grad_(False), cast "
-                'them to float32 before setup, or use precision="bf16-mixed", which does not scale'
+                'them to float32 before setup, or use precision="bf16-mixed", which does not scale [half-parameters]'
             )
 
     def teardown(self) -> None:

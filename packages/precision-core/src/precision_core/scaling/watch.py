@@ -88,7 +88,7 @@ class Watch:
             raise RuntimeError(
                 f"{type(optimizer).__name__} was about to step gradients that carry the loss scale, by a call that "
                 "went past what fabric.setup(model, optimizer) put on it: call optimizer.step() of the very object, or "
-                "without Fabric precision.optimizer_step(optimizer, model, None)"
+                "without Fabric precision.optimizer_step(optimizer, model, None) [scaled-gradients]"
             )
 
     def _check_foreign(
@@ -111,6 +111,7 @@ class Watch:
                     f"{type(optimizer).__name__} was about to step gradients that carry the loss scale. "
                     f"{type(holder).__name__}, which fabric.setup was given, holds the same parameters: call its "
                     f"step, or fabric.unscale_gradients on it before {type(optimizer).__name__} steps"
+                    " [scaled-gradients]"
                 )
         scaled = find(param for param in params if id(param) not in holders)
         if scaled is not None:
@@ -118,7 +119,7 @@ class Watch:
                 f"{type(optimizer).__name__} was not set up, and was about to step gradients that carry the loss "
                 f"scale, such as that of {self._name_of(scaled)}: give it to fabric.setup(model, optimizer), or to "
                 "fabric.setup_optimizers(optimizer) where it is made later; without Fabric call "
-                "precision.optimizer_step(optimizer, model, None)"
+                "precision.optimizer_step(optimizer, model, None) [scaled-gradients]"
             )
 
     def _check_left(self, live: list[tuple[Optimizer, Record]]) -> None:

@@ -83,7 +83,7 @@ class Attached:
             if not isinstance(optimizer, Optimizer):
                 raise ValueError(f"fabric.setup expected a torch optimizer, got a {type(optimizer).__name__}")
             if is_overridden(optimizer, "step") or any(optimizer is other for other in optimizers[:index]):
-                raise ValueError(f"this {type(optimizer).__name__} is set up already")
+                raise ValueError(f"this {type(optimizer).__name__} is set up already [set-up-twice]")
 
     def _known_params(self) -> tuple[WeakIdKeyDictionary, set[int]]:
         """Returns the parameters of models that were set up, as they were and are, and ids of what optimizers hold."""
@@ -101,7 +101,9 @@ class Attached:
         """
         target = uncompiled(model)
         if is_overridden(target, "forward"):
-            raise ValueError(f"this {type(target).__name__} is set up already; a copy of it needs no setup either")
+            raise ValueError(
+                f"this {type(target).__name__} is set up already; a copy of it needs no setup either [set-up-twice]"
+            )
         before = named_params(target)
         converted = self._strategy.setup_module(self._convert(target))
         if converted is not target is not model:  # torch.compile holds on to the one that it was given

@@ -137,7 +137,7 @@ class Strategy:
             raise ValueError(
                 f"fabric.setup got a {type(module).__name__} without values, on the meta device: "
                 f"{listed(empty, 5)}. Load them first with fabric.load_module(file, model), or give them "
-                "values of your own"
+                "values of your own [no-values]"
             )
         return module.to(self.device)
 

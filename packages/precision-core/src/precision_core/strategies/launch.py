@@ -43,6 +43,7 @@ def _script(main: ModuleType, count: int, by_hand: str) -> list[str]:
         raise RuntimeError(
             f"fabric.launch() has no script to start {times}: this one came from standard input, -c, or an "
             f"interactive session. Put it into a file, pass a function (fabric.launch(train)), or start with {by_hand}"
+            " [no-script]"
         )
     return [os.path.abspath(path)]
 

@@ -54,7 +54,7 @@ def make_layout(accelerator: str, devices: int | str | Sequence[int], num_nodes:
         raise ValueError(
             f"Fabric(devices={devices!r}, num_nodes={num_nodes}) does not fit how this process was launched: "
             f"{ranks.local_world_size} processes on each of {nodes} machines. Leave devices and num_nodes out, or "
-            f"launch with torchrun --nproc-per-node={len(indices)} --nnodes={num_nodes}"
+            f"launch with torchrun --nproc-per-node={len(indices)} --nnodes={num_nodes} [launched-otherwise]"
         )
     return Layout(device_type, indices, nodes, ranks, asked=devices != "auto")
 
@@ -75,7 +75,9 @@ def choose_type(accelerator: str) -> str:
             f"Here are: {here}"
         )
     wanted = " or ".join(ACCELERATORS[accelerator])
-    raise ValueError(f"Fabric(accelerator={accelerator!r}): torch finds no {wanted} device here. Here are: {here}")
+    raise ValueError(
+        f"Fabric(accelerator={accelerator!r}): torch finds no {wanted} device here. Here are: {here} [no-such-device]"
+    )
 
 
 def choose_indices(devices: int | str | Sequence[int], device_type: str) -> Sequence[int]:
@@ -100,7 +102,9 @@ def choose_indices(devices: int | str | Sequence[int], device_type: str) -> Sequ
     if isinstance(devices, (list, tuple)) and devices and all(type(index) is int for index in devices):
         missing = [index for index in devices if not 0 <= index < count]
         if missing:
-            raise ValueError(f"{call}: there is no {device_type} device {missing[0]}, they are 0 to {count - 1}")
+            raise ValueError(
+                f"{call}: there is no {device_type} device {missing[0]}, they are 0 to {count - 1} [no-such-device]"
+            )
         if len(set(devices)) < len(devices):
             raise ValueError(f"{call}: one process drives one device, so each may be named once")
         return list(devices)

@@ -50,7 +50,7 @@ def check_together(
             f"fabric.setup got a {kind} that holds no parameter of this {name}, nor of another model that was set up, "
             f"so nothing would train the {name}: make the {kind} over this very model's parameters(), not those of a "
             "copy or of another model. One that belongs to no model is set up by fabric.setup_optimizers(optimizer); a "
-            "model that is not to train is frozen by requires_grad_(False)"
+            "model that is not to train is frozen by requires_grad_(False) [foreign-optimizer]"
         )
 
 
@@ -67,7 +67,7 @@ def warn_apart(
             warnings.warn(
                 f"fabric.setup_optimizers got a {kind} that holds no parameter of a model that was set up, and no "
                 f"optimizer holds those of the {name}: make the {kind} over the parameters() of what fabric.setup "
-                f"returned. If the {name} is not to train, freeze it by requires_grad_(False)",
+                f"returned. If the {name} is not to train, freeze it by requires_grad_(False) [foreign-optimizer]",
                 stacklevel=4,
             )
             return

@@ -148,7 +148,7 @@ class Reducer:
                 raise RuntimeError(
                     f"{what}: requires_grad changed on rank {dist.get_rank()} after fabric.setup, and not on another "
                     "rank, which has gone on. Each rank would step gradients of its own: freeze, unfreeze and add "
-                    "parameters on all ranks, before the same forward"
+                    "parameters on all ranks, before the same forward [ranks-differ]"
                 ) from error
         all_names: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(all_names, names)
@@ -158,7 +158,7 @@ class Reducer:
                 raise RuntimeError(
                     f"rank {dist.get_rank()} and rank {rank} train other parameters of this "
                     f"{type(self._module).__name__}: {listed(sorted(differ))}. Freeze, unfreeze and add parameters on "
-                    "all ranks alike, before the same forward"
+                    "all ranks alike, before the same forward [ranks-differ]"
                 )
 
 

@@ -119,7 +119,7 @@ class Run:
             if missing
             else f"this run has {self._layout.world_size} processes, and they are not started yet"
         )
-        raise RuntimeError(f"{needs}: call fabric.launch() right after Fabric(...)")
+        raise RuntimeError(f"{needs}: call fabric.launch() right after Fabric(...) [not-launched]")
 
     def all_gather(self, data: T) -> T:
         """Returns `data`, any nesting, with each tensor as (world_size, *shape): those of all ranks, of one shape."""

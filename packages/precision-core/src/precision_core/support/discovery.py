@@ -88,7 +88,7 @@ def missing(group: str, name: str, core: Iterable[str] = ()) -> str:
     """
     extra = extra_of(group, name)
     if extra is not None:
-        return f'{_CALLS[group]} "{name}" needs precision-{extra}: {how_to_install(extra)}'
+        return f'{_CALLS[group]} "{name}" needs precision-{extra}: {how_to_install(extra)} [missing-package]'
     there = {"core has": list(core), "installed packages bring": names(group)}
     listing = "; ".join(f"{who} {', '.join(each)}" for who, each in there.items() if each)
     there_are = [*core, *known(group)]

@@ -66,7 +66,7 @@ def check_composition(precision: Precision, strategy: Strategy) -> None:
     if reason is not None:
         raise ValueError(
             f'precision="{precision.mode}" ({type(precision).__name__}) cannot run under {type(strategy).__name__} '
-            f"on {strategy.device}: {reason}"
+            f"on {strategy.device}: {reason} [cannot-run-here]"
         )
 
 
@@ -127,5 +127,5 @@ def _unknown(mode: str, base: str) -> str:
         brought = f"; installed packages bring {', '.join(here)}" if here else ""
         there_are = [*MODES, *discovery.known(discovery.PLUGINS)]
         without = str(error).removesuffix(hint(base, MODES))
-        return f"{without}{brought}{hint(base, there_are, discovery.package_of)}"
+        return f"{without}{brought}{hint(base, there_are, discovery.package_of)} [unknown-mode]"
     raise AssertionError(f"{mode!r} is not a mode of core")

@@ -146,6 +146,7 @@ class TransformerEngine:
 
 
 _ELSEWHERE = 'engine="reference" and the modes that end in -reference compute the same recipes anywhere, slowly'
+" [no-fp8-here]"
 
 
 def _norm(layer: Any, *, recipe: Recipe, dtype: torch.dtype | None, name: str) -> nn.Module:

@@ -58,7 +58,9 @@ def raise_mismatches(path: object, problems: Iterable[str]) -> None:
     problems = list(problems)
     if problems:
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CheckpointError(f"{path} does not match:\n  " + "\n  ".join(problems[:10]) + more)
+        raise CheckpointError(
+            f"{path} does not match:\n  " + "\n  ".join(problems[:10]) + more + " [checkpoint-mismatch]"
+        )
 
 
 def _would_lose(saved: torch.dtype, live: torch.dtype) -> bool:

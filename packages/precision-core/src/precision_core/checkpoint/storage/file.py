@@ -107,6 +107,7 @@ def check_header(path: Path, content: Any) -> None:
         raise CheckpointError(
             f"{path} was not written by Fabric.save: it has no {RESERVED!r} record. "
             "Read it with torch.load(path, weights_only=True) and pass the parts to load_state_dict"
+            " [foreign-checkpoint]"
         )
     if header["version"] > FORMAT_VERSION:
         raise CheckpointError(
@@ -143,11 +144,11 @@ def _read(path: Path, trust: bool) -> tuple[Any, bool]:
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{path} was not written by Fabric.save: it holds objects that torch.load(weights_only=True) "
-                "rejects. trust=True loads them, and runs whatever code the file names"
+                "rejects. trust=True loads them, and runs whatever code the file names [foreign-checkpoint]"
             ) from error
         except Exception as error:  # damage shows anywhere: zip structure, checksums, tensor sizes
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise CheckpointError(f"{path} is damaged, or not a checkpoint: {reason}") from error
+            raise CheckpointError(f"{path} is damaged, or not a checkpoint: {reason} [damaged-checkpoint]") from error
 
 
 def check_saveable(tree: Any, key: str = "", inside: tuple[int, ...] = ()) -> None:
@@ -184,4 +185,5 @@ def check_saveable(tree: Any, key: str = "", inside: tuple[int, ...] = ()) -> No
         raise ValueError(
             f"cannot save {key or 'the state'}: a {kind.__module__}.{kind.__qualname__} would be rejected by "
             f"torch.load(weights_only=True), which takes tensors, numbers, strings and containers of them. {way_out}"
+            " [cannot-save]"
         ) from error

@@ -92,7 +92,7 @@ def read(folder: Path, oldest: int = 1) -> Manifest:
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}: its save was not finished, or it was not written by Fabric.save "
-            "(torch.distributed.checkpoint.load reads folders of its own)"
+            "(torch.distributed.checkpoint.load reads folders of its own) [foreign-checkpoint]"
         ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}") from error

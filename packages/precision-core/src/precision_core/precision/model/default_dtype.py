@@ -91,7 +91,7 @@ class created_as(TorchFunctionMode):
         if not _IS_TRACED and _is_inside_compiled_call():
             raise RuntimeError(
                 f"torch.compile of torch {torch.__version__} leaves tensors that forward creates in the default dtype: "
-                "compile true modes with torch 2.12 or newer, or use a mixed mode"
+                "compile true modes with torch 2.12 or newer, or use a mixed mode [compiled-true-mode]"
             )
         super().__init__()
         self.dtype = dtype

@@ -68,7 +68,7 @@ def check_trains(module: nn.Module, cast: torch.dtype, policy: Policy, optimizer
             raise RuntimeError(
                 f"this {type(module).__name__} was cast to {dtype_name(cast)} after fabric.setup, and {reason}: cast "
                 f'it back with model.to(torch.{params}), or train it in Fabric(precision="{true}"). To evaluate it as '
-                "it is, run it under torch.no_grad()"
+                "it is, run it under torch.no_grad() [cast-after-setup]"
             )
 
 

@@ -63,7 +63,7 @@ class EffectivePolicies:
             if self.of(other).params is not self.of(name).params:
                 raise ValueError(
                     f"{other} and {name} are one tied parameter, but the policy stores it as {self.of(other).params} "
-                    f"and as {self.of(name).params}: name both modules in the exception, or neither"
+                    f"and as {self.of(name).params}: name both modules in the exception, or neither [tied-exception]"
                 )
 
     def _check_roots(self, modules: dict[str, nn.Module]) -> None:
@@ -74,7 +74,7 @@ class EffectivePolicies:
             if is_root and self.by_name[name] != self.by_name[other]:
                 raise ValueError(
                     f"{other} and {name} are one shared module, but the policy runs it as {self.by_name[other]} "
-                    f"and as {self.by_name[name]}: name both in the exception, or neither"
+                    f"and as {self.by_name[name]}: name both in the exception, or neither [tied-exception]"
                 )
             around = name.rpartition(".")[0]
             if name and is_root and isinstance(modules[around], nn.MultiheadAttention):

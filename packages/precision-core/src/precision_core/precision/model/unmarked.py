@@ -59,7 +59,7 @@ def watching(name: str, device_type: str, mode: str) -> Callable[..., Callable[.
                     _said.add(type(self))
                     warnings.warn(
                         f"{type(self).__name__}.{name} runs its layers in float32, since only forward runs in {mode}: "
-                        f"{cure}, or run it in `with fabric.autocast():`",
+                        f"{cure}, or run it in `with fabric.autocast():` [unmarked-method]",
                         stacklevel=4,  # past contextlib and the wrapper
                     )
 
