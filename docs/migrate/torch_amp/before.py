@@ -20,10 +20,9 @@ def train(steps=10):
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        if scaler.get_scale() >= scale:  # the step was not skipped; on a GPU this waits
+        if scaler.get_scale() >= scale:  # not skipped; on a GPU this waits
             scheduler.step()
         losses.append(loss.item())
-    torch.save(
-        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, "last.ckpt"
-    )
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    torch.save(state, "last.ckpt")
     return losses, [param.detach() for param in model.parameters()]

@@ -104,7 +104,7 @@ def test_the_message_says_who_wrote_it_and_the_first_ten_differences(path: Path)
     lines = str(error.value).splitlines()
     assert lines[0] == f"{path} (policy 64-true, torch {torch.__version__}) does not match:"
     assert lines[1] == "  model.0.weight: shape (2, 2) in the checkpoint, (3, 2) in the model" and len(lines) == 12
-    assert lines[11] == "  ... and 6 more"
+    assert lines[11] == "  ... and 6 more [checkpoint-mismatch]"
 
 
 # ---------------------------------------------------------------- several processes

@@ -79,7 +79,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_name() -> N
     ]:
         with pytest.raises(ValueError) as error:
             check_all_used(["lm_head", pattern], names, "module")
-        assert str(error.value) == f"the pattern {pattern!r} matches no module of this model{hint}"
+        assert str(error.value) == f"the pattern {pattern!r} matches no module of this model{hint} [no-such-module]"
 
 
 def test_a_pattern_may_be_asked_to_cover_instead_of_match() -> None:

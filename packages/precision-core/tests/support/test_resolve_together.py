@@ -21,7 +21,7 @@ def test_a_plugin_for_another_device_is_refused_with_the_call_that_is_right() ->
         Fabric(accelerator="cpu", precision=MixedPrecision("bf16-mixed"))
     assert str(error.value) == (
         'precision="bf16-mixed" (MixedPrecision) cannot run under SingleDeviceStrategy on cpu: it was made for '
-        "'cuda': pass MixedPrecision('bf16-mixed', device=\"cpu\"), or the mode as a string"
+        "'cuda': pass MixedPrecision('bf16-mixed', device=\"cpu\"), or the mode as a string [cannot-run-here]"
     )
 
 

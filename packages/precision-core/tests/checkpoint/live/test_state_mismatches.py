@@ -83,7 +83,11 @@ def test_all_problems_are_named_ten_at_most() -> None:
     with pytest.raises(CheckpointError) as error:
         load({"m": net(*[2] * 8)}, {"m": {}})
     lines = str(error.value).splitlines()
-    assert len(lines) == 12 and lines[10] == "  m.4.bias: missing in the checkpoint" and lines[11] == "  ... and 4 more"
+    assert (
+        len(lines) == 12
+        and lines[10] == "  m.4.bias: missing in the checkpoint"
+        and lines[11] == "  ... and 4 more [checkpoint-mismatch]"
+    )
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,8 @@ def test_it_is_said_once_a_class_with_the_cure(mode: str) -> None:
     (warning,) = messages(lambda: model.training_step(X))
     assert warning.filename == __file__ and str(warning.message) == (
         f"Fresh.training_step runs its layers in float32, since only forward runs in {mode}: call "
-        'fabric.mark_forward_method(model, "training_step") after setup, or run it in `with fabric.autocast():`'
+        'fabric.mark_forward_method(model, "training_step") after setup, or run it in `with fabric.autocast():` '
+        "[unmarked-method]"
     )
     assert model.seen == [torch.float32] and messages(lambda: model.training_step(X)) == []
     assert len(messages(lambda: other.training_step(X))) == 1  # another class, of the same name
