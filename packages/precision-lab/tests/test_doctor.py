@@ -125,7 +125,9 @@ def test_packages_libraries_and_what_is_missing(install):
         for name in (name for extra, known in extras.items() for name in known if f"precision-{extra}" in missing):
             each = missing[f"precision-{discovery.extra_of(group, name)}"]
             if name in each["names"]:
-                assert discovery.missing(group, name).endswith(f"needs {each['package']}: {each['install']}")
+                assert discovery.missing(group, name).endswith(
+                    f"needs {each['package']}: {each['install']} [missing-package]"
+                )
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 CODES: dict[str, str] = {
     # what is asked for
     "unknown-mode": "no mode of that name is here",
+    "unknown-strategy": "no strategy of that name is here",
     "missing-package": "the mode or strategy comes from a package that is not installed",
     "cannot-run-here": "this precision does not run on this device or under this strategy",
     "no-such-device": "torch does not find the device that was asked for",

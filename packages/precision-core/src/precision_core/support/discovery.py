@@ -93,7 +93,8 @@ def missing(group: str, name: str, core: Iterable[str] = ()) -> str:
     listing = "; ".join(f"{who} {', '.join(each)}" for who, each in there.items() if each)
     there_are = [*core, *known(group)]
     meant = hint(name, there_are, package_of) if group == PLUGINS else nearest(name, there_are)
-    return f'{_CALLS[group]} "{name}" is unknown{": " * bool(listing)}{listing}{meant}'
+    code = " [unknown-mode]" if group == PLUGINS else " [unknown-strategy]"
+    return f'{_CALLS[group]} "{name}" is unknown{": " * bool(listing)}{listing}{meant}{code}'
 
 
 def how_to_install(extra: str) -> str:
