@@ -6,6 +6,7 @@ style sheets, and that each page has its Markdown twin, in llms.txt too. Standar
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -69,6 +70,7 @@ def is_foreign(address: str) -> bool:
 
 def problems(site: Path) -> list[str]:
     """Returns a line for each address of another host that is loaded, each dead link, and each missing twin."""
+    site = site.resolve()
     pages = {path: Page(path.read_text()) for path in sorted(site.rglob("*.html"))}
     found = []
     for path, page in pages.items():
@@ -76,7 +78,7 @@ def problems(site: Path) -> list[str]:
         found += [f"{name} loads {address}" for address in page.loads if is_foreign(address)]
         if name == "404.html":  # its links are from the root of whatever host it lies on
             continue
-        for link in [*page.links, *page.loads]:
+        for link in dict.fromkeys([*page.links, *page.loads]):
             if reason := _dead(link, path, pages):
                 found.append(f"{name} links to {link}: {reason}")
         if not path.with_suffix(".md").exists():
@@ -92,13 +94,12 @@ def _dead(link: str, path: Path, pages: dict[Path, Page]) -> str:
     if re.match(r"[a-z]+:|//", link):
         return ""
     address, anchor = urldefrag(link)
-    target = (path.parent / unquote(address)).resolve() if address else path.resolve()
-    known = {each.resolve(): page for each, page in pages.items()}
+    target = Path(os.path.normpath(path.parent / unquote(address))) if address else path
     if target.is_dir():
         target /= "index.html"
     if not target.exists():
         return "there is no such file"
-    if anchor and target in known and unquote(anchor) not in known[target].ids:
+    if anchor and target in pages and unquote(anchor) not in pages[target].ids:
         return "the page has no such anchor"
     return ""
 
