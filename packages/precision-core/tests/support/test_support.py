@@ -112,9 +112,9 @@ def test_what_nobody_knows_is_an_error(arguments: tuple[object, ...], message: s
 
 def test_what_is_known_but_not_installed_is_a_no_that_says_what_to_install() -> None:
     answer = supports("nf4", "cpu")
-    assert answer == Support("no", f'precision "nf4" needs precision-bnb: {how_to_install("bnb")}')
+    assert answer == Support("no", f'precision "nf4" needs precision-bnb: {how_to_install("bnb")} [missing-package]')
     answer = supports("bf16-mixed", "cpu", "fsdp")
-    assert answer == Support("no", f'strategy "fsdp" needs precision-fsdp: {how_to_install("fsdp")}')
+    assert answer == Support("no", f'strategy "fsdp" needs precision-fsdp: {how_to_install("fsdp")} [missing-package]')
 
 
 ROWS = """
