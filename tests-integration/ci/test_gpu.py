@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ HEAD = 'wheels = "wheels"\npython = "3.12"\nmost-mib = 1\n\n[brings]\n'
 
 def gpu(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "ci" / "gpu.py", *arguments]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def slices_of(folder: Path, *tables: str) -> Path:
@@ -106,7 +107,7 @@ def test_a_dry_run_is_a_script_that_runs_the_steps(tmp_path: Path) -> None:
     step = code("says what it has", told).replace(" }", ", environment = { A = 'a b' } }")
     slices = slices_of(tmp_path, f"name = 'one'\nminutes = 1\nsteps = [{step}]")
     script = gpu("--dry-run", "--slices", slices, "--out", tmp_path / "out").stdout
-    ran = subprocess.run(["sh", "-e", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(["sh", "-e", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert (ran.stdout, ran.stderr) == (f"{sys.executable} 1 a b\n", "")
 
 
@@ -136,7 +137,7 @@ def test_wrong():
 
 def test_slow():
     pathlib.Path(os.environ["PID"]).write_text(str(os.getpid()))
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -174,8 +175,11 @@ def check_what_was_written(folder: Path, result: str) -> None:
 
 
 def test_a_slice_that_runs_out_of_time_has_written_what_it_had(tmp_path: Path) -> None:
-    file = a_slow_slice(tmp_path, minutes=0.15)
-    done = gpu("slow", "--slices", file, "--out", tmp_path / "out")
+    for minutes in (0.15, 0.5, 2.0):  # on a busy machine pytest is not at the slow test after nine seconds
+        done = gpu("slow", "--slices", a_slow_slice(tmp_path, minutes), "--out", tmp_path / "out")
+        if (tmp_path / "pid").exists():
+            break
+        shutil.rmtree(tmp_path / "out")
     assert done.returncode == 1 and done.stderr == ""
     check_what_was_written(tmp_path, "out of time")
 

@@ -20,7 +20,7 @@ from precision_fsdp.unsynced import Unsynced
 MESSAGE = (
     "SGD.step() would ignore unsynced gradients, accumulated in fabric.no_backward_sync: first.weight, first.bias, "
     "blocks.0.weight, blocks.0.bias, blocks.1.weight and 3 more. Run the last backward of an accumulation outside of "
-    "it, or drop them with zero_grad()"
+    "it, or drop them with zero_grad() [unsynced-gradients]"
 )
 
 

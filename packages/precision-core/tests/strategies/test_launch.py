@@ -14,7 +14,7 @@ import pytest
 
 from precision_core import Fabric
 
-LIMIT = 120  # seconds; importing torch alone takes several on a busy machine
+LIMIT = 600  # seconds; importing torch alone takes twenty on a machine where forty others run
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -347,5 +347,8 @@ def test_what_was_typed_in_launches_functions_and_is_told_what_else_to_do(
     assert "pass a function (fabric.launch(train))" in said["script"]
     assert "no script to start again" in said["variables"] and "start with BEADS=7" in said["variables"]
     assert said["world"] == [2, 0, True]
-    not_started = "this run has 2 processes, and they are not started yet: call fabric.launch() right after Fabric(...)"
+    not_started = (
+        "this run has 2 processes, and they are not started yet: call fabric.launch() right after Fabric(...) "
+        "[not-launched]"
+    )
     assert said["setup"] == said["barrier"] == said["all_reduce"] == not_started
