@@ -279,7 +279,7 @@ def test_the_repacked_copy_goes_with_the_weights(change: str) -> None:
         elif change == "assign":
             layer.weight = nn.Parameter(other.weight.clone(), requires_grad=False)
         else:
-            layer.weight.data.copy_(other.weight)  # leaves no trace
+            layer.weight.detach().data.copy_(other.weight)  # leaves no trace
             layer.to("cpu")
         assert torch.equal(layer(x), other(x)) and not torch.equal(layer(x), before)
 

@@ -254,7 +254,7 @@ def test_nothing_to_convert_is_an_error() -> None:
         plugin.convert_module(nn.Sequential(nn.LayerNorm(4)))
     with pytest.raises(ValueError, match="left alone: 0: excluded by '0'"):
         BitsandbytesPrecision("nf4", ignore_modules={"0"}).convert_module(nn.Sequential(nn.Linear(4, 4)))
-    assert type(BitsandbytesPrecision("nf4").convert_module(nn.Linear(4, 4))) is QuantizedLinear
+    assert isinstance(BitsandbytesPrecision("nf4").convert_module(nn.Linear(4, 4)), QuantizedLinear)
 
 
 def test_a_frozen_model_takes_the_scaler_from_none_that_trains() -> None:
@@ -269,7 +269,7 @@ def test_a_frozen_model_takes_the_scaler_from_none_that_trains() -> None:
 def test_it_is_sent_to_other_processes() -> None:
     plugin = pickle.loads(pickle.dumps(BitsandbytesPrecision("nf4", torch.float32, ignore_modules={"head"})))
     model = plugin.convert_module(Model())
-    assert type(model.head) is nn.Linear and type(model.lm_head) is QuantizedLinear
+    assert type(model.head) is nn.Linear and isinstance(model.lm_head, QuantizedLinear)
     assert plugin.storage(model.lm_head.weight) is None and plugin.policy.compute is torch.float32
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4
 from torch import Tensor, nn
 
@@ -66,6 +67,15 @@ def pack_bnb_layer(layer: nn.Linear, layout: Layout) -> Tensor | None:
         return None if codes is None or scales is None else packed_int8(layout, codes, scales)
     state = _state_of(layer)
     return None if state is None else packed_4bit(layout, layer.weight, state)
+
+
+def float_dtype_of(layer: nn.Linear) -> torch.dtype:
+    """Returns the dtype that bitsandbytes dequantises the layer's weight to; that of its floats if it still has them."""
+    state = _state_of(layer)
+    if state is not None:
+        dtype: torch.dtype = state.dtype
+        return dtype
+    return layer.weight.dtype if layer.weight.is_floating_point() else torch.float32
 
 
 def floats_of(layer: nn.Linear) -> nn.Parameter:

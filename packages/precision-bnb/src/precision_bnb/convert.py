@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize
 
 from precision_bnb import adopt, fast
 from precision_bnb.adapters import ADAPTERS, tell_peft_of_conv1d, trains_in_peft
-from precision_bnb.config import BitsAndBytesConfig
-from precision_bnb.layers import Int8TrainingLinear, Quantized, QuantizedEmbedding, QuantizedLinear
+from precision_bnb.config import COMPUTE_DTYPES, BitsAndBytesConfig
+from precision_bnb.layers import LINEARS, Int8TrainingLinear, Quantized, QuantizedEmbedding, QuantizedLinear
 from precision_bnb.lookalikes import differs_from_linear, linear_kinds
 from precision_bnb.packed import Format, Layout
 from precision_bnb.quantizing import check_floating, check_values
@@ -163,9 +163,11 @@ class _Maker:
         rows, columns = reversed(layer.weight.shape) if transposed else layer.weight.shape
         layout = Layout(self.format, rows, columns)
         packed = quantize_weight(layer.weight, self.format, transposed=transposed, device=self.device)
-        return self._made(packed, layer, layout, transposed)
+        return self._made(packed, layer, layout, layer.weight.dtype, transposed)
 
-    def _made(self, packed: Tensor, layer: nn.Module, layout: Layout, transposed: bool = False) -> QuantizedLinear:
+    def _made(
+        self, packed: Tensor, layer: nn.Module, layout: Layout, floats: torch.dtype, transposed: bool = False
+    ) -> QuantizedLinear:
         bias = layer.bias
         assert bias is None or isinstance(bias, nn.Parameter)
         return QuantizedLinear(
@@ -176,6 +178,7 @@ class _Maker:
             threshold=float(self.config.llm_int8_threshold),
             fast_inference=self.config.fast_inference,
             transposed=transposed,
+            float_dtype=floats if floats in COMPUTE_DTYPES else torch.float32,
         )
 
     def embedding(self, layer: nn.Module) -> nn.Module:
@@ -196,11 +199,12 @@ class _Maker:
             adopt.strip_bnb_state(layer)
             return self._training(weight, layer.bias)
         layout = Layout(self.format, layer.out_features, layer.in_features)
+        floats = adopt.float_dtype_of(layer)
         packed = adopt.pack_bnb_layer(layer, layout)
         if packed is None:
             packed = quantize_weight(adopt.floats_of(layer), self.format, device=self.device)
         adopt.strip_bnb_state(layer)
-        return self._made(packed, layer, layout)
+        return self._made(packed, layer, layout, floats)
 
     def _check_adopted(self, name: str, layer: nn.Module) -> str | None:
         """Raises `ValueError` for one that is quantised in another way, while nothing is changed yet."""
@@ -300,7 +304,7 @@ def dequantize(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
         return new
 
     table = {
-        QuantizedLinear: Replacement(linear, packs=True),
+        **dict.fromkeys(LINEARS, Replacement(linear, packs=True)),
         QuantizedEmbedding: Replacement(embedding, packs=True),
         Int8TrainingLinear: Replacement(training),
     }

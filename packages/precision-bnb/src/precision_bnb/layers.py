@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from precision_bnb import fast
 from precision_bnb.loading import load_packed
 from precision_bnb.packed import NESTED_BLOCK, Format, Layout
+from precision_bnb.params import as_packed
 from precision_bnb.products import product, training_product
 from precision_bnb.quantizing import dequantize, make_codes, nested_code, pairs_of
+from precision_bnb.vendors import As4bit, As8bit
 from precision_bnb.views import Views
 
 
@@ -34,6 +36,8 @@ class Quantized(nn.Module):
     weight: Tensor
     layout: Layout
     compute_dtype: torch.dtype
+    float_dtype: torch.dtype = torch.float32
+    """The dtype that was quantised, which bitsandbytes dequantises to where peft or transformers ask it to."""
     transposed: bool = False
     """Whether float checkpoints have (columns, rows), as Hugging Face's Conv1D does."""
     loads_unsharded = ("weight",)
@@ -53,6 +57,13 @@ class Quantized(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns the weight as floats, (rows, columns) as `nn.Linear` has them; `ValueError` for other dtypes."""
         return dequantize(self._checked_weight(), self.layout, dtype)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Registers a parameter; a weight that bitsandbytes has quantised, by peft's merge for example, is packed."""
+        if name == "weight" and param is not None:
+            param = as_packed(param, self.layout, self.float_dtype)
+            self.forget()
+        super().register_parameter(name, param)
 
     def reset_parameters(self) -> None:
         """Raises `RuntimeError`: there are no initial values for packed weights."""
@@ -107,7 +118,7 @@ class Quantized(nn.Module):
             if tensor is not weight:
                 return fn(tensor)
             held = tensor.detach()
-            if type(tensor.data) is Tensor:  # shards cannot be viewed in another dtype
+            if type(held) is Tensor:  # shards cannot be viewed in another dtype
                 held = held.view(torch.uint8)
             moved = fn(held)
             if moved.dtype is not held.dtype:  # module.type(dtype) casts integers, too
@@ -126,6 +137,7 @@ class Quantized(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         restore: Any = super().__setstate__  # torch has no types for it
         restore(state)
+        self.weight = self._parameters["weight"]  # which comes as a plain parameter
         make_codes(self.format, self.weight.device)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -137,9 +149,12 @@ class Quantized(nn.Module):
             errors.append(f"{prefix}weight: {error}")
             return
         self.forget()
-        if f"{prefix}weight" in own and type(self.weight.data) is Tensor and not self._is_intact():
+        if f"{prefix}weight" in own and type(self.weight.detach()) is Tensor and not self._is_intact():
             self.weight.data = self.layout.empty(self.weight.device)
-        super()._load_from_state_dict(own, prefix, *args)
+        nn.Module._load_from_state_dict(self, own, prefix, *args)  # bitsandbytes' layers have their own
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
 
 
 def _rows(x: Tensor, layer: QuantizedLinear | Int8TrainingLinear) -> Tensor:
@@ -167,8 +182,18 @@ class QuantizedLinear(Quantized, nn.Linear):
     """x (..., in) -> (..., out) with 4- or 8-bit weights, in `compute_dtype`; the result has the dtype of `x`.
 
     Under autocast the result is in autocast's dtype. `threshold` is LLM.int8()'s, for int8 weights in evaluation.
-    `fast_inference` evaluates by the CPU's fused kernel where its shapes allow it.
+    `fast_inference` evaluates by the CPU's fused kernel where its shapes allow it. A new one is a `QuantizedLinear4bit`
+    or a `QuantizedLinear8bit`, which are bitsandbytes' `Linear4bit` and `Linear8bitLt` to others.
     """
+
+    threshold: float = 0.0
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> QuantizedLinear:
+        """Chooses the class by the layout; those that are copied and unpickled have theirs already."""
+        if cls is QuantizedLinear and (args or kwargs):
+            layout: Layout = kwargs["layout"] if "layout" in kwargs else args[2]
+            cls = QuantizedLinear8bit if layout.format.quant_type == "int8" else QuantizedLinear4bit
+        return object.__new__(cls)
 
     def __init__(
         self,
@@ -180,10 +205,12 @@ class QuantizedLinear(Quantized, nn.Linear):
         threshold: float = 0.0,
         fast_inference: bool = False,
         transposed: bool = False,
+        float_dtype: torch.dtype = torch.float32,
     ) -> None:
         nn.Module.__init__(self)
         make_codes(layout.format, weight.device)
         self.in_features, self.out_features = layout.columns, layout.rows
+        self.float_dtype = float_dtype
         self.layout = layout
         self.compute_dtype = compute_dtype
         self.threshold = threshold
@@ -223,6 +250,18 @@ class QuantizedLinear(Quantized, nn.Linear):
         """Arguments of the layer for `print(model)`."""
         bias = self.bias is not None
         return f"{self.in_features}, {self.out_features}, bias={bias}, {self.format}, compute={self.compute_dtype}"
+
+
+class QuantizedLinear4bit(QuantizedLinear, As4bit):
+    """A `QuantizedLinear` of 4 bits, and bitsandbytes' `Linear4bit` to whoever asks for that."""
+
+
+class QuantizedLinear8bit(QuantizedLinear, As8bit):
+    """A `QuantizedLinear` of 8 bits, and bitsandbytes' `Linear8bitLt` to whoever asks for that."""
+
+
+LINEARS: tuple[type[QuantizedLinear], ...] = (QuantizedLinear4bit, QuantizedLinear8bit)
+"""The classes that a `QuantizedLinear` may have."""
 
 
 class QuantizedEmbedding(Quantized, nn.Embedding):

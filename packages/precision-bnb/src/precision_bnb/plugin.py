@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from precision_bnb import fast
 from precision_bnb.adopt import how_to_ask_for
@@ -19,6 +18,7 @@ from precision_bnb.config import COMPUTE_DTYPES, BitsAndBytesConfig
 from precision_bnb.convert import adopt_raw, check_embeddings, converted, format_of, quantize
 from precision_bnb.layers import Quantized, QuantizedEmbedding, QuantizedLinear
 from precision_bnb.meta import parameters_on_meta
+from precision_bnb.params import is_packed
 from precision_bnb.quantizing import make_codes
 from precision_bnb.share import left_out, quantised_share
 from precision_bnb.support import DEVICES, compute_dtype
@@ -90,13 +90,8 @@ class BitsandbytesPrecision(Wrapping):
         self.policy = self.wrapped.policy
 
     @cached_property
-    def _packed(self) -> WeakIdKeyDictionary:
-        """Parameters that are packed weights; created on first use, so that a new plugin pickles."""
-        return WeakIdKeyDictionary()
-
-    @cached_property
     def _prepared(self) -> WeakKeyDictionary[nn.Module, Report]:
-        """What `before_load` quantised."""
+        """What `before_load` quantised; created on first use, so that a new plugin pickles."""
         return WeakKeyDictionary()
 
     # ---------------------------------------------------------------- settings
@@ -158,7 +153,7 @@ class BitsandbytesPrecision(Wrapping):
 
     def storage(self, param: nn.Parameter) -> torch.dtype | None:
         """Returns the dtype that the base stores `param` in; None for packed weights, which are never cast."""
-        return None if param in self._packed else super().storage(param)
+        return None if is_packed(param) else super().storage(param)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Quantises the layers, one after another and in place, casts the rest as `base` says, and returns the module.
@@ -193,7 +188,7 @@ class BitsandbytesPrecision(Wrapping):
         self._choose_base(trains=any(param.requires_grad for model in models for param in model.parameters()))
         self._set_up_layers(module)
         vectors = [item for model in models if self.policy.mixed for item in self._widen_vectors(model)]
-        with hidden_parameters(module, self._packed.__contains__):
+        with hidden_parameters(module, is_packed):
             self.wrapped.convert_module(module)
         rest, experts = self.wrapped.report, left_out(module)
         self.report = Report(
@@ -297,8 +292,6 @@ class BitsandbytesPrecision(Wrapping):
         self._set_devices(module)
         for name, layer in converted(module):
             layer.shown = f"{type(layer).__name__}{f' {name!r}' * bool(name)}"
-            if isinstance(layer, Quantized):
-                self._packed[layer.weight] = True
             # What base's own embeddings would return; linear layers return what they are given.
             is_embedding = isinstance(layer, QuantizedEmbedding)
             layer.compute_dtype = self.policy.params if is_embedding else self._compute_dtype(self._device_type)

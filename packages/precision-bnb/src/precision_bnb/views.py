@@ -30,12 +30,14 @@ class Views:
         FSDP frees the memory of a gathered weight and may take other memory for the next one. The views of freed memory
         have no address.
         """
-        return (
-            type(packed) is nn.Parameter
-            and self.parts.codes.data_ptr() == packed.data_ptr()
-            and packed.dtype is self._dtype
-            and packed.shape == self._shape
-        )
+        if not issubclass(type(packed), nn.Parameter):
+            return False
+        with torch._C.DisableTorchFunctionSubclass():
+            return (
+                self.parts.codes.data_ptr() == packed.data_ptr()
+                and packed.dtype is self._dtype
+                and packed.shape == self._shape
+            )
 
     def state(self, dtype: torch.dtype) -> tuple[Tensor, Any]:
         """Returns codes as bitsandbytes' 4-bit calls take them, and its `QuantState` for inputs of that dtype."""

@@ -25,10 +25,10 @@ def send(tensors: Iterable[Tensor], device: torch.device) -> None:
     """
     moved = [tensor for tensor in tensors if not tensor.is_meta and tensor.numel()]
     for tensor in moved:
-        tensor.data = tensor.data.to(device)
+        tensor.data = tensor.detach().to(device)  # packed weights show less of themselves as `data`
     if dist.get_world_size() == 1 or not moved:
         return
-    values = [_unexpanded(tensor.data) for tensor in moved]
+    values = [_unexpanded(tensor.detach()) for tensor in moved]
     for each, differs in zip(values, _differing([_bytes(each) for each in values]), strict=True):
         if differs:
             sent = each.contiguous()

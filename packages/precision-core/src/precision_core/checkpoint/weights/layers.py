@@ -194,7 +194,7 @@ def _detach_from_file(module: nn.Module, values: Iterable[Tensor]) -> None:
     mapped = {value.untyped_storage().data_ptr() for value in values}
     for tensor in named_tensors(module).values():
         if not tensor.is_meta and tensor.untyped_storage().data_ptr() in mapped:
-            tensor.data = tensor.data.clone()
+            tensor.data = tensor.detach().clone()  # of packed weights, `data` may be a part
 
 
 def prefix_of(module_name: str) -> str:

@@ -76,7 +76,7 @@ def _computes(policy: Policy, mode: str) -> str:
 def module_bytes(module: nn.Module) -> int:
     """Returns the bytes of all parameters and buffers, shared ones counted once, lazy ones not yet."""
     tensors = [*module.parameters(), *module.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if not is_lazy(tensor))
+    return sum(tensor.nbytes for tensor in tensors if not is_lazy(tensor))
 
 
 def _mib(count: int) -> str:
