@@ -86,7 +86,7 @@ def test_one_that_computes_what_linear_does_is_quantised_as_that(mode: str, kind
     for model in (mine, plain):
         plugin.convert_module(model).eval()
     assert torch.equal(torch.get_rng_state(), random)
-    assert type(mine.layer) is (Int8TrainingLinear if mode == "int8-training" else QuantizedLinear)
+    assert isinstance(mine.layer, Int8TrainingLinear if mode == "int8-training" else QuantizedLinear)
     assert torch.equal(mine(x), plain(x)) and mine.state_dict().keys() == plain.state_dict().keys()
 
 

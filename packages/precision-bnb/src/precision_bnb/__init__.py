@@ -13,6 +13,7 @@ from precision_bnb.config import BitsAndBytesConfig as BitsAndBytesConfig
 if TYPE_CHECKING:
     from precision_bnb.convert import dequantize as dequantize
     from precision_bnb.convert import quantize as quantize
+    from precision_bnb.export import bitsandbytes_state_dict as bitsandbytes_state_dict
     from precision_bnb.layers import Int8TrainingLinear as Int8TrainingLinear
     from precision_bnb.layers import QuantizedEmbedding as QuantizedEmbedding
     from precision_bnb.layers import QuantizedLinear as QuantizedLinear
@@ -25,6 +26,7 @@ _LATER = {
     "QuantizedEmbedding": "layers",
     "QuantizedLinear": "layers",
     "BitsandbytesPrecision": "plugin",
+    "bitsandbytes_state_dict": "export",
 }
 """Public name -> the module that has it, and imports bitsandbytes."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -170,6 +171,7 @@ class _Maker:
     ) -> QuantizedLinear:
         bias = layer.bias
         assert bias is None or isinstance(bias, nn.Parameter)
+        source = getattr(layer, "source_cls", nn.Linear) if isinstance(layer, adopt.BNB_LAYERS) else type(layer)
         return QuantizedLinear(
             packed,
             bias,
@@ -179,6 +181,7 @@ class _Maker:
             fast_inference=self.config.fast_inference,
             transposed=transposed,
             float_dtype=floats if floats in COMPUTE_DTYPES else torch.float32,
+            source_cls=source,
         )
 
     def embedding(self, layer: nn.Module) -> nn.Module:
@@ -312,4 +315,6 @@ def dequantize(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modu
     if not surgery.report.converted:
         raise ValueError(f"dequantize: this {type(module).__name__} has no quantised layer")
     tell_peft_of_conv1d(surgery.module, _conv1d())
+    if "precision_bnb.huggingface" in sys.modules:
+        import_module("precision_bnb.huggingface").unmark(surgery.module)
     return surgery.module

@@ -187,6 +187,8 @@ class QuantizedLinear(Quantized, nn.Linear):
     """
 
     threshold: float = 0.0
+    source_cls: type[nn.Module]
+    """The class of the float layer; transformers' name for it."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> QuantizedLinear:
         """Chooses the class by the layout; those that are copied and unpickled have theirs already."""
@@ -206,11 +208,12 @@ class QuantizedLinear(Quantized, nn.Linear):
         fast_inference: bool = False,
         transposed: bool = False,
         float_dtype: torch.dtype = torch.float32,
+        source_cls: type[nn.Module] = nn.Linear,
     ) -> None:
         nn.Module.__init__(self)
         make_codes(layout.format, weight.device)
         self.in_features, self.out_features = layout.columns, layout.rows
-        self.float_dtype = float_dtype
+        self.float_dtype, self.source_cls = float_dtype, source_cls
         self.layout = layout
         self.compute_dtype = compute_dtype
         self.threshold = threshold

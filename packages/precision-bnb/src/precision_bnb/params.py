@@ -28,8 +28,13 @@ _MEMORY: Any = Tensor.data
 class _Packed(nn.Parameter):
     """What both classes have in common; `_layout` says what is where, `_floats` the dtype that was quantised."""
 
+    vendors: type[nn.Parameter]
     _layout: Layout
     _floats: torch.dtype
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """What is made anew, as peft does by `type(weight)(floats)`, is bitsandbytes' own until a layer takes it."""
+        return cls.vendors(*args, **kwargs)
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
@@ -95,6 +100,8 @@ def _is_vendors(func: Any, args: Any) -> bool:
 class Params4bit(_Packed, bnb.nn.Params4bit):
     """Packed 4-bit weights, as bitsandbytes' parameter."""
 
+    vendors = bnb.nn.Params4bit
+
     def _codes(self, memory: Tensor) -> Tensor:
         codes, storage = self._layout.parts(memory).codes, memory.dtype
         return (codes.view(storage) if codes.numel() % storage.itemsize == 0 else codes).view(-1, 1)
@@ -118,6 +125,8 @@ class Params4bit(_Packed, bnb.nn.Params4bit):
 class Int8Params(_Packed, bnb.nn.Int8Params):
     """Packed 8-bit weights, as bitsandbytes' parameter."""
 
+    vendors = bnb.nn.Int8Params
+
     def _codes(self, memory: Tensor) -> Tensor:
         return self._layout.parts(memory).codes
 
@@ -127,12 +136,6 @@ class Int8Params(_Packed, bnb.nn.Int8Params):
     def SCB(self) -> Tensor:
         """The scales (rows,), a view."""
         return self._layout.parts(self.detach()).scales
-
-
-_KINDS: tuple[tuple[type[_Packed], type[nn.Parameter]], ...] = (
-    (Params4bit, bnb.nn.Params4bit),
-    (Int8Params, bnb.nn.Int8Params),
-)
 
 
 def is_packed(param: Any) -> bool:
@@ -149,8 +152,8 @@ def as_packed(param: nn.Parameter, layout: Layout, floats: torch.dtype) -> nn.Pa
     Raises:
         ValueError: a parameter of bitsandbytes that is quantised in another way.
     """
-    kind, vendors = _KINDS[layout.format.quant_type == "int8"]
-    if isinstance(param, vendors) and not is_packed(param):
+    kind: type[_Packed] = Int8Params if layout.format.quant_type == "int8" else Params4bit
+    if isinstance(param, kind.vendors) and not is_packed(param):
         param = nn.Parameter(_pack(param, layout), requires_grad=False)
     fits = param.shape == layout.shape and param.dtype is layout.format.storage
     return _as(kind, param, layout, floats) if type(param) is nn.Parameter and fits else param
@@ -165,7 +168,7 @@ def _as(kind: type[_Packed], param: nn.Parameter, layout: Layout, floats: torch.
         new.has_fp16_weights = False
     else:  # what peft passes on as keywords when it quantises merged weights
         new.blocksize, new.quant_type, new.quant_storage = format.block_size, format.quant_type, format.storage
-        new.compress_statistics, new.bnb_quantized = format.double_quant, True
+        new.compress_statistics, new.bnb_quantized, new.module = format.double_quant, True, None
     return param
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -200,6 +202,7 @@ class BitsandbytesPrecision(Wrapping):
             bytes_after=module_bytes(module),
             lead=quantised_share(module),
         )
+        self._mark(module)
         self.remember(module)
         return module
 
@@ -212,6 +215,12 @@ class BitsandbytesPrecision(Wrapping):
         if planned and planned != ["(root)"]:  # which has no parent to be replaced in: `setup` does it
             self._prepared[module] = self._surgery(module).report
             self._set_devices(module)
+            self._mark(module)
+
+    def _mark(self, module: nn.Module) -> None:
+        """Tells transformers' models that they are quantised, as transformers' own quantiser would."""
+        if "transformers.modeling_utils" in sys.modules and not self._config.llm_int8_has_fp16_weight:
+            import_module("precision_bnb.huggingface").mark(module, self.setup_bnb_config())
 
     def _surgery(self, module: nn.Module, dry_run: bool = False) -> Surgery:
         dtype = self._compute_dtype(self._device_type)
