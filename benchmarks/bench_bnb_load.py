@@ -8,14 +8,19 @@ A Llama of two layers with random weights is written to a folder; each measureme
 
 Memory is RssAnon, read from /proc each millisecond: mapped pages of the file are not in it, they are the file's. Its
 growth over the value before loading has its target: 1.15 times the quantised model and one float layer, the largest.
+What stays is its growth after loading, garbage collected; of that, what malloc gives back when it is asked to.
 The target for time is 1.1 times bitsandbytes' calls: CPU time of the thread that loads, the best of several processes.
+Beside transformers, processes come in pairs, one after the other: medians and quartiles of ours over theirs.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import logging
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Quantising a file, beside transformers.")
     parser.add_argument("--child", choices=tuple(CHILDREN))
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=5)
     options, _ = parser.parse_known_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
@@ -45,25 +50,34 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
-        results = {name: best_of(name, folder, options.times) for name in CHILDREN}
-    floor = results["bitsandbytes"]["seconds"]
+        names = ("ours", "transformers")
+        pairs = [
+            {name: run(name, folder) for name in (names if index % 2 else names[::-1])}
+            for index in range(options.pairs)
+        ]
+        floor = min(run("bitsandbytes", folder)["seconds"] for _ in range(min(3, options.pairs)))
     rows = []
-    for name in ("ours", "transformers"):
-        result = results[name]
-        limit = 1.15 * result["quantised"] + result["largest"]
-        cells = [f"{result[key] / MIB:.0f}" for key in ("peak", "quantised", "largest")]
-        cells += [verdict(result["peak"] / MIB, round(limit / MIB)), f"{result['seconds']:.2f}", f"{floor:.2f}"]
-        ratio = result["seconds"] / floor
-        rows.append([name, *cells, f"{ratio:.2f}", verdict(round(ratio, 2), 1.1)])
+    for name in names:
+        runs = [pair[name] for pair in pairs]
+        seconds, peak = min(each["seconds"] for each in runs), max(each["peak"] for each in runs)
+        limit = 1.15 * runs[0]["quantised"] + runs[0]["largest"]
+        cells = [f"{value / MIB:.0f}" for value in (peak, runs[0]["quantised"], runs[0]["largest"])]
+        cells += [verdict(peak / MIB, round(limit / MIB)), f"{seconds:.2f}", f"{floor:.2f}"]
+        rows.append([name, *cells, f"{seconds / floor:.2f}", verdict(round(seconds / floor, 2), 1.1)])
     head = ["who", "peak MiB", "quantised", "largest float", "target", "seconds", "bitsandbytes", "ratio", "target"]
-    print_table(f"{results['ours']['file'] / 1e6:.0f} MB of float32 into nf4", head, rows)
+    print_table(f"{pairs[0]['ours']['file'] / 1e6:.0f} MB of float32 into nf4", head, rows)
+    rows = []
+    for what in ("seconds", "peak", "stays", "trimmed"):
+        ratios = [pair["ours"][what] / pair["transformers"][what] for pair in pairs]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        rows.append([what, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", verdict(round(middle, 2), 1.0)])
+    print_table(f"ours over transformers', {len(pairs)} pairs", ["what", "median", "quartiles", "target"], rows)
 
 
-def best_of(name: str, folder: str, times: int) -> dict[str, Any]:
-    """Returns the result of the fastest process, with the largest peak of all."""
+def run(name: str, folder: str) -> dict[str, Any]:
+    """Returns what a process measures."""
     command = [sys.executable, __file__, "--child", name, "--folder", folder]
-    runs = [json.loads(subprocess.check_output(command).splitlines()[-1]) for _ in range(times)]
-    return {**min(runs, key=lambda run: run["seconds"]), "peak": max(run["peak"] for run in runs)}
+    return json.loads(subprocess.check_output(command).splitlines()[-1])
 
 
 def config() -> Any:
@@ -86,6 +100,7 @@ def ours(folder: Path) -> dict[str, Any]:
     from transformers import LlamaForCausalLM
 
     import precision_bnb
+    import precision_bnb.huggingface
     from precision_core import Fabric
 
     fabric = Fabric(accelerator="cpu", precision=precision_bnb.BitsandbytesPrecision("nf4", torch.float32))
@@ -117,7 +132,7 @@ def bitsandbytes(folder: Path) -> dict[str, Any]:
     start = time.thread_time()
     for weight in weights:
         bnb.quantize_4bit(weight, quant_type="nf4")
-    return {"seconds": time.thread_time() - start, "peak": 0}
+    return {"seconds": time.thread_time() - start}
 
 
 def measured(load: Callable[[], Any], folder: Path) -> dict[str, Any]:
@@ -137,10 +152,14 @@ def measured(load: Callable[[], Any], folder: Path) -> dict[str, Any]:
     seconds = time.thread_time() - start
     done.set()
     watcher.join()
+    gc.collect()
+    stays = anonymous() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    trimmed = anonymous() - before
     tensors = {value.data_ptr(): value.nbytes for value in model.state_dict().values()}
     file = (folder / "model.safetensors").stat().st_size
     sizes = {"file": file, "quantised": sum(tensors.values()), "largest": 4 * WIDTH * INNER}
-    return {"seconds": seconds, "peak": max(peak, anonymous()) - before, **sizes}
+    return {"seconds": seconds, "peak": max(peak - before, stays), "stays": stays, "trimmed": trimmed, **sizes}
 
 
 def anonymous() -> int:
