@@ -1,7 +1,7 @@
 """Tokens per second of transformers' `generate`, per mode: ours beside bitsandbytes' own layers and beside bfloat16.
 
-A Llama with layers of a 7B model's shape, fewer of them: divide by 32 / layers for a whole one. Random weights, batch 1,
-greedy, bfloat16, on the CPU. bitsandbytes' 4-bit layers repack themselves here where the CPU has AVX512-BF16, and
+A Llama with layers of a 7B model's shape, fewer of them: divide by 32 / layers for a whole one. Random weights, batch
+1, greedy, bfloat16, on the CPU. bitsandbytes' 4-bit layers repack themselves here where the CPU has AVX512-BF16, and
 `fast` is ours with `fast_inference`, by the same kernel. Times are of whole calls in turns, so that what else the
 machine does hits all alike: the median of each, and the ratio to bitsandbytes' with its quartiles. With other work on
 the machine set OMP_WAIT_POLICY=passive.
@@ -79,7 +79,10 @@ def theirs(model: Any, mode: str) -> Any:
         if config.load_in_8bit:
             new = Linear8bitLt(*shape, has_fp16_weights=False, threshold=config.llm_int8_threshold)
         else:
-            options = {"quant_type": config.bnb_4bit_quant_type, "compress_statistics": config.bnb_4bit_use_double_quant}
+            options = {
+                "quant_type": config.bnb_4bit_quant_type,
+                "compress_statistics": config.bnb_4bit_use_double_quant,
+            }
             new = Linear4bit(*shape, compute_dtype=torch.bfloat16, **options)
         new.load_state_dict(layer.state_dict())
         model.set_submodule(name, new.to("cpu"))

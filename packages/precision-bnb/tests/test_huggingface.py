@@ -208,7 +208,7 @@ def test_flags_are_those_of_transformers_own_quantiser(mode: str, folder: Path) 
     assert found == {**want, "llm_int8_skip_modules": ["lm_head"]}
     assert accelerate.utils.has_4bit_bnb_layers(mine) is accelerate.utils.has_4bit_bnb_layers(other) is (mode != "int8")
     for cast in (lambda model: model.to(torch.float16), lambda model: model.half(), lambda model: model.float()):
-        with pytest.raises(ValueError, match="not supported for quantized model|cannot cast a bitsandbytes model"):
+        with pytest.raises(ValueError, match=r"not supported for quantized model|cannot cast a bitsandbytes model"):
             cast(mine)
 
 
@@ -280,8 +280,8 @@ def test_what_transformers_does_not_replace_is_saved_as_floats(change: str, tmp_
         model, other_kind = ours("nf4", **options), transformers.LlamaForCausalLM
     model.save_pretrained(tmp_path)
     other = unrepacked(other_kind.from_pretrained(tmp_path))
-    kinds = [sum(isinstance(each, bitsandbytes.nn.Linear4bit) for each in either.modules()) for either in (model, other)]
-    assert kinds[0] == kinds[1] > 3
+    counts = [sum(isinstance(each, bitsandbytes.nn.Linear4bit) for each in m.modules()) for m in (model, other)]
+    assert counts[0] == counts[1] > 3
     assert torch.equal(logits(other), logits(model))
 
 

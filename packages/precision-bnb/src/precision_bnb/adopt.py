@@ -70,7 +70,7 @@ def pack_bnb_layer(layer: nn.Linear, layout: Layout) -> Tensor | None:
 
 
 def float_dtype_of(layer: nn.Linear) -> torch.dtype:
-    """Returns the dtype that bitsandbytes dequantises the layer's weight to; that of its floats if it still has them."""
+    """Returns the dtype that bitsandbytes dequantises the weight to; that of its floats if it still has them."""
     state = _state_of(layer)
     if state is not None:
         dtype: torch.dtype = state.dtype

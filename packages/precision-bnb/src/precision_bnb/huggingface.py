@@ -1,4 +1,4 @@
-"""What transformers' own quantiser leaves on a model, so that what asks for it finds it: peft, accelerate, Trainer, TRL.
+"""What transformers' own quantiser leaves on a model, and peft, accelerate, Trainer and TRL ask for.
 
 Imported only where a model of transformers is met.
 """
@@ -29,7 +29,9 @@ class _Quantizer:
     handed: dict[str, Any] | None = None
     """The state dict that `save_pretrained` was given; transformers asks the quantiser for one in its place."""
 
-    def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_state_dict_and_metadata(
+        self, model: Any, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         return bitsandbytes_state_dict(model) if self.handed is None else self.handed, {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
@@ -47,7 +49,7 @@ class Quantizer8bit(_Quantizer, Bnb8BitHfQuantizer):
 
 
 class SavePretrained:
-    """A model's `save_pretrained`, which writes packed weights as bitsandbytes' layers do; copied and pickled with it."""
+    """A model's `save_pretrained`, which writes bitsandbytes' form of packed weights; copied and pickled with it."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -123,7 +125,13 @@ def unmark(module: nn.Module) -> None:
     for model in models_in(module):
         if any(isinstance(layer, Quantized) for layer in model.modules()):
             continue
-        for name in ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "save_pretrained"):
+        for name in (
+            "hf_quantizer",
+            "is_loaded_in_4bit",
+            "is_loaded_in_8bit",
+            "quantization_method",
+            "save_pretrained",
+        ):
             vars(model).pop(name, None)
         model.is_quantized = False
         vars(model.config).pop("quantization_config", None)

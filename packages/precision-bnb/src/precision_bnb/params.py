@@ -1,8 +1,8 @@
 """The parameter of a quantised layer: bitsandbytes' own class, whose memory is one tensor of packed bytes.
 
-What stores, moves, shards or sends it sees packed bytes: `shape`, `detach()`, `nbytes`, `state_dict()`. What was written
-for bitsandbytes sees its codes: `data`, `numel()`, `quant_state`, `CB`, `SCB`, and bitsandbytes' operators are handed
-them. peft asks for the names of these two classes.
+What stores, moves, shards or sends it sees packed bytes: `shape`, `detach()`, `nbytes`, `state_dict()`. What was
+written for bitsandbytes sees its codes: `data`, `numel()`, `quant_state`, `CB`, `SCB`, and bitsandbytes' operators are
+handed them. peft asks for the names of these two classes.
 """
 
 from __future__ import annotations

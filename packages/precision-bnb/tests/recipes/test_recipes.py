@@ -69,9 +69,7 @@ class Sentences(torch.utils.data.Dataset[dict[str, Tensor]]):
 def theirs(config: dict[str, Any]) -> Load:
     def load(folder: Path) -> Any:
         quantization_config = transformers.BitsAndBytesConfig(**config)
-        return plain(
-            transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization_config)
-        )
+        return plain(transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization_config))
 
     return load
 
