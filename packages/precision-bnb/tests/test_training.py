@@ -128,6 +128,7 @@ def tiny_llama() -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")  # peft
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant parameter")  # peft again
 @pytest.mark.parametrize("prepared", [False, True], ids=["as it comes", "prepared"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 def test_peft_prepares_and_checkpoints_and_the_losses_are_float32s(prepared: bool, checkpointing: bool) -> None:
@@ -238,9 +239,9 @@ def test_dora(mode: str) -> None:
 
 def test_what_peft_casts_is_noticed() -> None:
     peft = pytest.importorskip("peft")
-    config = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "bfloat16"}
+    config = {"load_in_8bit": True, "bnb_4bit_quant_storage": "bfloat16"}  # of 4 bits it knows the parameter's class
     model = peft.prepare_model_for_kbit_training(BitsandbytesPrecision(config).convert_module(Body()))
-    with pytest.raises(RuntimeError, match="prepare_model_for_kbit_training casts so"):
+    with pytest.raises(RuntimeError, match="prepare_model_for_kbit_training casts int8 weights so"):
         model(torch.randn(2, 48))
 
 

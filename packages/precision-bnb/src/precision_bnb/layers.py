@@ -83,8 +83,8 @@ class Quantized(nn.Module):
             raise RuntimeError(
                 f"the packed weight of this {_shown(self)} was cast from {storage} to {weight.dtype}, which "
                 "destroys it: load it again, and cast by module.to(dtype), not by param.data. peft's "
-                'prepare_model_for_kbit_training casts so where bnb_4bit_quant_storage is "bfloat16" or "float16": '
-                "leave it out, or freeze and cast what it would by hand"
+                "prepare_model_for_kbit_training casts int8 weights so that are stored as bfloat16 or float16: "
+                "leave bnb_4bit_quant_storage out"
             )
         if weight.shape != self.layout.shape:
             raise RuntimeError(
