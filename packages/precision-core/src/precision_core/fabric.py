@@ -27,7 +27,6 @@ from precision_core.policy.casting import move
 from precision_core.policy.policy import Policy
 from precision_core.precision.base import Precision
 from precision_core.precision.loss_check import check_loss
-from precision_core.precision.model.recast import forget_cast
 from precision_core.precision.model.upcast import check_upcast
 from precision_core.saving import Saving
 from precision_core.strategies import Strategy
@@ -144,7 +143,7 @@ class Fabric(Saving):
             model = self._attached.module(model)
             self._attached.take_optimizers(*optimizers)
             self._strategy.setup_together(uncompiled(model), optimizers)
-            forget_cast(uncompiled(model))  # the strategy's engine may have cast it, the user has not
+            self._attached.remember_dtypes(uncompiled(model), optimizers)
         return (model, *optimizers) if optimizers else model
 
     def setup_module(self, model: Model) -> Model:
@@ -153,6 +152,7 @@ class Fabric(Saving):
         with self._attached.undone_on_error():
             result: Any = self._attached.module(model)
             self._strategy.setup_together(uncompiled(result), ())
+            self._attached.remember_dtypes(uncompiled(result), ())
         return result
 
     def _check_can_setup(self, model: Any) -> None:
@@ -174,6 +174,7 @@ class Fabric(Saving):
         with self._attached.undone_on_error():
             self._attached.take_optimizers(*optimizers)
             self._strategy.setup_together(None, optimizers)
+            self._attached.remember_dtypes(None, optimizers)
         return optimizers[0] if len(optimizers) == 1 else optimizers
 
     def mark_forward_method(self, model: nn.Module, name: str) -> None:

@@ -17,7 +17,7 @@ from precision_core.override import is_overridden, override, uncompiled, undone_
 from precision_core.precision.base import Precision
 from precision_core.precision.loss_watch import LossWatch
 from precision_core.precision.model import unmarked
-from precision_core.precision.model.recast import following_casts, forget_cast
+from precision_core.precision.model.recast import OptimizerDtypes, following_casts, forget_cast, remember_dtypes
 from precision_core.precision.model.remap import ParamMap, named_params, remap_parameters, replaced_params
 from precision_core.precision.model.report import module_bytes
 from precision_core.precision.model.upcast import upcast
@@ -41,6 +41,7 @@ class Attached:
         self.losses = LossWatch(precision.mode)
         self._models: WeakSet[nn.Module] = WeakSet()
         self._schedulers = Schedulers(precision)
+        self._dtypes = OptimizerDtypes(lambda: precision.policy, precision.name_of)
         self._restores = ExitStack()
         self._replaced: ParamMap = WeakIdKeyDictionary()  # what setup replaced, for optimizers that are set up later
 
@@ -145,6 +146,14 @@ class Attached:
             self.optimizers.add(optimizer)
             self._override(optimizer, "step", self._make_step)
 
+    def remember_dtypes(self, model: nn.Module | None, optimizers: Sequence[Optimizer]) -> None:
+        """Records the dtypes that setup leaves, engine and all: what differs later was cast by the user."""
+        if model is not None:
+            forget_cast(model)
+            remember_dtypes(model)
+        for optimizer in optimizers:
+            self._dtypes.remember(optimizer)
+
     def take_schedulers(self, *schedulers: Any) -> None:
         """Has the schedulers' steps do nothing after skipped steps; raises `ValueError` as Fabric's method does."""
         for scheduler in schedulers:
@@ -152,10 +161,11 @@ class Attached:
                 self._restores.callback(restore)
 
     def _make_step(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        run, losses, schedulers = self._strategy.optimizer_step, self.losses, self._schedulers
+        run, losses, schedulers, dtypes = self._strategy.optimizer_step, self.losses, self._schedulers, self._dtypes
         losses.sees_steps = True
 
         def step(self: Optimizer, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+            dtypes.check(self)
             schedulers.before_step(self)
             result = run(self, closure, **kwargs)
             schedulers.after_step(self)

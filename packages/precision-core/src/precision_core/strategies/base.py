@@ -191,9 +191,10 @@ class Strategy:
                     try:
                         output = function(module, *args, **kwargs)
                     except (RuntimeError, ValueError) as error:
-                        from precision_core.precision.model.integer_inputs import explained
+                        from precision_core.precision.model import integer_inputs, recast
 
-                        clearer = explained(error, module, mine.policy)
+                        clearer = integer_inputs.explained(error, module, mine.policy)
+                        clearer = clearer or recast.explained(error, module, mine.policy)
                         if clearer is None:
                             raise
                         raise clearer from error

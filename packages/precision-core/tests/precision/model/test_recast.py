@@ -147,3 +147,95 @@ def test_a_true_mode_does_not_step_with_state_of_another_dtype(mode: str, cast: 
     model.to(cast)
     step()  # there was no state yet
     assert model.first.weight.dtype is cast
+
+
+class Head(nn.Module):
+    """A model whose parts lie deeper than the root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+CASTS = {
+    "a layer": lambda model: model.head.half(),
+    "a part": lambda model: model.body.to(torch.float16),
+    "data": lambda model: setattr(model.head.weight, "data", model.head.weight.data.half()),
+}
+
+
+def step_of(fabric: Fabric, model: nn.Module, optimizer: Any) -> None:
+    optimizer.zero_grad()
+    fabric.backward(model(X).pow(2).mean())
+    optimizer.step()
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_mixed_mode_does_not_train_a_part_that_was_cast_since(steps: int, cast: str) -> None:
+    fabric, model = Fabric(accelerator="cpu", precision="bf16-mixed"), Head()
+    _, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(steps):
+        step_of(fabric, model, optimizer)
+    CASTS[cast](model)
+    before = [param.detach().clone() for param in model.parameters()]
+    name = "body.0.weight" if cast == "a part" else "head.weight"
+    message = rf"^{name} \(float16\).* cast after fabric\.setup, which left float32 for bf16-mixed"
+    with pytest.raises(RuntimeError, match=message) as info:
+        step_of(fabric, model, optimizer)
+    assert f'precision="bf16-mixed; {name.removesuffix(".weight")}: 16-true")' in str(info.value)
+    assert all(map(torch.equal, before, model.parameters()))
+    with torch.no_grad():
+        if cast != "a part":  # whose norm torch does not run on what autocast gives it
+            assert model(X).dtype is torch.float32
+    model.to(torch.float32)
+    step_of(fabric, model, optimizer)
+    Fabric(accelerator="cpu", precision=str(info.value).split('"')[1]).setup(Head())  # what the message advises
+
+
+def test_a_frozen_part_may_be_cast_and_is_named_once_it_trains() -> None:
+    fabric, model = Fabric(accelerator="cpu", precision="bf16-mixed"), Head()
+    model.head.requires_grad_(False)
+    _, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model.head.half()
+    step_of(fabric, model, optimizer)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    step_of(fabric, model, optimizer)
+    model.head.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"head\.weight \(float16\), head\.bias \(float16\) were cast"):
+        step_of(fabric, model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [("32-true", torch.float16), ("bf16-true", torch.float16), ("64-true", torch.float32), ("16-true", torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_a_true_mode_names_the_part_that_its_forward_fails_of(mode: str, dtype: torch.dtype, part: str) -> None:
+    model = Fabric(accelerator="cpu", precision=mode).setup(Head())
+    before = model(X)
+    getattr(model, part).to(dtype)
+    was, name = str(model.body[0].weight.dtype if part == "head" else model.head.weight.dtype), str(dtype)
+    was, name = was.removeprefix("torch."), name.removeprefix("torch.")
+    first = "head.weight" if part == "head" else "body.0.weight"
+    message = rf"^{first} \({name}\).* cast after fabric\.setup, which left {was} for {mode}"
+    with pytest.raises(RuntimeError, match=message):
+        model(X)
+    getattr(model, part).to(getattr(torch, was))
+    assert torch.allclose(model(X), before, atol=0.02)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(X[:, :2])
+
+
+def test_state_of_a_part_that_a_true_mode_has_cast_since() -> None:
+    fabric, model = Fabric(accelerator="cpu", precision="bf16-true; body.1: 32-true"), Head()
+    _, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    step_of(fabric, model, optimizer)
+    model.body[1].bfloat16()
+    with pytest.raises(RuntimeError, match=r"^body\.1\.weight \(bfloat16\).* which left float32 for bf16-true"):
+        step_of(fabric, model, optimizer)

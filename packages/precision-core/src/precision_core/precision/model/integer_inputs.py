@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from precision_core.policy.dtypes import dtype_name
 from precision_core.policy.policy import Policy
 
-_SAYS_DTYPES = re.compile(r"dtype|datatype|scalar type|not implemented for|should be the same", re.IGNORECASE)
+SAYS_DTYPES = re.compile(r"dtype|datatype|scalar type|not implemented for|should be the same", re.IGNORECASE)
 _SAYS_INTEGERS = re.compile(
     r"\b(Long|Int|Short|Byte|Char|Bool|long|int|short|bool|(un)?signed char|torch\.(u?int\d+|bool))\b"
 )
@@ -31,7 +31,7 @@ def explained(error: Exception, root: nn.Module, policy: Policy) -> Exception | 
         policy: in which it runs.
     """
     text = str(error)
-    if not _SAYS_DTYPES.search(text) or _WANTS_INTEGERS.search(text):
+    if not SAYS_DTYPES.search(text) or _WANTS_INTEGERS.search(text):
         return None
     layer, given = None, {}
     for frame_layer, arguments in _calls(error.__traceback__):
