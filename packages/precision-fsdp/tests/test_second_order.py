@@ -85,6 +85,12 @@ def gradients(mode: str, reshards: bool) -> None:
                 call(model)
     with pytest.raises(ValueError, match=r"fabric\.backward\(loss, create_graph=True\): second-order"):
         fabric.backward(model(INPUT)["out"].sum(), create_graph=True)
+    x = INPUT.clone()
+    of_function = torch.func.grad_and_value(lambda x: model(x)["out"].sum())
+    for value in (of_function(x)[0].norm(), of_function(x)[1]):
+        with pytest.raises(RuntimeError, match=r"of what torch\.func .*second-order .*\. The gradients .* are dropped"):
+            fabric.backward(value)
+        assert all(param.grad is None for param in model.parameters())
     plain = Net().double()
     near = 1e-5 if mode == "32-true" else 2e-2
     for mine, theirs in zip(of_first_order(model), of_first_order(plain), strict=True):

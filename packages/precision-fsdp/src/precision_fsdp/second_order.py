@@ -20,14 +20,30 @@ from precision_core.policy import map_tensors
 _WHY = (
     "{call}: second-order gradients (gradient penalties, Hessian-vector products) need the parameters in both "
     'backwards, and FSDP frees the gathered ones after the first. Use strategy="ddp", or DeepSpeedStrategy(stage=2) '
-    "of precision-deepspeed, where they are right. Nothing was changed [second-order]"
+    "of precision-deepspeed, where they are right. {changed} [second-order]"
 )
+_NOTHING = "Nothing was changed"
 
 
 def check_first_order(kwargs: Mapping[str, Any]) -> None:
     """Raises `ValueError` for the arguments of a backward that records a graph of its own."""
     if kwargs.get("create_graph"):
-        raise ValueError(_WHY.format(call="fabric.backward(loss, create_graph=True)"))
+        raise ValueError(_WHY.format(call="fabric.backward(loss, create_graph=True)", changed=_NOTHING))
+
+
+def explained(error: BaseException) -> RuntimeError | None:
+    """Returns an error that names second order where a backward failed of freed parameters; None: of something else.
+
+    It does on what `torch.func.grad`, `vjp` and `jacrev` return, whose graph torch records without being asked.
+    """
+    if not isinstance(error, RuntimeError) or "out of bounds for storage of size 0" not in str(error):
+        return None
+    return _of_function()
+
+
+def _of_function() -> RuntimeError:
+    call = "fabric.backward of what torch.func (grad, vjp, jacrev) made of the model"
+    return RuntimeError(_WHY.format(call=call, changed="The gradients of this step are dropped"))
 
 
 def first_order(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,10 +55,10 @@ def first_order(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         transforms = _transforms()
         if transforms > 1:
-            raise RuntimeError(_WHY.format(call="torch.func.grad of torch.func.grad"))
+            raise RuntimeError(_WHY.format(call="torch.func.grad of torch.func.grad", changed=_NOTHING))
         output = function(*args, **kwargs)
-        if not transforms:  # under one, torch records a graph also where nobody asked for it
-            map_tensors(output, _watch)
+        # Under a transform, torch records a graph also where nobody asked for it.
+        map_tensors(output, _watch_value if transforms else _watch)
         return output
 
     return method
@@ -54,9 +70,23 @@ def _watch(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _watch_value(tensor: Tensor) -> Tensor:
+    """Watches the value inside a transform: its graph has none of FSDP's hooks, which would reduce gradients."""
+    value = tensor
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    if value.grad_fn is not None:
+        value.register_hook(_refuse)
+    return tensor
+
+
+def _refuse(gradient: Tensor) -> None:
+    raise _of_function()
+
+
 def _check(gradient: Tensor) -> None:
     if torch.is_grad_enabled():
-        raise RuntimeError(_WHY.format(call="torch.autograd.grad(..., create_graph=True)"))
+        raise RuntimeError(_WHY.format(call="torch.autograd.grad(..., create_graph=True)", changed=_NOTHING))
 
 
 def _transforms() -> int:

@@ -41,7 +41,7 @@ from precision_fsdp.policies import check_fsdp_policy, overridden
 from precision_fsdp.precision import FSDPPrecision
 from precision_fsdp.recompute import recompute, to_recompute
 from precision_fsdp.recovery import begin_anew, check_not_lost
-from precision_fsdp.second_order import check_first_order, first_order
+from precision_fsdp.second_order import check_first_order, explained, first_order
 from precision_fsdp.selection import Selection, check_selection, repeated_blocks, select
 from precision_fsdp.start import send
 from precision_fsdp.unsynced import Unsynced, drop, dropping, followed_by
@@ -270,13 +270,16 @@ class FSDPStrategy(Strategy):
 
         Raises:
             ValueError: `create_graph=True`, for second-order gradients.
+            RuntimeError: second-order gradients that `torch.func.grad` began.
         """
         check_first_order(kwargs)
         try:
             super().backward(tensor, module, *args, **kwargs)
-        except BaseException:
+        except BaseException as error:
             for sharded in self._unsynced.roots:
                 begin_anew(sharded)
+            if (clearer := explained(error)) is not None:
+                raise clearer from error
             raise
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
