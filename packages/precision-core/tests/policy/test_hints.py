@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
+import torch
 
 from precision_core import MODES, Fabric, supports
 from precision_core.policy.hints import ELSEWHERE, hint
@@ -38,6 +40,12 @@ def meant(name: str) -> str | None:
         ("fp8", "transformer-engine"),
         ("fp8-mixed", "transformer-engine"),
         ("transformer_engine", "transformer-engine"),
+        ("fp-16", "16-mixed"),
+        ("FP-16-mixed", "16-mixed"),
+        ("bf-16-mixed", "bf16-mixed"),
+        ("float-32", "32-true"),
+        ("fp-8", "transformer-engine"),
+        ("nf-4", "nf4"),
         ("nvfp4", "nvfp4-reference"),
         ("mxfp8", "mxfp8-reference"),
         ("4bit", "nf4"),
@@ -90,3 +98,13 @@ def test_fabric_and_supports_say_the_same(name: str) -> None:
     for call in (lambda: Fabric(accelerator="cpu", precision=name), lambda: supports(name, "cpu")):
         with pytest.raises(ValueError, match=expected):
             call()
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"),
+    [(torch.bfloat16, "bf16-mixed"), (torch.float16, "16-mixed"), (torch.float64, "64-true"), (None, "32-true")],
+    ids=str,
+)
+def test_a_dtype_is_no_mode_and_gets_its_hint(value: Any, mode: str) -> None:
+    with pytest.raises(ValueError, match=rf'precision={value} is no mode: .*; did you mean "{mode}"\?'):
+        Fabric(accelerator="cpu", precision=value)

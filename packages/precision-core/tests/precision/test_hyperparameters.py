@@ -29,6 +29,9 @@ REFUSED = [
     (Adagrad, {}, "eps=1e-10"),
     (AdamW, {"eps": 1e5}, "eps=100000 of .* is inf in float16"),
     (AdamW, {"eps": 1e-4, "lr": 1e-6}, r"lr \* weight_decay=1e-08 of .* is 0 in float16.*no weight decays"),
+    (SGD, {"lr": 1e6}, r"lr=1e\+06 of .* is inf in float16.*torch refuses the step"),
+    (Adam, {"lr": torch.tensor(7e4), "eps": 1e-4}, r"lr=70000 of .* is inf in float16"),
+    (Adagrad, {"lr": 1e5, "eps": 1e-4}, "lr=100000"),
     (AdamW, {"eps": 1e-4, "lr": torch.tensor(1e-6)}, r"lr \* weight_decay=1e-08"),
 ]
 TAKEN: list[tuple[Any, dict[str, Any]]] = [
@@ -38,6 +41,7 @@ TAKEN: list[tuple[Any, dict[str, Any]]] = [
     (AdamW, {"fused": True}),
     (Adam, {"eps": 6e-8, "lr": 1e-9, "weight_decay": 1e-2}),
     (SGD, {"lr": 1e-6, "weight_decay": 1e-2}),
+    (Adam, {"lr": 60.0, "eps": 1e-4}),
     (Adafactor, {}),
 ]
 
@@ -49,8 +53,9 @@ def test_options_that_float16_does_not_hold(kind: Any, options: dict[str, Any], 
     if not together:
         fabric.setup(model)
     optimizer = kind(model.parameters(), **options)
-    with pytest.raises(ValueError, match=rf"{kind.__name__}: {message}.*Pass.*fused=True.*16-mixed"):
+    with pytest.raises(ValueError, match=rf"{kind.__name__}: {message}.*Pass.*16-mixed") as info:
         fabric.setup(model, optimizer) if together else fabric.setup_optimizers(optimizer)
+    assert ("fused=True" in str(info.value)) is (kind in (Adam, AdamW, Adagrad))
     assert model.weight.dtype is (torch.float32 if together else torch.float16)  # nothing was set up
     assert not {"step", "add_param_group"} & vars(optimizer).keys()
 
@@ -61,6 +66,13 @@ def test_options_that_it_holds(kind: Any, options: dict[str, Any]) -> None:
     optimizer = kind(model.parameters(), **options)
     fabric.setup(model, optimizer)
     assert stays_finite(optimizer, model.weight)
+
+
+@pytest.mark.parametrize(("kind", "options"), [(Adam, {"eps": 1e-42}), (SGD, {"lr": 3.4e38})])
+def test_bfloat16s_way_out_is_bfloat16_mixed(kind: Any, options: dict[str, Any]) -> None:
+    model = nn.Linear(8, 8)
+    with pytest.raises(ValueError, match=r'in bfloat16, which.*precision="bf16-mixed"$'):
+        Fabric(accelerator="cpu", precision="bf16-true").setup(model, kind(model.parameters(), **options))
 
 
 @pytest.mark.parametrize("mode", ["32-true", "64-true", "bf16-true", "16-mixed", "bf16-mixed"])

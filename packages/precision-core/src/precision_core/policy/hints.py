@@ -70,6 +70,8 @@ def hint(given: str, modes: Collection[str], package_of: Callable[[str], str | N
     name = re.sub(r"[\s_]+", "-", given.strip().lower()).removeprefix("torch.").replace("bnb.", "bnb-")
     if name in _NO_MODES:
         return _NO_MODES[name]
+    if name not in _BY_NAME:
+        name = re.sub(r"(?<=[a-z])-(?=\d)", "", name)  # "fp-16"
     meant = [mode for mode in _BY_NAME.get(name, ()) if mode in modes]
     if meant:
         package = package_of(meant[0])

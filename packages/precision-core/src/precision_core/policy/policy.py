@@ -107,7 +107,8 @@ class Policy:
         if type(value) is int and value in ALIASES:
             return MODES[ALIASES[value]]
         if not isinstance(value, str):
-            raise ValueError(f"precision={value!r} is no mode: {_allowed()}")
+            meant = hint(str(value), MODES) if value is None or isinstance(value, torch.dtype) else ""
+            raise ValueError(f"precision={value!r} is no mode: {_allowed()}{meant}")
         base, *exceptions = (part.strip() for part in value.split(";"))
         return replace(_parse_flat(base), exceptions=tuple(_parse_exception(text) for text in exceptions))
 

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from precision_core.policy.dtypes import dtype_name
 
 _WHAT_HAPPENS = {
     ("eps", 0.0): "a gradient whose square is 0 is divided by 0",
     ("eps", math.inf): "no parameter moves",
+    ("lr", math.inf): "torch refuses the step, or parameters become infinite",
     ("lr * weight_decay", 0.0): "no weight decays",
     ("lr * weight_decay", math.inf): "weights become infinite",
 }
-_INSTEAD = {"eps": "eps=1e-4", "lr * weight_decay": "a larger weight_decay, or 0"}
+_INSTEAD = {"eps": "eps=1e-4", "lr": "a smaller lr", "lr * weight_decay": "a larger weight_decay, or 0"}
 
 
 def check_hyperparameters(
@@ -43,9 +44,17 @@ def check_hyperparameters(
                     raise ValueError(
                         f"{type(optimizer).__name__}: {name}={value:g} of param_groups[{index}] is {stored:g} in "
                         f"{dtype_name(dtype)}, which its step computes in: {_WHAT_HAPPENS[name, stored]}. Pass "
-                        f'{_INSTEAD[name]}, fused=True, which computes in float32, or precision="16-mixed"'
+                        f"{_INSTEAD[name]}, {_fused(optimizer)}or "
+                        f'precision="{"bf16-mixed" if dtype is torch.bfloat16 else "16-mixed"}"'
                         " [optimizer-option]"
                     )
+
+
+def _fused(optimizer: Optimizer) -> str:
+    """Returns the advice to fuse, for optimizers that can be; torch's fused SGD does not step half on every device."""
+    if "fused" not in optimizer.defaults or isinstance(optimizer, SGD):
+        return ""
+    return "fused=True, which computes in float32, "
 
 
 def _options(group: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -53,6 +62,8 @@ def _options(group: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for each in eps if isinstance(eps, tuple) else [eps]:  # Adafactor has two
         if each is not None:
             yield "eps", float(each)
-    if group.get("decoupled_weight_decay"):  # else the decay is added to gradients, without lr
-        lr = group.get("initial_lr", group["lr"])  # a scheduler may begin or end with as little as it wants
-        yield "lr * weight_decay", float(lr) * float(group["weight_decay"])
+    lr = group.get("initial_lr", group.get("lr"))  # a scheduler may begin or end with as little as it wants
+    if lr is not None:
+        yield "lr", float(lr)
+        if group.get("decoupled_weight_decay"):  # else the decay is added to gradients, without lr
+            yield "lr * weight_decay", float(lr) * float(group["weight_decay"])

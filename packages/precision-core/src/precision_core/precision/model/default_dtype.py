@@ -5,8 +5,8 @@ one (`torch.zeros(3)`, `torch.tensor([0.5])`) and arithmetic that makes floats o
 A dtype that the user wrote (`dtype=`, `.float()`, `.to(...)`) and whatever follows from a floating input stays.
 
 Out of reach is what torch hides from function modes: the old `torch.Tensor(...)` and `torch.range`, scripted functions,
-and Python code that reads `torch.get_default_dtype()` itself (`torch.signal.windows`, `torch.distributions` of
-numbers).
+Python code that reads `torch.get_default_dtype()` itself (`torch.signal.windows`, `torch.distributions` of numbers),
+and `torch.normal` of numbers under torch.compile, which dynamo (2.13) does not show to modes: `torch.randn` it does.
 A function mode is also off in backward, where activation checkpoints run parts of forward again. They want it passed:
 `checkpoint(..., use_reentrant=False, context_fn=lambda: (nullcontext(), precision.forward_context()))`.
 """
