@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from rich.console import Console
 
 import precision_lab.train as train_module
 from precision_core.testing import curve_distance, loss_bound, run_in_ranks
-from precision_lab.compare import run
 from precision_lab.gpt import GPTConfig
+from precision_lab.loop import Job
 from precision_lab.progress import make_progress
 from precision_lab.results import Comparison
 from precision_lab.rows import make_rows
 from precision_lab.text import split_text
-from precision_lab.train import Job
+from precision_lab.turns import run
 
 STEPS = 4
 MODES = ["64-true", "32-true", "bf16-mixed"]
@@ -37,15 +37,31 @@ def compare_in_ranks(strategy: str = "auto", devices: int = 1) -> dict[str, Any]
     rows = make_rows(MODES, "cpu", named=True, run_slow=False, strategy=strategy, devices=devices)
     comparison = Comparison(STEPS, 0, rows, strategy)
     with make_progress(Console(file=io.StringIO()), rows, STEPS) as progress:
-        run(comparison, "cpu", progress, devices, runner=events_of_ranks)
+        run(comparison, "cpu", progress, devices, start=Ranks)
     return {row["mode"]: row for row in comparison.as_dict({})["modes"]}
 
 
-def events_of_ranks(job: Job) -> Generator[dict[str, Any], None, None]:
-    if job.strategy == "deepspeed":  # it leaves traces: a closure gets processes of its own
-        yield from run_in_ranks(job.devices, lambda: events(job))[0]
-    else:
-        yield from run_in_ranks(job.devices, events, job)[0]
+class Ranks:
+    """In place of a child: the ranks of the tests, which train all at once when they are first asked."""
+
+    def __init__(self, job: Job, told: bool) -> None:
+        self._job, self._events = job, None
+
+    def tell(self, command: str) -> None:
+        pass
+
+    def events(self, until: str | None = None) -> Iterator[dict[str, Any]]:
+        job = self._job
+        if self._events is None:
+            if job.strategy == "deepspeed":  # it leaves traces: a closure gets processes of its own
+                self._events = iter(run_in_ranks(job.devices, lambda: events(job))[0])
+            else:
+                self._events = iter(run_in_ranks(job.devices, events, job)[0])
+        if until != "ready":  # all the rest at once
+            yield from self._events
+
+    def close(self) -> None:
+        pass
 
 
 def events(job: Job) -> list[dict[str, Any]]:

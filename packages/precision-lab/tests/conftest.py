@@ -1,17 +1,14 @@
-import json
 import os
 import re
 import sys
-import traceback
+from contextlib import closing
 from importlib.metadata import DistributionFinder, MetadataPathFinder, distributions
-from pathlib import Path
 
 import pytest
 import torch
 
-from precision_core.testing import run_in_ranks
 from precision_lab import train as train_module
-from precision_lab.process import ChildFailed, _reason
+from precision_lab.process import Fork
 from precision_lab.text import split_text
 
 # These models are tiny: a second thread only waits for the first, and on a busy machine for much longer than that.
@@ -81,37 +78,32 @@ def install(tmp_path, monkeypatch):
             sys.modules[module] = before
 
 
-def events_of(job, batch):
-    """What `python -m precision_lab.train` prints, with that batch and a shorter evaluation, and its traceback."""
-    training, held_out = split_text()
-    train_module.split_text = lambda: (training, held_out[:300])
-    train_module.BATCH = batch
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    events = []
-    try:
-        for event in train_module.train(job):
-            events.append(event)
-        error = ""
-    except Exception:
-        error = traceback.format_exc()
-    return json.dumps(events, allow_nan=False), error
+@pytest.fixture(scope="session")
+def fork():
+    """In place of `Child`: the same events and the same failure of a job, in a fork of this process.
+
+    That has imported torch already; it takes one window of the text a step, and evaluates on little.
+    """
+
+    def fork(job, told, batch=1):
+        def make():  # in the fork: what it patches stays there
+            training, held_out = split_text()
+            train_module.split_text = lambda: (training, held_out[:300])
+            train_module.BATCH = batch
+            return train_module.gpt_maker(torch.device("cpu"), job.size)()
+
+        assert job.devices == 1
+        return Fork(job, make, told)
+
+    return fork
 
 
 @pytest.fixture(scope="session")
-def forked():
-    """In place of `run_child`: the same events and the same failure of a job, in a fork of this process.
-
-    That has imported torch already, and takes little of the text. It needs a process of its own as the real one does:
-    deterministic algorithms are switched on for all of it.
-    """
+def forked(fork):
+    """The events of a job, trained in a fork at once."""
 
     def forked(job, batch=1):
-        assert job.devices == 1
-        # a closure, so that it is a fresh fork
-        ((events, error),) = run_in_ranks(1, lambda: events_of(job, batch))
-        yield from json.loads(events)
-        if error:
-            raise ChildFailed(_reason(1, error, Path("no logs")))
+        with closing(fork(job, False, batch)) as child:
+            yield from child.events()
 
     return forked

@@ -25,7 +25,7 @@ def printed(rows, width=80, device="cpu"):
 def test_a_finished_mode_has_its_figures_uncut_on_a_narrow_terminal():
     text = printed([figures("64-true", [4.0, 2.0]), figures("32-true", [4.0, 2.1])], width=60)
     line = next(line for line in text.splitlines() if line.strip().startswith("32-true"))
-    assert " ".join(line.split()) == "32-true 2.1000 2.3457 5.0e-02 50.0 1.00 4.85 MiB 4.85 MiB 9.71 MiB 100 MiB 3"
+    assert " ".join(line.split()) == "32-true 2.1000 2.3457 - 5.0e-02 50.0 1.00 - 4.85 MiB 4.85 MiB 9.71 MiB 100 MiB 3"
 
 
 def test_other_modes_say_why_in_one_line():

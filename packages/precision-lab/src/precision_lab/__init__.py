@@ -1,25 +1,58 @@
 """precision-lab: the `precision` command: which number formats run here, and what they do to training.
 
     cli.py        the commands and their options
+    api.py        the same as functions that return plain objects
 
     doctor.py     precision doctor: everything that there is to say of this machine
     machine.py    its CPU and devices
     installed.py  packages, and what is wrong with them
     findings.py   all of it, printed
 
+    task.py       what is trained, as the user's code makes it
+    taskfile.py   the user's file, and its errors
+    task_template.py  what `precision new` writes
+
     modes.py      precision compare --modes: which precisions to run
     rows.py       a row for each, and which of them run here
-    compare.py    runs them one after another and fills the rows in
+    turns.py      runs them side by side, a few steps each in turn, and fills the rows in
     process.py    one child process, and the lines it sends
+    resume.py     what an interrupted comparison goes on from
+    interrupts.py Ctrl-C between two turns
     progress.py   what is shown meanwhile, on a terminal and in a log
     results.py    a row, and what is computed from all of them
+    verdict.py    which mode to take
     table.py      the table at the end
+    shown.py      the same in notebooks
+    against.py    the same beside an older record
     plot.py       the picture
 
-    train.py      what the child does: one training run in one precision
-    gpt.py        the model
-    text.py       the text
+    serve.py      what the child does, when it is told to
+    loop.py       one training run in one precision
+    train.py      from the command line; and the built-in task
+    gpt.py        its model
+    text.py       its text
     memory.py     what it took
 
-Nothing is imported here, so that `precision --help` need not wait for torch.
+Nothing is imported here before it is asked for, so that `precision --help` need not wait for torch.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from precision_lab.api import compare
+    from precision_lab.results import Comparison
+    from precision_lab.task import Task
+    from precision_lab.taskfile import TaskError
+
+__all__ = ["Comparison", "Task", "TaskError", "compare"]
+
+_HOMES = {"Comparison": "results", "Task": "task", "TaskError": "taskfile", "compare": "api"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from precision_lab.results import Row
+    from precision_lab.results import Comparison
 
 # Each command imports what it needs when it runs: torch takes seconds, --help should not.
 
@@ -24,16 +25,22 @@ def main() -> None:
 
 
 @main.command()
+@click.argument("task", metavar="[TASK.PY:FUNCTION]", required=False)
 @click.option(
     "--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Training steps, of each mode."
 )
 @click.option(
     "--modes",
     metavar="MODE,...",
-    help="Precisions to compare: core's modes, policies such as params=float32,compute=bfloat16, modes of packages. "
-    "Those that are named run even where they are slow. [default: all of core's, slow ones left out]",
+    help="Precisions to compare: core's modes, policies such as params=float32,compute=bfloat16, modes of packages; "
+    "those that are named run even where they are slow. all: every mode that is installed. [default: all of core's]",
 )
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of weights and batches.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 2), default=0, show_default=True, help="Of weights and batches.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    help="Train every mode with so many seeds. [default: 32-true with 3, for its spread, the others with one]",
+)
 @click.option(
     "--out",
     type=click.Path(file_okay=False),
@@ -42,6 +49,10 @@ def main() -> None:
     help="Folder for compare.json and compare.png; older ones are replaced.",
 )
 @click.option("--all", "run_all", is_flag=True, help="Run the modes that are slow on this device, too.")
+@click.option("--sequential", is_flag=True, help="One mode after another: where all do not fit into memory at once.")
+@click.option("--fresh", is_flag=True, help="Start anew, whatever an interrupted run has left in the folder.")
+@click.option("--size", default="1m", show_default=True, help="Parameters of the GPT: 1m, 25m, 85m, 300m or 1b.")
+@click.option("--against", metavar="OLD.JSON", help="An older compare.json: show what changed.")
 @click.option(
     "--devices",
     type=click.Choice(["1", "2", "4"]),
@@ -60,47 +71,79 @@ def main() -> None:
 @click.pass_context
 def compare(
     context: click.Context,
-    steps: int,
+    task: str | None,
     modes: str | None,
-    seed: int,
     out: str,
     run_all: bool,
+    sequential: bool,
+    fresh: bool,
+    against: str | None,
     devices: str,
-    strategy: str,
     accelerator: str,
+    **options: Any,
 ) -> None:
-    """Train a small GPT on real text in each precision, from the same seed, and compare.
+    """Train in each precision, from the same start, and compare: your own model, or a small GPT on real text.
 
-    Prints a table, and writes its figures with every step's loss (compare.json) and the curves (compare.png). The exit
-    code is 1 when a mode failed.
+    TASK.PY:FUNCTION is a function of yours that returns a precision_lab.Task (`precision new task.py` writes one).
+    Prints a table and a verdict, and writes the figures with every step's loss (compare.json) and the curves
+    (compare.png). Interrupted, the same command goes on where it was. The exit code is 1 when a mode failed.
     """
     listed = _modes(modes)
-    device_type = _device_type(accelerator)
-    rows = _rows(
-        listed, device_type, named=modes is not None, run_slow=run_all, strategy=strategy, devices=int(devices)
-    )
+    old = None
+    if against is not None:
+        from precision_lab.against import read_record
+
+        with _bad("--against"):
+            old = read_record(against)
+    _device_type(accelerator)
+    comparison = _prepared(
+        task, listed, named=modes not in (None, "all"), run_slow=run_all, devices=int(devices),
+        accelerator=accelerator, **options,
+    )  # fmt: skip
     folder = _checked_folder(out)
 
     from rich.console import Console
 
-    from precision_lab.compare import run
-    from precision_lab.plot import save_plot
-    from precision_lab.progress import make_progress
-    from precision_lab.results import Comparison
-    from precision_lab.table import print_table
-    from precision_lab.train import settings
+    from precision_lab.api import execute
+    from precision_lab.table import print_table, print_verdict
+    from precision_lab.taskfile import TaskError
 
     console = Console(highlight=False)
-    comparison = Comparison(steps, seed, rows, strategy)
-    with make_progress(console, rows, steps) as progress:
-        run(comparison, accelerator, progress, int(devices))
-
-    record = comparison.as_dict(settings())
-    (folder / "compare.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    save_plot(comparison, folder / "compare.png")
+    try:
+        execute(comparison, accelerator, int(devices), console, folder, sequential=sequential, fresh=fresh)
+    except TaskError as error:
+        click.echo(str(error), err=True)
+        context.exit(2)
+    for mode, text in comparison.tracebacks.items():
+        console.print(f"{mode}:\n{text}\n", markup=False, soft_wrap=True)
     print_table(comparison, console)
-    console.print(f"{folder / 'compare.json'}, {folder / 'compare.png'}", soft_wrap=True)
+    print_verdict(comparison, console)
+    if old is not None:
+        from precision_lab.against import print_against
+
+        print_against(comparison.as_dict(), old, console)
+    console.print()
+    console.print(", ".join(str(folder / name) for name in ("compare.json", "compare.png")), soft_wrap=True)
     context.exit(1 if comparison.failed else 0)
+
+
+@main.command()
+@click.argument("path", metavar="TASK.PY", type=click.Path(dir_okay=False), default="task.py")
+def new(path: str) -> None:
+    """Write a task file to start from: commented, and it runs as it is."""
+    from importlib.resources import files
+
+    text = files("precision_lab").joinpath("task_template.py").read_text()
+    if Path(path).suffix != ".py":
+        raise click.BadParameter(f"{path!r}: expected a name that ends in .py", param_hint="TASK.PY")
+    try:
+        with open(path, "x") as file:
+            file.write(text.replace("FILE", path))
+    except FileExistsError:
+        raise click.BadParameter(f"{path!r} is there already", param_hint="TASK.PY") from None
+    except OSError as error:
+        raise click.BadParameter(f"cannot write {path!r}: {error.strerror}", param_hint="TASK.PY") from None
+    click.echo(f"{path} is written; next: precision compare {path}:make")
 
 
 @main.command()
@@ -127,13 +170,19 @@ def doctor(context: click.Context, as_json: bool) -> None:
     context.exit(1 if findings.problems else 0)
 
 
-def _modes(modes: str | None) -> list[str]:
-    from precision_lab.modes import default_modes, parse_modes
-
+@contextmanager
+def _bad(option: str) -> Iterator[None]:
     try:
-        return default_modes() if modes is None else parse_modes(modes)
+        yield
     except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--modes") from None
+        raise click.BadParameter(str(error), param_hint=option) from None
+
+
+def _modes(modes: str | None) -> list[str]:
+    from precision_lab.modes import modes_to_run
+
+    with _bad("--modes"):
+        return modes_to_run(modes)
 
 
 def _device_type(accelerator: str) -> str:
@@ -145,16 +194,22 @@ def _device_type(accelerator: str) -> str:
         raise click.BadParameter(str(error), param_hint="--accelerator") from None
 
 
-def _rows(modes: list[str], device_type: str, **options: Any) -> list[Row]:
+def _prepared(task: str | None, modes: list[str], *, size: str, **options: Any) -> Comparison:
+    from precision_lab.api import prepare
     from precision_lab.process import ChildFailed
-    from precision_lab.rows import ask_for_rows
+    from precision_lab.taskfile import check_spec
+    from precision_lab.train import SIZES
 
+    if size not in SIZES:
+        raise click.BadParameter(f"{size!r}: expected one of {', '.join(SIZES)}", param_hint="--size")
+    if task is not None:
+        with _bad("TASK.PY:FUNCTION"):
+            check_spec(task)
     try:
-        return ask_for_rows(modes, device_type, **options)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--strategy") from None
+        with _bad("--strategy"):
+            return prepare(task, modes, size=size, **options)
     except ChildFailed as failure:
-        raise click.ClickException(f"asking for {device_type}: {failure}") from None
+        raise click.ClickException(f"asking for {options['accelerator']}: {failure}") from None
 
 
 def _checked_folder(out: str) -> Path:

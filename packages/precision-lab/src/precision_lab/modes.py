@@ -13,12 +13,23 @@ from __future__ import annotations
 import re
 
 from precision_core import MODES, Policy
-from precision_core.support import PLUGINS, base_of, find, is_core_mode, load_plugin
+from precision_core.support import PLUGINS, base_of, find, is_core_mode, load_plugin, names
 
 
 def default_modes() -> list[str]:
-    """Returns core's six modes."""
+    """Returns core's modes."""
     return list(MODES)
+
+
+def modes_to_run(text: str | None) -> list[str]:
+    """Returns core's modes for None, and those of installed packages as well for "all"; else those that are listed.
+
+    Raises:
+        ValueError: as `parse_modes`.
+    """
+    if text == "all":
+        return [*MODES, *names(PLUGINS)]
+    return default_modes() if text is None else parse_modes(text)
 
 
 def parse_modes(text: str) -> list[str]:

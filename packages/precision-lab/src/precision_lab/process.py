@@ -1,4 +1,4 @@
-"""One child process, and the lines it sends.
+"""Child processes, and the lines they send.
 
 Each mode trains in a fresh process: its memory starts at zero, nothing that a mode leaves behind (caches, autotuned
 kernels, a crash) reaches the next one, and deterministic algorithms can be switched on for all of it.
@@ -13,11 +13,20 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator
+import traceback
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn
 
-from precision_lab.train import Job
+import torch
+
+from precision_lab.loop import Job
+from precision_lab.serve import serve
+from precision_lab.task import Task
+from precision_lab.taskfile import TaskError
 
 _VENDORS = {
     # cuBLAS is deterministic only with a fixed workspace.
@@ -33,49 +42,155 @@ class ChildFailed(Exception):
     """The child ended before its work was done; the message is its last line of stderr, or the signal that ended it."""
 
 
-def run_child(job: Job) -> Generator[dict[str, Any], None, None]:
-    """Runs `python -m precision_lab.train`, by torchrun for several processes, and yields its lines as they come.
+class Child:
+    """A training run in a process of its own (`python -m precision_lab.train`, by torchrun for several).
 
-    The child never outlives the generator (close it: `contextlib.closing`), nor this process: when that is killed, its
-    end of the child's stdin closes.
-
-    Raises:
-        ChildFailed: with the last line of the child's traceback, or the signal that ended it.
+    It never outlives this object's `close`, nor this process: when that is killed, its end of the child's stdin closes.
+    With `told`, it waits for `tell` (see `serve`); else it trains by itself.
     """
-    environment = _VENDORS | os.environ
-    with (
-        tempfile.TemporaryDirectory() as logs,
-        tempfile.TemporaryFile("w+", errors="replace") as errors,
-        subprocess.Popen(
-            _command(job, logs),
+
+    def __init__(self, job: Job, told: bool = False) -> None:
+        self._logs = tempfile.TemporaryDirectory()
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - `close` closes it
+        self._start(job, told)
+
+    def _start(self, job: Job, told: bool) -> None:
+        self._child = subprocess.Popen(
+            _command(job, self._logs.name, told),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=environment,
-        ) as child,
-    ):
-        assert child.stdout is not None
+            stderr=self._errors,
+            env=_VENDORS | os.environ,
+        )
+        assert self._child.stdin is not None and self._child.stdout is not None
+        self._commands: IO[bytes] = self._child.stdin
+        self._lines: IO[bytes] = self._child.stdout
+
+    def tell(self, command: str) -> None:
+        """Sends a command; one to a child that has ended is lost, and `events` say why it ended."""
+        with suppress(BrokenPipeError):
+            self._commands.write(f"{command}\n".encode())
+            self._commands.flush()
+
+    def events(self, until: str | None = None) -> Iterator[dict[str, Any]]:
+        """Yields its events as they come: to the one with the key `until`, which is the last, or to the end.
+
+        Raises:
+            ChildFailed: with the last line of the child's traceback, or the signal that ended it.
+            TaskError: the user's file raised before the training.
+        """
+        for line in self._lines:
+            event = json.loads(line)
+            if "task_error" in event:
+                raise TaskError(event["task_error"])
+            yield event
+            if until is not None and until in event:
+                return
+        code = self._wait()
+        if code or until is not None:
+            self._errors.seek(0)
+            raise ChildFailed(_reason(code, self._errors.read(), Path(self._logs.name)))
+
+    def close(self) -> None:
+        """Ends the process, if it has not ended, and waits for that."""
+        self._kill()
+        self._wait()
+        for each in (self._commands, self._lines):
+            with suppress(BrokenPipeError):  # a command that it never read
+                each.close()
+        self._errors.close()
+        self._logs.cleanup()
+
+    def _wait(self) -> int:
+        return self._child.wait()
+
+    def _kill(self) -> None:
+        self._child.kill()  # does nothing when it has ended
+
+
+class Fork(Child):
+    """The same in a fork of this process, for a `make` that is no file's: a notebook's, say.
+
+    Raises:
+        RuntimeError: CUDA is in use in this process, which a fork cannot share.
+    """
+
+    _ends: tuple[int, ...] = ()
+    """Our ends of the pipes of all forks: no other fork may hold them open."""
+
+    def __init__(self, job: Job, make: Callable[[], Task], told: bool = False) -> None:
+        if torch.cuda.is_initialized():
+            raise RuntimeError(
+                "this process uses CUDA already, which its forks cannot: put make() into a file and pass "
+                '"task.py:make", or restart and compare first'
+            )
+        self._make = make
+        super().__init__(job, told)
+
+    def _start(self, job: Job, told: bool) -> None:
+        (commands, self._to), (self._from, lines) = os.pipe(), os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._code: int | None = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forking where there are threads
+            self._pid = os.fork()
+        if not self._pid:
+            for end in (*Fork._ends, self._to, self._from):
+                os.close(end)
+            self._run(job, commands if told else None, lines)
+        os.close(commands)
+        os.close(lines)
+        Fork._ends += (self._to, self._from)
+        self._commands, self._lines = os.fdopen(self._to, "wb"), os.fdopen(self._from, "rb")
+
+    def _run(self, job: Job, told: int | None, lines: int) -> NoReturn:
+        code = 1
         try:
-            for line in child.stdout:
-                yield json.loads(line)
-            code = child.wait()
+            os.dup2(self._errors.fileno(), 2)
+            os.dup2(2, 1)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+            serve(job, lambda device: self._make, os.fdopen(lines, "w"), told)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
-            child.kill()  # does nothing when it has ended
-        if code:
-            errors.seek(0)
-            raise ChildFailed(_reason(code, errors.read(), Path(logs)))
+            sys.stderr.flush()
+            os._exit(code)
+
+    def close(self) -> None:
+        super().close()
+        Fork._ends = tuple(end for end in Fork._ends if end not in (self._to, self._from))
+
+    def _wait(self) -> int:
+        if self._code is None:
+            self._code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        return self._code
+
+    def _kill(self) -> None:
+        if self._code is None:
+            os.kill(self._pid, signal.SIGKILL)
 
 
-def _command(job: Job, logs: str) -> list[str]:
+def run_child(job: Job) -> Generator[dict[str, Any], None, None]:
+    """Trains in a child and yields its events as they come; the child never outlives the generator: close it.
+
+    Raises:
+        ChildFailed, TaskError: as `Child.events`.
+    """
+    with closing(Child(job)) as child:
+        yield from child.events()
+
+
+def _command(job: Job, logs: str, told: bool) -> list[str]:
     command = [sys.executable, "-m"]
     if job.devices > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={job.devices}"]
         # each rank's stderr in a file of its own: in one stream their tracebacks mix
         command += ["--log-dir", logs, "--redirects", "2", "-m"]
-    command += ["precision_lab.train", job.mode, "--until-stdin-closes", "--devices", str(job.devices)]
-    command += ["--steps", str(job.steps), "--seed", str(job.seed), "--accelerator", job.accelerator]
-    return [*command, "--strategy", job.strategy]
+    command += ["precision_lab.train", job.mode, "--told" if told else "--until-stdin-closes"]
+    return command + [f"--{name}={value}" for name, value in asdict(job).items() if name != "mode"]
 
 
 def _reason(code: int, errors: str, logs: Path) -> str:

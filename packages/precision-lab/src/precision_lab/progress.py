@@ -37,7 +37,13 @@ class Bars:
             refresh_per_second=4,  # two cores train meanwhile
         )
         self._tasks = {
-            row.mode: self._bars.add_task(escape(row.mode), start=False, total=steps, note="waits")
+            row.label: self._bars.add_task(
+                escape(row.label),
+                start=False,
+                total=steps,
+                completed=len(row.losses),
+                note="done" if row.status == "done" else "waits",
+            )
             for row in rows
             if not row.reason
         }
@@ -50,31 +56,31 @@ class Bars:
         self._bars.stop()
 
     def start(self, row: Row) -> None:
-        task = self._tasks[row.mode]
+        task = self._tasks[row.label]
         self._bars.start_task(task)
         self._bars.update(task, note="starts")
 
     def update(self, row: Row) -> None:
         note = f"loss {row.losses[-1]:.3f}" if row.losses else "starts"
-        self._bars.update(self._tasks[row.mode], completed=len(row.losses), note=note)
+        self._bars.update(self._tasks[row.label], completed=len(row.losses), note=note)
 
     def end(self, row: Row) -> None:
-        task = self._tasks[row.mode]
+        task = self._tasks[row.label]
         if row.status == "failed":
             self._bars.update(task, note="[red]failed")
         self._bars.stop_task(task)
 
 
 class Lines:
-    """A line at the start, after every tenth of the steps, and at the end of each mode."""
+    """A line at the start, after every tenth of the steps, and at the end of each mode; those of several mix."""
 
     def __init__(self, console: Console, rows: Sequence[Row], steps: int) -> None:
         self._console = console
         self._steps = steps
-        self._width = min(30, max((len(row.mode) for row in rows), default=0))
+        self._width = min(30, max((len(row.label) for row in rows), default=0))
         self._marks = {max(1, steps * tenth // 10) for tenth in range(1, 11)}
-        self._started = 0.0
-        self._printed = 0
+        self._started: dict[str, float] = {}
+        self._printed: dict[str, int] = {}
 
     def __enter__(self) -> Lines:
         return self
@@ -83,22 +89,22 @@ class Lines:
         pass
 
     def start(self, row: Row) -> None:
-        self._started = time.perf_counter()
-        self._printed = 0
+        self._started[row.label] = time.perf_counter()
+        self._printed[row.label] = len(row.losses)  # of a run that goes on
         self._print(row, "starts")
 
     def update(self, row: Row) -> None:
         step = len(row.losses)
-        if step in self._marks and step > self._printed:  # an event without a new step comes too
-            self._printed = step
+        if step in self._marks and step > self._printed[row.label]:  # an event without a new step comes too
+            self._printed[row.label] = step
             self._print(row, f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {row.losses[-1]:.3f}")
 
     def end(self, row: Row) -> None:
         self._print(row, f"{row.status}{': ' if row.reason else ''}{row.reason}")
 
     def _print(self, row: Row, text: str) -> None:
-        seconds = time.perf_counter() - self._started
-        self._console.print(f"{row.mode:<{self._width}}  {seconds:5.1f} s  {text}", markup=False, soft_wrap=True)
+        seconds = time.perf_counter() - self._started[row.label]
+        self._console.print(f"{row.label:<{self._width}}  {seconds:5.1f} s  {text}", markup=False, soft_wrap=True)
 
 
 def make_progress(console: Console, rows: Sequence[Row], steps: int) -> Bars | Lines:

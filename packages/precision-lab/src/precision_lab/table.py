@@ -8,8 +8,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from precision_lab.results import BASELINE, REFERENCE, Comparison, Row, last_tenth
+from precision_lab.verdict import judge
 
-_COLUMNS = ("train", "held-out", "drift", "ms/step", "x 32-true", "params", "grads", "optimizer", "peak", "skipped")
+_LOSSES = ("train", "held-out", "spreads", "drift")
+_TIMES = ("ms/step", "x 32-true", "quartiles")
+_COLUMNS = (*_LOSSES, *_TIMES, "params", "grads", "optimizer", "peak", "skipped")
 _MODE_WIDTH = 30
 """Longer modes, policies that are written out, are folded to this width."""
 
@@ -39,14 +42,16 @@ def print_table(comparison: Comparison, console: Console) -> None:
 
 def _cells(row: Row, comparison: Comparison) -> list[str]:
     drift = comparison.drift(row)
-    ratio = comparison.time_ratio(row)
-    seconds = row.median_step_seconds
+    ratio, quartiles = comparison.time_ratio(row), comparison.time_quartiles(row)
+    seconds, spreads = row.median_step_seconds, comparison.in_spreads(row)
     return [
         "-" if row.train_loss is None else f"{row.train_loss:.4f}",
         "-" if row.held_out_loss is None else f"{row.held_out_loss:.4f}",
+        "-" if spreads is None else f"{spreads:+.1f}",
         "-" if drift is None else "0" if drift == 0 else f"{drift:.1e}",
         "-" if seconds is None else f"{1000 * seconds:.1f}",
         "-" if ratio is None else f"{ratio:.2f}",
+        "-" if quartiles is None else f"{quartiles[0]:.2f}-{quartiles[1]:.2f}",
         human_bytes(row.parameter_bytes),
         human_bytes(row.gradient_bytes),
         human_bytes(row.optimizer_bytes),
@@ -69,14 +74,40 @@ def human_bytes(number: int | None) -> str:
 
 def _footnotes(comparison: Comparison) -> str:
     tenth = last_tenth(comparison.steps)
+    unit = "" if comparison.task else "losses in nats per byte, "
     drift = "max over steps of |L - L64| / L64"
     if comparison.find(REFERENCE) is None:
         drift += ", - without 64-true among the finished modes"
+    spread, seeds = comparison.spread(), comparison.seeds_of(BASELINE)
+    spreads = "spreads: held-out minus 32-true's, in standard deviations of 32-true's over seeds"
+    spreads += " (- without two)" if spread is None else f" ({spread:.2g}, of {seeds})"
     ratio = "" if comparison.find(BASELINE) else "; x 32-true: - without 32-true among the finished modes"
+    if comparison.find(BASELINE) and comparison.block is not None:
+        ratio = f"; x 32-true: median, and quartiles, of turns of {comparison.block} steps that were taken side by side"
     on_cuda = comparison.environment.get("device") == "cuda"
     whose = "tensors' memory on the device" if on_cuda else "the process's memory"
     kernels = ", of deterministic kernels: attention's backward is slower than by default" if on_cuda else ""
     return (
-        f"losses in nats per byte, train: mean of the last {tenth} step{'s' if tenth > 1 else ''}; drift: {drift}; "
+        f"{unit}train: mean of the last {tenth} step{'s' if tenth > 1 else ''}; {spreads}; drift: {drift}; "
         f"ms/step: median{kernels}{ratio}; peak: growth of {whose} from before the model was built"
     )
+
+
+def print_verdict(comparison: Comparison, console: Console) -> None:
+    """Prints what to take, and why."""
+    if any(row.status == "done" for row in comparison.rows):
+        verdict = judge(comparison)
+        console.print()
+        console.print(verdict.headline, style="bold", markup=False)
+        for sentence in verdict.sentences:
+            console.print(f"  {sentence}", markup=False, highlight=False, soft_wrap=True)
+
+
+def comparison_texts(comparison: Comparison) -> tuple[list[str], list[list[str]], list[str]]:
+    """Returns columns, rows of texts, and the lines below them: the verdict, and why modes have no figures."""
+    rows = [[row.mode, *_cells(row, comparison)] for row in comparison.rows if row.status == "done"]
+    lines = [f"{row.mode} {row.status}: {row.reason}" for row in comparison.rows if row.status != "done"]
+    if rows:
+        verdict = judge(comparison)
+        lines = [f"{verdict.headline}.", *verdict.sentences, *lines]
+    return ["mode", *_COLUMNS], rows, lines

@@ -1,39 +1,33 @@
-"""One training run in one precision, in a process of its own.
+"""One training run in one precision, in a process of its own; and the built-in task: a GPT on real text.
 
     python -m precision_lab.train bf16-mixed --steps 300 --seed 0
 
-trains the GPT through `Fabric` and prints one JSON object a line: what runs where, the policy, then each step's loss
-and seconds, then the rest of the figures. `precision compare` reads these lines; by hand they, and the whole traceback
-of a mode that fails, are one command away.
-
-The same seed means the same start for every mode: weights are drawn in float32 and cast afterwards, batches come from
-a generator of their own, and deterministic algorithms make a second run the same bit for bit. What then differs
-between two modes is the precision and nothing else.
+trains through `Fabric` and prints one JSON object a line: what runs where, the policy, then each step's loss and
+seconds, then the rest of the figures. `precision compare` reads these lines; by hand they, and the whole traceback of
+a mode that fails, are one command away. Deterministic algorithms make a second run the same bit for bit.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
-import platform
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from precision_core import Fabric
 from precision_lab.gpt import GPT, GPTConfig
-from precision_lab.memory import PeakMemory
-from precision_lab.results import policy_as_dict
+from precision_lab.loop import Job, Training, local_shard, optimizer_bytes
+from precision_lab.serve import Prepare, exit_with_parent, serve
+from precision_lab.task import Task
+from precision_lab.taskfile import load_make
 from precision_lab.text import split_text
+
+__all__ = ["Job", "Task", "local_shard", "optimizer_bytes", "train"]
 
 BATCH = 4
 LEARNING_RATE = 2e-3
@@ -49,83 +43,61 @@ MAX_NORM = 1.0
 EVALUATION_BATCH = 32
 
 
-@dataclass(frozen=True)
-class Job:
-    """The arguments of one training run."""
-
-    mode: str
-    steps: int
-    seed: int
-    accelerator: str = "auto"
-    devices: int = 1
-    """Processes, one a device, that share each batch."""
-    strategy: str = "auto"
-
-
-def train(job: Job) -> Iterator[dict[str, Any]]:
+def train(job: Job, prepare: Prepare | None = None) -> Iterator[dict[str, Any]]:
     """Trains, and yields figures as plain values at the start, after each step, and at the end.
 
     Raises:
         FloatingPointError: the loss is not finite.
+        TaskError: the user's file raised before the training.
     """
-    fabric = Fabric(job.accelerator, job.strategy, job.devices, job.mode)
-    training, held_out = (part.to(fabric.device) for part in split_text())
-    memory = PeakMemory(fabric.device)
-
-    fabric.seed_everything(job.seed)
-    model = GPT(GPTConfig())  # in float32 on the CPU, whatever the mode and the device: the same weights for all
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True
-    )
-    description = run_metadata(fabric.device, model)  # of the whole model, which setup may shard
-    model, optimizer = fabric.setup(model, optimizer)
-    yield description | {"devices": fabric.world_size}
-    yield {"policy": policy_as_dict(fabric.precision_plugin.policy)}
-
-    batches = torch.Generator().manual_seed(job.seed)
-    for step in range(job.steps):
-        start = time.perf_counter()
-        batch = draw_batch(training, model.config.context, batches)  # the same on every rank, which takes its share
-        inputs, targets = (part.chunk(fabric.world_size)[fabric.global_rank] for part in batch)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, job.steps)
-        optimizer.zero_grad()
-        loss = cross_entropy(model(inputs), targets)
-        fabric.backward(loss)
-        fabric.clip_gradients(model, optimizer, max_norm=MAX_NORM)
-        optimizer.step()
-        value = fabric.all_reduce(loss).item()  # waits for the device, so that the time is the step's
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the training loss is {value} at step {step + 1}")
-        yield {"step": step + 1, "loss": value, "seconds": time.perf_counter() - start}
-
-    # Memory is read before evaluation, which is not part of training.
-    params = [part for part in map(local_shard, model.parameters()) if part.numel()]
-    gradients = [local_shard(param.grad) for param in model.parameters() if param.grad is not None]
-    figures = {  # of this process; None where an engine does not show what it holds
-        "parameter_bytes": sum(param.nbytes for param in params) or None,
-        "gradient_bytes": sum(gradient.nbytes for gradient in gradients) or None,
-        "optimizer_bytes": optimizer_bytes(optimizer),
-        "peak_memory_bytes": memory.read(),
-        "skipped_steps": fabric.precision_plugin.skipped_steps,
-    }
-    held_out_loss = evaluate(model, held_out, model.config.context)  # on every rank: each may hold a shard
-    if not math.isfinite(held_out_loss):
-        raise FloatingPointError(f"the held-out loss is {held_out_loss} after training")
-    yield figures | {"held_out_loss": held_out_loss}
+    training = Training(job, prepare or preparing(job))
+    yield from training.start()
+    yield from training.advance(job.steps)
+    yield from training.finish()
 
 
-def run_metadata(device: torch.device, model: nn.Module) -> dict[str, Any]:
-    """Returns device, versions, and the number of parameters."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "device": device.type,
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "parameters": sum(param.numel() for param in model.parameters()),
-    }
+def preparing(job: Job) -> Prepare:
+    """Returns what gives `Training` the job's task: the user's file, or the built-in GPT."""
+    return (lambda device: load_make(job.task)) if job.task else (lambda device: gpt_maker(device, job.size))
+
+
+SIZES = {
+    "1m": lambda: GPTConfig(),
+    "25m": lambda: GPTConfig(512, 8, 8, 512),
+    "85m": lambda: GPTConfig(768, 12, 12, 512),
+    "300m": lambda: GPTConfig(1024, 24, 16, 512),
+    "1b": lambda: GPTConfig(2048, 20, 16, 512),
+}
+"""Parameters -> the GPT's sizes. On a GPU the smallest measures launches of kernels, not formats."""
+
+
+def gpt_maker(device: torch.device, size: str = "1m") -> Callable[[], Task]:
+    """Returns a function that makes the task of the GPT; the text is read, and on the device, before."""
+    training, held_out = (part.to(device) for part in split_text())
+
+    def make() -> Task:
+        model = GPT(SIZES[size]())
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True
+        )
+        context = model.config.context
+
+        def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+            generator = torch.Generator().manual_seed(seed)
+            while True:
+                yield draw_batch(training, context, generator)
+
+        return Task(
+            model,
+            optimizer,
+            batches,
+            lambda model, batch: cross_entropy(model(batch[0]), batch[1]),
+            lambda model: evaluate(model, held_out, context),
+            clip_norm=MAX_NORM,
+            schedule=lambda step, steps: learning_rate(step, steps) / LEARNING_RATE,
+        )
+
+    return make
 
 
 def draw_batch(data: Tensor, context: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -160,18 +132,6 @@ def evaluate(model: nn.Module, data: Tensor, context: int) -> float:
     return total / count
 
 
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Returns the bytes of all tensors in the optimizer's state that are in this process."""
-    values = (value for state in optimizer.state.values() for value in state.values())
-    return sum(local_shard(value).nbytes for value in values if isinstance(value, Tensor))
-
-
-def local_shard(tensor: Tensor) -> Tensor:
-    """Returns this process's shard of a tensor, all of a plain one."""
-    to_local = getattr(tensor, "to_local", None)  # of a DTensor
-    return tensor if to_local is None else to_local()
-
-
 def settings() -> dict[str, Any]:
     """Returns the constants of this file and the model's sizes, for compare.json."""
     return {
@@ -191,34 +151,24 @@ def main() -> None:
     """Runs one job from the command line."""
     parser = argparse.ArgumentParser(prog="python -m precision_lab.train", description="Train in one precision.")
     parser.add_argument("mode")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--accelerator", default="auto")
-    parser.add_argument("--devices", type=int, default=1, help="under torchrun: how many processes it started")
-    parser.add_argument("--strategy", default="auto")
+    defaults: dict[str, Any] = {"steps": 300, "seed": 0} | {
+        field.name: field.default for field in fields(Job) if field.name not in ("mode", "steps", "seed")
+    }
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--until-stdin-closes", action="store_true", help="end with the process at the other end of it")
+    parser.add_argument("--told", action="store_true", help="train when lines on stdin say so")
     arguments = vars(parser.parse_args())
+    told = 0 if arguments.pop("told") else None
     if arguments.pop("until_stdin_closes"):
-        threading.Thread(target=_exit_with_parent, daemon=True).start()
+        exit_with_parent()
 
     # Whatever a library prints belongs to stderr: stdout carries our lines only.
     sys.stdout.flush()
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-
-    torch.use_deterministic_algorithms(True)  # for the whole process, which is ours
-    # Nothing here reads memory before it writes it, and engines allocate gigabytes that they use little of.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    for event in train(Job(**arguments)):
-        if os.environ.get("RANK", "0") == "0":
-            print(json.dumps(event, allow_nan=False), file=lines, flush=True)
-
-
-def _exit_with_parent() -> None:
-    """Ends this process when its parent does, however that died: the system then closes the pipe to our stdin."""
-    while os.read(0, 1):  # os.read, because a thread that waits in sys.stdin would block the interpreter's exit
-        pass
-    os._exit(1)
+    job = Job(**arguments)
+    serve(job, preparing(job), lines, told)
 
 
 if __name__ == "__main__":

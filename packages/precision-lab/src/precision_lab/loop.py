@@ -1,0 +1,161 @@
+"""The training loop: a task, through `Fabric`, in one precision; some steps at a time, and it can be saved and go on.
+
+The same seed means the same start for every mode: weights are drawn in float32 and cast afterwards, batches come from
+the seed, and generators start anew once everything is set up, whatever a mode drew meanwhile. What then differs between
+two modes is the precision and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from precision_core import Fabric
+from precision_lab.memory import PeakMemory
+from precision_lab.results import policy_as_dict
+from precision_lab.task import Task, share
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The arguments of one training run."""
+
+    mode: str
+    steps: int
+    seed: int
+    accelerator: str = "auto"
+    devices: int = 1
+    """Processes, one a device, that share each batch."""
+    strategy: str = "auto"
+    task: str = ""
+    """The user's, task.py:make; "": the built-in GPT."""
+    size: str = "1m"
+    """Of the GPT."""
+    resume: str = ""
+    """A checkpoint to go on from."""
+
+
+class Training:
+    """One run of a job: `start`, `advance` as often as wanted, `finish`; each yields figures as plain values.
+
+    Args:
+        prepare: device -> the function that makes the task. What `prepare` itself takes does not count as memory.
+
+    Raises:
+        TaskError: from `start`: the user's code raised.
+    """
+
+    def __init__(self, job: Job, prepare: Callable[[torch.device], Callable[[], Task]]) -> None:
+        self.job = job
+        self.fabric = Fabric(job.accelerator, job.strategy, job.devices, job.mode)
+        self.make = prepare(self.fabric.device)
+        self.step = 0
+
+    def start(self) -> Iterator[Event]:
+        """Makes the task and sets it up; yields what runs where, and the policy."""
+        fabric, job = self.fabric, self.job
+        self._memory = PeakMemory(fabric.device)
+        fabric.seed_everything(job.seed)
+        self.task = task = self.make()
+        self._rates = [float(group["lr"]) for group in task.optimizer.param_groups]
+        description = run_metadata(fabric.device, task.model)  # of the whole model, which setup may shard
+        self.model, self.optimizer = fabric.setup(task.model, task.optimizer)
+        fabric.seed_everything(job.seed)
+        if job.resume:
+            self.step = fabric.load(job.resume, {"model": self.model, "optimizer": self.optimizer})["step"]
+        self._batches = itertools.islice(task.stream(job.seed), self.step, None)
+        yield description | {"devices": fabric.world_size}
+        yield {"policy": policy_as_dict(fabric.precision_plugin.policy)}
+
+    def advance(self, steps: int) -> Iterator[Event]:
+        """Trains for so many steps, to the job's last one at most; yields each one's loss and seconds.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        for _ in range(min(steps, self.job.steps - self.step)):
+            start = time.perf_counter()
+            value = self._one_step()  # waits for the device, so that the time is the step's
+            seconds = time.perf_counter() - start
+            self.step += 1
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the training loss is {value} at step {self.step}")
+            yield {"step": self.step, "loss": value, "seconds": seconds}
+
+    def _one_step(self) -> float:
+        fabric, task, model, optimizer = self.fabric, self.task, self.model, self.optimizer
+        batch = share(next(self._batches), fabric.global_rank, fabric.world_size)  # all draw it, each takes its part
+        if task.schedule is not None:
+            factor = task.schedule(self.step, self.job.steps)
+            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * factor
+        optimizer.zero_grad()
+        loss = task.compute_loss(model, fabric.to_device(batch))
+        fabric.backward(loss)
+        if task.clip_norm is not None:
+            fabric.clip_gradients(model, optimizer, max_norm=task.clip_norm)
+        optimizer.step()
+        return fabric.all_reduce(loss).item()
+
+    def save(self, path: str) -> None:
+        """Writes what `Job.resume` needs."""
+        self.fabric.save(path, {"model": self.model, "optimizer": self.optimizer, "step": self.step})
+
+    def finish(self) -> Iterator[Event]:
+        """Yields bytes, skipped steps, and the held-out loss.
+
+        Raises:
+            FloatingPointError: the held-out loss is not finite.
+        """
+        figures = self._memory_figures()  # read before evaluation, which is not part of training
+        # on every rank: each may hold a shard
+        held_out_loss = self.task.held_out(self.model, self.fabric.to_device)
+        if not math.isfinite(held_out_loss):
+            raise FloatingPointError(f"the held-out loss is {held_out_loss} after training")
+        yield figures | {"held_out_loss": held_out_loss}
+
+    def _memory_figures(self) -> Event:
+        params = [part for part in map(local_shard, self.model.parameters()) if part.numel()]
+        gradients = [local_shard(param.grad) for param in self.model.parameters() if param.grad is not None]
+        return {  # of this process; None where an engine does not show what it holds
+            "parameter_bytes": sum(param.nbytes for param in params) or None,
+            "gradient_bytes": sum(gradient.nbytes for gradient in gradients) or None,
+            "optimizer_bytes": optimizer_bytes(self.optimizer),
+            "peak_memory_bytes": self._memory.read(),
+            "skipped_steps": self.fabric.precision_plugin.skipped_steps,
+        }
+
+
+def run_metadata(device: torch.device, model: nn.Module) -> dict[str, Any]:
+    """Returns device, versions, and the number of parameters."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": device.type,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "parameters": sum(param.numel() for param in model.parameters()),
+    }
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Returns the bytes of all tensors in the optimizer's state that are in this process."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum(local_shard(value).nbytes for value in values if isinstance(value, Tensor))
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """Returns this process's shard of a tensor, all of a plain one."""
+    to_local = getattr(tensor, "to_local", None)  # of a DTensor
+    return tensor if to_local is None else to_local()
