@@ -1,14 +1,8 @@
 import matplotlib.image
-import numpy as np
 import pytest
 
-from precision_lab.plot import save_plot, smooth
+from precision_lab.plot import save_plot
 from precision_lab.results import Comparison, Row
-
-
-def test_smooth_is_the_mean_of_what_was():
-    np.testing.assert_allclose(smooth([4.0, 2.0, 0.0, 1.0], 2), [4, 3, 1, 0.5])
-    np.testing.assert_allclose(smooth([4.0, 2.0], 1), [4, 2])
 
 
 def curve(mode, status="done", factor=1.0, steps=20):
@@ -31,5 +25,5 @@ def curve(mode, status="done", factor=1.0, steps=20):
 def test_picture_of(rows, tmp_path):
     save_plot(Comparison(20, 0, rows), tmp_path / "picture.png")
     pixels = matplotlib.image.imread(tmp_path / "picture.png")
-    assert pixels.shape[:2] == (660, 1560)
+    assert pixels.shape[:2] == (624, 2040)
     assert pixels[..., :3].std() > 0.01  # not a blank page

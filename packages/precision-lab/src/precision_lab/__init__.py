@@ -24,10 +24,13 @@
     table.py      the table at the end
     shown.py      the same in notebooks
     against.py    the same beside an older record
+    curves.py     curves as they are drawn
     plot.py       the picture
+    report.py     the page, report.html; charts.py: its charts, report.css: its looks
 
     serve.py      what the child does, when it is told to
     loop.py       one training run in one precision
+    probe.py      signal to noise of its layers
     train.py      from the command line; and the built-in task
     gpt.py        its model
     text.py       its text

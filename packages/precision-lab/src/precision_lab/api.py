@@ -150,12 +150,14 @@ def execute(
 
 
 def write(comparison: Comparison, folder: Path) -> None:
-    """Writes compare.json and compare.png."""
+    """Writes compare.json, compare.png and report.html."""
     from precision_lab.plot import save_plot
+    from precision_lab.report import save_report
 
     record = comparison.as_dict(None if comparison.task else settings())
     (folder / "compare.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     save_plot(comparison, folder / "compare.png")
+    save_report(comparison, folder / "report.html")
 
 
 def _options(comparison: Comparison, accelerator: str, devices: int) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def main() -> None:
     type=click.Path(file_okay=False),
     default="precision-compare",
     show_default=True,
-    help="Folder for compare.json and compare.png; older ones are replaced.",
+    help="Folder for report.html, compare.json and compare.png; older ones are replaced.",
 )
 @click.option("--all", "run_all", is_flag=True, help="Run the modes that are slow on this device, too.")
 @click.option("--sequential", is_flag=True, help="One mode after another: where all do not fit into memory at once.")
@@ -71,6 +71,7 @@ def main() -> None:
 @click.pass_context
 def compare(
     context: click.Context,
+    /,
     task: str | None,
     modes: str | None,
     out: str,
@@ -85,8 +86,9 @@ def compare(
     """Train in each precision, from the same start, and compare: your own model, or a small GPT on real text.
 
     TASK.PY:FUNCTION is a function of yours that returns a precision_lab.Task (`precision new task.py` writes one).
-    Prints a table and a verdict, and writes the figures with every step's loss (compare.json) and the curves
-    (compare.png). Interrupted, the same command goes on where it was. The exit code is 1 when a mode failed.
+    Prints a table and a verdict, and writes them with curves and layers (report.html), every figure (compare.json) and
+    the curves alone (compare.png). Interrupted, the same command goes on where it was. The exit code is 1 when a mode
+    failed.
     """
     listed = _modes(modes)
     old = None
@@ -123,7 +125,9 @@ def compare(
 
         print_against(comparison.as_dict(), old, console)
     console.print()
-    console.print(", ".join(str(folder / name) for name in ("compare.json", "compare.png")), soft_wrap=True)
+    console.print(
+        ", ".join(str(folder / name) for name in ("report.html", "compare.json", "compare.png")), soft_wrap=True
+    )
     context.exit(1 if comparison.failed else 0)
 
 
@@ -138,7 +142,7 @@ def new(path: str) -> None:
         raise click.BadParameter(f"{path!r}: expected a name that ends in .py", param_hint="TASK.PY")
     try:
         with open(path, "x") as file:
-            file.write(text.replace("FILE", path))
+            file.write(text.removeprefix("# mypy: ignore-errors\n").replace("FILE", path))
     except FileExistsError:
         raise click.BadParameter(f"{path!r} is there already", param_hint="TASK.PY") from None
     except OSError as error:

@@ -60,6 +60,9 @@ class Training:
         self.fabric = Fabric(job.accelerator, job.strategy, job.devices, job.mode)
         self.make = prepare(self.fabric.device)
         self.step = 0
+        # One thread's CPU time is what its step takes on an idle machine, however many others share this one.
+        self._alone = self.fabric.device.type == "cpu" and torch.get_num_threads() == 1 and job.devices == 1
+        self._clock = time.process_time if self._alone else time.perf_counter
 
     def start(self) -> Iterator[Event]:
         """Makes the task and sets it up; yields what runs where, and the policy."""
@@ -74,7 +77,7 @@ class Training:
         if job.resume:
             self.step = fabric.load(job.resume, {"model": self.model, "optimizer": self.optimizer})["step"]
         self._batches = itertools.islice(task.stream(job.seed), self.step, None)
-        yield description | {"devices": fabric.world_size}
+        yield description | {"devices": fabric.world_size, "clock": "cpu" if self._alone else "wall"}
         yield {"policy": policy_as_dict(fabric.precision_plugin.policy)}
 
     def advance(self, steps: int) -> Iterator[Event]:
@@ -84,9 +87,9 @@ class Training:
             FloatingPointError: the loss is not finite.
         """
         for _ in range(min(steps, self.job.steps - self.step)):
-            start = time.perf_counter()
+            start = self._clock()
             value = self._one_step()  # waits for the device, so that the time is the step's
-            seconds = time.perf_counter() - start
+            seconds = self._clock() - start
             self.step += 1
             if not math.isfinite(value):
                 raise FloatingPointError(f"the training loss is {value} at step {self.step}")
@@ -123,6 +126,14 @@ class Training:
         if not math.isfinite(held_out_loss):
             raise FloatingPointError(f"the held-out loss is {held_out_loss} after training")
         yield figures | {"held_out_loss": held_out_loss}
+        if self.job.devices == 1 and self.job.strategy == "auto":
+            from precision_lab.probe import noise
+
+            del self.model, self.optimizer, self.task  # two more models come, one after the other
+            try:
+                yield {"noise": noise(self.job, self.make)}
+            except Exception as error:  # float64 that the device lacks, or has no memory for: the training is done
+                yield {"noise": [], "no_noise": f"{type(error).__name__}: {error}".splitlines()[0]}
 
     def _memory_figures(self) -> Event:
         params = [part for part in map(local_shard, self.model.parameters()) if part.numel()]

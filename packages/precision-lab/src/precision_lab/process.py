@@ -128,6 +128,7 @@ class Fork(Child):
         super().__init__(job, told)
 
     def _start(self, job: Job, told: bool) -> None:
+
         (commands, self._to), (self._from, lines) = os.pipe(), os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()

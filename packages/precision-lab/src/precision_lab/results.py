@@ -43,6 +43,10 @@ class Row:
     skipped_steps: int | None = None
     policy: dict[str, Any] | None = None
     """The policy's fields as plain values; of a package's mode as its plugin reports it, once it ran."""
+    noise: list[tuple[str, float | None, float | None]] = field(default_factory=list)
+    """Each leaf module in the order of the forward: decibels of signal to noise of its output, and of the gradient."""
+    no_noise: str = ""
+    """Why there are none."""
     seed: int = 0
     repeat: bool = False
     """Whether it is a run of another seed, for the spread."""

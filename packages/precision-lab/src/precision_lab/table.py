@@ -37,7 +37,7 @@ def print_table(comparison: Comparison, console: Console) -> None:
             console.print(line, soft_wrap=True, highlight=False)
     if finished:
         console.print()
-        console.print(_footnotes(comparison), style="dim", markup=False, highlight=False)
+        console.print(footnotes(comparison), style="dim", markup=False, highlight=False)
 
 
 def _cells(row: Row, comparison: Comparison) -> list[str]:
@@ -72,7 +72,8 @@ def human_bytes(number: int | None) -> str:
     return f"{value:.3g} GiB"
 
 
-def _footnotes(comparison: Comparison) -> str:
+def footnotes(comparison: Comparison) -> str:
+    """Returns what the columns are, in this comparison."""
     tenth = last_tenth(comparison.steps)
     unit = "" if comparison.task else "losses in nats per byte, "
     drift = "max over steps of |L - L64| / L64"
@@ -87,9 +88,10 @@ def _footnotes(comparison: Comparison) -> str:
     on_cuda = comparison.environment.get("device") == "cuda"
     whose = "tensors' memory on the device" if on_cuda else "the process's memory"
     kernels = ", of deterministic kernels: attention's backward is slower than by default" if on_cuda else ""
+    clock = "median of CPU time" if comparison.environment.get("clock") == "cpu" else "median"
     return (
         f"{unit}train: mean of the last {tenth} step{'s' if tenth > 1 else ''}; {spreads}; drift: {drift}; "
-        f"ms/step: median{kernels}{ratio}; peak: growth of {whose} from before the model was built"
+        f"ms/step: {clock}{kernels}{ratio}; peak: growth of {whose} from before the model was built"
     )
 
 

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """What `precision compare` trains: change it to your own model, data and loss. It runs as it is.
 
     precision compare FILE:make

@@ -176,7 +176,10 @@ class _Runner:
                 _take(event, lane.row, self._comparison)
                 self._progress.update(lane.row)
         except ChildFailed as failure:
-            lane.row.status, lane.row.reason = "failed", _explained(str(failure), lane.alone)
+            if lane.row.held_out_loss is None:
+                lane.row.status, lane.row.reason = "failed", _explained(str(failure), lane.alone)
+            else:  # it trained; what failed is the look at its layers
+                lane.row.no_noise = str(failure)
             self._end(lane)
 
     def _end(self, lane: _Lane) -> None:
