@@ -36,6 +36,10 @@
     text.py       its text
     memory.py     what it took
 
+    estimates.py  precision estimate: the memory of each mode, and whether it fits
+    footprint.py  of one training step, by kind
+    tracker.py    bytes of tensors that have no memory
+
 Nothing is imported here before it is asked for, so that `precision --help` need not wait for torch.
 """
 
@@ -46,13 +50,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from precision_lab.api import compare
+    from precision_lab.estimates import estimate
     from precision_lab.results import Comparison
     from precision_lab.task import Task
     from precision_lab.taskfile import TaskError
 
-__all__ = ["Comparison", "Task", "TaskError", "compare"]
+__all__ = ["Comparison", "Task", "TaskError", "compare", "estimate"]
 
-_HOMES = {"Comparison": "results", "Task": "task", "TaskError": "taskfile", "compare": "api"}
+_HOMES = {"Comparison": "results", "Task": "task", "TaskError": "taskfile", "compare": "api", "estimate": "estimates"}
 
 
 def __getattr__(name: str) -> Any:

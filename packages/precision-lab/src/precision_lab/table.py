@@ -113,3 +113,16 @@ def comparison_texts(comparison: Comparison) -> tuple[list[str], list[list[str]]
         verdict = judge(comparison)
         lines = [f"{verdict.headline}.", *verdict.sentences, *lines]
     return ["mode", *_COLUMNS], rows, lines
+
+
+def print_texts(columns: list[str], rows: list[list[str]], lines: list[str], console: Console) -> None:
+    """Prints a table of texts, uncut, and the lines below it."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left", no_wrap=bool(index), overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    if rows:
+        Console(file=console.file, width=1000, highlight=False).print(table)
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,134 @@
+"""The memory of a training step in a mode, by kind, before any of it is allocated.
+
+The task is made, set up by `Fabric` and trained for three steps with tensors that have no memory (`tracker`). The first
+step makes the optimizer's state, the second finds the operation at which most is alive, the third is the same and looks
+at what it is then.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from precision_core import Fabric
+from precision_lab.task import Task
+from precision_lab.tracker import Tracker, fake_mode, key_of
+
+KINDS = ("params", "grads", "master", "optimizer", "buffers", "activations", "temporary")
+
+
+@dataclass
+class Footprint:
+    """Bytes of one process, at the moment of a step when most is alive; the kinds add up to `peak`."""
+
+    mode: str
+    params: int = 0
+    grads: int = 0
+    master: int = 0
+    """What is kept from step to step besides: master weights, a loss scale."""
+    optimizer: dict[str, int] = field(default_factory=dict)
+    """Each of the optimizer's states."""
+    buffers: int = 0
+    activations: int = 0
+    """Whatever the forward made, inputs and casts of weights included."""
+    temporary: int = 0
+    """Whatever backward and the optimizer made and is no gradient yet."""
+    peak: int = 0
+    resident: int = 0
+    """Between two steps, once gradients are dropped: parameters, optimizer, buffers."""
+    how: str = "traced"
+    """"traced", or the formula that it comes from."""
+    strategy: str = "single_device"
+    devices: int = 1
+    reason: str = ""
+    """Why there is no estimate."""
+
+    def of(self, kind: str) -> int:
+        """Returns the bytes of one of `KINDS`."""
+        value = getattr(self, kind)
+        return sum(value.values()) if isinstance(value, dict) else value
+
+
+def trace(mode: str, make: Callable[[], Task], accelerator: str = "cpu") -> Footprint:
+    """Returns the footprint of one process on one device.
+
+    Raises:
+        Exception: what set-up and training raise; code that reads a tensor's value raises
+            DataDependentOutputException, since there is none.
+    """
+    fabric = Fabric(accelerator, precision=mode)
+    tracker = Tracker()
+    with fake_mode(), tracker:
+        fabric.seed_everything(0)
+        task = make()
+        # Everything is on the device, and fake parameters, of which there are weak references, cannot be swapped.
+        vars(task.model)["to"] = lambda *args, **kwargs: task.model
+        with _not_fused(task.optimizer):
+            model, optimizer = fabric.setup(task.model, task.optimizer)
+        del vars(task.model)["to"]
+        batches = task.stream(0)
+        found = Footprint(mode)
+        _step(fabric, task, tracker, next(batches))
+        optimizer.zero_grad()
+        kept = {number for *_, number in tracker.alive.values()}
+        tracker.reset()
+        _step(fabric, task, tracker, next(batches))
+        peak, at = tracker.peak, tracker.peak_at
+        optimizer.zero_grad()
+        tracker.reset(at, lambda: _look(found, tracker, model, optimizer, kept))
+        _step(fabric, task, tracker, next(batches))
+    if tracker.peak != peak or found.peak != peak:
+        raise RuntimeError(f"two steps of {mode} are not alike: they take {peak} and {tracker.peak} bytes")
+    return found
+
+
+@contextmanager
+def _not_fused(optimizer: Any) -> Iterator[None]:
+    """Context in which core does not try out a fused step, once for the process: fake numbers would be its answer."""
+    before = [group.pop("fused", None) for group in optimizer.param_groups]
+    try:
+        yield
+    finally:
+        for group, fused in zip(optimizer.param_groups, before, strict=True):
+            group["fused"] = fused
+
+
+def _step(fabric: Fabric, task: Task, tracker: Tracker, batch: Any) -> None:
+    model, optimizer = task.model, task.optimizer
+    optimizer.zero_grad()
+    tracker.phase = "forward"
+    loss = task.compute_loss(model, fabric.to_device(batch))
+    tracker.phase = "backward"
+    fabric.backward(loss)
+    if task.clip_norm is not None:
+        fabric.clip_gradients(model, optimizer, max_norm=task.clip_norm)
+    optimizer.step()
+
+
+def _look(found: Footprint, tracker: Tracker, model: nn.Module, optimizer: Any, kept: set[int]) -> None:
+    """Fills in what is alive now, each storage once."""
+    alive = copy.copy(tracker.alive)
+
+    def take(tensor: Tensor | None) -> int:
+        return alive.pop(key_of(tensor), (0,))[0] if tensor is not None else 0
+
+    found.peak = tracker.current
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    params += list(model.parameters())
+    found.params = sum(take(param) for param in params)
+    found.grads = sum(take(param.grad) for param in params)
+    found.buffers = sum(take(buffer) for buffer in model.buffers())
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                found.optimizer[str(name)] = found.optimizer.get(str(name), 0) + take(value)
+    rest = list(alive.values())
+    found.master = sum(size for size, _, number in rest if number in kept)
+    found.resident = sum(found.of(kind) for kind in ("params", "master", "optimizer", "buffers"))
+    found.activations = sum(size for size, phase, number in rest if number not in kept and phase == "forward")
+    found.temporary = sum(size for size, *_ in rest) - found.master - found.activations
