@@ -25,6 +25,7 @@ TABLE = [
     ("bf16-true", BF16, BF16, BF16, F32, BF16, None, False),
     ("16-mixed", F32, F16, F32, F32, F32, None, True),
     ("bf16-mixed", F32, BF16, F32, F32, F32, None, False),
+    ("bf16-master", BF16, BF16, F32, F32, BF16, F32, False),
     (64, F64, F64, F64, F64, F64, None, False),
     (32, F32, F32, F32, F32, F32, None, False),
     (16, F32, F16, F32, F32, F32, None, True),
@@ -42,23 +43,48 @@ TABLE = [
     ("params=float16,scale=true", F16, F16, F16, F32, F16, None, True),
     ("params=float32,compute=float16,scale=false", F32, F16, F32, F32, F32, None, False),
     (" params = float32 , compute = bfloat16 , master = none ", F32, BF16, F32, F32, F32, None, False),
+    ("params=float16,master=float32", F16, F16, F16, F32, F16, F32, True),
     (
-        "params=float32,compute=bfloat16,reduce=float32,output=float32,buffers=float32,master=none,scale=false",
+        "params=float32,compute=bfloat16,reduce=float32,output=float32,buffers=float32,master=none,state=float32,"
+        "grads=float32,rounding=nearest,scale=false",
         *(F32, BF16, F32, F32, F32, None, False),
     ),
 ]
+
+# spelled, then master, state, grads, rounding
+STORED = [
+    ("params=bfloat16,state=float32", None, F32, BF16, "nearest"),
+    ("params=bfloat16,grads=float32", None, BF16, F32, "nearest"),
+    ("params=bfloat16,rounding=stochastic", None, BF16, BF16, "stochastic"),
+    ("params=bfloat16,master=float32,state=bfloat16,rounding=stochastic", F32, BF16, BF16, "stochastic"),
+    ("params=float32,state=bfloat16", None, BF16, F32, "nearest"),
+    ("bf16-master", F32, F32, BF16, "nearest"),
+]
+
+
+@pytest.mark.parametrize("row", STORED, ids=lambda row: row[0])
+def test_what_is_stored_follows_params_and_master(row: tuple[object, ...]) -> None:
+    policy = Policy.parse(row[0])  # type: ignore[arg-type]
+    assert (policy.master, policy.state, policy.grads, policy.rounding) == row[1:]
+
+
+def test_the_master_mode_is_spelled_as_documented() -> None:
+    spelled = "params=bfloat16,compute=bfloat16,reduce=float32,output=float32,buffers=bfloat16,master=float32,"
+    assert Policy.parse(f"{spelled}state=float32,grads=bfloat16,rounding=nearest,scale=false") == MODES["bf16-master"]
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: repr(row[0]))
 def test_modes_aliases_and_defaults(row: tuple[object, ...]) -> None:
     policy = Policy.parse(row[0])  # type: ignore[arg-type]
-    assert dataclasses.astuple(policy) == (*row[1:], ())
+    params, compute, reduce, output, buffers, master, scale = row[1:]
+    stored = (master or params, params, "nearest")  # the defaults of state, grads and rounding
+    assert dataclasses.astuple(policy) == (params, compute, reduce, output, buffers, master, *stored, scale, ())
     assert policy.mixed == (row[1] is not row[2])
     assert Policy.parse(policy) is policy
 
 
 def test_the_tables_above_are_all_modes_and_aliases() -> None:
-    assert {row[0] for row in TABLE[:13]} == {*MODES, *ALIASES}
+    assert {row[0] for row in TABLE[:14]} == {*MODES, *ALIASES}
     assert all(str(policy) == name for name, policy in MODES.items())
     assert Policy() == MODES["32-true"] and str(Policy.parse("params=float32,compute=bfloat16")) == "bf16-mixed"
 
@@ -66,13 +92,13 @@ def test_the_tables_above_are_all_modes_and_aliases() -> None:
 FLAT = [
     Policy(params, compute, reduce, output, buffers, master, scale)
     for params, compute, reduce, output, buffers in itertools.product(DTYPES, repeat=5)
-    for master in (None, *(dtype for dtype in DTYPES if torch.promote_types(dtype, params) is dtype))
+    for master in ((None, F32) if params in (BF16, F16) else (None,))
     for scale in (False, True)
 ]
 
 
 def test_every_policy_without_exceptions_parses_as_it_prints() -> None:
-    assert len(set(FLAT)) == len(FLAT) == 4**4 * 2 * (2 + 3 + 4 + 4)  # 1 to 3 dtypes hold params, or no master
+    assert len(set(FLAT)) == len(FLAT) == 4**4 * 2 * (1 + 1 + 2 + 2)  # half params may have a master
     for policy in FLAT:
         assert Policy.parse(str(policy)) == policy
 
@@ -159,7 +185,7 @@ BAD = [
     (["16"], "precision=['16'] is no mode"),
     (torch.bfloat16, "precision=torch.bfloat16 is no mode"),
     ("params=float32,comput=bfloat16", "unknown part 'comput=bfloat16'"),
-    ("params=float32,comput=bfloat16", "allowed keys are params, compute, reduce, output, buffers, master, scale"),
+    ("params=float32,comput=bfloat16", "allowed keys are params, compute, reduce, output, buffers, master, state, "),
     ("params=float32,comput=bfloat16", 'did you mean "compute"?'),
     ("params=float32,bfloat16", "unknown part 'bfloat16' of the policy 'params=float32,bfloat16'"),
     ("params=float32,", "unknown part ''"),
@@ -170,8 +196,18 @@ BAD = [
     ("scale=True", "scale='True': allowed are true and false; did you mean \"true\"?"),
     ("scale=1", "scale='1': allowed are true and false"),
     ("params=float32,params=float32", "params is given twice"),
-    ("params=float32,master=bfloat16", "master=bfloat16 is narrower than params=float32"),
-    ("params=bfloat16,master=float16", "master weights must hold every value of params"),
+    ("params=float32,master=bfloat16", "only half params have a master, the optimizer steps on others themselves; say"),
+    ("params=float32,master=float32", "master=float32 beside params=float32: only half params have a master"),
+    ("params=bfloat16,master=float16", "master=float16: allowed are float32 and none"),
+    ("params=bfloat16,master=float64", "master=float64: allowed are float32 and none"),
+    ("params=bfloat16,state=float16", "state=float16 under params=bfloat16: allowed are float32, bfloat16, and"),
+    ("params=float64,state=float32", "state=float32 under params=float64: allowed are float64; leave it out"),
+    ("params=float32,grads=bfloat16", "grads=bfloat16 under params=float32: gradients accumulate in their parameters'"),
+    ("params=float64,grads=float32", "leave it out, or say grads=float32"),
+    ("rounding=up", "rounding='up': allowed are nearest and stochastic"),
+    ("rounding=stochastik", 'did you mean "stochastic"?'),
+    ("params=float32,rounding=stochastic", "nothing is stored in a half dtype that it could round"),
+    ("params=bfloat16,master=float32,rounding=stochastic", "for half params without a master, and for state=bfloat16"),
     ("bf16-mixed;", "bad exception '': expected 'pattern: mode', for example '*.norm: 32-true'"),
     ("bf16-mixed; norm", "bad exception 'norm': expected 'pattern: mode'"),
     ("bf16-mixed; norm: 32-tru", "precision='32-tru' is no mode"),

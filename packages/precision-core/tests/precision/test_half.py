@@ -76,7 +76,10 @@ def test_other_modes_are_refused_by_the_name_of_their_plugin(mode: str | int) ->
     with pytest.raises(ValueError) as error:
         HalfPrecision(mode)
     call = f"HalfPrecision({str(policy)!r})"
-    assert str(error.value) == f"{call}: this plugin runs 16-true and bf16-true; for this policy there is {runner}"
+    assert (
+        str(error.value)
+        == f"{call}: this plugin runs 16-true, bf16-true, bf16-master; for this policy there is {runner}"
+    )
 
 
 class Tables(nn.Module):

@@ -12,8 +12,16 @@ HALVES = ("float16", "bfloat16")
 
 # policy, what the message must say
 REFUSED = [
-    ("params=bfloat16,master=float32", "core keeps no master weights; DeepSpeedPrecision of precision-deepspeed does"),
-    ("bf16-mixed; head: params=float32,master=float64", "core keeps no master weights"),
+    ("params=float16,master=float32,scale=false", "core keeps master weights beside bfloat16 params"),
+    ("bf16-true; head: bf16-master", "a step stores all bfloat16 parameters alike: say head: params=bfloat16,"),
+    (
+        "bf16-master; head: bf16-true",
+        "head would store its parameters and their state otherwise than the policy around",
+    ),
+    ("32-true; head: bf16-master", "or head: 32-true"),
+    ("params=float32,state=bfloat16", "core chooses the dtype of state for half params only"),
+    ("params=bfloat16,grads=float32", "nothing accumulates gradients in float32 yet"),
+    ("params=bfloat16,rounding=stochastic", "nothing rounds stochastically yet"),
     ("params=float64,compute=float32", "use 64-true, or float32 params"),
     ("params=float64,compute=bfloat16", "nothing runs float64 params under a narrower compute"),
     ("params=float32,compute=float64", "which knows bfloat16 and float16; nothing runs another"),

@@ -22,6 +22,7 @@ CLASSES = {
     "32-true": Precision,
     "16-true": HalfPrecision,
     "bf16-true": HalfPrecision,
+    "bf16-master": HalfPrecision,
     "16-mixed": MixedPrecision,
     "bf16-mixed": MixedPrecision,
     "params=float64,output=float32": DoublePrecision,

@@ -36,6 +36,11 @@ class TestFloat16True(PrecisionContract):
         return HalfPrecision("16-true")
 
 
+class TestBfloat16Master(PrecisionContract):
+    def make_precision(self) -> Precision:
+        return HalfPrecision("bf16-master")
+
+
 class TestBfloat16Mixed(PrecisionContract):
     def make_precision(self) -> Precision:
         return MixedPrecision("bf16-mixed", device="cpu")

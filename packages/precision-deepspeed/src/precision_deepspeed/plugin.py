@@ -58,8 +58,9 @@ class DeepSpeedPrecision(Wrapping):
         _check_amp(amp_type, amp_level)
         asked = Policy.parse(precision)
         super().__init__(policy=asked)
-        self._core_policy = replace(asked, master=None, scale=asked.scale and asked.mixed)
-        self._mode = str(self._core_policy) if asked.master in (None, torch.float32) else str(asked)
+        stored: dict[str, Any] = {"master": None, "state": asked.params, "grads": asked.params}
+        self._core_policy = replace(asked, scale=asked.scale and asked.mixed, **stored)
+        self._mode = str(asked) if asked in MODES.values() else str(self._core_policy)
         self._buffers = buffers
         self._scaler_options = dict(scaler or {})
         if scaler is not None and not (self.policy.mixed and self.policy.scale):
@@ -89,14 +90,13 @@ class DeepSpeedPrecision(Wrapping):
             if policy.scale or policy.reduce is not policy.params:
                 raise ValueError(f"{name}: float32 throughout needs scale=false and reduce=float32")
             return policy
-        if policy.master not in (None, torch.float32):
-            raise ValueError(f"{name}: master weights are float32")
+        _check_stored(name, policy)
         is_float16 = policy.params is torch.float16
         if policy.scale and not is_float16:
             raise ValueError(f"{name}: DeepSpeed does not scale bfloat16 losses; pass scale=false")
         if is_float16 and not supports_float16():
             raise ValueError(f"{name}: {NO_FLOAT16}")
-        return replace(policy, master=torch.float32, scale=is_float16)
+        return replace(policy, master=torch.float32, state=torch.float32, scale=is_float16)
 
     # ---------------------------------------------------------------- set-up
 
@@ -117,7 +117,8 @@ class DeepSpeedPrecision(Wrapping):
         self.wrapped = self._make_wrapped()
         if self.policy.params is torch.bfloat16:
             pure = has_pure_state(getattr(strategy, "config", None))
-            self.policy = replace(self.policy, master=None if pure else torch.float32)
+            master, state = (None, torch.bfloat16) if pure else (torch.float32, torch.float32)
+            self.policy = replace(self.policy, master=master, state=state)
 
     def _make_wrapped(self) -> Precision:
         """Returns core's plugin for the mode: it converts, and runs forward, as it does on one device."""
@@ -151,6 +152,17 @@ def _check_amp(amp_type: str, amp_level: str | None) -> None:
     if amp_level is not None:
         raise ValueError(
             f'amp_level={amp_level!r} is an option of apex, and amp_type="native" has no levels: leave it out'
+        )
+
+
+def _check_stored(name: str, policy: Policy) -> None:
+    is_default = policy.master is None and policy.state is policy.params  # what the engine makes of that, is float32
+    if policy.state is not torch.float32 and not is_default:
+        raise ValueError(f"{name}: the engine keeps its optimizer's state in float32, leave state out")
+    if policy.rounding != "nearest" or policy.grads is not policy.params:
+        raise ValueError(
+            f"{name}: the engine steps float32 master weights, which it rounds to nearest, and accumulates gradients "
+            'as its config says ("data_types": {"grad_accum_dtype": "fp32"}): leave grads and rounding out'
         )
 
 

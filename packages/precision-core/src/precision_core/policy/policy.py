@@ -18,8 +18,9 @@ from precision_core.policy.dtypes import dtype_name, parse_dtype
 from precision_core.policy.hints import hint
 from precision_core.policy.messages import nearest
 from precision_core.policy.patterns import check_pattern, covers
+from precision_core.policy.stored import check_stored
 
-_KEYS = ("params", "compute", "reduce", "output", "buffers", "master", "scale")
+_KEYS = ("params", "compute", "reduce", "output", "buffers", "master", "state", "grads", "rounding", "scale")
 _BOOLS = {"true": True, "false": False}
 
 Dtype = torch.dtype | str
@@ -35,7 +36,7 @@ class Policy:
     """
 
     params: torch.dtype
-    """Parameters, and with them their gradients and the optimizer's state. Default float32."""
+    """Parameters. Default float32."""
     compute: torch.dtype
     """Matrix products and the like. Default: as params."""
     reduce: torch.dtype
@@ -45,9 +46,15 @@ class Policy:
     buffers: torch.dtype
     """Floating buffers. Default: as params."""
     master: torch.dtype | None
-    """Master weights that the optimizer keeps beside params; None: there are none."""
+    """What the optimizer steps on where params are half: float32, exactly; None: on the params."""
+    state: torch.dtype
+    """The optimizer's moments; its counters stay as they are. Default: as master, else params."""
+    grads: torch.dtype
+    """What gradients accumulate in, params' dtype or float32. Default: as params."""
+    rounding: str
+    """How half params without a master, and bfloat16 state, are written: "nearest" or "stochastic"."""
     scale: bool
-    """Whether the loss is scaled. Default: exactly when compute is float16 over float32 params."""
+    """Whether the loss is scaled. Default: exactly when compute is float16 over float32 params or master."""
     exceptions: tuple[tuple[str, Policy], ...]
     """(module name pattern, flat policy) pairs; the first that matches wins."""
 
@@ -61,9 +68,14 @@ class Policy:
         master: Dtype | None = None,
         scale: bool | None = None,
         exceptions: Mapping[str, Policy | str | int] | Iterable[tuple[str, Policy | str | int]] = (),
+        *,
+        state: Dtype | None = None,
+        grads: Dtype | None = None,
+        rounding: str = "nearest",
     ) -> None:
         params = _dtype("params", params)
         compute = params if compute is None else _dtype("compute", compute)
+        master = None if master is None else _dtype("master (a dtype or none)", master)
         is_float64 = params is torch.float64
         fields = {
             "params": params,
@@ -71,8 +83,11 @@ class Policy:
             "reduce": torch.promote_types(params, compute) if reduce is None else _dtype("reduce", reduce),
             "output": (torch.float64 if is_float64 else torch.float32) if output is None else _dtype("output", output),
             "buffers": params if buffers is None else _dtype("buffers", buffers),
-            "master": None if master is None else _dtype("master (a dtype or none)", master),
-            "scale": (params, compute) == (torch.float32, torch.float16) if scale is None else scale,
+            "master": master,
+            "state": (master or params) if state is None else _dtype("state", state),
+            "grads": params if grads is None else _dtype("grads", grads),
+            "rounding": rounding,
+            "scale": ((master or params), compute) == (torch.float32, torch.float16) if scale is None else scale,
             "exceptions": _exceptions(exceptions),
         }
         for name, value in fields.items():
@@ -82,11 +97,7 @@ class Policy:
     def _check(self) -> None:
         if not isinstance(self.scale, bool):
             raise ValueError(f"scale={self.scale!r}: allowed are True and False")
-        if self.master is not None and torch.promote_types(self.master, self.params) is not self.master:
-            raise ValueError(
-                f"contradictory policy: master={dtype_name(self.master)} is narrower than "
-                f"params={dtype_name(self.params)}; master weights must hold every value of params"
-            )
+        check_stored(self)
         for pattern, policy in self.exceptions:
             if policy.scale and not self.scale:
                 raise ValueError(
@@ -220,8 +231,10 @@ MODES: dict[str, Policy] = {
     "bf16-true": Policy(torch.bfloat16),
     "16-mixed": Policy(torch.float32, torch.float16),
     "bf16-mixed": Policy(torch.float32, torch.bfloat16),
+    "bf16-master": Policy(torch.bfloat16, reduce=torch.float32, master=torch.float32),
 }
-"""The modes by name: `-true` has params and compute alike, `-mixed` has float32 params under a narrower compute."""
+"""The modes by name: `-true` has params and compute alike, `-mixed` has float32 params under a narrower compute,
+`-master` has half params beside exact float32 master weights."""
 
 ALIASES: dict[str | int, str] = {
     64: "64-true",

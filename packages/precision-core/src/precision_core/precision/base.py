@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from precision_core.hardware import FORMATS, by_dtypes
 from precision_core.policy.casting import cast, map_tensors
 from precision_core.policy.dtypes import FLOAT_DTYPES
+from precision_core.policy.messages import listed
 from precision_core.policy.policy import MODES, Policy
 from precision_core.precision.model.cast_module import cast_buffers, cast_parameters, packed_parameters, parameters_in
 from precision_core.precision.model.default_dtype import created_as
@@ -74,7 +75,7 @@ class Precision:
 
             modes = [mode for mode, known in MODES.items() if known.params in self._runs and not known.mixed]
             right = class_for(policy).__name__
-            raise ValueError(f"{name}: this plugin runs {' and '.join(modes)}; for this policy there is {right}")
+            raise ValueError(f"{name}: this plugin runs {listed(modes)}; for this policy there is {right}")
         if policy.exceptions and not self._applies_exceptions:
             raise ValueError(f"{name}: this plugin applies no exceptions; bf16-true, 16-true and the mixed modes do")
         return policy
@@ -157,6 +158,9 @@ class Precision:
         """Context in which tensors are created in the dtype that inputs are cast to."""
         return self.forward_context() if not self.policy.mixed else nullcontext()
 
+    def placed(self, module: nn.Module, strategy: Strategy) -> None:
+        """Called when the strategy has moved or sharded a converted module, whose parameters may be others by then."""
+
     # ---------------------------------------------------------------- forward
 
     def convert_input(self, data: T) -> T:
@@ -213,6 +217,13 @@ class Precision:
         """Tells a scaled mode all optimizers of the run (Fabric does). A loop with several should, before it starts."""
         self.scaler.register(optimizers)
 
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Called when the optimizer holds the parameters that it will step."""
+
+    def state_dtype(self, param: Tensor) -> torch.dtype:
+        """Returns the dtype of the moments that an optimizer keeps for `param`."""
+        return param.dtype
+
     def main_params(self, optimizer: Optimizer) -> Iterable[nn.Parameter]:
         """Yields the parameters whose gradients the step applies."""
         return params_of(optimizer)
@@ -258,7 +269,12 @@ class Precision:
         """
         if model is not None:
             self.remember(model)
-        return self.scaler.step(optimizer, closure, self.name_of, **kwargs)
+        with self.stepping(optimizer):
+            return self.scaler.step(optimizer, closure, self.name_of, **kwargs)
+
+    def stepping(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
+        """Context around one call of the optimizer's own step, for storage that it does not know of."""
+        return nullcontext()
 
     @property
     def steps(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from precision_core.policy.dtypes import FLOATS, HALF_DTYPES, dtype_name, parse_
 from precision_core.policy.messages import listed
 from precision_core.policy.patterns import check_all_used, check_pattern, covers
 from precision_core.policy.policy import Policy
+from precision_core.policy.stored import stores_as_torch
 from precision_core.precision.base import Precision
 from precision_core.precision.hyperparameters import check_hyperparameters
 from precision_core.precision.model.cast_module import cast_buffers, cast_parameters, packed_parameters
@@ -29,6 +31,7 @@ from precision_core.precision.model.wide import Wide
 from precision_core.scaling.fused import check_fused
 
 if TYPE_CHECKING:
+    from precision_core.precision.update.updates import Updates
     from precision_core.strategies.base import Strategy
 
 _SPACING = {torch.bfloat16: "1/256 to 1/128", torch.float16: "1/2048 to 1/1024"}
@@ -37,9 +40,12 @@ _SPACING = {torch.bfloat16: "1/256 to 1/128", torch.float16: "1/2048 to 1/1024"}
 class HalfPrecision(Precision):
     """`16-true` or `bf16-true`: the model is cast, inputs and tensors created in forward get the dtype.
 
+    `bf16-master` computes as `bf16-true` does, and steps exact float32 values, of which the parameters are the nearest
+    bfloat16 (precision/update/).
+
     Args:
-        precision: `"16-true"`, `"bf16-true"`, or a policy whose params and compute are the same half dtype; exceptions
-            are applied.
+        precision: `"16-true"`, `"bf16-true"`, `"bf16-master"`, or a policy whose params and compute are the same half
+            dtype; exceptions are applied.
         buffers: None casts floating buffers as the policy says, with a warning that names those which lose by it, and
             keeps those in float32 that `precision_core.precision.RULES` lists. `"float32"` (any float
             dtype) casts all of them to that; name patterns (`{"mean"}`) keep those that match in float32 as well. Batch
@@ -105,7 +111,10 @@ class HalfPrecision(Precision):
                 return torch.float32
             return wide_norms.get(name.rpartition(".")[0], policies.of(name).params)
 
-        items = cast_parameters(module, param_dtype)
+        updates = self._updates
+        items = cast_parameters(module, param_dtype, None if updates is None else updates.converter(module))
+        if updates is not None:
+            updates.converted(module)
         packed = packed_parameters(module, param_dtype)
         buffers, changed = cast_buffers(module, buffer_dtype)
         statistics = [
@@ -131,12 +140,16 @@ class HalfPrecision(Precision):
         why = "torch's batch norm wants weight and statistics alike"
         skipped = packed + [Item(name, f"kept in {dtype_name(dtype)}: {why}") for name, dtype in wide_norms.items()]
         skipped += [Item(name, why) for name, why in wide.why.items()]
+        return self._converted(module, before, items + buffers, skipped, (self._note_on_updates(),))
+
+    def _note_on_updates(self) -> str:
         dtype = self.policy.params
-        note = (
+        if self._updates is not None:
+            return self._updates.note
+        return (
             f"pure {dtype_name(dtype)} loses updates smaller than its spacing ({_SPACING[dtype]} of the parameter): "
             "small learning rates stop moving large parameters; a mixed mode keeps float32 parameters"
         )
-        return self._converted(module, before, items + buffers, skipped, (note,))
 
     def _warn_of_buffers(self, names: list[str]) -> None:
         if names:
@@ -158,6 +171,10 @@ class HalfPrecision(Precision):
             ValueError: a fused one that does not step the dtype here; an `eps` or a decay that is 0 or infinite in it,
                 here or in a later `add_param_group`.
         """
+        if self._updates is not None:  # steps compute in float32
+            self._updates.check(optimizers)
+            super().register_optimizers(*optimizers)
+            return
         check_fused(optimizers, self.policy.params, self._device_type or "cpu")
         for optimizer in optimizers:
             check_hyperparameters(optimizer, range(len(optimizer.param_groups)), self._dtypes_in_steps())
@@ -184,6 +201,43 @@ class HalfPrecision(Precision):
         """Returns what gives a parameter's dtype, or the one that it will be cast to."""
         converted = {id(param) for module in self.models for param in module.parameters()}
         return lambda param: param.dtype if id(param) in converted else self.storage(param) or param.dtype
+
+    # ---------------------------------------------------------------- storage that torch's optimizers do not know of
+
+    @cached_property
+    def _updates(self) -> Updates | None:
+        """What steps and stores parameters where the policy says more than torch does; None: torch's own steps do."""
+        if stores_as_torch(self.policy):
+            return None
+        from precision_core.precision.update.updates import make_updates  # most modes need none
+
+        return make_updates(self.policy, self.mode)
+
+    def placed(self, module: nn.Module, strategy: Strategy) -> None:
+        """Brings what was kept of parameters to where they are now; all ranks take rank zero's."""
+        if self._updates is not None:
+            self._updates.placed(module, strategy.group)
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Shows what is kept of parameters in the optimizer's state, so that checkpoints have it."""
+        if self._updates is not None:
+            self._updates.adopt(optimizer)
+
+    def state_dtype(self, param: Tensor) -> torch.dtype:
+        """Returns the policy's for what it casts, else the parameter's own."""
+        return self.policy.state if param.dtype is self.policy.params else param.dtype
+
+    def stepping(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
+        """Context in which the optimizer steps in float32, where the policy stores more than torch does."""
+        return nullcontext() if self._updates is None else self._updates.stepping(optimizer)
+
+    def teardown(self) -> None:
+        """Restores methods and hooks of modules and optimizers; dtypes stay."""
+        if self._updates is not None:
+            self._updates.teardown()
+        super().teardown()
+
+    # ---------------------------------------------------------------- forward
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Context in which created tensors get the dtype, and products take what was kept wide beside what was not."""

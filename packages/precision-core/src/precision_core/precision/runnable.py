@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 
+from precision_core.policy.dtypes import HALF_DTYPES, dtype_name
 from precision_core.policy.policy import Policy
 
 _AUTOCAST = (torch.bfloat16, torch.float16)
 
 _REFUSED: tuple[tuple[Callable[[Policy], bool], str], ...] = (
     (
-        lambda policy: policy.master is not None,
-        "core keeps no master weights; DeepSpeedPrecision of precision-deepspeed does, or say master=none",
+        lambda policy: policy.master is not None and policy.params is torch.float16,
+        "core keeps master weights beside bfloat16 params; DeepSpeedPrecision of precision-deepspeed does beside "
+        "float16 ones, or say master=none",
     ),
+    (
+        lambda policy: policy.state is not policy.params and policy.params not in HALF_DTYPES,
+        "core chooses the dtype of state for half params only; say params=bfloat16,master=float32,state=bfloat16",
+    ),
+    (lambda policy: policy.grads is not policy.params, "nothing accumulates gradients in float32 yet; leave grads out"),
+    (lambda policy: policy.rounding != "nearest", "nothing rounds stochastically yet; leave rounding out"),
     (
         lambda policy: policy.mixed and policy.params is torch.float64,
         "nothing runs float64 params under a narrower compute; use 64-true, or float32 params",
@@ -41,7 +51,23 @@ _REFUSED: tuple[tuple[Callable[[Policy], bool], str], ...] = (
 
 def check_runnable(policy: Policy) -> None:
     """Raises `ValueError` when no plugin of core runs `policy` or one of its exceptions."""
+    for pattern, part in policy.exceptions:
+        around = policy if part.params is policy.params else Policy(part.params)
+        if part.params in HALF_DTYPES and _stored(part) != _stored(around):
+            raise ValueError(
+                f"precision={str(policy)!r} cannot run here: {pattern} would store its parameters and their state "
+                f"otherwise than the policy around it, and a step stores all {dtype_name(part.params)} parameters "
+                f"alike: say {pattern}: {replace(part, **_fields(around))}, or {pattern}: 32-true"
+            )
     for part in (policy.flat, *(exception for _, exception in policy.exceptions)):
         for refused, reason in _REFUSED:
             if refused(part):
                 raise ValueError(f"precision={str(policy)!r} cannot run here: {reason} [cannot-run-here]")
+
+
+def _fields(policy: Policy) -> dict[str, Any]:
+    return {name: getattr(policy, name) for name in ("master", "state", "grads", "rounding")}
+
+
+def _stored(policy: Policy) -> tuple[object, ...]:
+    return tuple(_fields(policy).values())

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from precision_core.precision.base import Precision
@@ -36,6 +36,9 @@ class Wrapping(Precision):
         self.remember(module)
         return module
 
+    def placed(self, module: nn.Module, strategy: Strategy) -> None:
+        self.wrapped.placed(module, strategy)
+
     def module_init_context(self) -> AbstractContextManager[Any]:
         return self.wrapped.module_init_context()
 
@@ -58,6 +61,15 @@ class Wrapping(Precision):
 
     def register_optimizers(self, *optimizers: Optimizer) -> None:
         self.wrapped.register_optimizers(*optimizers)
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        self.wrapped.adopt(optimizer)
+
+    def state_dtype(self, param: Tensor) -> torch.dtype:
+        return self.wrapped.state_dtype(param)
+
+    def stepping(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
+        return self.wrapped.stepping(optimizer)
 
     def teardown(self) -> None:
         self.wrapped.teardown()

@@ -113,6 +113,7 @@ class Attached:
                 "compile what fabric.setup returns"
             )
         self._replaced.update(replaced_params(before, converted))
+        self._precision.placed(converted, self._strategy)
         self._models.add(converted)
         outer = model if converted is target else converted
         self._attach_forward(converted, outer, "forward")
@@ -143,6 +144,7 @@ class Attached:
         for optimizer in optimizers:
             remap_parameters(optimizer, self._replaced)
             self._strategy.setup_optimizer(optimizer)
+            self._precision.adopt(optimizer)
             self.optimizers.add(optimizer)
             self._override(optimizer, "step", self._make_step)
 

@@ -33,7 +33,7 @@ from precision_core.strategies.processes import Ranks
 if TYPE_CHECKING:
     from precision_core.checkpoint.presence import Presence
 
-_TRUE = {policy.params: policy for policy in MODES.values() if not policy.mixed}
+_TRUE = {policy.params: policy for mode, policy in MODES.items() if mode.endswith("-true")}
 
 
 class Strategy:
@@ -142,7 +142,7 @@ class Strategy:
         return module.to(self.device)
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Brings state that the optimizer already has to its parameters' device and dtype, and returns it.
+        """Brings state that the optimizer already has to its parameters' device, in the precision's dtype; returns it.
 
         What it lists in `non_castable_tensor_keys`, as bitsandbytes' 8-bit ones do, keeps its dtype.
         """
@@ -152,7 +152,12 @@ class Strategy:
                 state = optimizer.state.get(param, {})
                 for key, value in state.items():
                     if key != "step":
-                        to = functools.partial(_to_device if key in fixed else _to_like, param)
+                        dtype = self.precision.state_dtype(param)
+                        to = (
+                            functools.partial(_to_device, param)
+                            if key in fixed
+                            else functools.partial(_to_like, param, dtype)
+                        )
                         state[key] = map_tensors(value, to)
                     elif isinstance(value, Tensor) and (group.get("fused") or group.get("capturable")):
                         state[key] = value.to(param.device)  # else on the CPU; float32, as bfloat16 counts to 256
@@ -252,6 +257,6 @@ def _to_device(param: Tensor, value: Tensor) -> Tensor:
     return value.to(param.device)
 
 
-def _to_like(param: Tensor, value: Tensor) -> Tensor:
-    alike = {param.dtype, value.dtype} <= FLOAT_DTYPES or (param.is_complex() and value.is_complex())
-    return value.to(param.device, param.dtype if alike else value.dtype)
+def _to_like(param: Tensor, dtype: torch.dtype, value: Tensor) -> Tensor:
+    alike = {dtype, value.dtype} <= FLOAT_DTYPES or (param.is_complex() and value.is_complex())
+    return value.to(param.device, dtype if alike else value.dtype)

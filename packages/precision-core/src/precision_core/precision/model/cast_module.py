@@ -31,17 +31,22 @@ _NO_KERNEL = ("not implemented for", "Low precision dtypes", "of float, double, 
 """What torch says where it has no kernel for a dtype."""
 
 
-def cast_parameters(module: nn.Module, dtype_of: ParamDtype) -> list[Item]:
+def cast_parameters(
+    module: nn.Module,
+    dtype_of: ParamDtype,
+    cast_param: Callable[[str, nn.Parameter, torch.dtype], Tensor] | None = None,
+) -> list[Item]:
     """Casts every parameter, and its gradient if there is one, to `dtype_of(name, param)`; None leaves it as it is.
 
-    A tensor subclass that has one dtype only, as torchao's packed weights, stays as it is, too.
+    A tensor subclass that has one dtype only, as torchao's packed weights, stays as it is, too. `cast_param` returns
+    what a parameter becomes, where that is not torch's cast.
     """
     items = []
     for name, param in module.named_parameters():
         dtype = dtype_of(name, param)
         if dtype is None or cast_dtype(param.dtype, dtype) is param.dtype:
             continue
-        new = cast_tensor(param.data, dtype)
+        new = cast_tensor(param.data, dtype) if cast_param is None else cast_param(name, param, dtype)
         if new.dtype is param.dtype:
             continue
         items.append(Item(name, _change(param, dtype)))

@@ -65,10 +65,11 @@ def check_trains(module: nn.Module, cast: torch.dtype, policy: Policy, optimizer
     for optimizer in optimizers:
         held = [param for param in params_of(optimizer) if id(param) in mine]
         has_old_state = any(_has_state(optimizer, param, policy.params) for param in held)
-        if held and (policy.mixed or has_old_state):
+        stores_wide = policy.mixed or policy.master is not None
+        if held and (stores_wide or has_old_state):
             name, params = type(optimizer).__name__, dtype_name(policy.params)
-            true = next(mode for mode, each in MODES.items() if not each.mixed and each.params is cast)
-            reason = f"{policy.flat} trains {params} parameters" if policy.mixed else f"{name}'s state is in {params}"
+            true = next(mode for mode, each in MODES.items() if mode.endswith("-true") and each.params is cast)
+            reason = f"{policy.flat} trains {params} parameters" if stores_wide else f"{name}'s state is in {params}"
             raise RuntimeError(
                 f"this {type(module).__name__} was cast to {dtype_name(cast)} after fabric.setup, and {reason}: cast "
                 f'it back with model.to(torch.{params}), or train it in Fabric(precision="{true}"). To evaluate it as '

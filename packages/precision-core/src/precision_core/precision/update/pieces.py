@@ -1,0 +1,251 @@
+"""Pieces: one step of an optimizer that sees float32 parameters, of which only a few elements exist at a time.
+
+torch's optimizers walk through `self.param_groups` once a step. Here that walk gets copies of the groups that hold
+placeholders, float32 tensors of one dimension with slices of parameters, their gradients and state; when the optimizer
+asks for the next, what it did to the last ones is written back. So counters, hooks, schedulers and closures are the
+user's own, once a step, and the arithmetic is torch's, on float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from precision_core.precision.update.kinds import STEP
+from precision_core.precision.update.layout import alike, dense, flat, is_dense, local
+from precision_core.precision.update.storage import Storage, wide_copy
+
+Group = dict[str, Any]
+
+_LARGEST = 1 << 17
+"""Elements at a time: what they take stays in a CPU's cache."""
+_SHARE = 32
+"""At most 1 / 32 of all elements at a time: two float32 numbers each, so 0.25 bytes a parameter."""
+
+
+@dataclass
+class Param:
+    """A parameter in a step: its elements in the order of memory, and its state."""
+
+    param: nn.Parameter
+    weight: Tensor
+    gradient: Tensor
+    beside: Tensor | None
+    stored: Tensor | None
+    """`beside`, as the optimizer's state has it."""
+    is_new: bool
+    """Whether it has no state yet."""
+    late: dict[str, Any] = field(default_factory=dict)
+    """Counters, which change when its last piece has stepped."""
+
+
+class Groups(list[Group]):
+    """The groups of an optimizer, which yields copies with placeholders where it is walked through, once."""
+
+    def __init__(self, optimizer: Optimizer, storage: Storage, *, by_pieces: bool) -> None:
+        super().__init__(optimizer.param_groups)
+        self._optimizer = optimizer
+        self._storage = storage
+        self._by_pieces = by_pieces
+        self._mine = optimizer.param_groups
+        self._placeholders: list[nn.Parameter] = []
+        self._is_walked = False
+        params = [param for group in self._mine for param in group["params"] if self._is_stored(param)]
+        self._limit = _limit(params)
+
+    def __iter__(self) -> Iterator[Group]:
+        if self._is_walked:  # by somebody who looks on, a torch function mode say
+            return super().__iter__()
+        self._is_walked = True
+        return self._walk()
+
+    def _walk(self) -> Iterator[Group]:
+        for group in self._mine:
+            stored = [param for param in group["params"] if self._is_stored(param)]
+            others = {id(param) for param in stored}
+            rest = [param for param in group["params"] if id(param) not in others]
+            if rest:
+                yield {**group, "params": rest}
+            whole = [param for param in stored if not self._may_cut(param)]
+            for param in whole:
+                yield from self._whole(group, param)
+            cut = [param for param in stored if self._may_cut(param)]
+            for batch in self._batches(cut):
+                yield from self._step(group, batch)
+        self.restore()
+
+    def restore(self) -> None:
+        """Gives the optimizer its own groups back; hooks and whoever comes after the step see those."""
+        self._optimizer.param_groups = self._mine
+        for placeholder in self._placeholders:
+            self._optimizer.state.pop(placeholder, None)
+        self._placeholders.clear()
+
+    def _is_stored(self, param: nn.Parameter) -> bool:
+        return param.dtype is self._storage.params and param.grad is not None
+
+    def _may_cut(self, param: nn.Parameter) -> bool:
+        assert param.grad is not None
+        return self._by_pieces and param.grad.layout is torch.strided and is_dense(local(param))
+
+    # ---------------------------------------------------------------- pieces
+
+    def _batches(self, params: Iterable[nn.Parameter]) -> Iterator[list[tuple[Param, int, int]]]:
+        """Yields what to step together: (parameter, first element, end), of at most `_limit` elements in all."""
+        batch: list[tuple[Param, int, int]] = []
+        room = self._limit
+        for param in params:
+            prepared, start = self._prepare(param), 0
+            while True:
+                left = prepared.weight.numel() - start
+                if left > room and room < self._limit:  # the rest of a batch is too small a piece
+                    yield batch
+                    batch, room = [], self._limit
+                stop = start + min(left, room)
+                batch.append((prepared, start, stop))
+                room -= stop - start
+                if stop == prepared.weight.numel():
+                    break
+                yield batch
+                batch, room, start = [], self._limit, stop
+            if room < STEP:
+                yield batch
+                batch, room = [], self._limit
+        if batch:
+            yield batch
+
+    def _prepare(self, param: nn.Parameter) -> Param:
+        storage, state = self._storage, self._optimizer.state.get(param, {})
+        weight, gradient = local(param), alike(local(param.grad), local(param))  # type: ignore[arg-type]
+        stored = storage.beside(param)
+        beside = None if stored is None else alike(local(stored), weight)
+        for key, value in state.items():
+            dtype = None if key == storage.key else storage.state_dtype(key, value)
+            if dtype is not None and (value.dtype is not dtype or local(value).stride() != weight.stride()):
+                state[key] = torch.empty_like(param, dtype=dtype)
+                local(state[key]).copy_(local(value))
+        is_new = not any(key != storage.key for key in state)
+        return Param(param, flat(weight), flat(gradient), None if beside is None else flat(beside), stored, is_new)
+
+    def _step(self, group: Group, batch: list[tuple[Param, int, int]]) -> Iterator[Group]:
+        size = sum(stop - start for _, start, stop in batch)
+        values, gradients = torch.empty(2, size, device=batch[0][0].weight.device).unbind()
+        placeholders, offset = [], 0
+        for each, start, stop in batch:
+            here = slice(offset, offset + stop - start)
+            offset = here.stop
+            placeholder = self._placeholder(each, slice(start, stop), values[here], gradients[here])
+            placeholders.append(placeholder)
+        yield {**group, "params": placeholders}
+        for (each, start, stop), placeholder in zip(batch, placeholders, strict=True):
+            self._write(each, slice(start, stop), placeholder)
+        self._placeholders.clear()
+
+    def _placeholder(self, each: Param, piece: slice, value: Tensor, gradient: Tensor) -> nn.Parameter:
+        beside = None if each.beside is None else each.beside[piece]
+        value = self._storage.read(each.weight[piece], beside, value)
+        placeholder = nn.Parameter(value, requires_grad=each.param.requires_grad)
+        placeholder.grad = self._gradient(each.gradient[piece], gradient)
+        vars(placeholder).update(vars(each.param))
+        if not each.is_new:
+            self._optimizer.state[placeholder] = {
+                key: self._state(each, key, value, piece)
+                for key, value in self._optimizer.state[each.param].items()
+                if key != self._storage.key
+            }
+        self._placeholders.append(placeholder)
+        return placeholder
+
+    def _gradient(self, gradient: Tensor, out: Tensor) -> Tensor:
+        return gradient if gradient.dtype is torch.float32 else out.copy_(gradient)
+
+    def _state(self, each: Param, key: str, value: Any, piece: slice) -> Any:
+        if self._storage.state_dtype(key, value) is None:
+            is_cut = piece.start != 0 or piece.stop != each.weight.numel()
+            return value.clone() if is_cut and isinstance(value, Tensor) else value
+        return flat(local(value))[piece].float()  # the memory itself where it is float32
+
+    def _write(self, each: Param, piece: slice, placeholder: nn.Parameter) -> None:
+        """Writes back what the optimizer did to a placeholder: its values and its state."""
+        storage, optimizer, param = self._storage, self._optimizer, each.param
+        beside = None if each.beside is None else each.beside[piece]
+        storage.write(placeholder.detach(), each.weight[piece], beside)
+        stepped = optimizer.state.pop(placeholder, None)
+        is_last = piece.stop == each.weight.numel()
+        if stepped is not None:
+            state = optimizer.state[param]
+            for key, value in stepped.items():
+                dtype = storage.state_dtype(key, value)
+                if dtype is None:
+                    each.late[key] = value
+                    continue
+                if not isinstance(state.get(key), Tensor):
+                    state[key] = torch.empty_like(param, dtype=dtype, requires_grad=False)
+                part = flat(local(state[key]))
+                if part[piece].data_ptr() != value.data_ptr() or part.dtype is not value.dtype:
+                    storage.write_state(value, part[piece])
+            if is_last:
+                ordered = {key: each.late[key] if key in each.late else state[key] for key in stepped}
+                state.update(ordered) if not each.is_new else optimizer.state.__setitem__(param, ordered)
+        if is_last:
+            self._finish(param, each.stored, each.beside)
+
+    def _finish(self, param: nn.Parameter, stored: Tensor | None, beside: Tensor | None) -> None:
+        storage = self._storage
+        storage.written(param, stored)
+        if storage.key is not None and stored is not None:
+            self._optimizer.state[param][storage.key] = stored
+
+    # ---------------------------------------------------------------- one parameter at a time
+
+    def _whole(self, group: Group, param: nn.Parameter) -> Iterator[Group]:
+        placeholder = widened(self._optimizer, self._storage, param)
+        self._placeholders.append(placeholder)
+        yield {**group, "params": [placeholder]}
+        narrowed(self._optimizer, self._storage, param, placeholder)
+        self._placeholders.clear()
+
+
+def widened(optimizer: Optimizer, storage: Storage, param: nn.Parameter) -> nn.Parameter:
+    """Returns a float32 placeholder of a whole parameter, with its gradient; it takes over the optimizer's state."""
+    placeholder = nn.Parameter(wide_copy(storage, param), requires_grad=param.requires_grad)
+    assert param.grad is not None
+    placeholder.grad = param.grad.float()
+    vars(placeholder).update(vars(param))
+    kept = {key: value for key, value in optimizer.state.get(param, {}).items() if key != storage.key}
+    if kept:
+        wide = {key: storage.state_dtype(key, value) is not None for key, value in kept.items()}
+        optimizer.state[placeholder] = {key: value.float() if wide[key] else value for key, value in kept.items()}
+    return placeholder
+
+
+def narrowed(optimizer: Optimizer, storage: Storage, param: nn.Parameter, placeholder: nn.Parameter) -> None:
+    """Writes a placeholder of `widened` back into the parameter that it stood for, and its state."""
+    stored, weight = storage.beside(param), local(param)
+    written = dense(weight)
+    beside = None if stored is None else flat(alike(local(stored), written))
+    storage.write(flat(local(placeholder)), flat(written), beside)
+    if written is not weight:
+        weight.copy_(written)
+    stepped = optimizer.state.pop(placeholder, None)
+    if stepped is not None:
+        for key, value in stepped.items():
+            dtype = storage.state_dtype(key, value)
+            if dtype is not None and value.dim() and value.dtype is not dtype:
+                stepped[key] = torch.empty_like(value, dtype=dtype)
+                storage.write_state(local(value), local(stepped[key]))
+        optimizer.state[param] = stepped
+    storage.written(param, stored)
+    if storage.key is not None and stored is not None:
+        optimizer.state[param][storage.key] = stored
+
+
+def _limit(params: list[nn.Parameter]) -> int:
+    """Returns how many elements to step at a time, a multiple of `STEP`."""
+    total = sum(local(param).numel() for param in params)
+    return max(STEP, min(_LARGEST, total // _SHARE // STEP * STEP))

@@ -1,0 +1,119 @@
+"""Storage: how a half parameter and its optimizer's state are read into float32 for a step, and written back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from precision_core.policy.policy import Policy
+from precision_core.precision.update.bits import combine, split
+from precision_core.precision.update.kinds import is_floating_state
+from precision_core.precision.update.layout import alike, dense, flat, local
+from precision_core.precision.update.rests import KEY, Rests, split_off
+
+
+class Storage:
+    """Stores parameters of one half dtype: the nearest value, and what else the policy says beside it."""
+
+    key: str | None = None
+    """In an optimizer's state, what is stored beside the weight; None: nothing is."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.params = policy.params
+        self.state = policy.state
+
+    note = "the optimizer steps in float32, and parameters are rounded to the nearest value that they can have"
+
+    def split_off(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns what a wider parameter is stored as: its weight, and what is stored beside it."""
+        return value.to(self.params), None
+
+    def beside(self, param: Tensor) -> Tensor | None:
+        """Returns what is stored beside the weight, of its shape and sharding, for a step to change."""
+        return None
+
+    def read(self, weight: Tensor, beside: Tensor | None, out: Tensor) -> Tensor:
+        """Returns float32 values of slices of one dimension, in `out` or in memory of their own that lasts."""
+        return out.copy_(weight)
+
+    def write(self, value: Tensor, weight: Tensor, beside: Tensor | None) -> None:
+        """Stores stepped values; `value` is used up."""
+        weight.copy_(value)
+
+    def written(self, param: Tensor, beside: Tensor | None) -> None:
+        """Takes note that all of `param` is written."""
+
+    def known(self, param: Tensor) -> Tensor | None:
+        """Returns what is stored beside the weight, if that is still the one that it was stored for."""
+        return None
+
+    def take(self, param: Tensor, beside: Tensor | None) -> None:
+        """Takes what a state dict has for beside the weight; None: nothing."""
+
+    def state_dtype(self, key: object, value: object) -> torch.dtype | None:
+        """Returns the dtype that a value in an optimizer's state is kept in; None: it is no moment."""
+        return self.state if is_floating_state(key, value) else None
+
+    def write_state(self, value: Tensor, out: Tensor) -> None:
+        """Stores state that was stepped."""
+        out.copy_(value)
+
+
+class MasterStorage(Storage):
+    """Stores the nearest bfloat16, and in 16 bits the rest of its float32 value."""
+
+    key = KEY
+    note = (
+        "the optimizer steps exact float32 values: the parameters are the nearest bfloat16, and the optimizer's state "
+        f"has the other 16 bits of each ({KEY!r})"
+    )
+
+    def split_off(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        return split_off(value.float())
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy)
+        self.rests = Rests()
+
+    def beside(self, param: Tensor) -> Tensor | None:
+        rest = self.rests.of(param)
+        if rest is None or rest.device != param.device:
+            moved = None if rest is None else rest.to(param.device)
+            rest = torch.zeros_like(param, dtype=torch.int16) if moved is None else moved
+        return rest
+
+    def read(self, weight: Tensor, beside: Tensor | None, out: Tensor) -> Tensor:
+        return combine(weight, beside, out)
+
+    def write(self, value: Tensor, weight: Tensor, beside: Tensor | None) -> None:
+        assert beside is not None
+        split(value, weight, beside)
+
+    def written(self, param: Tensor, beside: Tensor | None) -> None:
+        assert beside is not None
+        self.rests.put(param, beside)
+
+    def known(self, param: Tensor) -> Tensor | None:
+        return self.rests.of(param)
+
+    def take(self, param: Tensor, beside: Tensor | None) -> None:
+        if beside is None:
+            self.rests.drop(param)
+        else:  # the weights may be loaded before it or after
+            self.rests.put(param, beside, restored=True)
+
+
+def make_storage(policy: Policy) -> Storage:
+    """Returns how `policy` stores half parameters and their optimizer's state."""
+    return Storage(policy) if policy.master is None else MasterStorage(policy)
+
+
+def wide_copy(storage: Storage, param: Tensor) -> Tensor:
+    """Returns the float32 values of a full parameter or of a DTensor, a new tensor."""
+    wide, beside = torch.empty_like(param, dtype=torch.float32), storage.beside(param)
+    out, weight = flat(local(wide)), dense(local(param))
+    rest = None if beside is None else flat(alike(local(beside), weight))
+    values = storage.read(flat(weight), rest, out)
+    if values is not out:
+        out.copy_(values)
+    return wide

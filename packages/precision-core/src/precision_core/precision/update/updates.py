@@ -1,0 +1,211 @@
+"""Updates: has optimizers step what a policy stores otherwise than torch does, whichever optimizer it is."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from precision_core.policy.casting import cast_tensor
+from precision_core.policy.policy import Policy
+from precision_core.precision.update.kinds import Kind, check_optimizer, kind_of
+from precision_core.precision.update.layout import sharded_like
+from precision_core.precision.update.loading import Loading
+from precision_core.precision.update.pieces import Groups, narrowed, widened
+from precision_core.precision.update.storage import Storage, make_storage
+
+if TYPE_CHECKING:
+    from precision_core.strategies.collectives import Group
+
+
+class Updates:
+    """Steps half parameters in float32 and stores them as `storage` says."""
+
+    def __init__(self, storage: Storage, mode: str) -> None:
+        self.storage = storage
+        self._mode = mode
+        self._adopted: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._handles: list[RemovableHandle] = []
+        self._kept: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+
+    @property
+    def note(self) -> str:
+        """What a report says of it."""
+        return self.storage.note
+
+    # ---------------------------------------------------------------- set-up
+
+    def converter(self, module: nn.Module) -> Callable[[str, nn.Parameter, torch.dtype], Tensor]:
+        """Returns what casts the module's parameters, and keeps what the cast takes from those that train."""
+        kept = self._kept[module] = {}
+
+        def convert(name: str, param: nn.Parameter, dtype: torch.dtype) -> Tensor:
+            is_trained = dtype is self.storage.params and param.requires_grad and param.is_floating_point()
+            if not is_trained or param.is_meta or is_lazy(param) or type(param.data) is not Tensor:
+                return cast_tensor(param.data, dtype)
+            weight, beside = self.storage.split_off(param.data)
+            if beside is not None:
+                kept[name] = beside
+            return weight
+
+        return convert
+
+    def converted(self, module: nn.Module) -> None:
+        """Takes what the converter kept, for the weights that it wrote."""
+        params = dict(module.named_parameters())
+        for name, beside in self._kept.get(module, {}).items():
+            self.storage.written(params[name], beside)
+
+    def placed(self, module: nn.Module, group: Group) -> None:
+        """Gives what was kept to the parameters that the module has now, in shards where those are; of rank zero."""
+        kept, params = self._kept.pop(module, {}), dict(module.named_parameters())
+        for name in group.broadcast(list(kept)) if group.world_size > 1 else list(kept):
+            beside = group.broadcast(kept.get(name)) if group.world_size > 1 else kept[name]
+            param = params[name]
+            assert beside is not None
+            self.storage.written(param, sharded_like(param, beside).to(param.device))
+
+    def check(self, optimizers: Iterable[Optimizer]) -> None:
+        """Raises `ValueError` for an optimizer that cannot be stepped like that."""
+        for optimizer in optimizers:
+            check_optimizer(optimizer, self._mode)
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Puts what is stored beside weights into the optimizer's state, and keeps its dtypes when it loads."""
+        if optimizer in self._adopted:
+            return
+        self._adopted.add(optimizer)
+        self._handles += Loading(self.storage).attach(optimizer)
+
+    def teardown(self) -> None:
+        """Lets the optimizers go: their steps are torch's again, on the weights as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._adopted.clear()
+
+    # ---------------------------------------------------------------- a step
+
+    @contextmanager
+    def stepping(self, optimizer: Optimizer) -> Iterator[None]:
+        """Context in which one call of the optimizer's own `step` steps float32 values.
+
+        Raises:
+            ValueError: the optimizer evaluates its closure more than once.
+        """
+        self.adopt(optimizer)
+        self._kept.clear()
+        step = _Step(optimizer, self.storage, self._mode)
+        handle = optimizer.register_step_pre_hook(step.begin)  # the last: the user's see the parameters
+        try:
+            yield
+        finally:
+            handle.remove()
+            step.end()
+
+
+class _Step:
+    """One step: what takes the place of the parameters once the user's hooks and closure have run, until it ends."""
+
+    def __init__(self, optimizer: Optimizer, storage: Storage, mode: str) -> None:
+        self._optimizer = optimizer
+        self._storage = storage
+        self._mode = mode
+        self._end: Callable[[], None] = lambda: None
+
+    def begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kind = kind_of(optimizer)
+        args, kwargs = _closure_first(args, kwargs, self._evaluated)
+        if kind is Kind.WHOLE:
+            self._end = _swapped(optimizer, self._storage, self._mode)
+        else:
+            groups = Groups(optimizer, self._storage, by_pieces=kind is Kind.PIECES)
+            optimizer.param_groups = groups
+            self._end = groups.restore
+        return args, kwargs
+
+    def end(self) -> None:
+        end, self._end = self._end, lambda: None
+        end()
+
+    def _evaluated(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Runs the closure, with the parameters as the model has them, and returns one that gives its result once."""
+        with torch.enable_grad():
+            results = [closure()]
+
+        def once() -> Any:
+            if not results:
+                raise ValueError(
+                    f"{self._mode} cannot step {type(self._optimizer).__name__}, which evaluates its closure again in "
+                    "the middle of a step, where the model still has the old parameters: use another optimizer, or "
+                    'precision="bf16-mixed"'
+                )
+            return results.pop()
+
+        return once
+
+
+def _closure_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any], evaluated: Callable[[Callable[[], Any]], Callable[[], Any]]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of `step(self, closure)` with the closure replaced by `evaluated` of it."""
+    if kwargs.get("closure") is not None:
+        return args, {**kwargs, "closure": evaluated(kwargs["closure"])}
+    if len(args) > 1 and callable(args[1]):
+        return (args[0], evaluated(args[1]), *args[2:]), kwargs
+    return args, kwargs
+
+
+def _swapped(optimizer: Optimizer, storage: Storage, mode: str) -> Callable[[], None]:
+    """Puts float32 placeholders in the place of all stored parameters; returns what writes them back.
+
+    For optimizers that nothing is known of: after their step, and the hooks behind it.
+    """
+    lists: list[list[nn.Parameter]] = [group["params"] for group in optimizer.param_groups]
+    originals = [list(params) for params in lists]
+    pairs: list[tuple[nn.Parameter, nn.Parameter, int]] = []
+    for params in lists:
+        for index, param in enumerate(params):
+            if param.dtype is storage.params and param.grad is not None:
+                params[index] = placeholder = widened(optimizer, storage, param)  # in place: some keep the list
+                pairs.append((param, placeholder, param._version))
+
+    def restore() -> None:
+        for params, original in zip(lists, originals, strict=True):
+            params[:] = original
+
+    def end(*given: Any) -> None:
+        handle.remove()
+        restore()
+        if any(param._version != version for param, _, version in pairs):
+            raise RuntimeError(
+                f"{mode}: {type(optimizer).__name__} wrote to parameters that it holds beside its param_groups, past "
+                'their float32 values: use another optimizer, or precision="bf16-mixed"'
+            )
+        with torch.no_grad():
+            for param, placeholder, _ in pairs:
+                narrowed(optimizer, storage, param, placeholder)
+        pairs.clear()
+
+    def abandon() -> None:
+        handle.remove()
+        restore()
+        for pair in pairs:  # the step raised
+            optimizer.state.pop(pair[1], None)
+
+    handle = optimizer.register_step_post_hook(end)
+    hooks: Any = optimizer._optimizer_step_post_hooks  # ordered; first, so that the user's see the parameters
+    hooks.move_to_end(handle.id, last=False)
+    return abandon
+
+
+def make_updates(policy: Policy, mode: str) -> Updates:
+    """Returns what runs a policy that stores more than torch's optimizers do; `mode` is its name in messages."""
+    return Updates(make_storage(policy), mode)
