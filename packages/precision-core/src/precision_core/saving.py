@@ -8,6 +8,7 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from precision_core.override import uncompiled
@@ -101,11 +102,19 @@ class Saving(Run):
             return engines.load(self._strategy, place, state, strict, filter, trust)
         return load(place, state, strict, filter, trust, self._strategy)
 
-    def save_module(self, path: str | PathLike[str], module: nn.Module, *, max_shard_size: int | str = "5GB") -> None:
+    def save_module(
+        self,
+        path: str | PathLike[str],
+        module: nn.Module,
+        *,
+        max_shard_size: int | str = "5GB",
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Writes a module's parameters and buffers as safetensors, as Hugging Face libraries read and write them.
 
         Above `max_shard_size` (bytes, or "5GB") it writes several files and their index. All or nothing; with several
-        processes call it on all of them, rank 0 writes. Needs `pip install safetensors`.
+        processes call it on all of them, rank 0 writes. Needs `pip install safetensors`. `dtype` is what floating
+        tensors are written in; `torch.float32` writes the master weights of modes that have them.
 
         Raises:
             ValueError: a tensor that safetensors cannot hold, or without values (names it); a URL for `path`; a
@@ -123,7 +132,14 @@ class Saving(Run):
         target = uncompiled(module)
         self._check_launched("fabric.save_module")
         with agreed(self._strategy, "save"), self._strategy.gathered(target):
-            save_module(place, target, max_shard_size=max_shard_size, keep=self.is_global_zero)
+            save_module(
+                place,
+                target,
+                max_shard_size=max_shard_size,
+                dtype=dtype,
+                masters=self._precision.masters,
+                keep=self.is_global_zero,
+            )
 
     def load_module(self, path: str | PathLike[str], module: nn.Module, strict: bool = True) -> Loaded:
         """Reads safetensors, memory-mapped, into a module: a file, an index file, or a folder with either.
@@ -150,8 +166,9 @@ class Saving(Run):
         self._check_launched("fabric.load_module" if any(map(is_sharded, target.parameters())) else "")
         if any(param.is_meta for param in target.parameters()):
             self._precision.before_load(target)
+        masters = self._precision.masters
         with self._strategy.gathered(target, writes=True):
             if not any(map(is_sharded, target.parameters())):
-                return load_module(place, target, strict)
+                return load_module(place, target, strict, masters=masters)
             with agreed(self._strategy, "load") as ranks:
-                return load_module(place, target, strict, agree=ranks.reach)
+                return load_module(place, target, strict, agree=ranks.reach, masters=masters)

@@ -23,6 +23,7 @@ from precision_core.checkpoint.error import RESERVED
 from precision_core.checkpoint.live import left_out
 from precision_core.checkpoint.live.alignment import aligned, replaced
 from precision_core.checkpoint.live.compare import check_matches, raise_mismatches
+from precision_core.checkpoint.live.masters import translated
 from precision_core.checkpoint.live.optimizer_state import indexed_params
 from precision_core.checkpoint.live.restore import restore
 from precision_core.checkpoint.live.state import Filter, check_filter, is_plain, saved_objects, select, state_of
@@ -58,8 +59,13 @@ def load(
         origin = f"{path} (policy {header.get('policy')}, torch {header.get('torch')})"
         raise_mismatches(origin, _refused(state, content, source.refused))
         content, dtypes, problems, notes = aligned(state, content, header, strict=strict)
-        check_matches(state, content, strict=strict, dtypes=dtypes, origin=origin)
+        masters, state_dtype = strategy.precision.masters, strategy.precision.state_dtype
+        fit = translated(state, content, header, masters, values=False)
+        raise_mismatches(origin, [f"{fit.loss}; strict=False drops them"] if fit.loss and strict else [])
+        check_matches(state, fit.content, strict=strict, dtypes=dtypes, state_dtype=state_dtype, origin=origin)
         raise_mismatches(origin, problems)
+        if fit.loss:
+            notes.append(f"dropped in loading: {fit.loss}")
     with all_ranks:
         source.verify(strategy.group.rank, strategy.group.world_size)
     with all_ranks:
@@ -70,14 +76,26 @@ def load(
             content, shards, leave=lambda key_path: is_lean and not _has_destination(state, key_path)
         )
     with all_ranks:
+        content, beside, _ = translated(state, content, header, masters, values=True)
         steps = [_precision_step(run_state["precision"], notes, strategy)]
         if run_state["rng"] is not None:  # a rank that the saving run did not have keeps its own
             steps.insert(0, _rng_step(run_state["rng"], strategy.device))
         warn = partial(left_out.warn, path) if strategy.group.is_rank_zero else (lambda _: None)
         reach = all_ranks.reach
-        return restore(
-            state, content, strict=strict, dtypes=dtypes, run_steps=steps, agree=reach, warn=warn, origin=origin
+        rest = restore(
+            state,
+            content,
+            strict=strict,
+            dtypes=dtypes,
+            state_dtype=state_dtype,
+            run_steps=steps,
+            agree=reach,
+            warn=warn,
+            origin=origin,
         )
+        for param, kept in beside:
+            masters.keep(param, kept)
+        return rest
 
 
 def _of_rank(header: dict[str, Any], strategy: Strategy) -> dict[str, Any]:

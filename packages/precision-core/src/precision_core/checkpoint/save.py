@@ -18,7 +18,7 @@ from precision_core.checkpoint.arrival import Arrival
 from precision_core.checkpoint.background import PendingSave
 from precision_core.checkpoint.error import FORMAT_VERSION, RESERVED
 from precision_core.checkpoint.live.optimizer_names import param_names
-from precision_core.checkpoint.live.state import Filter, collect, param_dtypes, stateful_objects
+from precision_core.checkpoint.live.state import Filter, collect, state_dtypes, stateful_objects
 from precision_core.checkpoint.shards import check_alike, check_parts, describe, is_sharded, unsharded
 from precision_core.checkpoint.storage import file as checkpoint
 from precision_core.checkpoint.tree import map_leaves, named, paths
@@ -46,7 +46,7 @@ def save(
             "policy": str(strategy.precision.policy),
             "torch": str(torch.__version__),
             "precision": strategy.precision.state_dict(),
-            "param_dtypes": param_dtypes(state),
+            "param_dtypes": state_dtypes(state, strategy.precision.state_dtype),
             "param_names": param_names(state),
         }
     check_alike(gather_over(strategy, shards))

@@ -32,6 +32,7 @@ from precision_core.policy.casting import cast, map_tensors
 from precision_core.policy.dtypes import FLOAT_DTYPES
 from precision_core.policy.messages import listed
 from precision_core.policy.policy import MODES, Policy
+from precision_core.precision.masters import NO_MASTERS, Masters
 from precision_core.precision.model.cast_module import cast_buffers, cast_parameters, packed_parameters, parameters_in
 from precision_core.precision.model.default_dtype import created_as
 from precision_core.precision.model.report import Item, Report, module_bytes
@@ -223,6 +224,11 @@ class Precision:
     def state_dtype(self, param: Tensor) -> torch.dtype:
         """Returns the dtype of the moments that an optimizer keeps for `param`."""
         return param.dtype
+
+    @property
+    def masters(self) -> Masters:
+        """What parameters are stored in beside themselves, for checkpoints."""
+        return NO_MASTERS
 
     def main_params(self, optimizer: Optimizer) -> Iterable[nn.Parameter]:
         """Yields the parameters whose gradients the step applies."""

@@ -22,6 +22,7 @@ from precision_core.policy.policy import Policy
 from precision_core.policy.stored import stores_as_torch
 from precision_core.precision.base import Precision
 from precision_core.precision.hyperparameters import check_hyperparameters
+from precision_core.precision.masters import Masters
 from precision_core.precision.model.cast_module import cast_buffers, cast_parameters, packed_parameters
 from precision_core.precision.model.default_dtype import created_as
 from precision_core.precision.model.parametrized import check_parametrized
@@ -226,6 +227,11 @@ class HalfPrecision(Precision):
     def state_dtype(self, param: Tensor) -> torch.dtype:
         """Returns the policy's for what it casts, else the parameter's own."""
         return self.policy.state if param.dtype is self.policy.params else param.dtype
+
+    @property
+    def masters(self) -> Masters:
+        """The exact values of parameters, where the policy has a master."""
+        return super().masters if self._updates is None else self._updates
 
     def stepping(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
         """Context in which the optimizer steps in float32, where the policy stores more than torch does."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from precision_core.precision.base import Precision
+from precision_core.precision.masters import Masters
 from precision_core.scaling.scaler import Scaler
 
 if TYPE_CHECKING:
@@ -67,6 +68,10 @@ class Wrapping(Precision):
 
     def state_dtype(self, param: Tensor) -> torch.dtype:
         return self.wrapped.state_dtype(param)
+
+    @property
+    def masters(self) -> Masters:
+        return self.wrapped.masters
 
     def stepping(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
         return self.wrapped.stepping(optimizer)

@@ -11,7 +11,6 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from precision_core.precision.half import HalfPrecision
-from precision_core.precision.update.storage import wide_copy
 
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -74,8 +73,7 @@ def give_gradients(params: Iterable[nn.Parameter], seed: int) -> None:
 
 def masters(precision: HalfPrecision, params: Iterable[nn.Parameter]) -> list[Tensor]:
     """Returns the float32 values of parameters, as an optimizer would step them."""
-    updates: Any = precision._updates
-    return [wide_copy(updates.storage, param) if param.dtype is torch.bfloat16 else param.detach() for param in params]
+    return [precision.masters.value(param) for param in params]
 
 
 def equal(mine: Iterable[Tensor], theirs: Iterable[Tensor]) -> bool:

@@ -13,7 +13,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
 from precision_core import Fabric, HalfPrecision
-from precision_core.precision.update.rests import KEY
+from precision_core.precision.masters import KEY
 from precision_core.testing.stored import Model, equal, give_gradients, masters
 
 

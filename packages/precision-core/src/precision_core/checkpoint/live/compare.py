@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from precision_core.checkpoint.error import CheckpointError
-from precision_core.checkpoint.live.optimizer_state import wanted_dtype
+from precision_core.checkpoint.live.optimizer_state import StateDtype, parameters_own, wanted_dtype
 from precision_core.checkpoint.live.own_way import judges_for_itself, overrides, own_prefixes
 from precision_core.checkpoint.live.state import is_stateful, state_of
 from precision_core.checkpoint.tree import KeyPath
@@ -28,6 +28,7 @@ def check_matches(
     *,
     strict: bool,
     dtypes: Dtypes | None = None,
+    state_dtype: StateDtype = parameters_own,
     origin: str = "the checkpoint",
 ) -> None:
     """Compares the objects in `tree` with their states in `content`, and changes nothing.
@@ -38,7 +39,7 @@ def check_matches(
     Raises:
         CheckpointError: `content` does not match; names ten key paths at most.
     """
-    raise_mismatches(origin, _differences(tree, content, (), strict, dtypes or {}))
+    raise_mismatches(origin, _differences(tree, content, (), strict, dtypes or {}, state_dtype))
 
 
 def mismatch(saved: Tensor, live: Tensor, *, strict: bool) -> str:
@@ -69,7 +70,9 @@ def _would_lose(saved: torch.dtype, live: torch.dtype) -> bool:
     return saved is not live
 
 
-def _differences(tree: Any, content: Any, path: KeyPath, strict: bool, dtypes: Dtypes) -> Iterator[str]:
+def _differences(
+    tree: Any, content: Any, path: KeyPath, strict: bool, dtypes: Dtypes, state_dtype: StateDtype
+) -> Iterator[str]:
     for key, value in tree.items():
         name = ".".join(map(str, (*path, key)))
         if key not in content:
@@ -83,9 +86,9 @@ def _differences(tree: Any, content: Any, path: KeyPath, strict: bool, dtypes: D
         elif isinstance(value, nn.Module):
             yield from _module_differences(value, saved, name, strict)
         elif isinstance(value, Optimizer):
-            yield from _optimizer_differences(value, saved, name, strict, dtypes.get((*path, key)))
+            yield from _optimizer_differences(value, saved, name, strict, dtypes.get((*path, key)), state_dtype)
         elif type(value) is dict:
-            yield from _differences(value, saved, (*path, key), strict, dtypes)
+            yield from _differences(value, saved, (*path, key), strict, dtypes, state_dtype)
 
 
 def _module_differences(module: nn.Module, saved: dict[str, Any], name: str, strict: bool) -> Iterator[str]:
@@ -106,7 +109,12 @@ def _module_differences(module: nn.Module, saved: dict[str, Any], name: str, str
 
 
 def _optimizer_differences(
-    optimizer: Optimizer, saved: dict[str, Any], name: str, strict: bool, dtypes: list[torch.dtype] | None
+    optimizer: Optimizer,
+    saved: dict[str, Any],
+    name: str,
+    strict: bool,
+    dtypes: list[torch.dtype] | None,
+    state_dtype: StateDtype,
 ) -> Iterator[str]:
     if overrides(optimizer, "load_state_dict"):
         return  # it overrides loading, and compares for itself
@@ -134,7 +142,7 @@ def _optimizer_differences(
         for key, value in state.items():
             if key == "step" or not isinstance(value, Tensor):
                 continue
-            dtype = wanted_dtype(value, param, dtypes[number] if dtypes else None)
+            dtype = wanted_dtype(value, state_dtype(param), dtypes[number] if dtypes else None)
             if torch.promote_types(value.dtype, dtype) is not dtype:
                 yield (
                     f"{name}: {key} of parameter {indices[number]}: {value.dtype} in the checkpoint, and the "

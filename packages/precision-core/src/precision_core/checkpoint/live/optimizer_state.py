@@ -1,8 +1,9 @@
 """Loads optimizer state with the dtypes that it was saved in.
 
 torch's `Optimizer.load_state_dict` casts every floating state except "step" to its parameter's dtype: a float32 moment
-under a bfloat16 parameter comes back rounded. Here state that was saved in its parameter's dtype gets the live
-parameter's, and any other keeps its own. All else is torch's: hooks, param_groups, `__setstate__`.
+under a bfloat16 parameter comes back rounded. Here state that was saved in the dtype of its parameter's moments gets
+that of the live ones (the parameter's, or what the policy says), and any other keeps its own. All else is torch's:
+hooks, param_groups, `__setstate__`.
 """
 
 from __future__ import annotations
@@ -19,32 +20,48 @@ from precision_core.checkpoint.shards import copy_of, is_sharded, is_wrapper_sub
 from precision_core.policy.casting import map_tensors
 from precision_core.policy.dtypes import FLOAT_DTYPES
 
+StateDtype = Callable[[Tensor], torch.dtype]
+"""Gives the dtype that the moments of a parameter are kept in, `Precision.state_dtype`."""
 
-def wanted_dtype(value: Tensor, param: Tensor, saved_param: torch.dtype | None) -> torch.dtype:
-    """Returns the dtype that state is loaded in; `saved_param` is its parameter's dtype when saved, None if unknown."""
+
+def parameters_own(param: Tensor) -> torch.dtype:
+    """Returns the parameter's dtype, in which torch keeps its moments."""
+    return param.dtype
+
+
+def wanted_dtype(value: Tensor, mine: torch.dtype, theirs: torch.dtype | None) -> torch.dtype:
+    """Returns the dtype that state is loaded in; `mine` and `theirs`: that of moments here, and when it was saved.
+
+    `theirs` is None if it is unknown.
+    """
     if value.dtype not in FLOAT_DTYPES and not value.is_complex():
         return value.dtype
-    if saved_param is None:  # at least nothing is rounded
-        return torch.promote_types(value.dtype, param.dtype)
-    return param.dtype if value.dtype is saved_param else value.dtype
+    if theirs is None:  # at least nothing is rounded
+        return torch.promote_types(value.dtype, mine)
+    return mine if value.dtype is theirs else value.dtype
 
 
-def prepare(optimizer: Optimizer, saved: dict[str, Any], dtypes: list[torch.dtype] | None) -> Callable[[], None]:
+def prepare(
+    optimizer: Optimizer,
+    saved: dict[str, Any],
+    dtypes: list[torch.dtype] | None,
+    state_dtype: StateDtype = parameters_own,
+) -> Callable[[], None]:
     """Returns a function that loads `saved`; its memory is allocated now, so that it does not run out half-way.
 
-    Values go into live tensors of the same shape, dtype and device, else into new ones. `dtypes` are those of the
-    parameters when they were saved, in the order of the groups.
+    Values go into live tensors of the same shape, dtype and device, else into new ones. `dtypes` are those of moments
+    when they were saved, in the order of the groups; `state_dtype` gives those of moments here.
     """
     destinations: dict[Tensor, Tensor] = {}
     for key, tensor, param, live, dtype in _state_tensors(optimizer, saved, dtypes):
-        destinations[tensor] = _destination(key, tensor, param, live, dtype)
+        destinations[tensor] = _destination(key, tensor, param, live, wanted_dtype(tensor, state_dtype(param), dtype))
 
     def settle(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         settled: dict[Tensor, Tensor] = {}
         for key, tensor, param, live, dtype in _state_tensors(optimizer, state_dict, dtypes):
             destination = destinations.get(tensor)  # None: a user hook made it
             if destination is None:
-                destination = _destination(key, tensor, param, live, dtype)
+                destination = _destination(key, tensor, param, live, wanted_dtype(tensor, state_dtype(param), dtype))
             if not is_wrapper_subclass(destination):  # those have their values already
                 destination.copy_(tensor)
             settled[tensor] = _Final.wrap(destination, may_be_cast=key == "step")
@@ -106,9 +123,9 @@ def _state_tensors(
                 yield key, tensor, param, live.get(key), dtypes[number] if dtypes else None
 
 
-def _destination(key: Any, tensor: Tensor, param: Tensor, live: Any, saved_param: torch.dtype | None) -> Tensor:
-    """Returns the live or new tensor that takes the values of `tensor`."""
-    dtype, device = wanted_dtype(tensor, param, saved_param), param.device
+def _destination(key: Any, tensor: Tensor, param: Tensor, live: Any, dtype: torch.dtype) -> Tensor:
+    """Returns the live or new tensor that takes the values of `tensor`, in `dtype`."""
+    device = param.device
     if key == "step":  # torch's rule: it is on the CPU, and load_state_dict moves it for fused and capturable
         dtype, device = tensor.dtype, tensor.device
     if is_sharded(tensor):

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from precision_core.checkpoint.live.state import plain_name
 
 _FSDP = "torch.distributed.fsdp."
+_OURS = "precision_core.precision.update."
 _TORCHS = ("torch.nn.modules.", "torch.optim.")
 """Modules of layers and optimizers that load the standard way (unlike, say, ZeroRedundancyOptimizer)."""
 
@@ -27,7 +28,9 @@ def loads_its_own_way(live: Any) -> bool:
         return judges_for_itself(live) or extra or _hooks(live._load_state_dict_post_hooks) > 0
     if isinstance(live, Optimizer):
         hooks = (live._optimizer_load_state_dict_pre_hooks, live._optimizer_load_state_dict_post_hooks)
-        return any(hooks) or overrides(live, "load_state_dict") or overrides(live, "__setstate__")
+        return (
+            any(_hooks(each) for each in hooks) or overrides(live, "load_state_dict") or overrides(live, "__setstate__")
+        )
     return True
 
 
@@ -47,6 +50,6 @@ def own_prefixes(module: nn.Module, is_own: Callable[[nn.Module], bool]) -> tupl
 
 
 def _hooks(hooks: Mapping[Any, Any]) -> int:
-    """Returns how many hooks are not FSDP2's, which only bring the shards back."""
+    """Returns how many hooks are neither FSDP2's, which bring shards back, nor ours, which keep dtypes of state."""
     functions = [getattr(hook, "hook", hook) for hook in hooks.values()]
-    return sum(not str(getattr(function, "__module__", "")).startswith(_FSDP) for function in functions)
+    return sum(not str(getattr(function, "__module__", "")).startswith((_FSDP, _OURS)) for function in functions)

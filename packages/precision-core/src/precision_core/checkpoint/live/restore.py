@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from precision_core.checkpoint.live import left_out
 from precision_core.checkpoint.live.compare import Dtypes
-from precision_core.checkpoint.live.optimizer_state import prepare
+from precision_core.checkpoint.live.optimizer_state import StateDtype, parameters_own, prepare
 from precision_core.checkpoint.live.own_way import loads_its_own_way, overrides, own_prefixes
 from precision_core.checkpoint.live.state import is_plain, is_stateful, named_as, saved_objects
 from precision_core.checkpoint.live.transaction import Step, Transaction
@@ -32,6 +32,7 @@ def restore(
     *,
     strict: bool,
     dtypes: Dtypes | None = None,
+    state_dtype: StateDtype = parameters_own,
     run_steps: Iterable[Step] = (),
     agree: Callable[[], None] = lambda: None,
     warn: Callable[[str], None] = lambda _: None,
@@ -63,7 +64,7 @@ def restore(
             transaction.undo_by(path, undo_of(live))
         for path, live in custom.items():
             transaction.at(path)
-            load = _loader(live, _independent_where_needed(live, saved[path]), strict, dtypes.get(path))
+            load = _loader(live, _independent_where_needed(live, saved[path]), strict, dtypes.get(path), state_dtype)
             results[path] = load()
         for step, act, _ in run_steps:
             transaction.at(step)
@@ -72,7 +73,7 @@ def restore(
         for path, live in parts.items():
             transaction.at(path)
             if path not in custom:
-                loads[path] = _loader(live, saved[path], strict, dtypes.get(path))
+                loads[path] = _loader(live, saved[path], strict, dtypes.get(path), state_dtype)
         transaction.at("the plain values")
         plain = _plain_values(tree, content, {})
         if not strict:
@@ -94,12 +95,14 @@ def _needs_snapshot(live: Any) -> bool:
     return loads_its_own_way(live)
 
 
-def _loader(live: Any, saved: Any, strict: bool, dtypes: list[torch.dtype] | None) -> Callable[[], Any]:
+def _loader(
+    live: Any, saved: Any, strict: bool, dtypes: list[torch.dtype] | None, state_dtype: StateDtype
+) -> Callable[[], Any]:
     """Returns a function that loads `saved` into `live`."""
     if isinstance(live, nn.Module):
         return functools.partial(live.load_state_dict, named_as(live, saved), strict=strict)
     if isinstance(live, Optimizer) and not overrides(live, "load_state_dict"):
-        return prepare(live, saved, dtypes)
+        return prepare(live, saved, dtypes, state_dtype)
     return functools.partial(live.load_state_dict, saved)
 
 

@@ -78,10 +78,12 @@ def saved_objects(tree: dict[str, Any], content: Any, path: KeyPath = ()) -> Ite
             yield (*path, key), value, content[key]
 
 
-def param_dtypes(tree: dict[str, Any]) -> dict[KeyPath, list[torch.dtype]]:
-    """Returns the dtypes of each optimizer's parameters, by its key path; loading chooses dtypes of state by them."""
+def state_dtypes(
+    tree: dict[str, Any], state_dtype: Callable[[Tensor], torch.dtype]
+) -> dict[KeyPath, list[torch.dtype]]:
+    """Returns the dtypes of the moments of each optimizer's parameters, by its key path; loading chooses by them."""
     return {
-        path: [param.dtype for group in value.param_groups for param in group["params"]]
+        path: [state_dtype(param) for group in value.param_groups for param in group["params"]]
         for path, value in stateful_objects(tree)
         if isinstance(value, Optimizer)
     }

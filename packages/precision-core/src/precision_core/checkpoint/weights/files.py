@@ -35,18 +35,27 @@ from precision_core.checkpoint.weights.layers import (
     sources_of,
     versions_of,
 )
+from precision_core.policy.dtypes import FLOAT_DTYPES
+from precision_core.precision.masters import NO_MASTERS, Masters
 
 # ---------------------------------------------------------------- saving
 
 
 def save_module(
-    path: str | PathLike[str], module: nn.Module, *, max_shard_size: int | str = "5GB", keep: bool = True
+    path: str | PathLike[str],
+    module: nn.Module,
+    *,
+    max_shard_size: int | str = "5GB",
+    dtype: torch.dtype | None = None,
+    masters: Masters = NO_MASTERS,
+    keep: bool = True,
 ) -> None:
     """Writes a module's parameters and persistent buffers, in their dtypes, to a safetensors file or folder.
 
     More than `max_shard_size` (bytes, or "5GB") becomes several files with an index, as Hugging Face has it. A tied
     tensor is written once, under its first name, and the file's metadata maps the others to it. DTensors are gathered:
-    all ranks call this; those with `keep` hold the full tensors in CPU memory and write.
+    all ranks call this; those with `keep` hold the full tensors in CPU memory and write. `dtype` is what floating
+    tensors are written in, where `masters` has more to a parameter's value than itself, from that.
 
     Raises:
         ValueError: a value that safetensors cannot store (names it), an invalid size, an address as path. Nothing was
@@ -71,10 +80,20 @@ def save_module(
     modules: dict[str, Any] = getattr(state, "_metadata", {})
     versions = {prefix_of(name): item["version"] for name, item in modules.items() if "version" in item}
     metadata = {**ties, "format": "pt", VERSIONS: json.dumps(versions)}  # "pt" is what Hugging Face asks for
+    if dtype is not None:
+        params = {plain_name(name): param for name, param in module.named_parameters(remove_duplicate=False)}
+        tensors = {name: _in_dtype(params.get(name), value, dtype, masters) for name, value in tensors.items()}
     if any(map(is_sharded, tensors.values())):
         tensors = unsharded(tensors, keep)
     if keep:
         safetensors_files.write(local, tensors, metadata, max_shard_size)
+
+
+def _in_dtype(param: nn.Parameter | None, value: Tensor, dtype: torch.dtype, masters: Masters) -> Tensor:
+    if value.dtype not in FLOAT_DTYPES:
+        return value
+    has_more = param is not None and masters.holds(param)
+    return (masters.value(param) if param is not None and has_more else value).to(dtype)
 
 
 def _unsaveable(value: Any) -> str:
@@ -110,7 +129,12 @@ def check_no_checkpoint(path: Path) -> None:
 
 
 def load_module(
-    path: str | PathLike[str], module: nn.Module, strict: bool = True, *, agree: Callable[[], None] = lambda: None
+    path: str | PathLike[str],
+    module: nn.Module,
+    strict: bool = True,
+    *,
+    agree: Callable[[], None] = lambda: None,
+    masters: Masters = NO_MASTERS,
 ) -> Loaded:
     """Loads a safetensors file or folder (of `save_module`, Hugging Face, ...) into a module, in place.
 
@@ -118,7 +142,8 @@ def load_module(
     requires equal names and no rounding. A tied tensor may have any of its names. Tensors on the meta device are
     replaced by new ones on the CPU; DTensors get this rank's shards. All is compared before anything is written, except
     in layers with `_load_from_state_dict`, load hooks or extra state of their own, which compare for themselves.
-    `agree` is called in between, and may raise because another rank found a problem.
+    `agree` is called in between, and may raise because another rank found a problem. `masters` keeps what float32 has
+    beyond half parameters.
 
     Raises:
         CheckpointError: damaged, or a mismatch (names ten at most). Nothing was changed, unless the message says so.
@@ -138,14 +163,14 @@ def load_module(
         missing = sorted(names - sources.keys())
         unexpected = [name for name in files.names if name not in names and not name.startswith(own)]
         differences = _differences(missing, unexpected) if strict else []
-        raise_mismatches(path, [*differences, *contradictions, *mismatches(files, layers, sources, strict)])
+        raise_mismatches(path, [*differences, *contradictions, *mismatches(files, layers, sources, strict, masters)])
         agree()
         everything = {**aliases, **{name: name for name in files.names}}
         made: dict[int, Tensor] = {}
         done: set[nn.Module] = set()
         for layer in layers:
             if not layer.own_way:
-                load_plain(files, layer, sources, made)
+                load_plain(files, layer, sources, made, masters)
             elif layer.module not in done:
                 done.add(layer.module)
                 theirs = load_own_way(files, layer, everything, versions, strict)

@@ -23,6 +23,7 @@ from precision_core.checkpoint.live.own_way import loads_its_own_way, overrides
 from precision_core.checkpoint.live.state import named_tensors, plain_name
 from precision_core.checkpoint.shards import cut, is_sharded
 from precision_core.checkpoint.weights.safetensors import Files
+from precision_core.precision.masters import EXACT, Masters
 
 VERSIONS = "precision.versions"
 """Key in a file's metadata: JSON of module prefix -> version."""
@@ -95,14 +96,18 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return same and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))  # NaN equals NaN
 
 
-def mismatches(files: Files, layers: list[Layer], sources: dict[str, str], strict: bool) -> Iterator[str]:
+def mismatches(
+    files: Files, layers: list[Layer], sources: dict[str, str], strict: bool, masters: Masters
+) -> Iterator[str]:
     """Yields mismatches of shape and dtype, and tensors that would stay without values."""
     for layer in layers:
         for name, live in layer.slots.items():
             if is_lazy(live):
                 yield f"{name}: lazy, it has no shape yet; run a forward first"
             elif name in sources:
-                if reason := mismatch(files.get(sources[name]), live, strict=strict):
+                values = files.get(sources[name])
+                is_exact = masters.holds(live) and values.dtype in EXACT
+                if reason := mismatch(values, live, strict=strict and not is_exact):
                     yield f"{name}: {reason}"
             elif live.is_meta and not strict:
                 yield f"{name}: on the meta device, and missing in the checkpoint"
@@ -113,7 +118,7 @@ def mismatches(files: Files, layers: list[Layer], sources: dict[str, str], stric
                     yield f"{layer.prefix}{key}: on the meta device, and no checkpoint has it: set its values first"
 
 
-def load_plain(files: Files, layer: Layer, sources: dict[str, str], made: dict[int, Tensor]) -> None:
+def load_plain(files: Files, layer: Layer, sources: dict[str, str], made: dict[int, Tensor], masters: Masters) -> None:
     """Copies a layer's tensors from the file; those on the meta device are replaced, once for tied ones (`made`)."""
     for name, live in layer.slots.items():
         if name not in sources:
@@ -121,7 +126,12 @@ def load_plain(files: Files, layer: Layer, sources: dict[str, str], made: dict[i
         with torch.no_grad():
             values = _sharded_like(live, files.get(sources[name]))
             if not live.is_meta:
-                live.copy_(values)
+                if masters.holds(live) and values.dtype in EXACT:
+                    values, rest = masters.split(values)
+                    live.copy_(values)
+                    masters.keep(live, rest)
+                else:
+                    live.copy_(values)
                 continue
             if id(live) not in made:
                 new = values.to(live.dtype, copy=True)

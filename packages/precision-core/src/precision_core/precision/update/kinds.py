@@ -6,8 +6,7 @@ import enum
 import inspect
 from typing import Any
 
-import torch
-from torch import optim
+from torch import Tensor, optim
 from torch.optim import Optimizer
 
 
@@ -75,6 +74,8 @@ def check_optimizer(optimizer: Optimizer, mode: str) -> None:
         )
 
 
-def is_floating_state(key: object, value: object) -> bool:
-    """Whether a value in an optimizer's state is a moment, not a counter."""
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and key not in COUNTERS
+def is_moment(key: object, value: object, param: Tensor) -> bool:
+    """Whether a value in an optimizer's state is a moment of `param`, not a counter (or a scale of the whole)."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or key in COUNTERS:
+        return False
+    return bool(value.dim()) or not param.dim()

@@ -65,7 +65,7 @@ def _cast_moments(storage: Storage, param: Tensor, state: dict[str, Any], given:
         source = given.get(key, value)
         if not isinstance(value, Tensor) or not isinstance(source, Tensor):
             continue
-        dtype = (storage.state_dtype(key, source) if source.dim() else None) or source.dtype
+        dtype = storage.state_dtype(key, source, param) or source.dtype
         if value.dtype is not dtype:
             state[key] = source.to(param.device, dtype)
 

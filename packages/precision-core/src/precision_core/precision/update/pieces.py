@@ -125,7 +125,7 @@ class Groups(list[Group]):
         stored = storage.beside(param)
         beside = None if stored is None else alike(local(stored), weight)
         for key, value in state.items():
-            dtype = None if key == storage.key else storage.state_dtype(key, value)
+            dtype = None if key == storage.key else storage.state_dtype(key, value, param)
             if dtype is not None and (value.dtype is not dtype or local(value).stride() != weight.stride()):
                 state[key] = torch.empty_like(param, dtype=dtype)
                 local(state[key]).copy_(local(value))
@@ -165,7 +165,7 @@ class Groups(list[Group]):
         return gradient if gradient.dtype is torch.float32 else out.copy_(gradient)
 
     def _state(self, each: Param, key: str, value: Any, piece: slice) -> Any:
-        if self._storage.state_dtype(key, value) is None:
+        if self._storage.state_dtype(key, value, each.param) is None:
             is_cut = piece.start != 0 or piece.stop != each.weight.numel()
             return value.clone() if is_cut and isinstance(value, Tensor) else value
         return flat(local(value))[piece].float()  # the memory itself where it is float32
@@ -180,7 +180,7 @@ class Groups(list[Group]):
         if stepped is not None:
             state = optimizer.state[param]
             for key, value in stepped.items():
-                dtype = storage.state_dtype(key, value)
+                dtype = storage.state_dtype(key, value, param)
                 if dtype is None:
                     each.late[key] = value
                     continue
@@ -219,7 +219,7 @@ def widened(optimizer: Optimizer, storage: Storage, param: nn.Parameter) -> nn.P
     vars(placeholder).update(vars(param))
     kept = {key: value for key, value in optimizer.state.get(param, {}).items() if key != storage.key}
     if kept:
-        wide = {key: storage.state_dtype(key, value) is not None for key, value in kept.items()}
+        wide = {key: storage.state_dtype(key, value, param) is not None for key, value in kept.items()}
         optimizer.state[placeholder] = {key: value.float() if wide[key] else value for key, value in kept.items()}
     return placeholder
 
@@ -235,8 +235,8 @@ def narrowed(optimizer: Optimizer, storage: Storage, param: nn.Parameter, placeh
     stepped = optimizer.state.pop(placeholder, None)
     if stepped is not None:
         for key, value in stepped.items():
-            dtype = storage.state_dtype(key, value)
-            if dtype is not None and value.dim() and value.dtype is not dtype:
+            dtype = storage.state_dtype(key, value, param)
+            if dtype is not None and value.dtype is not dtype:
                 stepped[key] = torch.empty_like(value, dtype=dtype)
                 storage.write_state(local(value), local(stepped[key]))
         optimizer.state[param] = stepped

@@ -11,9 +11,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from precision_core.precision.update.bits import split
 from precision_core.precision.update.layout import local
 
-KEY = "master_rest"
-"""What they are called in the state of the optimizer that holds the parameter, where checkpoints find them."""
-
 
 class Rests:
     """Parameter -> its rest (int16, of its shape and sharding). Keeps no parameter alive.

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from precision_core.policy.policy import Policy
+from precision_core.precision.masters import KEY
 from precision_core.precision.update.bits import combine, split
-from precision_core.precision.update.kinds import is_floating_state
+from precision_core.precision.update.kinds import is_moment
 from precision_core.precision.update.layout import alike, dense, flat, local
-from precision_core.precision.update.rests import KEY, Rests, split_off
+from precision_core.precision.update.rests import Rests, split_off
 
 
 class Storage:
@@ -50,9 +51,9 @@ class Storage:
     def take(self, param: Tensor, beside: Tensor | None) -> None:
         """Takes what a state dict has for beside the weight; None: nothing."""
 
-    def state_dtype(self, key: object, value: object) -> torch.dtype | None:
-        """Returns the dtype that a value in an optimizer's state is kept in; None: it is no moment."""
-        return self.state if is_floating_state(key, value) else None
+    def state_dtype(self, key: object, value: object, param: Tensor) -> torch.dtype | None:
+        """Returns the dtype that a value in the state of `param` is kept in; None: it is no moment."""
+        return self.state if is_moment(key, value, param) else None
 
     def write_state(self, value: Tensor, out: Tensor) -> None:
         """Stores state that was stepped."""

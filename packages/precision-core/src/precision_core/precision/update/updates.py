@@ -15,17 +15,18 @@ from torch.utils.hooks import RemovableHandle
 
 from precision_core.policy.casting import cast_tensor
 from precision_core.policy.policy import Policy
+from precision_core.precision.masters import Masters
 from precision_core.precision.update.kinds import Kind, check_optimizer, kind_of
 from precision_core.precision.update.layout import sharded_like
 from precision_core.precision.update.loading import Loading
 from precision_core.precision.update.pieces import Groups, narrowed, widened
-from precision_core.precision.update.storage import Storage, make_storage
+from precision_core.precision.update.storage import Storage, make_storage, wide_copy
 
 if TYPE_CHECKING:
     from precision_core.strategies.collectives import Group
 
 
-class Updates:
+class Updates(Masters):
     """Steps half parameters in float32 and stores them as `storage` says."""
 
     def __init__(self, storage: Storage, mode: str) -> None:
@@ -90,6 +91,20 @@ class Updates:
             handle.remove()
         self._handles.clear()
         self._adopted.clear()
+
+    # ---------------------------------------------------------------- for checkpoints
+
+    def holds(self, param: Tensor) -> bool:
+        return self.storage.key is not None and param.dtype is self.storage.params and param.requires_grad
+
+    def value(self, param: Tensor) -> Tensor:
+        if param.dtype is not self.storage.params:
+            return super().value(param)
+        with torch.no_grad():
+            return wide_copy(self.storage, param)
+
+    def keep(self, param: Tensor, rest: Tensor) -> None:
+        self.storage.written(param, rest.to(param.device))
 
     # ---------------------------------------------------------------- a step
 
