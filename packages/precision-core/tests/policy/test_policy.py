@@ -26,6 +26,7 @@ TABLE = [
     ("16-mixed", F32, F16, F32, F32, F32, None, True),
     ("bf16-mixed", F32, BF16, F32, F32, F32, None, False),
     ("bf16-master", BF16, BF16, F32, F32, BF16, F32, False),
+    ("bf16-stochastic", BF16, BF16, BF16, F32, BF16, None, False),
     (64, F64, F64, F64, F64, F64, None, False),
     (32, F32, F32, F32, F32, F32, None, False),
     (16, F32, F16, F32, F32, F32, None, True),
@@ -71,20 +72,24 @@ def test_what_is_stored_follows_params_and_master(row: tuple[object, ...]) -> No
 def test_the_master_mode_is_spelled_as_documented() -> None:
     spelled = "params=bfloat16,compute=bfloat16,reduce=float32,output=float32,buffers=bfloat16,master=float32,"
     assert Policy.parse(f"{spelled}state=float32,grads=bfloat16,rounding=nearest,scale=false") == MODES["bf16-master"]
+    spelled = "params=bfloat16,compute=bfloat16,reduce=bfloat16,output=float32,buffers=bfloat16,master=none,"
+    stored = "state=bfloat16,grads=bfloat16,rounding=stochastic,scale=false"
+    assert Policy.parse(spelled + stored) == MODES["bf16-stochastic"]
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: repr(row[0]))
 def test_modes_aliases_and_defaults(row: tuple[object, ...]) -> None:
     policy = Policy.parse(row[0])  # type: ignore[arg-type]
     params, compute, reduce, output, buffers, master, scale = row[1:]
-    stored = (master or params, params, "nearest")  # the defaults of state, grads and rounding
+    rounding = "stochastic" if row[0] == "bf16-stochastic" else "nearest"
+    stored = (master or params, params, rounding)  # the defaults of state, grads and rounding
     assert dataclasses.astuple(policy) == (params, compute, reduce, output, buffers, master, *stored, scale, ())
     assert policy.mixed == (row[1] is not row[2])
     assert Policy.parse(policy) is policy
 
 
 def test_the_tables_above_are_all_modes_and_aliases() -> None:
-    assert {row[0] for row in TABLE[:14]} == {*MODES, *ALIASES}
+    assert {row[0] for row in TABLE[:15]} == {*MODES, *ALIASES}
     assert all(str(policy) == name for name, policy in MODES.items())
     assert Policy() == MODES["32-true"] and str(Policy.parse("params=float32,compute=bfloat16")) == "bf16-mixed"
 

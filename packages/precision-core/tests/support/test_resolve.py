@@ -23,6 +23,7 @@ CLASSES = {
     "16-true": HalfPrecision,
     "bf16-true": HalfPrecision,
     "bf16-master": HalfPrecision,
+    "bf16-stochastic": HalfPrecision,
     "16-mixed": MixedPrecision,
     "bf16-mixed": MixedPrecision,
     "params=float64,output=float32": DoublePrecision,

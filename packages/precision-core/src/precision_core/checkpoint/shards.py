@@ -71,7 +71,7 @@ def unsharded(content: dict[str, Any], keep: bool) -> dict[str, Any]:
         if not isinstance(leaf, Tensor) or not is_sharded(leaf):
             return leaf
         on_mesh: Any = leaf.detach().to(leaf.device_mesh.device_type)  # type: ignore[attr-defined]  # a CPU offload's
-        full = on_mesh.full_tensor()
+        full = _gathered(on_mesh)
         try:
             return full.to("cpu") if keep and problem is None else None
         except Exception as error:  # the other ranks go on gathering, so this one must
@@ -81,6 +81,17 @@ def unsharded(content: dict[str, Any], keep: bool) -> dict[str, Any]:
     if problem is not None:
         raise problem
     return gathered
+
+
+def _gathered(sharded: Any) -> Tensor:
+    """Returns the full tensor; int16, which no backend of torch sends, goes as bfloat16, bit for bit."""
+    if sharded.dtype is not torch.int16:
+        full: Tensor = sharded.full_tensor()
+        return full
+    sent: Any = torch.empty_like(sharded, dtype=torch.bfloat16)
+    sent.to_local().copy_(sharded.to_local().view(torch.bfloat16))
+    gathered: Tensor = sent.full_tensor()
+    return gathered.view(torch.int16)
 
 
 def check_parts(tensors: dict[str, Tensor]) -> None:

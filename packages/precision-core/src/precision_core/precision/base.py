@@ -313,7 +313,12 @@ class Precision:
     def state_dict(self) -> dict[str, Any]:
         """Returns version, mode, step counts and the loss scaler's state, as plain values."""
         counts = self.scaler.counter.state_dict()
-        return {"version": STATE_VERSION, "mode": self.mode, "scaler": self.scaler.state_dict(), **counts}
+        return {
+            "version": STATE_VERSION,
+            "mode": self.mode,
+            "scaler": self.scaler.state_dict(),
+            **counts,
+        } | self.masters.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned.
@@ -328,6 +333,7 @@ class Precision:
         if state["scaler"] and self.policy.scale:
             self.scaler.load_state_dict(state["scaler"])
         self.scaler.counter.load_state_dict(state)
+        self.masters.load_state_dict(state)
         if state["mode"] != self.mode:
             what = what_of_scale(bool(state["scaler"]), self.policy.scale)
             self.note(f"loaded the state of {state['mode']!r} into {self.mode!r}: {what}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,6 +44,13 @@ class Masters:
         with torch.no_grad():
             combine(local(weight), local(rest), local(value))
         return value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the precision's state has besides its counts: the generator of stochastic rounding."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned, from the precision's state."""
 
 
 NO_MASTERS = Masters()

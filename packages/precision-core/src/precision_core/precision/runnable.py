@@ -24,7 +24,10 @@ _REFUSED: tuple[tuple[Callable[[Policy], bool], str], ...] = (
         "core chooses the dtype of state for half params only; say params=bfloat16,master=float32,state=bfloat16",
     ),
     (lambda policy: policy.grads is not policy.params, "nothing accumulates gradients in float32 yet; leave grads out"),
-    (lambda policy: policy.rounding != "nearest", "nothing rounds stochastically yet; leave rounding out"),
+    (
+        lambda policy: policy.rounding != "nearest" and policy.params is torch.float16,
+        "stochastic rounding is for bfloat16; say params=bfloat16, or rounding=nearest",
+    ),
     (
         lambda policy: policy.mixed and policy.params is torch.float64,
         "nothing runs float64 params under a narrower compute; use 64-true, or float32 params",

@@ -8,7 +8,7 @@ user's own, once a step, and the arithmetic is torch's, on float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from precision_core.precision.update.kinds import STEP
 from precision_core.precision.update.layout import alike, dense, flat, is_dense, local
+from precision_core.precision.update.noise import Place, index_of
 from precision_core.precision.update.storage import Storage, wide_copy
 
 Group = dict[str, Any]
@@ -40,6 +41,11 @@ class Param:
     """`beside`, as the optimizer's state has it."""
     is_new: bool
     """Whether it has no state yet."""
+    number: int
+    """Its place among the optimizer's parameters."""
+    first: int
+    index: Tensor | None
+    """Where its elements are in the full parameter: the first, or all."""
     late: dict[str, Any] = field(default_factory=dict)
     """Counters, which change when its last piece has stepped."""
 
@@ -57,6 +63,7 @@ class Groups(list[Group]):
         self._is_walked = False
         params = [param for group in self._mine for param in group["params"] if self._is_stored(param)]
         self._limit = _limit(params)
+        self._numbers = numbers_of(optimizer) if storage.noise is not None else {}
 
     def __iter__(self) -> Iterator[Group]:
         if self._is_walked:  # by somebody who looks on, a torch function mode say
@@ -130,7 +137,8 @@ class Groups(list[Group]):
                 state[key] = torch.empty_like(param, dtype=dtype)
                 local(state[key]).copy_(local(value))
         is_new = not any(key != storage.key for key in state)
-        return Param(param, flat(weight), flat(gradient), None if beside is None else flat(beside), stored, is_new)
+        rest = None if beside is None else flat(beside)
+        return Param(param, flat(weight), flat(gradient), rest, stored, is_new, *place_of(param, self._numbers))
 
     def _step(self, group: Group, batch: list[tuple[Param, int, int]]) -> Iterator[Group]:
         size = sum(stop - start for _, start, stop in batch)
@@ -174,7 +182,8 @@ class Groups(list[Group]):
         """Writes back what the optimizer did to a placeholder: its values and its state."""
         storage, optimizer, param = self._storage, self._optimizer, each.param
         beside = None if each.beside is None else each.beside[piece]
-        storage.write(placeholder.detach(), each.weight[piece], beside)
+        place = Place(each.number, each.first + piece.start, each.index)
+        storage.write(placeholder.detach(), each.weight[piece], beside, place)
         stepped = optimizer.state.pop(placeholder, None)
         is_last = piece.stop == each.weight.numel()
         if stepped is not None:
@@ -185,13 +194,13 @@ class Groups(list[Group]):
                     each.late[key] = value
                     continue
                 if not isinstance(state.get(key), Tensor):
-                    state[key] = torch.empty_like(param, dtype=dtype, requires_grad=False)
+                    state[key] = torch.empty_like(param, dtype=dtype)
                 part = flat(local(state[key]))
                 if part[piece].data_ptr() != value.data_ptr() or part.dtype is not value.dtype:
-                    storage.write_state(value, part[piece])
+                    storage.write_state(key, value, part[piece], place)
             if is_last:
                 ordered = {key: each.late[key] if key in each.late else state[key] for key in stepped}
-                state.update(ordered) if not each.is_new else optimizer.state.__setitem__(param, ordered)
+                optimizer.state[param] = ordered if each.is_new else {**state, **ordered}
         if is_last:
             self._finish(param, each.stored, each.beside)
 
@@ -207,7 +216,7 @@ class Groups(list[Group]):
         placeholder = widened(self._optimizer, self._storage, param)
         self._placeholders.append(placeholder)
         yield {**group, "params": [placeholder]}
-        narrowed(self._optimizer, self._storage, param, placeholder)
+        narrowed(self._optimizer, self._storage, param, placeholder, self._numbers)
         self._placeholders.clear()
 
 
@@ -224,12 +233,19 @@ def widened(optimizer: Optimizer, storage: Storage, param: nn.Parameter) -> nn.P
     return placeholder
 
 
-def narrowed(optimizer: Optimizer, storage: Storage, param: nn.Parameter, placeholder: nn.Parameter) -> None:
+def narrowed(
+    optimizer: Optimizer,
+    storage: Storage,
+    param: nn.Parameter,
+    placeholder: nn.Parameter,
+    numbers: Mapping[int, int],
+) -> None:
     """Writes a placeholder of `widened` back into the parameter that it stood for, and its state."""
     stored, weight = storage.beside(param), local(param)
     written = dense(weight)
     beside = None if stored is None else flat(alike(local(stored), written))
-    storage.write(flat(local(placeholder)), flat(written), beside)
+    place = Place(*place_of(param, numbers))
+    storage.write(flat(local(placeholder)), flat(written), beside, place)
     if written is not weight:
         weight.copy_(written)
     stepped = optimizer.state.pop(placeholder, None)
@@ -238,11 +254,22 @@ def narrowed(optimizer: Optimizer, storage: Storage, param: nn.Parameter, placeh
             dtype = storage.state_dtype(key, value, param)
             if dtype is not None and value.dtype is not dtype:
                 stepped[key] = torch.empty_like(value, dtype=dtype)
-                storage.write_state(local(value), local(stepped[key]))
+                storage.write_state(key, local(value), local(stepped[key]), place)
         optimizer.state[param] = stepped
     storage.written(param, stored)
     if storage.key is not None and stored is not None:
         optimizer.state[param][storage.key] = stored
+
+
+def numbers_of(optimizer: Optimizer) -> dict[int, int]:
+    """Returns id of a parameter -> its place among the optimizer's, the same on all ranks."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return {id(param): number for number, param in enumerate(params)}
+
+
+def place_of(param: nn.Parameter, numbers: Mapping[int, int]) -> tuple[int, int, Tensor | None]:
+    """Returns the number of `param`, and where its elements are in the full parameter."""
+    return (numbers[id(param)], *index_of(param)) if numbers else (0, 0, None)
 
 
 def _limit(params: list[nn.Parameter]) -> int:

@@ -10,6 +10,7 @@ from precision_core.precision.masters import KEY
 from precision_core.precision.update.bits import combine, split
 from precision_core.precision.update.kinds import is_moment
 from precision_core.precision.update.layout import alike, dense, flat, local
+from precision_core.precision.update.noise import Noise, Place, round_stochastically
 from precision_core.precision.update.rests import Rests, split_off
 
 
@@ -22,8 +23,17 @@ class Storage:
     def __init__(self, policy: Policy) -> None:
         self.params = policy.params
         self.state = policy.state
+        self.noise = Noise() if policy.rounding == "stochastic" else None
 
-    note = "the optimizer steps in float32, and parameters are rounded to the nearest value that they can have"
+    @property
+    def note(self) -> str:
+        """What a report says of it."""
+        how = (
+            "to the nearest value that they can have"
+            if self.noise is None
+            else "up or down by chance, right on average"
+        )
+        return f"the optimizer steps in float32, and parameters are rounded {how}"
 
     def split_off(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns what a wider parameter is stored as: its weight, and what is stored beside it."""
@@ -37,9 +47,9 @@ class Storage:
         """Returns float32 values of slices of one dimension, in `out` or in memory of their own that lasts."""
         return out.copy_(weight)
 
-    def write(self, value: Tensor, weight: Tensor, beside: Tensor | None) -> None:
-        """Stores stepped values; `value` is used up."""
-        weight.copy_(value)
+    def write(self, value: Tensor, weight: Tensor, beside: Tensor | None, place: Place) -> None:
+        """Stores stepped values, which lie at `place`; `value` is used up."""
+        self._round(value, weight, "", place)
 
     def written(self, param: Tensor, beside: Tensor | None) -> None:
         """Takes note that all of `param` is written."""
@@ -55,19 +65,31 @@ class Storage:
         """Returns the dtype that a value in the state of `param` is kept in; None: it is no moment."""
         return self.state if is_moment(key, value, param) else None
 
-    def write_state(self, value: Tensor, out: Tensor) -> None:
-        """Stores state that was stepped."""
-        out.copy_(value)
+    def write_state(self, key: str, value: Tensor, out: Tensor, place: Place) -> None:
+        """Stores a moment that was stepped; `value` is used up."""
+        self._round(value, out, key, place)
+
+    def _round(self, value: Tensor, out: Tensor, what: str, place: Place) -> None:
+        if self.noise is None or out.dtype is not torch.bfloat16:
+            out.copy_(value)
+            return
+        values, rounded = flat(dense(value)), dense(out)
+        round_stochastically(values, self.noise.bits(place, values.numel(), what, out.device), flat(rounded))
+        if rounded is not out:
+            out.copy_(rounded)
 
 
 class MasterStorage(Storage):
     """Stores the nearest bfloat16, and in 16 bits the rest of its float32 value."""
 
     key = KEY
-    note = (
-        "the optimizer steps exact float32 values: the parameters are the nearest bfloat16, and the optimizer's state "
-        f"has the other 16 bits of each ({KEY!r})"
-    )
+
+    @property
+    def note(self) -> str:
+        return (
+            "the optimizer steps exact float32 values: the parameters are the nearest bfloat16, and the optimizer's "
+            f"state has the other 16 bits of each ({KEY!r})"
+        )
 
     def split_off(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
         return split_off(value.float())
@@ -78,15 +100,18 @@ class MasterStorage(Storage):
 
     def beside(self, param: Tensor) -> Tensor | None:
         rest = self.rests.of(param)
-        if rest is None or rest.device != param.device:
-            moved = None if rest is None else rest.to(param.device)
-            rest = torch.zeros_like(param, dtype=torch.int16) if moved is None else moved
+        if rest is None:
+            return torch.zeros_like(param, dtype=torch.int16)
+        if rest.device != param.device or rest.stride() != param.stride():
+            moved = torch.empty_like(param, dtype=torch.int16)  # in the order that pieces are cut in
+            local(moved).copy_(local(rest))
+            rest = moved
         return rest
 
     def read(self, weight: Tensor, beside: Tensor | None, out: Tensor) -> Tensor:
         return combine(weight, beside, out)
 
-    def write(self, value: Tensor, weight: Tensor, beside: Tensor | None) -> None:
+    def write(self, value: Tensor, weight: Tensor, beside: Tensor | None, place: Place) -> None:
         assert beside is not None
         split(value, weight, beside)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from precision_core.precision.masters import Masters
 from precision_core.precision.update.kinds import Kind, check_optimizer, kind_of
 from precision_core.precision.update.layout import sharded_like
 from precision_core.precision.update.loading import Loading
-from precision_core.precision.update.pieces import Groups, narrowed, widened
+from precision_core.precision.update.pieces import Groups, narrowed, numbers_of, widened
 from precision_core.precision.update.storage import Storage, make_storage, wide_copy
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class Updates(Masters):
 
     def placed(self, module: nn.Module, group: Group) -> None:
         """Gives what was kept to the parameters that the module has now, in shards where those are; of rank zero."""
+        if self.storage.noise is not None and self.storage.noise.seed is None:
+            self.storage.noise.seed = group.broadcast(torch.initial_seed() & (2**63 - 1))
         kept, params = self._kept.pop(module, {}), dict(module.named_parameters())
         for name in group.broadcast(list(kept)) if group.world_size > 1 else list(kept):
             beside = group.broadcast(kept.get(name)) if group.world_size > 1 else kept[name]
@@ -106,6 +108,13 @@ class Updates(Masters):
     def keep(self, param: Tensor, rest: Tensor) -> None:
         self.storage.written(param, rest.to(param.device))
 
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.storage.noise is None else {"rounding": self.storage.noise.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.storage.noise is not None and "rounding" in state:
+            self.storage.noise.load_state_dict(state["rounding"])
+
     # ---------------------------------------------------------------- a step
 
     @contextmanager
@@ -137,6 +146,8 @@ class _Step:
 
     def begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = kind_of(optimizer)
+        if self._storage.noise is not None:
+            self._storage.noise.step += 1
         args, kwargs = _closure_first(args, kwargs, self._evaluated)
         if kind is Kind.WHOLE:
             self._end = _swapped(optimizer, self._storage, self._mode)
@@ -186,6 +197,7 @@ def _swapped(optimizer: Optimizer, storage: Storage, mode: str) -> Callable[[], 
     lists: list[list[nn.Parameter]] = [group["params"] for group in optimizer.param_groups]
     originals = [list(params) for params in lists]
     pairs: list[tuple[nn.Parameter, nn.Parameter, int]] = []
+    numbers = numbers_of(optimizer) if storage.noise is not None else {}
     for params in lists:
         for index, param in enumerate(params):
             if param.dtype is storage.params and param.grad is not None:
@@ -206,7 +218,7 @@ def _swapped(optimizer: Optimizer, storage: Storage, mode: str) -> Callable[[], 
             )
         with torch.no_grad():
             for param, placeholder, _ in pairs:
-                narrowed(optimizer, storage, param, placeholder)
+                narrowed(optimizer, storage, param, placeholder, numbers)
         pairs.clear()
 
     def abandon() -> None:
