@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_NO_CONTEXT = nullcontext()
+
 _log = logging.getLogger(__name__)
 
 
@@ -278,9 +280,14 @@ class Precision:
         with self.stepping(optimizer):
             return self.scaler.step(optimizer, closure, self.name_of, **kwargs)
 
+    @property
+    def swallowed_updates(self) -> float | None:
+        """The share of updates that changed nothing, of a sample; None: nothing is sampled in this mode, or not yet."""
+        return None
+
     def stepping(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
         """Context around one call of the optimizer's own step, for storage that it does not know of."""
-        return nullcontext()
+        return _NO_CONTEXT
 
     @property
     def steps(self) -> int:

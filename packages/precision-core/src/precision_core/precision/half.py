@@ -32,8 +32,14 @@ from precision_core.precision.model.wide import Wide
 from precision_core.scaling.fused import check_fused
 
 if TYPE_CHECKING:
+    from precision_core.precision.swallowed import Swallowed
     from precision_core.precision.update.updates import Updates
     from precision_core.strategies.base import Strategy
+
+EVERY = 100
+"""Steps from one sample of swallowed updates to the next (swallowed.py)."""
+
+_NO_CONTEXT = nullcontext()
 
 _SPACING = {torch.bfloat16: "1/256 to 1/128", torch.float16: "1/2048 to 1/1024"}
 
@@ -212,7 +218,7 @@ class HalfPrecision(Precision):
             return None
         from precision_core.precision.update.updates import make_updates  # most modes need none
 
-        return make_updates(self.policy, self.mode)
+        return make_updates(self.policy, self.mode, self.models)
 
     def placed(self, module: nn.Module, strategy: Strategy) -> None:
         """Brings what was kept of parameters to where they are now; all ranks take rank zero's."""
@@ -235,7 +241,26 @@ class HalfPrecision(Precision):
 
     def stepping(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
         """Context in which the optimizer steps in float32, where the policy stores more than torch does."""
-        return nullcontext() if self._updates is None else self._updates.stepping(optimizer)
+        if self._updates is not None:
+            return self._updates.stepping(optimizer)
+        self._until_sample -= 1
+        if self._until_sample:
+            return _NO_CONTEXT
+        self._until_sample = EVERY + 1  # one more, so that optimizers which take turns have theirs
+        return self._swallowed.sampling(optimizer)
+
+    _until_sample = EVERY
+
+    @cached_property
+    def _swallowed(self) -> Swallowed:
+        from precision_core.precision.swallowed import Swallowed
+
+        return Swallowed(self.policy.params, self.mode, self.name_of)
+
+    @property
+    def swallowed_updates(self) -> float | None:
+        """The share of sampled updates that changed nothing, in the last samples of each parameter; None: no sample."""
+        return self._swallowed.share if "_swallowed" in vars(self) else None
 
     def teardown(self) -> None:
         """Restores methods and hooks of modules and optimizers; dtypes stay."""

@@ -73,6 +73,10 @@ class Wrapping(Precision):
     def masters(self) -> Masters:
         return self.wrapped.masters
 
+    @property
+    def swallowed_updates(self) -> float | None:
+        return self.wrapped.swallowed_updates
+
     def stepping(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
         return self.wrapped.stepping(optimizer)
 

@@ -12,6 +12,7 @@ which grows faster with the learning rate than their difference does.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -150,7 +151,11 @@ def train(
                 loss = problem.loss(model, rows)
                 fabric.backward(loss * (gradient_factor / accumulate))
             losses.append(loss.detach())
-        optim.step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", ".* of the updates in a sample changed nothing"
+            )  # pure half modes do that
+            optim.step()
         if after_step is not None:
             after_step(model)
         curve.append(math.fsum(loss.item() for loss in losses) / accumulate)

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def noise(seed: int = 0, step: int = 0) -> Noise:
     made = Noise()
-    made.load_state_dict({"seed": seed, "step": step})
+    made.seed, made.step = seed, step
     return made
 
 

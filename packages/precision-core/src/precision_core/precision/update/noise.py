@@ -1,8 +1,8 @@
 """Noise: random bits by counter, so that a rounding depends on where a number is, not on who rounds it or when.
 
-The bits of an element are a hash of a seed, the number of the step, the parameter's place in its optimizer, what is
-rounded (the parameter, or which moment), and the element's index in the full parameter. So any number of ranks rounds
-alike, in pieces of any size, and a resumed run goes on with the same bits.
+The bits of an element are a hash of a seed, the number of its optimizer's step, the parameter's name, what is rounded
+(the parameter, or which moment), and the element's index in the full parameter. So any number of ranks and optimizers
+rounds alike, in pieces of any size, and a resumed run goes on with the same bits.
 
 The mixing is lowbias32's (C. Wellons, Prospecting for Hash Functions, 2018), keyed by splitmix64 (Steele, Lea, Flood,
 Fast Splittable Pseudorandom Number Generators, 2014).
@@ -11,10 +11,13 @@ Fast Splittable Pseudorandom Number Generators, 2014).
 from __future__ import annotations
 
 import zlib
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from precision_core.precision.update.layout import local_part
 
@@ -22,7 +25,7 @@ _MASK = 2**64 - 1
 
 
 class Place(NamedTuple):
-    """Where a piece lies: the parameter's number in its optimizer, and the indices of its elements."""
+    """Where a piece lies: the parameter's number, and the indices of its elements."""
 
     number: int
     first: int
@@ -31,11 +34,36 @@ class Place(NamedTuple):
 
 
 class Noise:
-    """Draws 16 random bits for each element; `seed` is drawn from torch's when it is first needed."""
+    """Draws 16 random bits for each element of a parameter in `models`; `seed` is torch's when it is first needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, models: Collection[nn.Module] = ()) -> None:
         self.seed: int | None = None
         self.step = 0
+        """Of the optimizer that steps now."""
+        self._models = models
+        self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._loaded: list[int] = []
+
+    def register(self, optimizer: Optimizer) -> None:
+        """Counts the steps of `optimizer` from now on, or from what a state has for the one in its place."""
+        if optimizer not in self._steps:
+            place = len(self._steps)
+            self._steps[optimizer] = self._loaded[place] if place < len(self._loaded) else 0
+
+    def begin(self, optimizer: Optimizer) -> None:
+        """Begins a step of `optimizer`."""
+        self.register(optimizer)
+        self.step = self._steps[optimizer] = self._steps[optimizer] + 1
+
+    def numbers(self, optimizer: Optimizer) -> dict[int, int]:
+        """Returns id of a parameter -> its number: by its name in the models, else by its place in the optimizer."""
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        numbers = {id(param): number for number, param in enumerate(params)}
+        for model in self._models:
+            for name, param in model.named_parameters():
+                if id(param) in numbers:
+                    numbers[id(param)] = zlib.crc32(name.replace("_orig_mod.", "").encode())
+        return numbers
 
     def bits(self, place: Place, count: int, what: str, device: torch.device) -> Tensor:
         """Returns int32 (count,), uniform from 0 to 65,535."""
@@ -54,14 +82,16 @@ class Noise:
         x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).add_(_signed(key >> 32)).mul_(_signed(0x846CA68B))
         return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
-    def state_dict(self) -> dict[str, int]:
-        """Returns seed and step."""
-        return {"seed": -1 if self.seed is None else self.seed, "step": self.step}
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the seed, and the steps of each optimizer in the order in which they were set up."""
+        return {"seed": -1 if self.seed is None else self.seed, "steps": list(self._steps.values())}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned."""
         self.seed = None if state["seed"] < 0 else state["seed"]
-        self.step = state["step"]
+        self._loaded = list(state["steps"])
+        for optimizer, steps in zip(list(self._steps), self._loaded, strict=False):
+            self._steps[optimizer] = steps
 
 
 def round_stochastically(value: Tensor, bits: Tensor, out: Tensor) -> None:

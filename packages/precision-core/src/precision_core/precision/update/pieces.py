@@ -63,7 +63,7 @@ class Groups(list[Group]):
         self._is_walked = False
         params = [param for group in self._mine for param in group["params"] if self._is_stored(param)]
         self._limit = _limit(params)
-        self._numbers = numbers_of(optimizer) if storage.noise is not None else {}
+        self._numbers = {} if storage.noise is None else storage.noise.numbers(optimizer)
 
     def __iter__(self) -> Iterator[Group]:
         if self._is_walked:  # by somebody who looks on, a torch function mode say
@@ -259,12 +259,6 @@ def narrowed(
     storage.written(param, stored)
     if storage.key is not None and stored is not None:
         optimizer.state[param][storage.key] = stored
-
-
-def numbers_of(optimizer: Optimizer) -> dict[int, int]:
-    """Returns id of a parameter -> its place among the optimizer's, the same on all ranks."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    return {id(param): number for number, param in enumerate(params)}
 
 
 def place_of(param: nn.Parameter, numbers: Mapping[int, int]) -> tuple[int, int, Tensor | None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from precision_core.policy.policy import Policy
 from precision_core.precision.masters import KEY
@@ -20,10 +22,10 @@ class Storage:
     key: str | None = None
     """In an optimizer's state, what is stored beside the weight; None: nothing is."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, models: Collection[nn.Module] = ()) -> None:
         self.params = policy.params
         self.state = policy.state
-        self.noise = Noise() if policy.rounding == "stochastic" else None
+        self.noise = Noise(models) if policy.rounding == "stochastic" else None
 
     @property
     def note(self) -> str:
@@ -94,8 +96,8 @@ class MasterStorage(Storage):
     def split_off(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
         return split_off(value.float())
 
-    def __init__(self, policy: Policy) -> None:
-        super().__init__(policy)
+    def __init__(self, policy: Policy, models: Collection[nn.Module] = ()) -> None:
+        super().__init__(policy, models)
         self.rests = Rests()
 
     def beside(self, param: Tensor) -> Tensor | None:
@@ -129,9 +131,9 @@ class MasterStorage(Storage):
             self.rests.put(param, beside, restored=True)
 
 
-def make_storage(policy: Policy) -> Storage:
+def make_storage(policy: Policy, models: Collection[nn.Module]) -> Storage:
     """Returns how `policy` stores half parameters and their optimizer's state."""
-    return Storage(policy) if policy.master is None else MasterStorage(policy)
+    return (Storage if policy.master is None else MasterStorage)(policy, models)
 
 
 def wide_copy(storage: Storage, param: Tensor) -> Tensor:

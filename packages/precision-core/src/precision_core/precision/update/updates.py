@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from precision_core.precision.masters import Masters
 from precision_core.precision.update.kinds import Kind, check_optimizer, kind_of
 from precision_core.precision.update.layout import sharded_like
 from precision_core.precision.update.loading import Loading
-from precision_core.precision.update.pieces import Groups, narrowed, numbers_of, widened
+from precision_core.precision.update.pieces import Groups, narrowed, widened
 from precision_core.precision.update.storage import Storage, make_storage, wide_copy
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ class Updates(Masters):
         if optimizer in self._adopted:
             return
         self._adopted.add(optimizer)
+        if self.storage.noise is not None:
+            self.storage.noise.register(optimizer)
         self._handles += Loading(self.storage).attach(optimizer)
 
     def teardown(self) -> None:
@@ -147,7 +149,7 @@ class _Step:
     def begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = kind_of(optimizer)
         if self._storage.noise is not None:
-            self._storage.noise.step += 1
+            self._storage.noise.begin(optimizer)
         args, kwargs = _closure_first(args, kwargs, self._evaluated)
         if kind is Kind.WHOLE:
             self._end = _swapped(optimizer, self._storage, self._mode)
@@ -197,7 +199,7 @@ def _swapped(optimizer: Optimizer, storage: Storage, mode: str) -> Callable[[], 
     lists: list[list[nn.Parameter]] = [group["params"] for group in optimizer.param_groups]
     originals = [list(params) for params in lists]
     pairs: list[tuple[nn.Parameter, nn.Parameter, int]] = []
-    numbers = numbers_of(optimizer) if storage.noise is not None else {}
+    numbers = {} if storage.noise is None else storage.noise.numbers(optimizer)
     for params in lists:
         for index, param in enumerate(params):
             if param.dtype is storage.params and param.grad is not None:
@@ -233,6 +235,9 @@ def _swapped(optimizer: Optimizer, storage: Storage, mode: str) -> Callable[[], 
     return abandon
 
 
-def make_updates(policy: Policy, mode: str) -> Updates:
-    """Returns what runs a policy that stores more than torch's optimizers do; `mode` is its name in messages."""
-    return Updates(make_storage(policy), mode)
+def make_updates(policy: Policy, mode: str, models: Collection[nn.Module]) -> Updates:
+    """Returns what runs a policy that stores more than torch's optimizers do; `mode` is its name in messages.
+
+    `models`: those of the run, whose names tell parameters apart.
+    """
+    return Updates(make_storage(policy, models), mode)
