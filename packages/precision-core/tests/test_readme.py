@@ -52,4 +52,4 @@ def run(block: str) -> None:
 
 
 def test_there_are_blocks() -> None:
-    assert len(BLOCKS) == 10
+    assert len(BLOCKS) == 11

@@ -25,7 +25,7 @@ class TestFSDPPrecision(PrecisionContract):
         return FSDPPrecision(self.mode)
 
 
-FULL = ("64-true", "16-true")  # the others have their kinds of dtype, reduction and scale
+FULL = ("64-true", "16-true", "bf16-master", "bf16-stochastic")  # others have these kinds of dtype and scale
 
 
 class TestFSDPStrategy(StrategyContract):

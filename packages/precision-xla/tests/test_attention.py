@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from precision_core import MODES, Fabric
+from precision_core import Fabric
 from precision_xla import vendor
 from precision_xla.programs import matrix_products
+from precision_xla.support import RUNS as MODES
 
 
 class Rotating(nn.Module):

@@ -9,6 +9,7 @@ from precision_core import Fabric, Strategy
 from precision_core.testing import PrecisionContract, StrategyContract, loss_of, make_batch
 from precision_core.testing import train_net as train
 from precision_xla import XLAPrecision, XLAStrategy, vendor
+from precision_xla.support import RUNS
 
 
 @pytest.mark.parametrize("mode", ["bf16-true", "16-mixed"], scope="class")
@@ -51,6 +52,8 @@ class TestXLAPrecision(PrecisionContract):
 
 
 class TestXLAStrategy(StrategyContract):
+    modes = tuple(RUNS)
+
     def make_strategy(self) -> Strategy:
         return XLAStrategy()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from precision_core import MODES, Fabric
+from precision_core import Fabric
 from precision_core.testing import (
     LEFT_SCALED,
     LOWER,
@@ -21,6 +21,7 @@ from precision_core.testing import (
     round_parameters,
     train,
 )
+from precision_xla.support import RUNS as MODES
 
 STEPS = 100
 

@@ -10,10 +10,11 @@ import torch
 import torch_xla.amp.syncfree as syncfree
 from torch import Tensor, nn
 
-from precision_core import MODES, Fabric
+from precision_core import Fabric
 from precision_core.testing import Net, loss_of, make_batch
 from precision_xla import vendor
 from precision_xla.programs import matrix_products
+from precision_xla.support import RUNS as MODES
 
 OPTIMIZERS: dict[str, Any] = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),

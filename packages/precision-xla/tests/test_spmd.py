@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from precision_core import MODES, Fabric
+from precision_core import Fabric
 from precision_core.testing import Net, Problem, curve_distance, loss_bound, loss_of, make_batch, train
 from precision_xla import XLAPrecision, XLAStrategy, vendor
+from precision_xla.support import RUNS as MODES
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("CPU_NUM_DEVICES") != "2", reason="runs in a process started with CPU_NUM_DEVICES=2"

@@ -16,7 +16,7 @@ from torch import nn
 from precision_core import MODES, DDPStrategy, Fabric, Strategy
 from precision_core.testing import StrategyContract, run_in_ranks
 
-FULL = ("64-true", "16-true")  # the others have their kinds of dtype, reduction and scale
+FULL = ("64-true", "16-true", "bf16-master", "bf16-stochastic")  # others have these kinds of dtype and scale
 
 
 class TestDDPStrategy(StrategyContract):

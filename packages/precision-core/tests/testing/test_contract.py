@@ -41,6 +41,11 @@ class TestBfloat16Master(PrecisionContract):
         return HalfPrecision("bf16-master")
 
 
+class TestBfloat16Stochastic(PrecisionContract):
+    def make_precision(self) -> Precision:
+        return HalfPrecision("bf16-stochastic")
+
+
 class TestBfloat16Mixed(PrecisionContract):
     def make_precision(self) -> Precision:
         return MixedPrecision("bf16-mixed", device="cpu")
@@ -53,7 +58,7 @@ class TestFloat16Mixed(PrecisionContract):
 
 class TestSingleDeviceStrategy(StrategyContract):
     modes = tuple(  # the plugins above have theirs on one device too
-        pytest.param(mode, marks=pytest.mark.full) if mode in ("64-true", "32-true", "16-true") else mode
+        mode if mode in ("bf16-true", "16-mixed", "bf16-mixed") else pytest.param(mode, marks=pytest.mark.full)
         for mode in MODES
     )
 

@@ -10,10 +10,12 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from precision_core import MixedPrecision, Policy
+from precision_core.policy import stores_as_torch
 from precision_core.precision import Wrapping, make_plugin
 from precision_xla.attention import casts_attention
 from precision_xla.environment import check_environment
 from precision_xla.hardware import register
+from precision_xla.support import NO_STORAGE
 
 if TYPE_CHECKING:
     from precision_core import Strategy
@@ -49,6 +51,8 @@ class XLAPrecision(Wrapping):
             raise ValueError(
                 f"XLAPrecision({str(self.policy)!r}, scaler=...): this policy does not scale the loss; leave it out"
             )
+        if self.policy.params.itemsize < 4 and not stores_as_torch(self.policy):
+            raise ValueError(f"XLAPrecision({str(self.policy)!r}): {NO_STORAGE}")
         self.wrapped = make_plugin(self.policy, "xla") if scaler is None else MixedPrecision(self.policy, "xla", scaler)
 
     def refuses(self, strategy: Strategy) -> str | None:

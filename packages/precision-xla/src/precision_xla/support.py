@@ -6,8 +6,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from precision_core import MODES, SupportRow
+from precision_core.policy import stores_as_torch
 from precision_xla.hardware import answer
 
+RUNS = {mode: policy for mode, policy in MODES.items() if stores_as_torch(policy)}
+"""Core's modes that run here."""
+NO_STORAGE = (
+    "on XLA devices half parameters, gradients and state are stored as torch stores them; core's update in pieces was "
+    "not tried in XLA's graph: use bf16-mixed, or another strategy"
+)
 _NO_TPU = "there is no TPU here (neither /dev/accel* nor /dev/vfio/*)"
 
 
@@ -20,6 +27,7 @@ def rows() -> list[SupportRow]:
             ("xla", "TPU", missing or ("" if find_tpus() else _NO_TPU)),
             ("cpu", "CPU", missing),
         ):
+            reason = reason or ("" if mode in RUNS else NO_STORAGE)
             found.append(SupportRow(mode, device, *(("no", reason) if reason else answer(policy, hardware)), "xla"))
     return found + [SupportRow(row.mode, row.device, row.level, row.reason) for row in found if row.device == "xla"]
 

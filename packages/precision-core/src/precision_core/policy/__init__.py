@@ -8,6 +8,7 @@ from precision_core.policy.dtypes import FLOAT_DTYPES, dtype_name, parse_dtype
 from precision_core.policy.messages import listed, nearest
 from precision_core.policy.patterns import check_pattern, covers, matches
 from precision_core.policy.policy import ALIASES, MODES, Policy
+from precision_core.policy.stored import stores_as_torch
 
 __all__ = [
     "ALIASES",
@@ -23,4 +24,5 @@ __all__ = [
     "matches",
     "nearest",
     "parse_dtype",
+    "stores_as_torch",
 ]
