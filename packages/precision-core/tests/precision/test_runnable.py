@@ -20,7 +20,6 @@ REFUSED = [
     ),
     ("32-true; head: bf16-master", "or head: 32-true"),
     ("params=float32,state=bfloat16", "core chooses the dtype of state for half params only"),
-    ("params=bfloat16,grads=float32", "nothing accumulates gradients in float32 yet"),
     ("params=float16,rounding=stochastic", "stochastic rounding is for bfloat16; say params=bfloat16, or"),
     ("params=float64,compute=float32", "use 64-true, or float32 params"),
     ("params=float64,compute=bfloat16", "nothing runs float64 params under a narrower compute"),

@@ -13,6 +13,9 @@ REDUCES_IN_FLOAT32 = (
     "under torch_autocast DeepSpeed reduces some layers' gradients in float32 whatever the config says: pass "
     "reduce=float32"
 )
+NO_ROUNDING = (
+    "DeepSpeed's engine steps float32 master weights, and rounds them to nearest: use bf16-true, or bf16-master"
+)
 NO_FLOAT16 = (
     "DeepSpeed's accelerator reports no float16 support here, which its fp16 section needs: use 16-mixed, which is its "
     "torch_autocast, or bf16-true"
@@ -24,5 +27,6 @@ def rows() -> Iterator[SupportRow]:
     devices = ["cpu", *(["cuda"] if is_available("cuda") else [])]
     for device in devices:
         yield SupportRow("64-true", device, "no", NO_FLOAT64, STRATEGY)
+        yield SupportRow("bf16-stochastic", device, "no", NO_ROUNDING, STRATEGY)
     if not cpu_has_float16():  # DeepSpeed asks oneDNN for the same; importing DeepSpeed takes seconds and prints
         yield SupportRow("16-true", "cpu", "no", NO_FLOAT16, STRATEGY)

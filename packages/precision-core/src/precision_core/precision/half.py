@@ -82,6 +82,15 @@ class HalfPrecision(Precision):
             raise ValueError(f"HalfPrecision(buffers={buffers!r}): expected a float dtype, or name patterns of buffers")
         self._device_type: str | None = None
 
+    def refuses(self, strategy: Strategy) -> str | None:
+        """Returns why not: a device without the dtype, or several processes with gradients wider than parameters."""
+        if self.policy.grads is not self.policy.params and strategy.multiprocess:
+            return (
+                "grads=float32 is for one device: torch's DDP raises on gradients wider than their parameters, "
+                "and FSDP2 drops their dtype. Leave grads out (reduce=float32 averages in float32), or use bf16-mixed"
+            )
+        return super().refuses(strategy)
+
     def connect(self, strategy: Strategy) -> None:
         """Takes the device type, which exceptions in mixed precision need."""
         self._device_type = strategy.device.type
@@ -122,6 +131,10 @@ class HalfPrecision(Precision):
         items = cast_parameters(module, param_dtype, None if updates is None else updates.converter(module))
         if updates is not None:
             updates.converted(module)
+        if self.policy.grads is not self.policy.params:
+            for param in module.parameters():
+                if param.dtype is self.policy.params:
+                    param.grad_dtype = self.policy.grads  # torch 2.10 and later
         packed = packed_parameters(module, param_dtype)
         buffers, changed = cast_buffers(module, buffer_dtype)
         statistics = [

@@ -23,7 +23,11 @@ _REFUSED: tuple[tuple[Callable[[Policy], bool], str], ...] = (
         lambda policy: policy.state is not policy.params and policy.params not in HALF_DTYPES,
         "core chooses the dtype of state for half params only; say params=bfloat16,master=float32,state=bfloat16",
     ),
-    (lambda policy: policy.grads is not policy.params, "nothing accumulates gradients in float32 yet; leave grads out"),
+    (
+        lambda policy: policy.grads is not policy.params and not hasattr(torch.Tensor, "grad_dtype"),
+        f"gradients wider than their parameters need Tensor.grad_dtype, and torch {torch.__version__} has none (2.10 "
+        "and later do); leave grads out",
+    ),
     (
         lambda policy: policy.rounding != "nearest" and policy.params is torch.float16,
         "stochastic rounding is for bfloat16; say params=bfloat16, or rounding=nearest",
