@@ -153,10 +153,11 @@ def _layers(comparison: Comparison) -> str:
 
 
 def _column(row: Row, kind: int, names: Sequence[str]) -> list[str]:
-    values = {entry[0]: entry[kind] for entry in row.noise}
-    order = [entry[kind] for entry in (row.noise if kind == 1 else row.noise[::-1])]  # gradients come from the end
-    excess = first_excess(order, _roundoff(row))
-    marked = None if excess is None else (row.noise if kind == 1 else row.noise[::-1])[excess][0]
+    found = [(name, output if kind == 1 else gradient) for name, output, gradient in row.noise]
+    values = dict(found)
+    ordered = found if kind == 1 else found[::-1]  # gradients come from the end
+    excess = first_excess([value for _, value in ordered], _roundoff(row))
+    marked = None if excess is None else ordered[excess][0]
     return [_cell(values.get(name), name == marked) for name in names]
 
 

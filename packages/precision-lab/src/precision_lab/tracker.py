@@ -26,7 +26,7 @@ class Tracker(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.phase = ""
         self.alive: dict[int, tuple[int, str, int]] = {}
         """Storage (by `key_of`) -> bytes, the phase that it was created in, and its number: addresses come again."""
