@@ -192,10 +192,11 @@ class QuantizedLinear(Quantized, nn.Linear):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> QuantizedLinear:
         """Chooses the class by the layout; those that are copied and unpickled have theirs already."""
+        kind: type[QuantizedLinear] = cls
         if cls is QuantizedLinear and (args or kwargs):
             layout: Layout = kwargs["layout"] if "layout" in kwargs else args[2]
-            cls = QuantizedLinear8bit if layout.format.quant_type == "int8" else QuantizedLinear4bit
-        return object.__new__(cls)
+            kind = QuantizedLinear8bit if layout.format.quant_type == "int8" else QuantizedLinear4bit
+        return object.__new__(kind)
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ class _Packed(nn.Parameter):
         return cls.vendors(*args, **kwargs)
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The codes, as a view, in the shape that bitsandbytes has them in; setting it takes codes, or packed bytes."""
         memory: Tensor = _MEMORY.__get__(self)
         return self._codes(memory) if self._fits(memory) else memory
@@ -161,8 +161,8 @@ def as_packed(param: nn.Parameter, layout: Layout, floats: torch.dtype) -> nn.Pa
 
 def _as(kind: type[_Packed], param: nn.Parameter, layout: Layout, floats: torch.dtype) -> nn.Parameter:
     """Makes a plain parameter one of `kind`, the same object: optimizers and tied layers may hold it."""
-    param.__class__ = kind
     new: Any = param
+    new.__class__ = kind
     new._layout, new._floats, format = layout, floats, layout.format
     if kind is Int8Params:
         new.has_fp16_weights = False

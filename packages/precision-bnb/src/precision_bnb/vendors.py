@@ -63,7 +63,7 @@ class State(bnb.MatmulLtState):
         self._layer = layer
 
     @property
-    def threshold(self) -> float:  # type: ignore[override]
+    def threshold(self) -> float:
         """The layer's."""
         return self._layer.threshold
 
@@ -72,7 +72,7 @@ class State(bnb.MatmulLtState):
         self._layer.threshold = float(value)
 
     @property
-    def CB(self) -> Tensor | None:  # type: ignore[override]
+    def CB(self) -> Tensor | None:
         """The codes (rows, columns); None where the weight is sharded."""
         return getattr(self._layer.weight, "CB", None)
 
@@ -81,7 +81,7 @@ class State(bnb.MatmulLtState):
         pass
 
     @property
-    def SCB(self) -> Tensor | None:  # type: ignore[override]
+    def SCB(self) -> Tensor | None:
         """The scales (rows,); None where the weight is sharded."""
         return getattr(self._layer.weight, "SCB", None)
 
