@@ -137,7 +137,8 @@ class Quantized(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         restore: Any = super().__setstate__  # torch has no types for it
         restore(state)
-        self.weight = self._parameters["weight"]  # which comes as a plain parameter
+        weight: Any = self._parameters["weight"]  # which comes as a plain parameter
+        self.weight = weight
         make_codes(self.format, self.weight.device)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
