@@ -32,7 +32,7 @@ def gpu(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def slices_of(folder: Path, *tables: str) -> Path:
     """Writes a file of slices; each step of a table is Python code, or a test file's name."""
     file = folder / "ci" / "slices.toml"
-    file.parent.mkdir()
+    file.parent.mkdir(exist_ok=True)
     file.write_text(HEAD + "".join(f"[[slice]]\n{table}\n" for table in tables))
     return file
 
