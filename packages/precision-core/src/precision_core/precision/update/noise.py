@@ -84,7 +84,9 @@ class Noise:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the seed, and the steps of each optimizer in the order in which they were set up."""
-        return {"seed": -1 if self.seed is None else self.seed, "steps": list(self._steps.values())}
+        counted = list(self._steps.values())
+        counted += self._loaded[len(counted) :]  # of optimizers that are not set up yet
+        return {"seed": -1 if self.seed is None else self.seed, "steps": counted}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned."""
