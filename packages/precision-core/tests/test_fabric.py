@@ -135,7 +135,7 @@ def test_inputs_are_kept_in_mixed_modes_and_cast_in_true_ones(mode: str) -> None
     tensors = [given["x"], given["nested"][0].x, kwargs["scale"]]
     dtype = torch.float32 if MODES[mode].mixed else MODES[mode].params
     assert {tensor.dtype for tensor in tensors} == {dtype}
-    exact = 1000.0 if mode == "bf16-true" else 1001.0  # bfloat16 has 8 bits
+    exact = 1000.0 if dtype is torch.bfloat16 else 1001.0  # bfloat16 has 8 bits
     assert [tensor.flatten()[0].item() for tensor in tensors] == [exact] * 3
     assert given["nested"][0].ids.item() == 70_001 and given["mask"].dtype is torch.bool and given["id"] == 7
     assert (given is batch) is (dtype is torch.float32)
