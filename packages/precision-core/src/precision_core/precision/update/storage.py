@@ -26,6 +26,8 @@ class Storage:
         self.params = policy.params
         self.state = policy.state
         self.noise = Noise(models) if policy.rounding == "stochastic" else None
+        self.fixed: set[str] = set()
+        """State that keeps its dtype: what optimizers list as such, codes and their tables in bitsandbytes'."""
 
     @property
     def note(self) -> str:
@@ -65,7 +67,7 @@ class Storage:
 
     def state_dtype(self, key: object, value: object, param: Tensor) -> torch.dtype | None:
         """Returns the dtype that a value in the state of `param` is kept in; None: it is no moment."""
-        return self.state if is_moment(key, value, param) else None
+        return self.state if key not in self.fixed and is_moment(key, value, param) else None
 
     def write_state(self, key: str, value: Tensor, out: Tensor, place: Place) -> None:
         """Stores a moment that was stepped; `value` is used up."""

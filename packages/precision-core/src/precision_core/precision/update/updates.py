@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from precision_core.policy.casting import cast_tensor
 from precision_core.policy.policy import Policy
 from precision_core.precision.masters import Masters
 from precision_core.precision.update.kinds import Kind, check_optimizer, kind_of
 from precision_core.precision.update.layout import sharded_like
-from precision_core.precision.update.loading import Loading
+from precision_core.precision.update.loading import Handle, Loading
 from precision_core.precision.update.pieces import Groups, narrowed, widened
 from precision_core.precision.update.storage import Storage, make_storage, wide_copy
 
@@ -33,7 +32,7 @@ class Updates(Masters):
         self.storage = storage
         self._mode = mode
         self._adopted: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Handle] = []
         self._kept: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
 
     @property
@@ -87,6 +86,7 @@ class Updates(Masters):
         self._adopted.add(optimizer)
         if self.storage.noise is not None:
             self.storage.noise.register(optimizer)
+        self.storage.fixed.update(getattr(optimizer, "non_castable_tensor_keys", ()))
         self._handles += Loading(self.storage).attach(optimizer)
 
     def teardown(self) -> None:
