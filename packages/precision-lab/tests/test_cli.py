@@ -19,8 +19,8 @@ from precision_lab.train import BATCH, Job
 MODELS_BYTES = 1_272_640
 OPTIONS = ("--steps", "--modes", "--seed", "--out", "--all", "--devices", "--strategy", "--accelerator")
 OPTIONS += ("--seeds", "--sequential", "--fresh", "--size", "--against")
-NAMED = ("64-true", "32-true", "bf16-mixed", "bf16-true")
-REFUSED = "params=float32,compute=float32,master=float64"
+NAMED = ("64-true", "32-true", "bf16-mixed", "bf16-true", "bf16-master", "bf16-stochastic")
+REFUSED = "params=float64,compute=float32"
 
 
 def start_compare(*options):
@@ -172,7 +172,7 @@ def test_a_failing_mode_is_a_row_and_the_others_go_on(failing_run):
     assert finished.returncode == 1
     assert failed["status"] == "failed"
     assert failed["reason"] == supports(REFUSED, "cpu").reason
-    assert "master" in failed["reason"]
+    assert "float64 params" in failed["reason"]
     assert f"failed: {failed['reason']}" in finished.stdout
     assert done["status"] == "done"
     assert done["drift"] is None  # no 64-true among the modes

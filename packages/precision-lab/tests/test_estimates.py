@@ -32,8 +32,8 @@ def test_a_function_is_estimated_in_each_mode_and_said_to_fit_or_not():
 
 
 def test_a_mode_that_cannot_be_traced_is_a_row_with_the_reason_and_users_errors_are_theirs():
-    found = precision_lab.estimate(make, "32-true,params=float32,compute=float32,master=float64")
-    assert found.rows[0].peak > 0 and "no master weights" in found.rows[1].reason
+    found = precision_lab.estimate(make, "32-true,params=float64,compute=float32")
+    assert found.rows[0].peak > 0 and "nothing runs float64 params" in found.rows[1].reason
     assert "no estimate: ValueError" in repr(found)
 
     def wrong():

@@ -5,7 +5,8 @@ from precision_lab.verdict import judge
 
 
 def row(mode, held_out, size, seconds=0.1, seed=0):
-    return Row(mode, "done", "", [2.0], [seconds], held_out, size, size, 2 * size, 10 * size, 0, None, seed, seed > 0)
+    figures = (held_out, size, size, 2 * size, 10 * size, 0)
+    return Row(mode, "done", "", [2.0], [seconds], *figures, seed=seed, repeat=seed > 0)
 
 
 def compared(*rows, spread=(1.9, 2.0, 2.1)):

@@ -131,7 +131,7 @@ class Training:
 
             del self.model, self.optimizer, self.task  # two more models come, one after the other
             try:
-                yield {"noise": noise(self.job, self.make)}
+                yield {"noise": [list(each) for each in noise(self.job, self.make)]}  # lists: events are JSON
             except Exception as error:  # float64 that the device lacks, or has no memory for: the training is done
                 yield {"noise": [], "no_noise": f"{type(error).__name__}: {error}".splitlines()[0]}
 
