@@ -112,6 +112,7 @@ def witnessed(mode, make):
     [
         *(("32-true", make) for make in (gpt, conv, residual, bag, names)),
         *(("bf16-mixed", make) for make in (gpt, residual, bag, names)),
+        *((mode, gpt) for mode in ("bf16-master", "bf16-stochastic")),
     ],
 )
 def test_the_peak_is_what_a_real_run_allocates(mode, make):
@@ -129,6 +130,14 @@ def test_each_kind_is_what_its_dtypes_make_it(mode):
     assert found.optimizer == {"step": 4 * tensors, "exp_avg": width * numbers, "exp_avg_sq": width * numbers}
     assert found.resident == found.params + found.of("optimizer") + found.master
     assert found.master < 100 and found.activations > found.temporary > 0
+
+
+def test_what_is_beside_bfloat16_weights_is_a_master_and_no_state_of_the_optimizers():
+    numbers = sum(param.numel() for param in gpt().model.parameters())
+    master, stochastic = trace("bf16-master", gpt), trace("bf16-stochastic", gpt)
+    assert master.params == master.master == stochastic.params == 2 * numbers  # two halves of a float32 number
+    assert master.optimizer["exp_avg"] == 2 * stochastic.optimizer["exp_avg"] == 4 * numbers
+    assert "master_rest" not in master.optimizer and stochastic.master < 100
 
 
 def test_nothing_real_is_allocated_and_nothing_is_left_behind():

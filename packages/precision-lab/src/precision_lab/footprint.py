@@ -20,6 +20,8 @@ from precision_lab.task import Task
 from precision_lab.tracker import Tracker, fake_mode, key_of
 
 KINDS = ("params", "grads", "master", "optimizer", "buffers", "activations", "temporary")
+MASTER_REST = "master_rest"
+"""What bf16-master calls the other 16 bits of a weight, in the optimizer's state."""
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Footprint:
     params: int = 0
     grads: int = 0
     master: int = 0
-    """What is kept from step to step besides: master weights, a loss scale."""
+    """What is kept from step to step besides: master weights, or what of them is beside the weights; a loss scale."""
     optimizer: dict[str, int] = field(default_factory=dict)
     """Each of the optimizer's states."""
     buffers: int = 0
@@ -123,12 +125,15 @@ def _look(found: Footprint, tracker: Tracker, model: nn.Module, optimizer: Any, 
     found.params = sum(take(param) for param in params)
     found.grads = sum(take(param.grad) for param in params)
     found.buffers = sum(take(buffer) for buffer in model.buffers())
+    masters = 0
     for state in optimizer.state.values():
         for name, value in state.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name == MASTER_REST:
+                masters += take(value)
+            elif isinstance(value, Tensor):
                 found.optimizer[str(name)] = found.optimizer.get(str(name), 0) + take(value)
     rest = list(alive.values())
-    found.master = sum(size for size, _, number in rest if number in kept)
+    found.master = masters + sum(size for size, _, number in rest if number in kept)
     found.resident = sum(found.of(kind) for kind in ("params", "master", "optimizer", "buffers"))
     found.activations = sum(size for size, phase, number in rest if number not in kept and phase == "forward")
-    found.temporary = sum(size for size, *_ in rest) - found.master - found.activations
+    found.temporary = sum(size for size, *_ in rest) - (found.master - masters) - found.activations

@@ -196,7 +196,7 @@ class Groups(list[Group]):
                 if not isinstance(state.get(key), Tensor):
                     state[key] = torch.empty_like(param, dtype=dtype)
                 part = flat(local(state[key]))
-                if part[piece].data_ptr() != value.data_ptr() or part.dtype is not value.dtype:
+                if not _same_memory(part[piece], value):
                     storage.write_state(key, value, part[piece], place)
             if is_last:
                 ordered = {key: each.late[key] if key in each.late else state[key] for key in stepped}
@@ -264,6 +264,13 @@ def narrowed(
 def place_of(param: nn.Parameter, numbers: Mapping[int, int]) -> tuple[int, int, Tensor | None]:
     """Returns the number of `param`, and where its elements are in the full parameter."""
     return (numbers[id(param)], *index_of(param)) if numbers else (0, 0, None)
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether both are the same numbers in memory; asks no address, which a FakeTensor has not."""
+    storages = (each.untyped_storage()._cdata for each in (one, other))
+    same_place = len({*storages}) == 1 and one.storage_offset() == other.storage_offset()
+    return same_place and one.dtype is other.dtype
 
 
 def _limit(params: list[nn.Parameter]) -> int:
