@@ -133,8 +133,8 @@ def test_each_kind_is_what_its_dtypes_make_it(mode):
 
 
 def test_what_is_beside_bfloat16_weights_is_a_master_and_no_state_of_the_optimizers():
-    numbers = sum(param.numel() for param in gpt().model.parameters())
-    master, stochastic = trace("bf16-master", gpt), trace("bf16-stochastic", gpt)
+    numbers = sum(param.numel() for param in residual().model.parameters())
+    master, stochastic = trace("bf16-master", residual), trace("bf16-stochastic", residual)
     assert master.params == master.master == stochastic.params == 2 * numbers  # two halves of a float32 number
     assert master.optimizer["exp_avg"] == 2 * stochastic.optimizer["exp_avg"] == 4 * numbers
     assert "master_rest" not in master.optimizer and stochastic.master < 100
