@@ -31,6 +31,12 @@ def test_the_cheapest_within_the_spread_is_taken():
     assert verdict.sentences[2] == ("Worse: 16-true, held-out +0.7000, 7.0 standard deviations of 32-true over seeds.")
 
 
+def test_where_32_true_is_faster_the_mode_to_take_says_its_time_and_nothing_is_faster_than_itself():
+    verdict = judge(compared(row("bf16-true", 1.99, 50, 0.12)))
+    assert verdict.take == "bf16-true" and "1.20 x its time" in verdict.sentences[0]
+    assert not any(sentence.startswith("Faster") for sentence in verdict.sentences)
+
+
 def test_a_mode_that_is_worse_by_more_than_the_spread_is_not_taken():
     verdict = judge(compared(row("bf16-true", 2.01, 50)))
     assert verdict.headline == "Stay with 32-true" and verdict.modes["bf16-true"] == "worse"

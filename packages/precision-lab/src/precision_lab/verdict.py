@@ -41,7 +41,8 @@ def judge(comparison: Comparison) -> Verdict:
     best = min(safe, key=lambda row: (_bytes(row), comparison.time_ratio(row) or 1.0))
     sentences = [_sentence(comparison, best)] if best.mode != BASELINE else []
     fastest = min(safe, key=lambda row: comparison.time_ratio(row) or 1.0)
-    if fastest is not best and (comparison.time_ratio(fastest) or 1.0) < 0.97 * (comparison.time_ratio(best) or 1.0):
+    gain = (comparison.time_ratio(fastest) or 1.0) / (comparison.time_ratio(best) or 1.0)
+    if fastest.mode not in (best.mode, BASELINE) and gain < 0.97:
         sentences.append(f"Faster: {_sentence(comparison, fastest)}")
     for row in done:
         if judged[row.mode] == "worse":
