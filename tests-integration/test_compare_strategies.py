@@ -109,7 +109,8 @@ def alone(compare: Compare) -> dict[str, Any]:
     return rows
 
 
-@pytest.mark.parametrize("strategy", ["deepspeed", "fsdp"])
+# two processes that import DeepSpeed
+@pytest.mark.parametrize("strategy", [pytest.param("deepspeed", marks=pytest.mark.slow_start), "fsdp"])
 def test_two_processes_train_as_one_device_does(strategy: str, compare: Compare, alone: dict[str, Any]) -> None:
     rows = compare(strategy, 2)
     assert list(rows) == MODES

@@ -145,6 +145,7 @@ def test_another_command_starts_anew_and_says_why(tmp_path):
     assert Saved(tmp_path, {"steps": 4, "seed": 0}).read(Comparison(4, 0, [Row("32-true")])) == ""
 
 
+@pytest.mark.full
 def test_a_fork_told_what_to_do_trains_as_one_that_trains_at_once_and_goes_on_from_what_it_saved(fork, tmp_path):
     """The real thing: bit for bit, whatever the turns, and over a checkpoint."""
     from precision_lab.loop import Job
