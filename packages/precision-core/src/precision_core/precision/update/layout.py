@@ -47,7 +47,24 @@ def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:
         return tensor, [0] * tensor.dim()
     sharded: Any = tensor
     part: Tensor = sharded.to_local()
-    return part, list(sharded.__create_chunk_list__()[0].offsets) if part.numel() else [0] * tensor.dim()
+    return part, _offsets(sharded) if part.numel() else [0] * tensor.dim()
+
+
+def _offsets(sharded: Any) -> list[int]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh, placements = sharded.device_mesh, sharded.placements
+    if any(type(each) not in (Replicate, Shard) for each in placements):
+        return list(sharded.__create_chunk_list__()[0].offsets)
+    # As torch.chunk cuts, one dimension of the mesh after the other. torch's own function reads a tensor for it.
+    offsets, sizes = [0] * sharded.dim(), list(sharded.shape)
+    for placement, count, place in zip(placements, mesh.shape, mesh.get_coordinate(), strict=True):
+        if isinstance(placement, Shard):
+            chunk = -(-sizes[placement.dim] // count)
+            start = min(chunk * place, sizes[placement.dim])
+            offsets[placement.dim] += start
+            sizes[placement.dim] = min(chunk, sizes[placement.dim] - start)
+    return offsets
 
 
 def sharded_like(param: Tensor, full: Tensor) -> Tensor:
