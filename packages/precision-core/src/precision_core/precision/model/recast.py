@@ -20,7 +20,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from precision_core.policy.dtypes import FLOAT_DTYPES, HALF_DTYPES, dtype_name
 from precision_core.policy.messages import listed
 from precision_core.policy.policy import MODES, Policy
-from precision_core.precision.model.integer_inputs import SAYS_DTYPES
 from precision_core.scaling.gradients import params_of
 
 _CAST = "_precision_cast"
@@ -99,6 +98,8 @@ def explained(error: Exception, root: nn.Module, policy: Policy) -> RuntimeError
         policy: in which it runs.
     """
     text = str(error)
+    from precision_core.precision.model.integer_inputs import SAYS_DTYPES  # what training does not need: late
+
     if root not in _at_setup or not SAYS_DTYPES.search(text) or "was cast" in text:  # a backend's layer says it better
         return None
     was = _at_setup[root]
