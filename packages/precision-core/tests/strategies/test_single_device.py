@@ -104,6 +104,13 @@ def test_it_is_one_process_and_moves_the_module_to_its_device() -> None:
     assert strategy.setup_module(model) is model and model.weight.device.type == "meta"
 
 
+def connected(device: str) -> Strategy:
+    """Returns a strategy as Fabric leaves it: its precision says which dtype state has."""
+    strategy = SingleDeviceStrategy(device)
+    strategy.connect(Precision())
+    return strategy
+
+
 def stepped(make: Callable[[list[nn.Parameter]], Optimizer], param: nn.Parameter) -> Optimizer:
     optimizer = make([param])
     (param * param.detach()).sum().abs().backward()
@@ -117,7 +124,7 @@ def test_optimizer_state_follows_its_parameter_but_for_the_step_count(dtype: tor
     optimizer = stepped(lambda params: Adam(params, amsgrad=True), param)
     before = {key: value.clone() for key, value in optimizer.state[param].items()}
     param.data = param.data.to(dtype)
-    assert SingleDeviceStrategy("cpu").setup_optimizer(optimizer) is optimizer
+    assert connected("cpu").setup_optimizer(optimizer) is optimizer
     for key, value in optimizer.state[param].items():
         expected = before[key] if key == "step" else before[key].to(dtype)
         assert value.dtype is expected.dtype and torch.equal(value, expected)
@@ -128,7 +135,7 @@ def test_complex_state_follows_complex_parameters() -> None:
     optimizer = stepped(lambda params: SGD(params, lr=0.1, momentum=0.9), param)
     before = optimizer.state[param]["momentum_buffer"]
     param.data = param.data.to(torch.complex128)
-    SingleDeviceStrategy("cpu").setup_optimizer(optimizer)
+    connected("cpu").setup_optimizer(optimizer)
     after = optimizer.state[param]["momentum_buffer"]
     assert after.dtype is torch.complex128 and torch.equal(after, before.to(torch.complex128))
 
@@ -139,7 +146,7 @@ def test_integer_state_and_state_in_lists() -> None:
     optimizer.state[param] = {"codes": torch.tensor([250], dtype=torch.uint8), "old": [torch.tensor([0.1]), 7]}
     optimizer.state["all"] = {"seen": 3}  # type: ignore[index]
     param.data = param.data.double()
-    SingleDeviceStrategy("cpu").setup_optimizer(optimizer)
+    connected("cpu").setup_optimizer(optimizer)
     state = optimizer.state[param]
     assert state["codes"].dtype is torch.uint8 and state["old"][0].dtype is torch.float64 and state["old"][1] == 7
 
@@ -152,6 +159,6 @@ def test_step_counts_move_where_the_optimizer_counts_on_the_device(options: dict
     optimizer = Adam([param])
     optimizer.param_groups[0].update(options)
     optimizer.state[param] = {"step": torch.tensor(3.0), "exp_avg": torch.ones(1)}
-    SingleDeviceStrategy("meta").setup_optimizer(optimizer)
+    connected("meta").setup_optimizer(optimizer)
     state = optimizer.state[param]
     assert (state["step"].device.type, state["exp_avg"].device.type) == (device, "meta")
