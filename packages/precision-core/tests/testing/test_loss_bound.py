@@ -41,7 +41,7 @@ def test_a_variation_is_within_the_bound(mode: str, name: str, steps: int) -> No
 @pytest.mark.parametrize("mode", list(MODES))
 def test_the_same_arithmetic_gives_the_same_curve(mode: str, name: str) -> None:
     run = variations(mode).get(name)
-    assert run is not None or name == "optimizer fused"
+    assert run is not None or name in ("optimizer fused", "by hand")  # plain torch does not round by chance
     if run is not None:
         assert curve_distance(run(PROBLEM, 10), reference(mode, 20)[:10]) <= 0.1 * loss_bound(mode, 10)
 

@@ -28,6 +28,8 @@ LOWER: dict[str, str | None] = {
     "32-true": "bf16-mixed",
     "bf16-mixed": "bf16-true",
     "bf16-true": None,
+    "bf16-master": "bf16-true",
+    "bf16-stochastic": None,
     "16-mixed": "bf16-mixed",
     "16-true": "bf16-true",
 }
@@ -77,7 +79,7 @@ def controls(mode: Policy | str | int) -> dict[str, Control]:
     """Returns the runs whose curves are not those of `mode`, by name.
 
     Raises:
-        ValueError: a policy other than the six modes.
+        ValueError: a policy that is none of the modes.
     """
     name = str(Policy.parse(mode))
     if name not in LOWER:
@@ -95,7 +97,7 @@ def controls(mode: Policy | str | int) -> dict[str, Control]:
 
 
 def variations(mode: str, accelerator: str = "cpu") -> dict[str, Run]:
-    """Returns runs (problem, steps -> curve) whose curves are those of `mode`, by name; `mode` is one of the six."""
+    """Returns runs (problem, steps -> curve) whose curves are those of `mode`, by name; `mode` is one of `MODES`."""
     make = partial(Fabric, accelerator)
 
     def run(problem: Problem, steps: int, **options: Any) -> Curve:
@@ -120,8 +122,9 @@ def variations(mode: str, accelerator: str = "cpu") -> dict[str, Run]:
         "2 ranks averaged": ranks,
         "optimizer for-loop": partial(run, optimizer=partial(sgd, foreach=False)),
         "optimizer foreach": partial(run, optimizer=partial(sgd, foreach=True)),
-        "by hand": partial(by_hand, policy, device),
     }
+    if policy.rounding == "nearest":  # plain PyTorch has no other
+        runs["by hand"] = partial(by_hand, policy, device)
     if device.type != "cpu" or policy.params not in _HALF:
         runs["optimizer fused"] = partial(run, optimizer=partial(sgd, fused=True))
     if policy.mixed:
@@ -177,8 +180,10 @@ def by_hand(
     With `cast_parameters` all of forward sees the parameters in the compute dtype, as engines that cast them do
     (FSDP2, DeepSpeed); plain autocast leaves embeddings and norms in float32.
     """
-    model = problem.model().to(device, policy.params)
-    optimizer = sgd(model.parameters())
+    model = problem.model().to(device)
+    masters = [nn.Parameter(param.detach().clone()) for param in model.parameters()] if policy.master else []
+    model.to(policy.params)
+    optimizer = sgd(masters or model.parameters())
     scaler = GradScaler(torch.device(device).type, enabled=policy.scale)
     batches = [problem.batch(step).to(device) for step in range(BATCHES)]
 
@@ -196,7 +201,12 @@ def by_hand(
         with context():
             loss = problem.loss(forward, batches[step % BATCHES])
         scaler.scale(loss).backward()
+        for master, param in zip(masters, model.parameters(), strict=bool(masters)):
+            master.grad, param.grad = param.grad.to(master.dtype), None  # type: ignore[union-attr]
         scaler.step(optimizer)
         scaler.update()
+        with torch.no_grad():
+            for master, param in zip(masters, model.parameters(), strict=bool(masters)):
+                param.copy_(master)  # a tie goes to even here, away from zero in a mode: one value in 65,536
         curve.append(loss.item())
     return curve
