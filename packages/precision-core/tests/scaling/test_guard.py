@@ -527,6 +527,41 @@ def test_accumulation_says_nothing() -> None:
     assert model.weight.item() == pytest.approx(0.7, abs=1e-3)
 
 
+# -------------------------------------------------------------------- unscaled gradients that overflowed
+
+
+def of_the_other(fabric: Fabric, model: nn.Module, other: Optimizer) -> None:
+    fabric.setup(model)
+    fabric.backward(model(X).sum() * float("inf"))
+    fabric.unscale_gradients(other)
+
+
+def of_the_known(fabric: Fabric, model: nn.Module, other: Optimizer) -> None:
+    optimizer = sgd(model)
+    fabric.setup(model, optimizer)
+    fabric.backward(model(X).sum() * float("inf"))
+    fabric.unscale_gradients(optimizer)
+
+
+def by_clipping(fabric: Fabric, model: nn.Module, other: Optimizer) -> None:
+    fabric.setup(model)
+    fabric.backward(model(X).sum() * float("inf"))
+    fabric.clip_gradients(model, other, max_norm=1.0)
+
+
+@pytest.mark.parametrize("unscale", [of_the_other, of_the_known, by_clipping])
+def test_an_overflow_raises_where_nothing_skips_it(unscale: Callable[..., None]) -> None:
+    fabric, model = make_fabric(), weight()
+    other = sgd(model)
+    unscale(fabric, model, other)
+    with pytest.raises(RuntimeError, match=r"SGD was about to step gradients that overflowed.*fabric\.setup"):
+        other.step()
+    assert model.weight.item() == 1.0
+    model.weight.grad.zero_()  # type: ignore[union-attr]
+    other.step()  # mended by hand
+    assert model.weight.item() == 1.0
+
+
 # -------------------------------------------------------------------- closures
 
 

@@ -37,8 +37,9 @@ from precision_core.scaling.scaled_gradients import ScaledGradients
 from precision_core.scaling.scaler import NameOf
 
 _ADVICE = (
-    'Look for NaN in the data or the loss, lower the learning rate, or use precision="bf16-mixed", which needs no '
-    "scaling"
+    "Look for NaN in the data or the loss, with hooks that name the layer (the recipe nan.md in the docs); lower the "
+    'learning rate; let one layer stay float32 (precision="16-mixed; NAME: 32-true"), or use precision="bf16-mixed", '
+    "which needs no scaling"
 )
 
 
@@ -133,7 +134,11 @@ class LossScaler(ScaledGradients):
         if gradients:
             if carries:
                 self._unscale(optimizer, record, gradients)
-            returned = self._step_or_skip(optimizer, record, kwargs)
+            record.stepping = True
+            try:
+                returned = self._step_or_skip(optimizer, record, kwargs)
+            finally:
+                record.stepping = False
             result = returned if closure is None else result
             self._update_pending = self._update_pending or not record.counted
         self._after_step(optimizer, record, name_of)
@@ -185,10 +190,13 @@ class LossScaler(ScaledGradients):
 
         skipped = bool(record.found_inf) and record.gradients is Gradients.UNSCALED
         if not skipped:
+            record.stepping = True
             try:
                 original(optimizer, "step")(evaluate, **kwargs)
             except _SkippedError:
                 skipped = True
+            finally:
+                record.stepping = False
         record.skipped = skipped
         self.counter.add(skipped)
         self._update_pending = self._update_pending or not record.counted

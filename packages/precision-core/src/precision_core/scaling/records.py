@@ -44,12 +44,17 @@ class Record:
         self.found_inf: bool | Tensor = False  # in UNSCALED gradients; a tensor with `avoid_sync`
         self.counted = True  # found_inf has gone into an update of the scale
         self.skipped: bool | Tensor = False  # the last step; a tensor where only the device knows
+        self.stepping = False  # by our own step, which looks at found_inf
         self.steps = 0
         self.snapshot: Snapshot | None = None  # of gradients that are SCALED, where the end of backward was seen
 
     def look(self, optimizer: Optimizer) -> None:
         """Takes a snapshot of gradients that carry the scale."""
         self.snapshot = Snapshot(optimizer, shards=self.steps < _FIRST_STEPS)
+
+    def may_have_overflowed(self) -> bool:
+        """Whether unscaled gradients have inf or NaN, as far as is known without waiting for the device."""
+        return self.gradients is Gradients.UNSCALED and self.found_inf is not False
 
     def is_unchanged(self, optimizer: Optimizer) -> bool:
         """Whether there is a snapshot, and the gradients are as it saw them."""
@@ -109,6 +114,10 @@ class Records:
     def any_scaled(self) -> bool:
         """Whether gradients of any carry the scale, as far as the records say."""
         return any(record.gradients is Gradients.SCALED for record in self._by_id.values())
+
+    def any_overflowed(self) -> bool:
+        """Whether unscaled gradients of any have inf or NaN, or may have where only the device knows."""
+        return any(record.may_have_overflowed() for record in self._by_id.values())
 
     def all_stepped(self) -> bool:
         """Whether every optimizer of the run has stepped since the last scaling."""

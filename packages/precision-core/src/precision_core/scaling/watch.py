@@ -10,7 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from precision_core.policy.messages import listed
-from precision_core.scaling.gradients import gradients_of, params_of
+from precision_core.scaling.gradients import all_finite, gradients_of, params_of
 from precision_core.scaling.guard import StepHook, Unheld, stepping, wraps
 from precision_core.scaling.records import Gradients, Record, Records
 from precision_core.scaling.scaler import NameOf
@@ -65,8 +65,8 @@ class Watch:
             self.unheld.find(_held(live))
 
     def rest(self) -> None:
-        """Stops watching where no gradients are known to carry the scale."""
-        if self._hook is None or self._records.any_scaled():
+        """Stops watching where no gradients are known to carry the scale, or to have overflowed."""
+        if self._hook is None or self._records.any_scaled() or self._records.any_overflowed():
             return
         if self._found is None or self._found[0] != self._records.added:  # one has come, which may hold them now
             self._find_unheld(self._records.live())
@@ -80,7 +80,10 @@ class Watch:
             self._hook.remove()
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        """Raises `RuntimeError` where `optimizer`, known or not, is about to step gradients that carry the scale."""
+        """Raises `RuntimeError` where `optimizer`, known or not, is about to step gradients that carry the scale.
+
+        Or that were unscaled and are inf or NaN: our own step skips those, no other does.
+        """
         record = self._records.get(optimizer)
         if record is None:
             self._check_foreign(optimizer, self.unheld.carrying)
@@ -90,6 +93,26 @@ class Watch:
                 "went past what fabric.setup(model, optimizer) put on it: call optimizer.step() of the very object, or "
                 "without Fabric precision.optimizer_step(optimizer, model, None) [scaled-gradients]"
             )
+        else:
+            self._check_overflow(optimizer, optimizer, record)
+
+    def _check_overflow(self, optimizer: Optimizer, holder: Optimizer, record: Record) -> None:
+        """Raises `RuntimeError` where `optimizer` is about to step gradients of `holder` that are inf or NaN.
+
+        Waits for the device only where the check for them found some, or only the device knows.
+        """
+        if record.stepping or not record.may_have_overflowed():
+            return
+        held = {id(param) for param in params_of(holder)}
+        shared = [param for param in params_of(optimizer) if id(param) in held and param.grad is not None]
+        if all_finite([param.grad for param in shared if param.grad is not None]):  # mended by the user, or dropped
+            return
+        raise RuntimeError(
+            f"{type(optimizer).__name__} was about to step gradients that overflowed (inf or NaN), and by a plain call "
+            "of its step nothing skips that: give it to fabric.setup(model, optimizer), or to "
+            "fabric.setup_optimizers(optimizer), whose step skips them and lowers the scale; without Fabric call "
+            "precision.optimizer_step(optimizer, model, None) [scaled-gradients]"
+        )
 
     def _check_foreign(
         self, optimizer: Optimizer, find: Callable[[Iterable[nn.Parameter]], nn.Parameter | None]
@@ -113,6 +136,7 @@ class Watch:
                     f"step, or fabric.unscale_gradients on it before {type(optimizer).__name__} steps"
                     " [scaled-gradients]"
                 )
+            self._check_overflow(optimizer, holder, record)
         scaled = find(param for param in params if id(param) not in holders)
         if scaled is not None:
             raise RuntimeError(
