@@ -36,7 +36,6 @@ DIFFERENT: dict[str, dict[str, str]] = {
     "no_backward_sync": {"module": "`model`"},
     "seed_everything": {
         "workers": "not here: torch seeds the workers of a loader from the seed",
-        "verbose": "not here: it prints nothing",
     },
     "setup": {
         "module": "`model`",

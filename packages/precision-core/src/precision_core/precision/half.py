@@ -41,7 +41,7 @@ EVERY = 100
 
 _NO_CONTEXT = nullcontext()
 
-_SPACING = {torch.bfloat16: "1/256 to 1/128", torch.float16: "1/2048 to 1/1024"}
+_HALF_SPACING = {torch.bfloat16: "1/512 to 1/256", torch.float16: "1/4096 to 1/2048"}
 
 
 class HalfPrecision(Precision):
@@ -167,7 +167,7 @@ class HalfPrecision(Precision):
         if self._updates is not None:
             return self._updates.note
         return (
-            f"pure {dtype_name(dtype)} loses updates smaller than its spacing ({_SPACING[dtype]} of the parameter): "
+            f"pure {dtype_name(dtype)} loses updates below half its spacing ({_HALF_SPACING[dtype]} of the parameter): "
             "small learning rates stop moving large parameters; a mixed mode keeps float32 parameters"
         )
 

@@ -174,8 +174,12 @@ class Run:
             print(*args, **kwargs)
 
     @staticmethod
-    def seed_everything(seed: int) -> int:
-        """Seeds Python's, numpy's and torch's generators, all devices included; returns `seed`."""
+    def seed_everything(seed: int, *, verbose: bool = False) -> int:
+        """Seeds Python's, numpy's and torch's generators, all devices included; returns `seed`.
+
+        `verbose`, which Lightning has, changes nothing: nothing is printed.
+        """
+        del verbose
         return rng.seed_everything(seed)
 
 

@@ -88,13 +88,13 @@ def test_pure_half_says_that_small_updates_are_lost_and_it_is_true() -> None:
         (note,) = precision.report.notes
         name = str(dtype).removeprefix("torch.")
         assert note.startswith(
-            f"pure {name} loses updates smaller than its spacing (1/{1 / narrow:.0f} to 1/{1 / wide:.0f}"
+            f"pure {name} loses updates below half its spacing (1/{2 / narrow:.0f} to 1/{2 / wide:.0f}"
         )
         assert note in str(precision.report)
         for value, spacing in ((1.0, wide), (2.0 - wide, narrow)):
             module.weight.data.fill_(value)
             assert (module.weight + value * spacing * 0.49).item() == value
-            assert (module.weight + value * spacing * 1.01).item() > value
+            assert (module.weight + value * spacing * 0.51).item() > value
 
 
 LINES = {
