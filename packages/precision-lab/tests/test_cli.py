@@ -22,6 +22,8 @@ OPTIONS += ("--seeds", "--sequential", "--fresh", "--size", "--against")
 NAMED = ("64-true", "32-true", "bf16-mixed", "bf16-true", "bf16-master", "bf16-stochastic")
 REFUSED = "params=float64,compute=float32"
 
+pytestmark = pytest.mark.slow_start  # whichever test comes first trains in all of core's modes
+
 
 def start_compare(*options):
     """Runs the command as users start it, with a child process a mode."""
@@ -59,7 +61,7 @@ def compare(request):
 def default_run(compare, tmp_path_factory):
     """Core's modes, four steps: what it printed, its record, its folder."""
     out = tmp_path_factory.mktemp("parent") / "new" / "folder"
-    finished = compare("--steps", "4", "--seed", "3", "--seeds", "1", "--out", str(out))
+    finished = compare("--steps", "6", "--seed", "3", "--seeds", "1", "--out", str(out))
     assert finished.returncode == 0, finished.stderr
     return finished, json.loads((out / "compare.json").read_text()), out
 
@@ -70,7 +72,7 @@ def named_run(compare, request, tmp_path_factory):
     if compare is not start_compare:
         return request.getfixturevalue("default_run")[1]  # those that run by themselves on the CPU that is made up
     out = tmp_path_factory.mktemp("named")
-    finished = compare("--steps", "4", "--seed", "3", "--seeds", "1", "--out", str(out), "--modes", ",".join(NAMED))
+    finished = compare("--steps", "6", "--seed", "3", "--seeds", "1", "--out", str(out), "--modes", ",".join(NAMED))
     assert finished.returncode == 0, finished.stderr
     return json.loads((out / "compare.json").read_text())
 
@@ -80,7 +82,7 @@ def failing_run(compare, tmp_path_factory):
     """A mode that no plugin of core runs, then one that works, from the same seed as `default_run`."""
     out = tmp_path_factory.mktemp("failing")
     finished = compare(
-        "--steps", "4", "--seed", "3", "--seeds", "1", "--out", str(out), "--modes", f"{REFUSED},32-true"
+        "--steps", "6", "--seed", "3", "--seeds", "1", "--out", str(out), "--modes", f"{REFUSED},32-true"
     )
     return finished, json.loads((out / "compare.json").read_text()), out
 
@@ -103,7 +105,7 @@ def test_figures_follow_from_the_losses(named_run):
     assert set(done) == set(NAMED)
     true = done["64-true"]["losses"]
     for row in done.values():
-        assert len(row["losses"]) == len(row["step_seconds"]) == 4
+        assert len(row["losses"]) == len(row["step_seconds"]) == 6
         drift = max(abs(loss - t) / t for loss, t in zip(row["losses"], true, strict=True))
         assert row["drift"] == pytest.approx(drift, rel=1e-12)
         assert row["train_loss"] == row["losses"][-1]
@@ -239,7 +241,7 @@ def test_the_command_as_users_start_it(install, tmp_path, forked):
     install("mine", ENTRIES, "my_half", HALF)
     out = tmp_path / "new" / "folder"
     finished = start_compare(
-        "--steps", "4", "--seed", "3", "--seeds", "1", "--modes", "32-true,my-late", "--out", str(out)
+        "--steps", "6", "--seed", "3", "--seeds", "1", "--modes", "32-true,my-late", "--out", str(out)
     )
     assert (finished.returncode, finished.stderr) == (1, "")
     assert "\x1b" not in finished.stdout and "\r" not in finished.stdout
