@@ -235,6 +235,7 @@ def test_modes_of_packages_train_as_cores_do(compare, install, tmp_path):
     assert sum(line.split()[:1] == ["my-half"] for line in table.splitlines()) == 1
 
 
+@pytest.mark.full
 @pytest.mark.slow_start
 def test_the_command_as_users_start_it(install, tmp_path, forked):
     """One mode trains, as in a fork and bit for bit; the next one fails on the way. The output is not a terminal."""

@@ -112,7 +112,7 @@ def witnessed(mode, make):
     [
         *(("32-true", make) for make in (gpt, conv, residual, bag, names)),
         *(("bf16-mixed", make) for make in (gpt, residual, bag, names)),
-        *((mode, gpt) for mode in ("bf16-master", "bf16-stochastic")),
+        *(pytest.param(mode, gpt, marks=pytest.mark.full) for mode in ("bf16-master", "bf16-stochastic")),
     ],
 )
 def test_the_peak_is_what_a_real_run_allocates(mode, make):
@@ -132,6 +132,7 @@ def test_each_kind_is_what_its_dtypes_make_it(mode):
     assert found.master < 100 and found.activations > found.temporary > 0
 
 
+@pytest.mark.full
 def test_what_is_beside_bfloat16_weights_is_a_master_and_no_state_of_the_optimizers():
     numbers = sum(param.numel() for param in residual().model.parameters())
     master, stochastic = trace("bf16-master", residual), trace("bf16-stochastic", residual)
