@@ -8,6 +8,7 @@ decides.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import subprocess
@@ -28,8 +29,11 @@ LIMIT, LIMIT_OF_STARTS = 5.0, 20.0
 where it is marked slow_start."""
 YARDSTICK = 0.2
 """CPU seconds of `_yardstick` on the idle machine that LIMIT is meant for: 2 cores of an AMD EPYC of 2021."""
+START = 2.5
+"""CPU seconds that `import torch` takes there. Memory and files may be slow where arithmetic is not: 9 s were seen
+beside a yardstick of 0.19."""
 SHOWN = 15
-TRIES = 5
+TRIES = 20
 """How many tests that took too long are tried once more, alone: what else a machine runs, a cold disk or a first import
 can make one test look slow. Where there are more, no chance explains them."""
 
@@ -86,7 +90,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     finally:
         seconds = _cpu_seconds() - item.stash[BEFORE]
         limit = LIMIT_OF_STARTS if item.get_closest_marker("slow_start") else LIMIT
-        slowness = max(1.0, _yardstick() / YARDSTICK) if seconds > limit else 1.0
+        slowness = max(1.0, _yardstick() / YARDSTICK, _start() / START) if seconds > limit else 1.0
         item.user_properties.append(("cpu", (seconds, limit, slowness)))
         _check_nothing_is_left()
 
@@ -117,6 +121,15 @@ def _yardstick() -> float:
     start = time.process_time()
     sum(number * number for number in range(4_000_000))
     return time.process_time() - start
+
+
+@functools.cache  # it takes seconds, and is asked only where a test took too long
+def _start() -> float:
+    """Returns the CPU seconds of a process that imports torch."""
+    before = os.times()
+    subprocess.run([sys.executable, "-c", "import torch"], check=False)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
 
 
 # -------------------------------------------------------------------- the end
