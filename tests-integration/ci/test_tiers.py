@@ -36,7 +36,7 @@ def fast_tier(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     """Runs one test file in a fast tier that lets a test take a quarter of a second."""
     conftest = (ROOT / "conftest.py").read_text()
     changed = conftest.replace("LIMIT, LIMIT_OF_STARTS = 5.0, 20.0", "LIMIT, LIMIT_OF_STARTS = 0.25, 20.0")
-    changed = changed.replace("max(1.0, _yardstick() / YARDSTICK, _start() / START)", "1.0")  # a machine that is not slow
+    changed = changed.replace("max(1.0, _yardstick() / YARDSTICK, _start() / START)", "1.0")  # not slow
     assert changed.count("0.25, 20.0") == 1 and "_yardstick() /" not in changed
     (folder / "conftest.py").write_text(changed)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    full: left out\n")
