@@ -33,7 +33,7 @@ START = 2.5
 """CPU seconds that `import torch` takes there. Memory and files may be slow where arithmetic is not: 9 s were seen
 beside a yardstick of 0.19."""
 SHOWN = 15
-TRIES = 20
+TRIES = 5
 """How many tests that took too long are tried once more, alone: what else a machine runs, a cold disk or a first import
 can make one test look slow. Where there are more, no chance explains them."""
 
