@@ -165,7 +165,7 @@ class Costs:
     def over(self) -> dict[str, str]:
         """Returns the tests that took longer than the fast tier lets them, each with a line that says so."""
         return {
-            test: f"{test}: {cpu:.1f} of {limit:.0f} CPU seconds, on a machine that may take {slowness:.1f} times as long"
+            test: f"{test}: {cpu:.1f} of {limit:.0f} CPU seconds, where {slowness:.1f} times that is allowed"
             for test, (cpu, limit, slowness) in self._taken.items()
             if cpu > limit * slowness
         }
