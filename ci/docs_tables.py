@@ -102,7 +102,9 @@ def pairs() -> str:
     modes = [*MODES, *(mode for mode in names(PLUGINS) if mode != "transformer-engine")]  # asks for the vendor first
     reasons: list[str] = []
     lines = []
-    with patch("precision_deepspeed.support.cpu_has_float16", lambda: True):  # where the device has float16
+    with ExitStack() as stack:
+        for question in ("support.cpu_has_float16", "plugin.supports_float16"):  # where the device has float16
+            stack.enter_context(patch(f"precision_deepspeed.{question}", lambda: True))
         for mode in modes:
             cells = [f"`{mode}`"]
             for strategy in strategies:

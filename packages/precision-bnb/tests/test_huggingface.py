@@ -161,7 +161,9 @@ def test_olora_begins_as_on_bitsandbytes_own_layers(mode: str, folder: Path) -> 
     assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) == 14
     for name, value in adapters[0].items():  # of int8, peft asks our layer, whose product is rounded otherwise
         assert torch.allclose(value, adapters[1][name], rtol=1e-4, atol=1e-5)
-    assert torch.allclose(logits(mine), logits(other), atol=1e-4 if mode == "int8" else 0.0)
+    mine_logits, expected = logits(mine), logits(other)
+    # inputs that differ in their last bit are rounded to another of int8's 255 values, here and there
+    assert (mine_logits - expected).abs().max() <= (expected.abs().max() / 255 if mode == "int8" else 0.0)
 
 
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
