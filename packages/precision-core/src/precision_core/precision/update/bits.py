@@ -26,7 +26,7 @@ def combine(weight: Tensor, rest: Tensor | None, out: Tensor) -> Tensor:
 def split(value: Tensor, weight: Tensor, rest: Tensor) -> None:
     """Writes `value` (float32, dense) into `weight` (bfloat16) and `rest` (int16), in place; `value` is used up."""
     bits = value.view(torch.int32)
-    if _may_hold_nan(value):
+    if may_hold_nan(value):
         # One whose payload is in the low half alone would be rounded to inf, and another to -0.
         bits.copy_(torch.where(value.isnan(), (bits & -0x10000) | 0x400000, bits))
     rest.copy_(bits)  # the low half
@@ -34,6 +34,6 @@ def split(value: Tensor, weight: Tensor, rest: Tensor) -> None:
     weight.view(torch.int16).copy_(bits)
 
 
-def _may_hold_nan(value: Tensor) -> bool:
+def may_hold_nan(value: Tensor) -> bool:
     """Whether to look at each element: on a CPU the sum tells, much faster; elsewhere reading it would be a sync."""
     return not value.is_cpu or not math.isfinite(value.sum().item())

@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from precision_core.precision.update.bits import may_hold_nan
 from precision_core.precision.update.layout import local_part
 
 _MASK = 2**64 - 1
+_KEPT = 1 << 18
+"""Elements, as many as a piece has at most."""
 
 
 class Place(NamedTuple):
@@ -43,6 +46,7 @@ class Noise:
         self._models = models
         self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._loaded: list[int] = []
+        self._counts: Tensor | None = None
 
     def register(self, optimizer: Optimizer) -> None:
         """Counts the steps of `optimizer` from now on, or from what a state has for the one in its place."""
@@ -74,13 +78,21 @@ class Noise:
             key = _mixed(key ^ part)
         first = place.first & 0xFFFFFFFF
         if place.indices is None:
-            x = torch.arange(count, dtype=torch.int32, device=device).add_(_signed(first))
+            x = self._counted(count, device).add(_signed(first))
         else:
             x = place.indices[place.first : place.first + count].clone()
         x.mul_(_signed(0x9E3779B9)).add_(_signed(key))
         x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(0x7FEB352D))
         x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).add_(_signed(key >> 32)).mul_(_signed(0x846CA68B))
         return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+
+    def _counted(self, count: int, device: torch.device) -> Tensor:
+        """Returns 0, 1, 2, ... (int32): the same tensor for pieces, as counting takes longer than all of the mixing."""
+        if count > _KEPT:
+            return torch.arange(count, dtype=torch.int32, device=device)
+        if self._counts is None or self._counts.device != device or len(self._counts) < count:
+            self._counts = torch.arange(count, dtype=torch.int32, device=device)
+        return self._counts[:count]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the seed, and the steps of each optimizer in the order in which they were set up."""
@@ -103,10 +115,11 @@ def round_stochastically(value: Tensor, bits: Tensor, out: Tensor) -> None:
     and NaN too. Beyond the largest bfloat16 the neighbour is inf.
     """
     words = value.view(torch.int32)
-    is_nan = value.isnan()
+    is_nan = value.isnan() if may_hold_nan(value) else None
     words.add_(bits).bitwise_right_shift_(16)
     out.view(torch.int16).copy_(words)
-    out.masked_fill_(is_nan, float("nan"))
+    if is_nan is not None:
+        out.masked_fill_(is_nan, float("nan"))
 
 
 def index_of(param: Tensor) -> tuple[int, Tensor | None]:

@@ -23,8 +23,8 @@ from precision_core.precision.update.storage import Storage, wide_copy
 
 Group = dict[str, Any]
 
-_LARGEST = 1 << 17
-"""Elements at a time: what they take stays in a CPU's cache."""
+_LARGEST = 1 << 18
+"""Elements at a time: what they take stays in a CPU's cache, and there are enough that calls cost little."""
 _SHARE = 32
 """At most 1 / 32 of all elements at a time: two float32 numbers each, so 0.25 bytes a parameter."""
 
@@ -39,6 +39,7 @@ class Param:
     beside: Tensor | None
     stored: Tensor | None
     """`beside`, as the optimizer's state has it."""
+    moments: dict[str, Tensor]
     is_new: bool
     """Whether it has no state yet."""
     number: int
@@ -61,6 +62,7 @@ class Groups(list[Group]):
         self._mine = optimizer.param_groups
         self._placeholders: list[nn.Parameter] = []
         self._is_walked = False
+        self._memory: Tensor | None = None
         params = [param for group in self._mine for param in group["params"] if self._is_stored(param)]
         self._limit = _limit(params)
         self._numbers = {} if storage.noise is None else storage.noise.numbers(optimizer)
@@ -128,58 +130,68 @@ class Groups(list[Group]):
 
     def _prepare(self, param: nn.Parameter) -> Param:
         storage, state = self._storage, self._optimizer.state.get(param, {})
-        weight, gradient = local(param), alike(local(param.grad), local(param))  # type: ignore[arg-type]
-        stored = storage.beside(param)
-        beside = None if stored is None else alike(local(stored), weight)
+        weight = local(param)
+        gradient, stored = alike(local(param.grad), weight), storage.beside(param)  # type: ignore[arg-type]
+        rest = None if stored is None else flat(alike(local(stored), weight))
+        moments = {}
         for key, value in state.items():
             dtype = None if key == storage.key else storage.state_dtype(key, value, param)
-            if dtype is not None and (value.dtype is not dtype or local(value).stride() != weight.stride()):
+            if dtype is None:
+                continue
+            moment = local(value)
+            if moment.dtype is not dtype or moment.stride() != weight.stride():
                 state[key] = torch.empty_like(param, dtype=dtype)
-                local(state[key]).copy_(local(value))
+                moment = local(state[key]).copy_(moment)
+            moments[key] = flat(moment)
         is_new = not any(key != storage.key for key in state)
-        rest = None if beside is None else flat(beside)
-        return Param(param, flat(weight), flat(gradient), rest, stored, is_new, *place_of(param, self._numbers))
+        place = place_of(param, self._numbers)
+        return Param(param, flat(weight), flat(gradient), rest, stored, moments, is_new, *place)
 
     def _step(self, group: Group, batch: list[tuple[Param, int, int]]) -> Iterator[Group]:
         size = sum(stop - start for _, start, stop in batch)
-        values, gradients = torch.empty(2, size, device=batch[0][0].weight.device).unbind()
-        placeholders, offset = [], 0
+        values, gradients = self._room(size, batch[0][0].weight.device)
+        offset, given = 0, []
         for each, start, stop in batch:
             here = slice(offset, offset + stop - start)
             offset = here.stop
-            placeholder = self._placeholder(each, slice(start, stop), values[here], gradients[here])
-            placeholders.append(placeholder)
-        yield {**group, "params": placeholders}
-        for (each, start, stop), placeholder in zip(batch, placeholders, strict=True):
-            self._write(each, slice(start, stop), placeholder)
+            given.append(self._placeholder(each, slice(start, stop), values[here], gradients[here]))
+        yield {**group, "params": self._placeholders[:]}
+        for (each, start, stop), placeholder, state in zip(batch, self._placeholders, given, strict=True):
+            self._write(each, slice(start, stop), placeholder, state)
         self._placeholders.clear()
 
-    def _placeholder(self, each: Param, piece: slice, value: Tensor, gradient: Tensor) -> nn.Parameter:
+    def _room(self, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns memory for so many values and gradients: always the same, as fresh memory costs a CPU page faults."""
+        if self._memory is None or self._memory.device != device or self._memory.shape[1] < size:
+            self._memory = torch.empty(2, max(size, self._limit), device=device)
+        values, gradients = self._memory.unbind()
+        return values[:size], gradients[:size]
+
+    def _placeholder(self, each: Param, piece: slice, value: Tensor, gradient: Tensor) -> dict[str, Any]:
+        """Makes the placeholder of a piece, in `value` and `gradient`; returns the state that the optimizer finds."""
         beside = None if each.beside is None else each.beside[piece]
         value = self._storage.read(each.weight[piece], beside, value)
         placeholder = nn.Parameter(value, requires_grad=each.param.requires_grad)
         placeholder.grad = self._gradient(each.gradient[piece], gradient)
         vars(placeholder).update(vars(each.param))
-        if not each.is_new:
-            self._optimizer.state[placeholder] = {
-                key: self._state(each, key, value, piece)
-                for key, value in self._optimizer.state[each.param].items()
-                if key != self._storage.key
-            }
         self._placeholders.append(placeholder)
-        return placeholder
+        if each.is_new:
+            return {}
+        state = {}
+        is_cut = piece.start != 0 or piece.stop != each.weight.numel()
+        for key, kept in self._optimizer.state[each.param].items():
+            if key in each.moments:
+                state[key] = each.moments[key][piece].float()  # the memory itself where it is float32
+            elif key != self._storage.key:
+                state[key] = kept.clone() if is_cut and isinstance(kept, Tensor) else kept
+        self._optimizer.state[placeholder] = state
+        return dict(state)
 
     def _gradient(self, gradient: Tensor, out: Tensor) -> Tensor:
         return gradient if gradient.dtype is torch.float32 else out.copy_(gradient)
 
-    def _state(self, each: Param, key: str, value: Any, piece: slice) -> Any:
-        if self._storage.state_dtype(key, value, each.param) is None:
-            is_cut = piece.start != 0 or piece.stop != each.weight.numel()
-            return value.clone() if is_cut and isinstance(value, Tensor) else value
-        return flat(local(value))[piece].float()  # the memory itself where it is float32
-
-    def _write(self, each: Param, piece: slice, placeholder: nn.Parameter) -> None:
-        """Writes back what the optimizer did to a placeholder: its values and its state."""
+    def _write(self, each: Param, piece: slice, placeholder: nn.Parameter, given: dict[str, Any]) -> None:
+        """Writes back what the optimizer did to a placeholder: its values, and its state, which was `given`."""
         storage, optimizer, param = self._storage, self._optimizer, each.param
         beside = None if each.beside is None else each.beside[piece]
         place = Place(each.number, each.first + piece.start, each.index)
@@ -189,15 +201,19 @@ class Groups(list[Group]):
         if stepped is not None:
             state = optimizer.state[param]
             for key, value in stepped.items():
-                dtype = storage.state_dtype(key, value, param)
-                if dtype is None:
-                    each.late[key] = value
-                    continue
-                if not isinstance(state.get(key), Tensor):
+                moment = each.moments.get(key)
+                if moment is None:
+                    dtype = storage.state_dtype(key, value, param)
+                    if dtype is None:
+                        each.late[key] = value
+                        continue
                     state[key] = torch.empty_like(param, dtype=dtype)
-                part = flat(local(state[key]))
-                if not _same_memory(part[piece], value):
-                    storage.write_state(key, value, part[piece], place)
+                    moment = each.moments[key] = flat(local(state[key]))
+                elif value is given.get(key) and moment.dtype is torch.float32:
+                    continue  # stepped in place
+                part = moment[piece]
+                if not _same_memory(part, value):
+                    storage.write_state(key, value, part, place)
             if is_last:
                 ordered = {key: each.late[key] if key in each.late else state[key] for key in stepped}
                 optimizer.state[param] = ordered if each.is_new else {**state, **ordered}
