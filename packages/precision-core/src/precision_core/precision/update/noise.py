@@ -59,6 +59,10 @@ class Noise:
         self.register(optimizer)
         self.step = self._steps[optimizer] = self._steps[optimizer] + 1
 
+    def end(self) -> None:
+        """Ends the step: nothing is kept in memory between steps."""
+        self._counts = None
+
     def numbers(self, optimizer: Optimizer) -> dict[int, int]:
         """Returns id of a parameter -> its number: by its name in the models, else by its place in the optimizer."""
         params = [param for group in optimizer.param_groups for param in group["params"]]

@@ -162,6 +162,8 @@ class _Step:
     def end(self) -> None:
         end, self._end = self._end, lambda: None
         end()
+        if self._storage.noise is not None:
+            self._storage.noise.end()
 
     def _evaluated(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Runs the closure, with the parameters as the model has them, and returns one that gives its result once."""
