@@ -117,12 +117,19 @@ def test_the_scale_follows_torchs_rule() -> None:
     assert (mine.counter.steps, mine.counter.skipped) == (8, 3)
 
 
-def test_fifty_skips_in_a_row_are_an_error() -> None:
-    scaler = DeepSpeedPrecision("16-mixed").scaler
+@pytest.mark.parametrize(
+    ("mode", "scale", "says"),
+    [
+        ("16-mixed", 2.0**-14, r'skipped, the loss scale is 6\.10352e-05: inf .* precision="bf16-mixed", which .*'),
+        ("bf16-mixed", 1.0, r"skipped: inf or NaN .*; lower the learning rate"),  # ZeRO skips in each mode
+    ],
+)
+def test_fifty_skips_in_a_row_are_an_error(mode: str, scale: float, says: str) -> None:
+    scaler = DeepSpeedPrecision(mode).scaler
     for _ in range(49):
         scaler.stepped(True)
-    assert scaler.factor == 2.0**-14
-    with pytest.raises(FloatingPointError, match="50 optimizer steps"):
+    assert scaler.factor == scale
+    with pytest.raises(FloatingPointError, match=rf"^50 optimizer steps in a row were {says} \[no-finite-gradients\]$"):
         scaler.stepped(True)
 
 

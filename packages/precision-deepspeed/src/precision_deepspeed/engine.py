@@ -274,4 +274,7 @@ def tighten(limit: float, norm: Tensor, clip: Clip) -> tuple[float, Tensor]:
 def check_finite(norm: Tensor, clip: Clip) -> None:
     """Raises `RuntimeError` for a norm that is not finite, if `clip` asks for that."""
     if clip.error_if_nonfinite and not bool(torch.isfinite(norm)):
-        raise RuntimeError(f"clip_gradients(error_if_nonfinite=True): the norm of the gradients is {float(norm)}")
+        raise RuntimeError(
+            "clip_gradients(error_if_nonfinite=True): the norm of the gradients is non-finite, "
+            f"{float(norm)}: look for NaN in the data or the loss [nonfinite-norm]"
+        )

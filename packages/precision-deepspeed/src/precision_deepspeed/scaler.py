@@ -19,6 +19,11 @@ from precision_core.scaling import Clip, NameOf, Scaler
 MAX_SKIPS = 50
 """FloatingPointError is raised after this many consecutive skipped steps."""
 
+_ADVICE = (
+    "Look for NaN in the data or the loss, with hooks that name the layer (the recipe nan.md in the docs); lower the "
+    "learning rate"
+)
+_OR_BFLOAT16 = '; or use precision="bf16-mixed", which needs no scaling'
 _ENGINES = "DeepSpeed's engine does that itself; call {0}"
 
 
@@ -55,10 +60,12 @@ class EngineScaler(Scaler):
         """
         self.counter.add(skipped)
         if self.counter.skipped_in_a_row >= MAX_SKIPS:
+            is_scaled = type(self) is not EngineScaler
+            scale = f", the loss scale is {self.factor:g}" if is_scaled else ""
             raise FloatingPointError(
-                f"{self.counter.skipped_in_a_row} optimizer steps in a row were skipped, the loss scale is "
-                f"{self.factor:g}: inf or NaN in the gradients. Look for NaN in the data or the loss, lower the "
-                'learning rate, or use precision="bf16-mixed", which needs no scaling [no-finite-gradients]'
+                f"{self.counter.skipped_in_a_row} optimizer steps in a row were skipped{scale}: inf or NaN in the "
+                "gradients (of which parameters DeepSpeed does not say). "
+                f"{_ADVICE}{_OR_BFLOAT16 * is_scaled} [no-finite-gradients]"
             )
 
 

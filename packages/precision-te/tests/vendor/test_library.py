@@ -24,7 +24,8 @@ def test_another_release_is_refused_with_both_versions_and_the_way_out(found: st
     with pytest.raises(
         ImportError,
         match=rf"Transformer Engine {found} is installed, and this precision-te is written for 2\.20: install torch "
-        r'first.*transformer-engine\[core_cu13,pytorch\]>=2\.20,<2\.21.*; engine="reference" needs none of it',
+        r"first.*transformer-engine\[core_cu13,pytorch\]>=2\.20,<2\.21.*; on this machine "
+        r'precision="fp8-reference".* \[no-fp8-here\]$',
     ):
         library.check_version(found)
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from precision_core.support import discovery
-from precision_core.support.discovery import KNOWN, PLUGINS, STRATEGIES, SUPPORT, find, how_to_install, names
+from precision_core.support.discovery import KNOWN, PLUGINS, STRATEGIES, SUPPORT, find, install_command, names
 from precision_core.support.resolve import (
     base_of,
     is_core_mode,
@@ -33,7 +33,7 @@ __all__ = [
     "base_of",
     "discovery",
     "find",
-    "how_to_install",
+    "install_command",
     "is_core_mode",
     "load_plugin",
     "names",

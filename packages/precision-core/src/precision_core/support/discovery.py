@@ -98,8 +98,13 @@ def missing(group: str, name: str, core: Iterable[str] = ()) -> str:
 
 
 def how_to_install(extra: str) -> str:
-    """Returns the command that installs the package of an extra of precision-core."""
-    return f"pip install ./packages/precision-{extra} in a checkout of the project (it is on no package index yet)"
+    """Returns the command that installs the package of an extra of precision-core, and where to run it."""
+    return f"{install_command(extra)} in a checkout of the project (it is on no package index yet)"
+
+
+def install_command(extra: str) -> str:
+    """Returns the command alone."""
+    return f"pip install ./packages/precision-{extra}"
 
 
 def extra_of(group: str, name: str) -> str | None:

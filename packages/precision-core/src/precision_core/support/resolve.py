@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from precision_core.policy.hints import hint
@@ -10,6 +11,8 @@ from precision_core.precision.base import Precision
 from precision_core.strategies import STRATEGIES, Strategy
 from precision_core.strategies.layout import Layout, choose_type, make_layout
 from precision_core.support import discovery
+
+_CODE = re.compile(r" \[[a-z0-9-]+\]$")
 
 
 def resolve_precision(precision: str | int | Policy | Precision, strategy: Strategy) -> Precision:
@@ -64,9 +67,10 @@ def check_composition(precision: Precision, strategy: Strategy) -> None:
     """Raises `ValueError` naming the pair and the reason when `precision` cannot run under `strategy`."""
     reason = refusal(precision, strategy)
     if reason is not None:
+        code = "" if _CODE.search(reason) else " [cannot-run-here]"  # a reason's own code says more
         raise ValueError(
             f'precision="{precision.mode}" ({type(precision).__name__}) cannot run under {type(strategy).__name__} '
-            f"on {strategy.device}: {reason} [cannot-run-here]"
+            f"on {strategy.device}: {reason}{code}"
         )
 
 

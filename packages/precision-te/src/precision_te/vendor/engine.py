@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from precision_te.recipes import Delayed, Recipe
-from precision_te.vendor.library import load
+from precision_te.vendor.library import ELSEWHERE, load
 from precision_te.vendor.microbatches import accumulating
 from precision_te.vendor.recipes import vendor_recipe
 
@@ -62,9 +62,9 @@ class TransformerEngine:
         try:
             available, reason = getattr(te, _PROBES[recipe.name])(return_reason=True)
         except Exception as error:  # without a GPU or a driver torch raises various types
-            raise ValueError(f"Transformer Engine needs an NVIDIA GPU: {error}; {_ELSEWHERE}") from error
+            raise ValueError(f"Transformer Engine needs an NVIDIA GPU: {error}; {ELSEWHERE}") from error
         if not available:
-            raise ValueError(f'Transformer Engine cannot run recipe "{recipe.name}" on this GPU: {reason} {_ELSEWHERE}')
+            raise ValueError(f'Transformer Engine cannot run recipe "{recipe.name}" on this GPU: {reason}; {ELSEWHERE}')
 
     def why_not(self, layer: nn.Module, recipe: Recipe) -> str | None:
         """Returns why the vendor's layer cannot replace this one; None: it can."""
@@ -143,10 +143,6 @@ class TransformerEngine:
         if self._pad:
             new.multiple = recipe.multiple
         return new
-
-
-_ELSEWHERE = 'engine="reference" and the modes that end in -reference compute the same recipes anywhere, slowly'
-" [no-fp8-here]"
 
 
 def _norm(layer: Any, *, recipe: Recipe, dtype: torch.dtype | None, name: str) -> nn.Module:

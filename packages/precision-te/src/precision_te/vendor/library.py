@@ -20,6 +20,11 @@ INSTALL_RECIPES = (
     f'{INSTALL}; the recipes alone need no GPU and no compiler: `pip install "./packages/precision-te[vendor]"` in a '
     "checkout, and NVTE_PROJECT_BUILDING=1 in the environment that Python is started in"
 )
+ELSEWHERE = (
+    'on this machine precision="fp8-reference", the other modes that end in -reference, and engine="reference" compute '
+    "the same recipes in plain torch, slowly [no-fp8-here]"
+)
+"""The way out where the library or the GPU is missing; last in a message, since it ends in the code."""
 
 
 _loaded: list[ModuleType] = []  # a list, and not functools.cache: torch.compile warns of calls to what that wraps
@@ -33,7 +38,7 @@ def load() -> ModuleType:
             says what to install.
     """
     if not _loaded:
-        module = _imported("transformer_engine.pytorch", "engine='te'", INSTALL)
+        module = _imported("transformer_engine.pytorch", "engine='te'", f"{INSTALL}; {ELSEWHERE}")
         check_version(importlib.import_module("transformer_engine").__version__)
         _loaded.append(module)
     return _loaded[0]
@@ -51,7 +56,7 @@ def check_version(found: str) -> None:
         written_for = ".".join(map(str, VERSION))
         raise ImportError(
             f"engine='te': Transformer Engine {found} is installed, and this precision-te is written for "
-            f'{written_for}: {INSTALL}; engine="reference" needs none of it'
+            f"{written_for}: {INSTALL}; {ELSEWHERE}"
         )
 
 
