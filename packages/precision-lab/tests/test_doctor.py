@@ -18,6 +18,7 @@ from precision_lab import machine
 from precision_lab.cli import main
 from precision_lab.doctor import examine
 from precision_lab.findings import print_findings
+from precision_lab.installed import Missing
 
 MODULE = """
 from precision_core import Precision, Strategy, SupportRow
@@ -125,9 +126,7 @@ def test_packages_libraries_and_what_is_missing(install):
         for name in (name for extra, known in extras.items() for name in known if f"precision-{extra}" in missing):
             each = missing[f"precision-{discovery.extra_of(group, name)}"]
             if name in each["names"]:
-                assert discovery.missing(group, name).endswith(
-                    f"needs {each['package']}: {each['install']} [missing-package]"
-                )
+                assert f"needs {each['package']}: {each['install']} in a checkout" in discovery.missing(group, name)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +283,17 @@ def test_no_word_of_a_reason_is_lost(width):
     table, problems = text.getvalue().partition("\nsupport\n")[2].split("native: by")
     assert set(reason.split()) < set(table.split()) and f"cuda: {reason}" in unwrapped(problems)
     assert max(map(len, text.getvalue().splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [50, 80])
+def test_a_command_that_installs_more_is_one_line_to_copy(width):
+    text = io.StringIO()
+    installs = {extra: discovery.install_command(extra) for extra in ("bnb", "deepspeed", "te")}
+    missing = [Missing(["nf4", "nf4-dq"] * 9, f"precision-{extra}", install) for extra, install in installs.items()]
+    print_findings(dataclasses.replace(examine(), missing=missing), Console(file=text, width=width))
+    lines = text.getvalue().splitlines()
+    assert [line for line in lines if "pip install" in line] == [f"    {install}" for install in installs.values()]
+    assert max(map(len, lines)) <= width and text.getvalue().count("nf4-dq") == 27
 
 
 def test_help_says_what_the_exit_code_means():

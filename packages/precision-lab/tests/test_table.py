@@ -37,8 +37,8 @@ def test_other_modes_say_why_in_one_line():
 
 def test_footnotes_explain_missing_figures():
     text = " ".join(printed([figures("bf16-mixed", [4.0])]).split())
-    assert "- without 64-true among the finished modes" in text
-    assert "- without 32-true among the finished modes" in text
+    assert "drift: max over steps of |L - L64| / L64, L64 being 64-true's training loss (-: 64-true is not" in text
+    assert "x 32-true: - as 32-true is not among the finished modes" in text
 
 
 def test_footnotes_say_what_is_measured_on_a_gpu():

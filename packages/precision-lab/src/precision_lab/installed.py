@@ -14,7 +14,7 @@ from packaging.requirements import Requirement  # matplotlib needs it, so it is 
 
 from precision_core import ALIASES, MODES
 from precision_core.strategies import STRATEGIES as CORES_STRATEGIES
-from precision_core.support import KNOWN, PLUGINS, STRATEGIES, SUPPORT, find, how_to_install, names
+from precision_core.support import KNOWN, PLUGINS, STRATEGIES, SUPPORT, find, install_command, names
 
 VENDORS = (
     "torch",
@@ -42,7 +42,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Missing:
-    """Modes and strategies of a package that is not installed, and the command that installs it."""
+    """Modes and strategies of a package that is not installed, and the command that installs it from a checkout."""
 
     names: list[str]
     package: str
@@ -79,7 +79,7 @@ def find_vendors(installed: dict[str, Distribution]) -> dict[str, str | None]:
 def find_missing() -> list[Missing]:
     """Returns the modes and strategies that are known but that no installed package brings."""
     missing = [
-        Missing([name for name in known if name not in names(group)], f"precision-{extra}", how_to_install(extra))
+        Missing([name for name in known if name not in names(group)], f"precision-{extra}", install_command(extra))
         for group, extras in KNOWN.items()
         for extra, known in extras.items()
     ]

@@ -76,13 +76,13 @@ def footnotes(comparison: Comparison) -> str:
     """Returns what the columns are, in this comparison."""
     tenth = last_tenth(comparison.steps)
     unit = "" if comparison.task else "losses in nats per byte, "
-    drift = "max over steps of |L - L64| / L64"
+    drift = "max over steps of |L - L64| / L64, L64 being 64-true's training loss"
     if comparison.find(REFERENCE) is None:
-        drift += ", - without 64-true among the finished modes"
+        drift += " (-: 64-true is not among the finished modes; add it to --modes)"
     spread, seeds = comparison.spread(), comparison.seeds_of(BASELINE)
     spreads = "spreads: held-out minus 32-true's, in standard deviations of 32-true's over seeds"
-    spreads += " (- without two)" if spread is None else f" ({spread:.2g}, of {seeds})"
-    ratio = "" if comparison.find(BASELINE) else "; x 32-true: - without 32-true among the finished modes"
+    spreads += " (-: needs two seeds of it)" if spread is None else f" ({spread:.2g}, of {seeds})"
+    ratio = "" if comparison.find(BASELINE) else "; x 32-true: - as 32-true is not among the finished modes"
     if comparison.find(BASELINE) and comparison.block is not None:
         ratio = f"; x 32-true: median, and quartiles, of turns of {comparison.block} steps that were taken side by side"
     on_cuda = comparison.environment.get("device") == "cuda"
