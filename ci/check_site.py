@@ -11,7 +11,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, urldefrag
+from urllib.parse import unquote, urldefrag, urlsplit
 
 LOADS = {
     "audio": ("src",),
@@ -76,18 +76,25 @@ def problems(site: Path) -> list[str]:
     for path, page in pages.items():
         name = path.relative_to(site).as_posix()
         found += [f"{name} loads {address}" for address in page.loads if is_foreign(address)]
-        if name == "404.html":  # its links are from the root of whatever host it lies on
-            continue
         for link in dict.fromkeys([*page.links, *page.loads]):
-            if reason := _dead(link, path, pages):
+            there = _from_root(link, site) if name == "404.html" else link
+            if reason := _dead(there, path, pages) if there is not None else "it works in one folder alone":
                 found.append(f"{name} links to {link}: {reason}")
-        if not path.with_suffix(".md").exists():
+        if name != "404.html" and not path.with_suffix(".md").exists():
             found.append(f"{name} has no twin in Markdown")
     for path in sorted(site.rglob("*.css")):
         found += [f"{path.relative_to(site)} loads {address}" for address in STYLE.findall(path.read_text())]
     listed = (site / "llms.txt").read_text() if (site / "llms.txt").exists() else ""
     twins = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.md"))
     return found + [f"llms.txt does not list {name}" for name in twins if f"]({name})" not in listed]
+
+
+def _from_root(link: str, site: Path) -> str | None:
+    """Returns a link of 404.html, which is shown at any depth, as one in the site's folder; None: it is relative."""
+    root = urlsplit(os.environ.get("SITE_URL", "")).path.rstrip("/") + "/"
+    if re.match(r"[a-z]+:|//|#", link):
+        return link
+    return f"{site}/{link.removeprefix(root)}" if link.startswith(root) else None
 
 
 def _dead(link: str, path: Path, pages: dict[Path, Page]) -> str:

@@ -211,13 +211,24 @@ def _described(what: Any) -> str:
 
 
 def _parameters(function: Any) -> list[str]:
-    found = []
-    for each in function.parameters:
-        if each.name not in ("self", "cls"):
-            star = {"variadic positional": "*", "variadic keyword": "**"}.get(each.kind.value, "")
-            default = f"={each.default}" if each.default is not None and not star else ""
-            found.append(f"{star}{each.name}{default}")
-    return found
+    return spelled([(each.name, each.kind.value, each.default) for each in function.parameters])
+
+
+def spelled(parameters: list[tuple[str, str, str | None]]) -> list[str]:
+    """Returns parameters (name, kind, default) as a `def` has them, `*` and `/` included, without annotations."""
+    found: list[str] = []
+    before = ""
+    for name, kind, default in parameters:
+        if name in ("self", "cls"):
+            continue
+        if before == "positional-only" != kind:
+            found.append("/")
+        if kind == "keyword-only" and before not in (kind, "variadic positional"):
+            found.append("*")
+        star = {"variadic positional": "*", "variadic keyword": "**"}.get(kind, "")
+        found.append(f"{star}{name}" + (f"={default}" if default is not None and not star else ""))
+        before = kind
+    return [*found, "/"] if before == "positional-only" else found
 
 
 def twin(text: str) -> str:

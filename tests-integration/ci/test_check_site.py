@@ -73,3 +73,22 @@ def test_a_page_without_its_twin_and_a_twin_that_is_not_listed(tmp_path: Path) -
     (site / "index.md").unlink()
     (site / "llms.txt").write_text("- [Home](index.md)\n")
     assert problems(site) == ["index.html has no twin in Markdown", "llms.txt does not list sub/page.md"]
+
+
+@pytest.mark.parametrize(
+    ("address", "link", "problem"),
+    [
+        ("", "/sub/page.html#here", None),
+        ("https://a.b/c/", "/c/sub/page.html#here", None),
+        ("", "sub/page.html", "it works in one folder alone"),
+        ("", "/sub/other.html", "there is no such file"),
+        ("https://a.b/c/", "/sub/page.html", "it works in one folder alone"),
+    ],
+)
+def test_links_of_the_page_for_missing_pages_work_at_any_depth(
+    address: str, link: str, problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SITE_URL", address)
+    site = make(tmp_path, GOOD)
+    (site / "404.html").write_text(f'<a href="#top" id="top">up</a><a href="{link}">link</a>')
+    assert problems(site) == ([f"404.html links to {link}: {problem}"] if problem else [])
