@@ -1,11 +1,14 @@
-"""Every Python block of the site runs as it stands: those of a page one after another, with the names of those before.
+"""Every Python block of the site runs as it is pasted: alone, unless the sentence before says what it goes on from.
 
-The READMEs, which are pages of the site too, are run by their packages' own tests.
+Pages are those of docs/ and the packages' READMEs. A block
+"goes on from the block above", "from there", or "from the first block" of the page, and has their names.
 """
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +17,97 @@ import torch
 
 from precision_core.testing import run_in_ranks
 
-DOCS = Path(__file__).parents[2] / "docs"
-HEAVY = {"recipes/qlora.md": ("precision_bnb", "precision_fsdp", "peft", "transformers")}
-"""Pages whose blocks import a vendor for seconds, and what they need."""
-PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-"""What peft 0.21 does with transformers 5.24, and we have no hand in."""
-NEEDS = {"recipes/fp8.md": "precision_te"}
+ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/README.md"), *ROOT.glob("examples/*/README.md")]
+GOES_ON = re.compile(r"\bgoes on from (there|the block above|(?P<first>the first block))\b")
+ELSEWHERE = {"packages/precision-core/README.md", "packages/precision-xla/README.md"}
+"""READMEs that their packages' own tests run: core's wheel is tested with it, XLA has an environment of its own."""
+VENDORS = {"deepspeed", "peft", "transformers"}
+"""What takes seconds to import: such blocks are in the full tier."""
+OURS = {"precision_bnb", "precision_deepspeed", "precision_fsdp", "precision_te", "precision_xla"}
+STARTS = ("fabric.launch()", "init_process_group(", "deepspeed.initialize(")
+"""What joins several processes: such blocks run in two."""
+WARNS = (
+    "ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning",  # peft 0.21 of transformers 5.24
+    "ignore:.*torch.jit.script.* is deprecated:DeprecationWarning",  # DeepSpeed of torch 2.13, and the next
+    "ignore:`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated:FutureWarning",
+)
+"""What vendors do, and we have no hand in."""
 
 
-def blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+def chains(page: str) -> list[list[str]]:
+    """Returns the blocks of a page, those that go on from each other together."""
+    found: list[list[str]] = []
+    parts = re.split(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    for text, block in zip(parts[::2], parts[1::2], strict=False):  # the last text has no block behind it
+        said = GOES_ON.search(" ".join(text.strip().rpartition("\n\n")[2].split()))
+        if said and said["first"]:
+            found.append([found[0][0], block])
+        elif said:
+            found[-1].append(block)
+        else:
+            found.append([block])
+    return found
 
 
-def pages() -> list[Any]:
-    names = [page.relative_to(DOCS).as_posix() for page in sorted(DOCS.rglob("*.md")) if blocks(page)]
-    return [pytest.param(name, marks=[pytest.mark.full, PEFT] if name in HEAVY else []) for name in names]
+def cases() -> list[Any]:
+    found = []
+    for page in sorted(PAGES):
+        name = page.relative_to(ROOT).as_posix()
+        if name in ELSEWHERE:
+            continue
+        for number, chain in enumerate(chains(page.read_text()), 1):
+            is_heavy = imported(chain) & (VENDORS | {"precision_deepspeed"})
+            marks = [pytest.mark.full] if is_heavy else []
+            found.append(pytest.param(name, chain, id=f"{name}-{number}", marks=marks))
+    return found
 
 
-@pytest.mark.parametrize("name", pages())
-def test_the_blocks_of_a_page_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in [*HEAVY.get(name, ()), *filter(None, [NEEDS.get(name)])]:
+def imported(chain: list[str]) -> set[str]:
+    return set(re.findall(r"^(?:from|import) (\w+)", "\n".join(chain), re.MULTILINE))
+
+
+@pytest.mark.filterwarnings(*WARNS)
+@pytest.mark.parametrize(("name", "chain"), cases())
+def test_a_block_runs(name: str, chain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = imported(chain) & (VENDORS | OURS)
+    needed |= {f"precision_{each}" for each in re.findall(r'"(?:bf16-)?(fsdp|deepspeed|kahan)"', "".join(chain))}
+    for module in sorted(needed):
         pytest.importorskip(module, reason=f"{module} is not installed here")
     monkeypatch.chdir(tmp_path)
-    code = blocks(DOCS / name)
-    if any("fabric.launch()" in block for block in code):
-        run_in_ranks(2, run, name, code)
+    if any(start in "".join(chain) for start in STARTS):
+        run_in_ranks(2, run, name, chain)
     else:
-        run(name, code)
+        run(name, chain)
 
 
-def run(name: str, code: list[str]) -> None:
+def run(name: str, chain: list[str]) -> None:
     state = torch.get_rng_state()
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"__name__": "pasted"}
     try:
-        for block in code:
+        for block in chain:
             exec(compile(block, name, "exec"), names)
     finally:
         torch.set_rng_state(state)
 
 
-def test_what_is_said_to_be_heavy_is_there() -> None:
-    assert all(blocks(DOCS / name) for name in (*HEAVY, *NEEDS))
+def test_blocks_that_go_on_are_found() -> None:
+    says = (
+        "",
+        "This goes on\nfrom there:",
+        "It goes on from there.\n\nAlone:",
+        "Goes on. It goes on from the first block:",
+    )
+    page = "# A\n\n" + "".join(f"{text}\n\n```python\n{number}\n```\n\n" for number, text in enumerate(says))
+    assert chains(page) == [["0\n", "1\n"], ["2\n"], ["0\n", "3\n"]]
+    assert sum(map(len, (chains(page.read_text()) for page in PAGES))) > 30
+
+
+@pytest.mark.full
+@pytest.mark.slow_start
+def test_the_plugin_that_a_page_writes_meets_the_contract(tmp_path: Path) -> None:
+    plugin, contract = chains((ROOT / "docs" / "plugins" / "write.md").read_text())[-1]
+    (tmp_path / "test_noisy.py").write_text(f"{plugin}\n\n{contract}")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr

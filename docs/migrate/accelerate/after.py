@@ -11,8 +11,9 @@ def train(steps=10):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     data = torch.utils.data.TensorDataset(torch.randn(8 * steps, 16))
     loader = torch.utils.data.DataLoader(data, batch_size=8)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
     model, optimizer = fabric.setup(model, optimizer)
-    loader = fabric.setup_dataloaders(loader)
+    loader, scheduler = fabric.setup_dataloaders(loader), fabric.setup_schedulers(scheduler)
     losses = []
     for number, (x,) in enumerate(loader, 1):
         last = number % 2 == 0 or number == len(loader)
@@ -22,7 +23,9 @@ def train(steps=10):
         if last:
             fabric.clip_gradients(model, optimizer, max_norm=1.0)
             optimizer.step()
+            scheduler.step()  # with the optimizer, not once a microbatch
             optimizer.zero_grad()
         losses.append(loss.item())
-    fabric.save("last.ckpt", {"model": model, "optimizer": optimizer, "loader": loader})
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
+    fabric.save("last.ckpt", state)
     return losses, [param.detach() for param in model.parameters()]

@@ -10,7 +10,8 @@ def train(steps=10):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     data = torch.utils.data.TensorDataset(torch.randn(8 * steps, 16))
     loader = torch.utils.data.DataLoader(data, batch_size=8)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     losses = []
     for (x,) in loader:
         with accelerator.accumulate(model):
@@ -19,6 +20,7 @@ def train(steps=10):
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), max_norm=1.0)
             optimizer.step()
+            scheduler.step()  # does nothing where the optimizer's does nothing
             optimizer.zero_grad()
         losses.append(loss.item())
     accelerator.save_state("last")

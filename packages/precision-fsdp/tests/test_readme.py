@@ -1,58 +1,49 @@
-"""The README's examples, with the CPU for the GPU and two ranks for four."""
+"""The README's examples, on two CPU ranks."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from precision_core.testing import run_in_ranks
-from precision_fsdp import FSDPPrecision
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-FABRIC, BY_HAND, ON_META, FILLED = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+FABRIC, OWN_DTYPES, BY_HAND, ON_META, FILLED = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-class GPT(nn.Module):
-    def __init__(self, config: Any = None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
+def run(folder: Path, *blocks: str) -> dict[str, Any]:
+    os.chdir(folder)
+    names: dict[str, Any] = {"__name__": "pasted"}
+    for block in blocks:
+        exec(block, names)
+    return names
 
 
-def run(kind: str, folder: Path | None = None) -> tuple[str, float]:
-    model = GPT()
-    names: dict[str, Any] = {"torch": torch, "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
-    if kind == "by hand":
-        dist.init_process_group("gloo")
-        names |= {"FSDPPrecision": FSDPPrecision, "fully_shard": fully_shard, "criterion": nn.functional.mse_loss}
-        names["loader"] = [(torch.ones(2, 4), torch.zeros(2, 4))] * 3
-        exec(BY_HAND, names)
-        return names["precision"].mode, names["precision"].steps
-    exec(FABRIC.replace("devices=4", 'devices=2, accelerator="cpu"'), names)
-    if kind == "on meta":
-        exec(ON_META, names | {"GPT": GPT, "config": None})
-    if folder is not None:
-        file = folder / "model.safetensors"
-        names["fabric"].save_module(file, names["model"])
-        names |= {"GPT": GPT, "config": None}
-        exec(FILLED.replace('"model.safetensors"', repr(str(file))), names)
-        assert names["model"](torch.ones(2, 4)).isfinite().all()
-    return str(names["fabric"].precision_plugin.report), names["fabric"].world_size
+def with_fabric(folder: Path) -> None:
+    names = run(folder, FABRIC, ON_META, FILLED)
+    assert names["fabric"].world_size == 2 and (folder / "last").is_dir()
+    x = torch.ones(2, 64)
+    with torch.no_grad():
+        assert torch.equal(names["pretrained"](x), names["model"](x))  # the file's values
+        assert names["large"](x).isfinite().all()
+
+
+def with_own_dtypes(folder: Path) -> None:
+    fabric = run(folder, FABRIC, OWN_DTYPES)["fabric"]
+    model = fabric.setup(torch.nn.Linear(4, 4))
+    assert "reduce in bfloat16 as mixed_precision says, not in float32" in str(fabric.precision_plugin.report)
+    assert model.weight.dtype is torch.float32
+
+
+def by_hand(folder: Path) -> None:
+    precision = run(folder, BY_HAND)["precision"]
+    assert (precision.mode, precision.steps) == ("bf16-mixed", 3)
 
 
 def test_the_examples_run(tmp_path: Path) -> None:
-    for report, ranks in run_in_ranks(2, run, "fabric"):
-        assert ranks == 2 and "reduce in bfloat16 as mixed_precision says, not in float32" in report
-    assert run_in_ranks(2, run, "by hand") == [("bf16-mixed", 3)] * 2
-    assert run_in_ranks(2, run, "on meta")[0][1] == 2
-    assert run_in_ranks(2, run, "filled", tmp_path)[0][1] == 2
+    for check in (with_fabric, with_own_dtypes, by_hand):
+        run_in_ranks(2, check, tmp_path)
