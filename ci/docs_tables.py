@@ -56,6 +56,8 @@ MACHINES: dict[str, tuple[str, dict[str, object]]] = {
     "CPU without bfloat16 units": ("cpu", {"avx512_bf16": False, "amx": False, "fp16": False}),
     "CPU with AVX512-BF16 or AMX": ("cpu", {"avx512_bf16": True, "amx": True, "fp16": False}),
     "CPU with float16 units too": ("cpu", {"avx512_bf16": True, "amx": True, "fp16": True}),
+    "ARM CPU with bfloat16 instructions, Linux": ("cpu", {"machine": "aarch64", "onednn_bf16": True}),
+    "Apple's CPU": ("cpu", {"machine": "arm64", "system": "Darwin", "onednn_bf16": False}),
     "NVIDIA, Pascal (6.x)": ("cuda", {"capability": (6, 1)}),
     "NVIDIA, Volta and Turing (7.x)": ("cuda", {"capability": (7, 5)}),
     "NVIDIA, Ampere and newer (8.0 on)": ("cuda", {"capability": (8, 0)}),
@@ -70,9 +72,11 @@ def _as_on(machine: dict[str, object]) -> ExitStack:
     answers: dict[str, Callable[..., object]] = {
         "precision_core.hardware.is_available": lambda device_type: True,
         "precision_core.hardware.compute_capability": lambda: machine.get("capability", (0, 0)),
-        "precision_core.hardware._onednn": lambda question: bool(machine.get("fp16")) or "bf16" in question,
-        "precision_core.hardware.platform.machine": lambda: "x86_64",
-        "precision_core.hardware.platform.system": lambda: "Linux",
+        "precision_core.hardware._onednn": lambda question: bool(
+            machine.get("onednn_bf16", True) if "bf16" in question else machine.get("fp16")
+        ),
+        "precision_core.hardware.platform.machine": lambda: machine.get("machine", "x86_64"),
+        "precision_core.hardware.platform.system": lambda: machine.get("system", "Linux"),
         "torch.cpu._is_avx512_bf16_supported": lambda: machine.get("avx512_bf16", False),
         "torch.cpu._is_amx_tile_supported": lambda: machine.get("amx", False),
         "torch.backends.mps.is_macos_or_newer": lambda *version: machine.get("macos14", False),

@@ -45,9 +45,11 @@ class Run:
     def launch(self, function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Starts the processes of the run, where they are not started yet; call it right after `Fabric(...)`.
 
-        Without a function the script is started again from its top in each process, and what follows runs in all of
-        them. With one, `function(fabric, *args, **kwargs)` runs in new processes, and rank 0's result is returned. On
-        one device, and under torchrun, it only calls the function.
+        Without a function this process ends, and the script is started again from its top in each new one: what stands
+        above the call runs once more than there are processes, what stands below once in each. With one,
+        `function(fabric, *args, **kwargs)` runs in new processes, and rank 0's result is returned; they import the
+        script, so there call it under `if __name__ == "__main__":`. On one device, and under torchrun, it only calls
+        the function.
 
         A strategy that needs environment variables that this process was started without (XLA's several CPU devices)
         starts one process with them.
