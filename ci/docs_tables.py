@@ -61,8 +61,8 @@ MACHINES: dict[str, tuple[str, dict[str, object]]] = {
     "NVIDIA, Pascal (6.x)": ("cuda", {"capability": (6, 1)}),
     "NVIDIA, Volta and Turing (7.x)": ("cuda", {"capability": (7, 5)}),
     "NVIDIA, Ampere and newer (8.0 on)": ("cuda", {"capability": (8, 0)}),
-    "Apple, macOS 14 and newer": ("mps", {"macos14": True}),
-    "Apple, older macOS": ("mps", {"macos14": False}),
+    "Apple's GPU, macOS 14 and newer": ("mps", {"macos14": True}),
+    "Apple's GPU, older macOS": ("mps", {"macos14": False}),
 }
 """Kind of machine -> device type, and what the probes of `precision_core.hardware` find there."""
 
