@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import time
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import BackendConfig
 
+from precision_core import Fabric
 from precision_core.strategies.layout import make_layout
 from precision_core.strategies.processes import Ranks, backend_for, bound_device, join, ranks_from_environment
 from precision_core.testing import run_in_ranks
@@ -113,3 +118,23 @@ def join_on_the_cpu() -> tuple[str, float]:
 
 def test_a_run_on_the_cpu_has_gloo_whatever_torch_finds() -> None:
     assert run_in_ranks(2, join_on_the_cpu) == [("cpu:gloo,cuda:gloo", 3.0)] * 2
+
+
+def test_nobody_goes_on_before_all_have_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect, connected = dist.init_process_group, []
+
+    def slowly(*args: Any, **kwargs: Any) -> None:
+        connect(*args, **kwargs)
+        time.sleep(0.5 if os.environ["RANK"] == "0" else 0.0)
+        connected.append(time.monotonic())
+
+    def joined() -> tuple[float, float]:
+        """Returns when this rank has connected, which takes rank zero half a second longer, and when it has joined."""
+        fabric = Fabric("cpu")
+        now = time.monotonic()
+        fabric.teardown()
+        return connected[0], now
+
+    monkeypatch.setattr(dist, "init_process_group", slowly)
+    (zero, _), (_, others) = run_in_ranks(2, joined)
+    assert others >= zero

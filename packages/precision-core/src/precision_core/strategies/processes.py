@@ -106,8 +106,16 @@ def join(ranks: Ranks, device: torch.device, backend: str | None, timeout: timed
         timeout=timeout,
         device_id=bound_device(device, backend),
     )
+    _wait_for_all(store, ranks)
     atexit.register(time.sleep, _LET_GO)
     return True
+
+
+def _wait_for_all(store: dist.Store, ranks: Ranks) -> None:
+    """Returns once all ranks have joined: one that leaves at once breaks the connections that others still make."""
+    if store.add("joined", 1) == ranks.world_size:
+        store.set("all have joined", "")
+    store.wait(["all have joined"])
 
 
 _stores: dict[tuple[object, ...], tuple[dist.Store, Iterator[int]]] = {}
