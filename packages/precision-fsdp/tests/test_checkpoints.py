@@ -87,7 +87,12 @@ class Run:
         state = self.fabric.precision_plugin.state_dict()
         counts = {name: value for name, value in (*state.items(), *state["scaler"].items()) if type(value) is not dict}
         found.update({name: torch.tensor(value) for name, value in counts.items() if name != "mode"})
-        return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in found.items()}
+        return {name: full(value) if isinstance(value, DTensor) else value for name, value in found.items()}
+
+
+def full(value: DTensor) -> torch.Tensor:
+    """Returns all ranks' parts; gloo gathers no int16, which master rests are."""
+    return value.to(torch.int32).full_tensor() if value.dtype is torch.int16 else value.full_tensor()
 
 
 def whole(ranks: int, mode: str, options: dict[str, Any]) -> Outcome:
