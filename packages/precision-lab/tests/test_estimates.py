@@ -11,8 +11,8 @@ from torch import nn
 import precision_lab
 from precision_lab import estimates
 from precision_lab.cli import main
-from precision_lab.estimates import Estimates, parse_bytes, sharded
-from precision_lab.footprint import KINDS, Footprint
+from precision_lab.estimates import Estimates, parse_bytes
+from precision_lab.footprint import Footprint
 
 
 def make():
@@ -43,19 +43,6 @@ def test_a_mode_that_cannot_be_traced_is_a_row_with_the_reason_and_users_errors_
         precision_lab.estimate(wrong, "32-true")
 
 
-def test_several_processes_by_formula():
-    one = Footprint("32-true", 800, 80, 8, {"exp_avg": 1600}, 5, 70, 30, 2593)
-    assert sum(one.of(kind) for kind in KINDS) == one.peak
-    assert sharded(one, "single_device", 1) is one
-    eight = sharded(one, "fsdp", 8)
-    assert (eight.params, eight.grads, eight.master, eight.optimizer) == (100, 10, 1, {"exp_avg": 200})
-    assert (eight.activations, eight.temporary) == (70, 30 + 80) and "formula" in eight.how
-    ddp = sharded(one, "ddp", 8)
-    assert ddp.params == 800 and ddp.peak == one.peak + 800
-    for each in (eight, ddp):
-        assert sum(each.of(kind) for kind in KINDS) == each.peak and each.devices == 8
-
-
 @pytest.mark.parametrize(
     ("text", "number"),
     [("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("512", 512), (100, 100), ("2m", 2 * 10**6)],
@@ -70,7 +57,7 @@ def test_amounts_of_memory(text, number):
         (["--fit", "much"], "is no amount of memory"),
         (["--fit", "1.2.3GB"], "is no amount of memory"),
         (["--devices", "8"], "single_device has one"),
-        (["--strategy", "deepspeed", "--devices", "8"], "cannot be estimated"),
+        (["--strategy", "pipeline", "--devices", "8"], "cannot be estimated"),
         (["--modes", "bf16-mixd"], "bf16-mixd"),
         (["--size", "2m"], "expected one of 1m"),
         (["--hf", "gone.json"], "there is no file 'gone.json'"),

@@ -134,7 +134,9 @@ def compare(
 @main.command()
 @click.argument("task", metavar="[TASK.PY:FUNCTION]", required=False)
 @click.option("--modes", "--mode", metavar="MODE,...", help="As for compare. [default: all of core's]")
-@click.option("--strategy", default="single_device", show_default=True, help="single_device, ddp or fsdp.")
+@click.option(
+    "--strategy", default="single_device", show_default=True, help="single_device, ddp, fsdp, deepspeed or xla."
+)
 @click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="Processes, one a device.")
 @click.option("--fit", metavar="24GB", help="What there is room for: say which modes fit.")
 @click.option("--hf", metavar="CONFIG.JSON", help="The causal language model of a Hugging Face config, with AdamW.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,13 @@ from typing import Any
 import torch
 
 from precision_lab.footprint import KINDS, Footprint, trace
+from precision_lab.formulas import FORMULAS, sharded
 from precision_lab.modes import modes_to_run, parse_modes
 from precision_lab.shown import Shown
 from precision_lab.table import human_bytes
 from precision_lab.task import Task
 from precision_lab.taskfile import TaskError, guarded, load_make
 from precision_lab.train import SIZES, gpt_maker
-
-STRATEGIES = ("single_device", "ddp", "fsdp")
 
 
 @dataclass(repr=False)
@@ -71,7 +70,8 @@ def estimate(
     Args:
         task: as for `compare`; its code runs with tensors that have no values.
         modes: as for `compare`.
-        strategy: "single_device", which is traced; "ddp" or "fsdp" over `devices`, by a formula on what was traced.
+        strategy: "single_device", which is traced; "ddp", "fsdp", "deepspeed" (stage 2) or "xla" over `devices`, by a
+            formula on what was traced.
         fit: what there is room for, "24GB" or bytes.
         hf: a Hugging Face config.json, or its folder: that causal language model with AdamW, in place of a task.
         batch: of `hf`, sequences x tokens.
@@ -81,10 +81,11 @@ def estimate(
         ValueError: an unknown mode, strategy, size, batch or amount of memory, or no such file.
         TaskError: the user's code raised.
     """
-    if strategy not in STRATEGIES or devices < 1 or (devices > 1) != (strategy != "single_device"):
+    known = strategy == "single_device" or strategy in FORMULAS
+    if not known or devices < 1 or (devices > 1) != (strategy != "single_device"):
         raise ValueError(
-            f"strategy={strategy!r} with devices={devices}: single_device has one, ddp and fsdp have several; others "
-            "cannot be estimated"
+            f"strategy={strategy!r} with devices={devices}: single_device has one, {', '.join(FORMULAS)} have several; "
+            "others cannot be estimated"
         )
     room = None if fit is None else parse_bytes(fit)
     named = modes not in (None, "all")
@@ -112,40 +113,6 @@ def _traced(mode: str, make: Callable[[], Task]) -> Footprint:
         raise
     except Exception as error:  # a mode that cannot run here, a kernel that needs values: the others go on
         return Footprint(mode, reason=f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def sharded(one: Footprint, strategy: str, devices: int) -> Footprint:
-    """Returns the footprint of one of several processes, by a formula on that of a single one.
-
-    ddp: as on one device, and buckets for all gradients. fsdp: parameters, gradients, master weights and optimizer
-    state divided by `devices`, activations as they are, and two layers gathered: counted as a tenth of the parameters.
-    """
-    if strategy == "single_device" or one.reason:
-        return one
-    if strategy == "ddp":
-        buckets = one.params
-        return replace(
-            one,
-            temporary=one.temporary + buckets,
-            peak=one.peak + buckets,
-            how="formula: traced on one device, and gradient buckets",
-            strategy=strategy,
-            devices=devices,
-        )
-    part = {kind: -(-getattr(one, kind) // devices) for kind in ("params", "grads", "master")}
-    state = {name: -(-size // devices) for name, size in one.optimizer.items()}
-    temporary = one.temporary + one.params // 10
-    peak = sum(part.values()) + sum(state.values()) + one.buffers + one.activations + temporary
-    return replace(
-        one,
-        **part,
-        optimizer=state,
-        temporary=temporary,
-        peak=peak,
-        how=f"formula: traced on one device, sharded over {devices}",
-        strategy=strategy,
-        devices=devices,
-    )
 
 
 def hf_maker(config: Path, batch: str) -> Callable[[], Task]:

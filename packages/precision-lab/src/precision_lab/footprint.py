@@ -43,6 +43,9 @@ class Footprint:
     peak: int = 0
     resident: int = 0
     """Between two steps, once gradients are dropped: parameters, optimizer, buffers."""
+    numbers: int = 0
+    """Of the model: elements of its parameters, and of those which train."""
+    trained: int = 0
     how: str = "traced"
     """"traced", or the formula that it comes from."""
     strategy: str = "single_device"
@@ -122,6 +125,9 @@ def _look(found: Footprint, tracker: Tracker, model: nn.Module, optimizer: Any, 
     found.peak = tracker.current
     params = [param for group in optimizer.param_groups for param in group["params"]]
     params += list(model.parameters())
+    different = {id(param): param for param in params}.values()
+    found.numbers = sum(param.numel() for param in different)
+    found.trained = sum(param.numel() for param in different if param.requires_grad)
     found.params = sum(take(param) for param in params)
     found.grads = sum(take(param.grad) for param in params)
     found.buffers = sum(take(buffer) for buffer in model.buffers())

@@ -1,0 +1,78 @@
+"""What a process of several keeps, by a formula on what one device was traced to: those devices are not here.
+
+What is added to a trace stands in the table of formulas; `Footprint.how` says so wherever such a figure is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from precision_lab.footprint import KINDS, Footprint
+
+REDUCE_BUCKET = 500_000_000
+"""Elements of the buffer that DeepSpeed (0.19.8, `reduce_bucket_size`) makes at each backward, whatever the model."""
+
+
+def sharded(one: Footprint, strategy: str, devices: int) -> Footprint:
+    """Returns the footprint of one of `devices` processes, by the strategy's formula on that of a single one.
+
+    Args:
+        strategy: "single_device", for which `one` is returned, or one of `FORMULAS`.
+    """
+    if strategy == "single_device" or one.reason:
+        return one
+    found = replace(FORMULAS[strategy](one, devices), strategy=strategy, devices=devices)
+    return replace(found, peak=sum(found.of(kind) for kind in KINDS), resident=_resident(found))
+
+
+def _resident(found: Footprint) -> int:
+    return sum(found.of(kind) for kind in ("params", "master", "optimizer", "buffers"))
+
+
+def _ddp(one: Footprint, _devices: int) -> Footprint:
+    how = "formula: traced on one device, and gradient buckets"
+    return replace(one, temporary=one.temporary + one.params, how=how)
+
+
+def _fsdp(one: Footprint, devices: int) -> Footprint:
+    """Two layers are gathered at a time: counted as a tenth of the parameters."""
+    return replace(
+        one,
+        **{kind: _part(getattr(one, kind), devices) for kind in ("params", "grads", "master")},
+        optimizer={name: _part(size, devices) for name, size in one.optimizer.items()},
+        temporary=one.temporary + one.params // 10,
+        how=f"formula: traced on one device, sharded over {devices}",
+    )
+
+
+def _deepspeed(one: Footprint, devices: int) -> Footprint:
+    """Stage 2 (Rajbhandari et al., ZeRO, 2020): float32 weights and moments in shards, in every mode, and gradients."""
+    size = max(1, one.params // max(1, one.numbers))
+    moments = {name: 4 * one.trained if kept >= one.trained > 0 else kept for name, kept in one.optimizer.items()}
+    return replace(
+        one,
+        grads=_part(one.grads, devices),
+        master=_part(4 * one.trained, devices),
+        optimizer={name: _part(kept, devices) for name, kept in moments.items()},
+        temporary=one.temporary + size * REDUCE_BUCKET,
+        how=f"formula: traced on one device, ZeRO stage 2 over {devices}, a bucket of {REDUCE_BUCKET:,} gradients",
+    )
+
+
+def _xla(one: Footprint, _devices: int) -> Footprint:
+    """Each device has all of the model; the batch is what one of them gets, as for the others."""
+    return replace(one, how="formula: traced on one device, a CPU; XLA's compiler plans its own memory")
+
+
+def _part(size: int, devices: int) -> int:
+    return -(-size // devices)
+
+
+FORMULAS: dict[str, Callable[[Footprint, int], Footprint]] = {
+    "ddp": _ddp,
+    "fsdp": _fsdp,
+    "deepspeed": _deepspeed,
+    "xla": _xla,
+}
+"""Strategy -> its formula."""

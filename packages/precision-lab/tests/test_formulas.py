@@ -1,0 +1,53 @@
+"""Formulas for several processes: what is divided, what is added, and beside DeepSpeed's own tensors."""
+
+import pytest
+
+from precision_lab.footprint import KINDS, Footprint, trace
+from precision_lab.formulas import FORMULAS, REDUCE_BUCKET, sharded
+from precision_lab.train import gpt_maker
+
+ONE = Footprint("32-true", 800, 800, 8, {"exp_avg": 800, "step": 4}, 5, 70, 30, 2517, numbers=200, trained=200)
+
+
+@pytest.mark.parametrize("strategy", FORMULAS)
+def test_the_kinds_add_up_and_say_that_they_are_a_formula(strategy):
+    assert sum(ONE.of(kind) for kind in KINDS) == ONE.peak
+    found = sharded(ONE, strategy, 8)
+    assert sum(found.of(kind) for kind in KINDS) == found.peak and found.how.startswith("formula: ")
+    assert (found.strategy, found.devices, found.activations) == (strategy, 8, 70)
+
+
+def test_one_device_is_as_it_was_traced():
+    assert sharded(ONE, "single_device", 1) is ONE
+    failed = Footprint("nf4", reason="why")
+    assert sharded(failed, "fsdp", 8) is failed
+
+
+def test_ddp_keeps_all_and_has_buckets():
+    assert sharded(ONE, "ddp", 8).peak == ONE.peak + 800
+
+
+def test_fsdp_divides_all_but_activations():
+    eight = sharded(ONE, "fsdp", 8)
+    assert (eight.params, eight.grads, eight.master, eight.optimizer) == (100, 100, 1, {"exp_avg": 100, "step": 1})
+    assert eight.temporary == 30 + 80
+
+
+@pytest.mark.parametrize(("params", "optimizer"), [(800, 800), (400, 400)])
+def test_deepspeed_has_float32_weights_and_moments_in_shards_in_every_mode(params, optimizer):
+    state = {"exp_avg": optimizer, "step": 4}
+    one = Footprint("mode", params, params, 0, state, 5, 70, 30, 0, numbers=200, trained=200)
+    eight = sharded(one, "deepspeed", 8)
+    assert (eight.params, eight.grads, eight.master) == (params, params // 8, 100)
+    assert eight.optimizer == {"exp_avg": 100, "step": 1}
+    assert eight.temporary == 30 + params // 200 * REDUCE_BUCKET
+
+
+def test_of_two_engines_each_has_what_the_formula_says():
+    """The parameters and moments that `precision compare --strategy deepspeed --devices 2` found, on a CPU."""
+    import torch
+
+    for mode, params in (("32-true", 5_090_560), ("bf16-true", 2_545_280)):
+        found = sharded(trace(mode, gpt_maker(torch.device("cpu"))), "deepspeed", 2)
+        moments = found.optimizer["exp_avg"] + found.optimizer["exp_avg_sq"]
+        assert found.params == params and moments == 5_090_560
