@@ -49,6 +49,22 @@ def muon(params: Iterable[nn.Parameter]) -> Optimizer:
 if hasattr(optim, "Muon"):
     OPTIMIZERS["Muon"] = muon
 
+FORMS: dict[str, Make] = {
+    "SGD nesterov": partial(optim.SGD, lr=1e-2, momentum=0.9, nesterov=True, foreach=False),
+    "SGD foreach": partial(optim.SGD, lr=1e-2, weight_decay=0.1, foreach=True),
+    "Adam amsgrad, fused": partial(optim.Adam, amsgrad=True, fused=True, **_ADAM),
+    "Adamax foreach": partial(optim.Adamax, weight_decay=0.1, foreach=True),
+    "NAdam foreach": partial(optim.NAdam, foreach=True),
+    "RAdam": partial(optim.RAdam, weight_decay=0.1),
+    "RMSprop foreach": partial(optim.RMSprop, lr=1e-3, momentum=0.9, centered=True, foreach=True),
+    "Adagrad foreach": partial(optim.Adagrad, lr_decay=0.1, foreach=True),
+    "Adadelta foreach": partial(optim.Adadelta, foreach=True),
+    "ASGD foreach": partial(optim.ASGD, t0=2, foreach=True),
+    "Rprop foreach": partial(optim.Rprop, foreach=True),
+    "Adafactor foreach": partial(optim.Adafactor, weight_decay=0.1, foreach=True),
+}
+"""The same optimizers in the form that `OPTIMIZERS` leaves out."""
+
 
 class Model(nn.Module):
     """Parameters that are cut at odd places: matrices, a vector, channels last, a scalar, one element, a frozen one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
@@ -83,8 +84,11 @@ def test_bits_depend_on_the_place_alone() -> None:
     assert drawn.min() >= 0 and drawn.max() < 2**16 and abs(drawn.double().mean() / 32767.5 - 1) < 0.1
 
 
-def run(tmp_path: Any, stop: bool, steps: int = 4) -> list[Tensor]:
-    """Returns the parameters after some steps; with `stop` the last half is another process's, from a checkpoint."""
+def run(tmp_path: Any, stop: bool, steps: int = 4, loses: str = "") -> list[Tensor]:
+    """Returns the parameters after some steps; with `stop` the last half is another process's, from a checkpoint.
+
+    `loses` names what of the generator's state is not loaded.
+    """
     torch.manual_seed(0)
     fabric, model = Fabric("cpu", precision="bf16-stochastic"), Model()
     optimizer = AdamW(model.values, lr=1e-4)
@@ -97,6 +101,9 @@ def run(tmp_path: Any, stop: bool, steps: int = 4) -> list[Tensor]:
             optimizer = AdamW(model.values, lr=1e-4)
             fabric.setup(model, optimizer)
             fabric.load(tmp_path / "half", {"model": model, "optimizer": optimizer})
+            state = fabric.precision_plugin.masters.state_dict()["rounding"]
+            lost = {"seed": {"seed": 99}, "steps": {"steps": [0]}}.get(loses, {})
+            fabric.precision_plugin.masters.load_state_dict({"rounding": state | lost})
         give_gradients(model.values, step)
         optimizer.step()
     assert {value.dtype for state in optimizer.state.values() for key, value in state.items() if key != "step"} == {
@@ -109,15 +116,40 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Any) -> None:
     assert equal(run(tmp_path, stop=False), run(tmp_path, stop=True))
 
 
-def test_small_updates_arrive_on_average() -> None:
-    """Under bf16-true none of these would: each is a hundredth of the spacing."""
+@pytest.mark.parametrize("loses", ["seed", "steps"])
+def test_a_generator_that_is_not_resumed_would_be_seen(tmp_path: Any, loses: str) -> None:
+    """The negative control of the test above."""
+    assert not equal(run(tmp_path, stop=False), run(tmp_path, stop=True, loses=loses))
+
+
+def arrived(mode: str, bias: float = 1.0) -> float:
+    """Returns what arrives of 50 updates of 2**-14, each a hundredth of the spacing, in standard errors off their sum.
+
+    `bias` multiplies the random bits.
+    """
     model = nn.Linear(100, 100, bias=False)
     nn.init.ones_(model.weight)
-    fabric = Fabric("cpu", precision="bf16-stochastic")
+    fabric = Fabric("cpu", precision=mode)
     optimizer = SGD(model.parameters(), lr=1.0)
     fabric.setup(model, optimizer)
+    if bias != 1:
+        drawn = fabric.precision_plugin._updates.storage.noise  # type: ignore[attr-defined]
+        fair = drawn.bits
+        drawn.bits = lambda *place: (fair(*place).float() * bias).int()
     for _ in range(50):
         model.weight.grad = torch.full_like(model.weight, -(2.0**-14))
         optimizer.step()
     moved, error = model.weight.double().mean().item() - 1, 2**-7 * math.sqrt(50 * 2**-7 / 10_000)
-    assert abs(moved - 50 * 2**-14) < 4 * error
+    return (moved - 50 * 2**-14) / error
+
+
+def test_small_updates_arrive_on_average() -> None:
+    assert abs(arrived("bf16-stochastic")) < 4
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.999])
+def test_updates_that_are_rounded_with_a_bias_would_be_seen(bias: float) -> None:
+    """The negative control of the test above: bits that are a thousandth too small, and none, as in bf16-true."""
+    assert arrived("bf16-stochastic", bias) < -4
+    if not bias:
+        assert arrived("bf16-true") == arrived("bf16-stochastic", bias)

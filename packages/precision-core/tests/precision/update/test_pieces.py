@@ -11,9 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from precision_core import HalfPrecision
 from precision_core.precision.update import pieces
-from precision_core.testing.stored import OPTIMIZERS, Model, equal, give_gradients, masters
-
-FULL = pytest.param(300, marks=pytest.mark.full)
+from precision_core.testing.stored import FORMS, OPTIMIZERS, Model, equal, give_gradients, masters
 
 
 def convert(model: nn.Module, mode: str = "bf16-master") -> HalfPrecision:
@@ -22,12 +20,17 @@ def convert(model: nn.Module, mode: str = "bf16-master") -> HalfPrecision:
     return precision
 
 
-@pytest.mark.parametrize("steps", [4, FULL])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+LAW = [
+    *((name, 4) for name in OPTIMIZERS),
+    *(pytest.param(name, 300, marks=pytest.mark.full) for name in OPTIMIZERS | FORMS),
+]
+
+
+@pytest.mark.parametrize(("name", "steps"), LAW)
 def test_a_master_equals_float32_bit_for_bit(name: str, steps: int) -> None:
     wide, half = Model(), Model()
-    precision = convert(half)
-    reference, optimizer = OPTIMIZERS[name](wide.values), OPTIMIZERS[name](half.values)
+    precision, make = convert(half), (OPTIMIZERS | FORMS)[name]
+    reference, optimizer = make(wide.values), make(half.values)
     for step in range(steps):
         give_gradients(wide.values, step)
         give_gradients(half.values, step)
@@ -63,6 +66,24 @@ def test_without_the_rest_it_does_not_equal_float32() -> None:
     assert not equal(masters(precision, half.values), [param.detach() for param in wide.values])
     assert sum(map(bool, moved)) < len(moved)
     assert equal(*(list(_moments(each)) for each in (optimizer, reference)))  # float32 state is float32's all the same
+
+
+def test_rests_that_are_dropped_would_be_seen() -> None:
+    """The negative control of the law: one rest that is lost, once, and the values are float32's no more."""
+    wide, half = Model(), Model()
+    precision = convert(half)
+    reference, optimizer = AdamW(wide.values), AdamW(half.values)
+    alike = []
+    for step in range(4):
+        give_gradients(wide.values, step)
+        give_gradients(half.values, step)
+        if step == 2:
+            precision._updates.storage.rests.drop(half.values[0])  # type: ignore[union-attr]
+        reference.step()
+        precision.optimizer_step(optimizer, half, None)
+        exact = [param.detach() for param in wide.values]
+        alike.append([equal([a], [b]) for a, b in zip(masters(precision, half.values), exact, strict=True)])
+    assert alike == [[True] * 6] * 2 + [[False] + [True] * 5] * 2
 
 
 def test_state_in_bfloat16_is_rounded_once_a_step() -> None:
