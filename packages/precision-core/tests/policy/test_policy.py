@@ -69,6 +69,19 @@ def test_what_is_stored_follows_params_and_master(row: tuple[object, ...]) -> No
     assert (policy.master, policy.state, policy.grads, policy.rounding) == row[1:]
 
 
+@pytest.mark.parametrize(
+    ("spelled", "reduce"),
+    [
+        ("params=bfloat16", BF16),
+        ("params=bfloat16,grads=float32", F32),  # what was added up in float32 is not rounded on its way
+        ("params=float16,grads=float32,reduce=float16", F16),
+        ("params=float32,compute=bfloat16", F32),
+    ],
+)
+def test_reduction_is_as_wide_as_what_it_reduces(spelled: str, reduce: torch.dtype) -> None:
+    assert Policy.parse(spelled).reduce is reduce
+
+
 def test_the_master_mode_is_spelled_as_documented() -> None:
     spelled = "params=bfloat16,compute=bfloat16,reduce=float32,output=float32,buffers=bfloat16,master=float32,"
     assert Policy.parse(f"{spelled}state=float32,grads=bfloat16,rounding=nearest,scale=false") == MODES["bf16-master"]

@@ -92,12 +92,7 @@ class FSDPPrecision(Wrapping):
         """Returns why not, when the strategy's device lacks a dtype or is not the scaler's."""
         if self._given_scaler is not None and strategy.device.type != self._device_type:
             return f"its scaler is for {self._device_type!r}: pass torch.amp.GradScaler({strategy.device.type!r}, ...)"
-        if self.policy.grads is not self.policy.params:
-            return (
-                "FSDP2 reduces gradients into their parameters' dtype, so grads=float32 would be lost: leave grads out "
-                "(reduce=float32 reduces in float32), or use bf16-mixed"
-            )
-        return super().refuses(strategy)
+        return super().refuses(strategy) or self.wrapped.refuses(strategy)
 
     def connect(self, strategy: Strategy) -> None:
         """Takes the device, and the policy as the strategy may have changed it."""

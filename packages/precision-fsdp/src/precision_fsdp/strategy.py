@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -27,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from precision_core import Policy, Precision, Strategy
-from precision_core.override import override
+from precision_core.override import override, uncompiled
 from precision_core.strategies import Ranks, TorchGroup, join
 from precision_fsdp.arguments import check_arguments, check_reshard, make_mesh
 from precision_fsdp.copies import refuse_copies
@@ -45,6 +46,7 @@ from precision_fsdp.second_order import check_first_order, explained, first_orde
 from precision_fsdp.selection import Selection, check_selection, repeated_blocks, select
 from precision_fsdp.start import send
 from precision_fsdp.unsynced import Unsynced, drop, dropping, followed_by
+from precision_fsdp.wide_gradients import keep_wide, why_not
 
 _OWN_POLICY = "_policy_before_fsdp"
 
@@ -80,6 +82,7 @@ class FSDPStrategy(Strategy):
 
     name = "fsdp"
     multiprocess = True
+    keeps_wide_gradients = True
     sharded = True
 
     def __init__(
@@ -132,6 +135,7 @@ class FSDPStrategy(Strategy):
 
     def join(self, ranks: Ranks) -> None:
         """Joins the other processes of the run."""
+        self._wide: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose gradients are kept wide
         self._made_group = join(ranks, self.device, self.backend, self.timeout)
         self.group = TorchGroup(ranks, self.device)
 
@@ -150,10 +154,9 @@ class FSDPStrategy(Strategy):
                 "cpu_offload=True needs an accelerator to offload from, and on a CPU all is there already: leave it out"
             )
         try:
-            overridden(precision.policy, self._mixed_precision)
+            return why_not(overridden(precision.policy, self._mixed_precision)[0])
         except ValueError as error:
             return str(error)
-        return None
 
     def connect(self, precision: Precision) -> None:
         """Ties the plugin to this strategy; its policy takes what `mixed_precision` says."""
@@ -247,6 +250,8 @@ class FSDPStrategy(Strategy):
         """Returns what gathers the root's parameters around a marked method; forward has FSDP's hooks for that."""
         if not isinstance(module, FSDPModule):
             return None
+        is_wide = self.precision.policy.grads is not self.precision.policy.params
+        keep_wide = self._keep_wide
 
         def make(function: Callable[..., Any]) -> Callable[..., Any]:
             name = function.__name__
@@ -257,11 +262,20 @@ class FSDPStrategy(Strategy):
             def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
                 check_not_lost(self)
                 check_filled(self)
-                return function(self, *args, **kwargs)
+                result = function(self, *args, **kwargs)
+                if is_wide:  # FSDP2 has looked at the dtypes by now
+                    keep_wide(uncompiled(self))
+                return result
 
             return method
 
         return make
+
+    def _keep_wide(self, module: nn.Module) -> None:
+        if module not in self._wide:
+            self._wide.add(module)
+            for undo in keep_wide(module, self.precision.policy):
+                self._restores.callback(undo)
 
     # ---------------------------------------------------------------- step
 

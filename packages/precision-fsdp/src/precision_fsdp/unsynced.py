@@ -71,14 +71,19 @@ class Unsynced:
         self._expected = bool(held)
 
 
-def handles(root: nn.Module) -> Iterator[Any]:
-    """Yields torch's `FSDPParam` of each parameter in `root`, once: modules that are one group share a state."""
+def groups_of(root: nn.Module) -> Iterator[Any]:
+    """Yields torch's `FSDPParamGroup`s in `root`, each once: modules that are one group share a state."""
     sharded = [each for each in root.modules() if isinstance(each, FSDPModule)]
     states: dict[int, Any] = {id(state): state for each in sharded for state in [_read(each, "_get_fsdp_state")()]}
     for state in states.values():
         groups = _read(state, *_GROUPS)
-        for group in groups if isinstance(groups, list) else [groups]:
-            yield from () if group is None else _read(group, "fsdp_params")
+        yield from (group for group in (groups if isinstance(groups, list) else [groups]) if group is not None)
+
+
+def handles(root: nn.Module) -> Iterator[Any]:
+    """Yields torch's `FSDPParam` of each parameter in `root`, once."""
+    for group in groups_of(root):
+        yield from _read(group, "fsdp_params")
 
 
 def drop(root: nn.Module, params: Container[Tensor] | None = None) -> None:

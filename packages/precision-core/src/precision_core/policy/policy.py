@@ -40,7 +40,7 @@ class Policy:
     compute: torch.dtype
     """Matrix products and the like. Default: as params."""
     reduce: torch.dtype
-    """Gradient reduction over ranks. Default: the wider of params and compute."""
+    """Gradient reduction over ranks. Default: the widest of params, compute and grads."""
     output: torch.dtype
     """What the model returns. Default float32, float64 when params is."""
     buffers: torch.dtype
@@ -76,16 +76,18 @@ class Policy:
         params = _dtype("params", params)
         compute = params if compute is None else _dtype("compute", compute)
         master = None if master is None else _dtype("master (a dtype or none)", master)
+        grads = params if grads is None else _dtype("grads", grads)
         is_float64 = params is torch.float64
+        widest = torch.promote_types(torch.promote_types(params, compute), grads)
         fields = {
             "params": params,
             "compute": compute,
-            "reduce": torch.promote_types(params, compute) if reduce is None else _dtype("reduce", reduce),
+            "reduce": widest if reduce is None else _dtype("reduce", reduce),
             "output": (torch.float64 if is_float64 else torch.float32) if output is None else _dtype("output", output),
             "buffers": params if buffers is None else _dtype("buffers", buffers),
             "master": master,
             "state": (master or params) if state is None else _dtype("state", state),
-            "grads": params if grads is None else _dtype("grads", grads),
+            "grads": grads,
             "rounding": rounding,
             "scale": ((master or params), compute) == (torch.float32, torch.float16) if scale is None else scale,
             "exceptions": _exceptions(exceptions),

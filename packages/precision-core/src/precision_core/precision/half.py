@@ -29,6 +29,7 @@ from precision_core.precision.model.parametrized import check_parametrized
 from precision_core.precision.model.regions import EffectivePolicies, Restore, apply_exceptions, casting_inputs
 from precision_core.precision.model.report import Item, module_bytes
 from precision_core.precision.model.wide import Wide
+from precision_core.precision.update.gradients import widen
 from precision_core.scaling.fused import check_fused
 
 if TYPE_CHECKING:
@@ -83,11 +84,12 @@ class HalfPrecision(Precision):
         self._device_type: str | None = None
 
     def refuses(self, strategy: Strategy) -> str | None:
-        """Returns why not: a device without the dtype, or several processes with gradients wider than parameters."""
-        if self.policy.grads is not self.policy.params and strategy.multiprocess:
+        """Returns why not: a device without the dtype, or an engine that narrows gradients wider than parameters."""
+        is_wide = self.policy.grads is not self.policy.params
+        if is_wide and strategy.multiprocess and not strategy.keeps_wide_gradients:
             return (
-                "grads=float32 is for one device: torch's DDP raises on gradients wider than their parameters, "
-                "and FSDP2 drops their dtype. Leave grads out (reduce=float32 averages in float32), or use bf16-mixed"
+                f"its engine keeps no gradients wider than their parameters (grads={dtype_name(self.policy.grads)}): "
+                "leave grads out (reduce=float32 averages in float32), or use bf16-mixed"
             )
         return super().refuses(strategy)
 
@@ -131,10 +133,7 @@ class HalfPrecision(Precision):
         items = cast_parameters(module, param_dtype, None if updates is None else updates.converter(module))
         if updates is not None:
             updates.converted(module)
-        if self.policy.grads is not self.policy.params:
-            for param in module.parameters():
-                if param.dtype is self.policy.params:
-                    param.grad_dtype = self.policy.grads  # torch 2.10 and later
+        widen(module.parameters(), self.policy)
         packed = packed_parameters(module, param_dtype)
         buffers, changed = cast_buffers(module, buffer_dtype)
         statistics = [
@@ -229,13 +228,14 @@ class HalfPrecision(Precision):
         """What steps and stores parameters where the policy says more than torch does; None: torch's own steps do."""
         if stores_as_torch(self.policy):
             return None
-        from precision_core.precision.update.updates import make_updates  # most modes need none
+        from precision_core.precision.update.updates import Updates  # most modes need none
 
-        return make_updates(self.policy, self.mode, self.models)
+        return Updates(self.policy, self.mode, self.models, self.name_of)
 
     def placed(self, module: nn.Module, strategy: Strategy) -> None:
         """Brings what was kept of parameters to where they are now; all ranks take rank zero's."""
         if self._updates is not None:
+            widen(module.parameters(), self.policy)  # the strategy may have made others
             self._updates.placed(module, strategy.group)
 
     def adopt(self, optimizer: Optimizer) -> None:

@@ -43,6 +43,8 @@ class Strategy:
     """What users ask for it by, and what rows of the support table call it."""
     multiprocess: bool = False
     """Whether it runs one process a device; Fabric then calls `join` before anything else."""
+    keeps_wide_gradients: bool = False
+    """Whether `Policy.grads` may be wider than params where `multiprocess`."""
     sharded: bool = False
     """Whether checkpoints are folders, to which each rank writes its shards; else rank zero writes one file."""
     checkpoint_format: CheckpointFormat | None = None

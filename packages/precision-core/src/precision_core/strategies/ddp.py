@@ -17,12 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from precision_core.override import uncompiled
+from precision_core.policy.dtypes import dtype_name
 from precision_core.policy.messages import listed
+from precision_core.precision.base import Precision
 from precision_core.scaling.gradients import params_of
 from precision_core.strategies.base import Strategy
 from precision_core.strategies.collectives import TorchGroup
 from precision_core.strategies.processes import Ranks, join
 from precision_core.strategies.reducer import Reducer
+from precision_core.strategies.wide_gradients import WideGradients
 
 
 class DDPStrategy(Strategy):
@@ -42,6 +45,7 @@ class DDPStrategy(Strategy):
 
     name = "ddp"
     multiprocess = True
+    keeps_wide_gradients = True
 
     def __init__(self, *, backend: str | None = None, timeout: timedelta | None = None, **engine: Any) -> None:
         self.backend = backend
@@ -52,8 +56,20 @@ class DDPStrategy(Strategy):
         """Joins the other processes of the run."""
         self._reducers: WeakKeyDictionary[nn.Module, Reducer] = WeakKeyDictionary()
         self._stepped: WeakSet[Optimizer] = WeakSet()
+        self._wide: WeakSet[WideGradients] = WeakSet()
         self._made_group = join(ranks, self.device, self.backend, self.timeout)
         self.group = TorchGroup(ranks, self.device)
+
+    def refuses(self, precision: Precision) -> str | None:
+        """Returns why not: gradients that are wider than DDP's buckets, and were to lie in them."""
+        policy = precision.policy
+        if policy.grads is not policy.params and self._options.get("gradient_as_bucket_view"):
+            return (
+                f"DDPStrategy(gradient_as_bucket_view=True) keeps gradients in DDP's buckets, which are "
+                f"{dtype_name(policy.params)} as the parameters are, not grads={dtype_name(policy.grads)}: leave one "
+                "of the two out"
+            )
+        return super().refuses(precision)
 
     # ---------------------------------------------------------------- set-up
 
@@ -68,7 +84,11 @@ class DDPStrategy(Strategy):
     def _make_engine(self, module: nn.Module, init_sync: bool) -> DistributedDataParallel:
         options = self._options if init_sync else self._options | {"init_sync": False}
         engine = DistributedDataParallel(_Caller(module), **options)
-        _set_reduction(engine, self.precision.policy.params, self.precision.policy.reduce)
+        policy = self.precision.policy
+        if policy.grads is policy.params:
+            _set_reduction(engine, policy.params, policy.reduce)
+        else:
+            self._wide.add(WideGradients(engine, module.parameters(), policy))
         return engine
 
     def make_outer_forward(self, module: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
@@ -91,8 +111,25 @@ class DDPStrategy(Strategy):
 
     # ---------------------------------------------------------------- step
 
+    def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Runs backward from the loss; DDP reduces gradients in it."""
+        try:
+            super().backward(tensor, module, *args, **kwargs)
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        for wide in self._wide:
+            wide.settle()
+
+    def clip_gradients(self, module: nn.Module | None, optimizer: Optimizer | None, **clip: Any) -> Tensor | None:
+        """Unscales and clips gradients; arguments and result as in `Precision.clip_gradients`."""
+        self._settle()
+        return super().clip_gradients(module, optimizer, **clip)
+
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
         """Steps the optimizer as the precision says; before its first step, warns of what DDP does not average."""
+        self._settle()
         if optimizer not in self._stepped:
             self._stepped.add(optimizer)
             self._warn_of_others(optimizer)

@@ -100,9 +100,9 @@ def every_stage_has_its_dtype(kit: Contract) -> None:
     optimizer.step()
     params = {param.dtype for param in model.parameters() if plugin.storage(param) is not None}
     assert params == {policy.params}
-    assert {gradient.dtype for gradient in gradients} <= {policy.params}
+    assert {gradient.dtype for gradient in gradients} <= {policy.grads}
     assert model.decay.dtype is policy.buffers and model.offsets.dtype is torch.int64
-    assert _state_dtypes(optimizer) <= {policy.master or policy.params}
+    assert _state_dtypes(optimizer) <= {policy.state}
 
 
 def evaluation_returns_the_output_dtype(kit: Contract) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn, optim
 from torch.optim import Optimizer
 
-from precision_core import DDPStrategy, Fabric, HalfPrecision
+from precision_core import DDPStrategy, Fabric, HalfPrecision, Strategy
 from precision_core.precision import runnable
 from precision_core.precision.update.kinds import STEP
+from precision_core.testing.stored import OPTIMIZERS, Model, equal, masters
 
 MASTER = "params=bfloat16,master=float32,grads=float32"
 
@@ -61,9 +65,79 @@ def test_every_form_of_adamw_steps_them(options: dict[str, bool]) -> None:
 
 
 @needs_torch
-def test_several_processes_refuse_it_by_name() -> None:
-    assert "grads=float32 is for one device" in str(HalfPrecision(MASTER).refuses(DDPStrategy()))
-    assert HalfPrecision("bf16-master").refuses(DDPStrategy()) is None
+def test_an_engine_that_narrows_them_is_refused_by_name() -> None:
+    class Narrow(Strategy):
+        multiprocess = True
+
+    assert "its engine keeps no gradients wider than their parameters" in str(HalfPrecision(MASTER).refuses(Narrow()))
+    assert HalfPrecision(MASTER).refuses(DDPStrategy()) is None
+    assert HalfPrecision("bf16-master").refuses(Narrow()) is None
+
+
+@needs_torch
+@pytest.mark.parametrize("name", ["SGD momentum", "AdamW fused", "Adafactor"])
+def test_a_master_equals_float32_on_gradients_that_bfloat16_has_not(name: str) -> None:
+    wide, half = Model(), Model()
+    precision = HalfPrecision(MASTER)
+    precision.convert_module(half)
+    reference, optimizer = OPTIMIZERS[name](wide.values), OPTIMIZERS[name](half.values)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for mine, theirs in zip(half.values, wide.values, strict=True):
+            theirs.grad = torch.empty_like(theirs).copy_(torch.randn(theirs.shape, generator=generator))
+            mine.grad = theirs.grad.clone()
+        reference.step()
+        precision.optimizer_step(optimizer, half, None)
+    assert equal(masters(precision, half.values), [param.detach() for param in wide.values])
+
+
+def backward_twice(model: nn.Module) -> None:
+    for value in (256.0, 1.0):
+        model(torch.full((1, STEP), value)).sum().backward()
+
+
+@needs_torch
+def test_torchs_deepcopy_loses_them_which_a_step_tells() -> None:
+    """torch's own behaviour, and that no step applies what was added up in bfloat16."""
+    fabric, model, _ = accumulate(MASTER, optim.SGD, lr=1.0)
+    assert model.weight.grad_dtype is torch.float32
+    copied = nn.ModuleDict({"layer": copy.deepcopy(model)})
+    assert copied["layer"].weight.grad_dtype is torch.bfloat16
+    backward_twice(copied["layer"])
+    assert copied["layer"].weight.grad.eq(256).all()  # 257 is lost
+    optimizer = optim.SGD(copied.parameters(), lr=1.0)
+    message = r"SGD\.step\(\) would apply gradients that were added up in bfloat16, and the policy says grads=float32: "
+    with pytest.raises(RuntimeError, match=message + r"a parameter of shape \(2, 64\)"):
+        fabric.precision_plugin.optimizer_step(optimizer, None, None)
+
+
+@needs_torch
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_that_is_set_up_has_them_again(how: str) -> None:
+    fabric, model, _ = accumulate(MASTER, optim.SGD, lr=1.0)
+    copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    optimizer = optim.SGD(copied.parameters(), lr=1.0)
+    if how == "deepcopy":  # which runs in the precision
+        fabric.setup_optimizers(optimizer)
+    else:
+        fabric.setup(copied, optimizer)
+    backward_twice(copied)
+    assert copied.weight.grad.dtype is torch.float32 and copied.weight.grad.eq(257).all()
+    optimizer.step()
+
+
+@needs_torch
+def test_gradients_that_there_are_at_setup_are_kept() -> None:
+    model = nn.Linear(STEP, 2, bias=False).bfloat16()
+    model(torch.ones(1, STEP, dtype=torch.bfloat16)).sum().backward()
+    optimizer = optim.SGD(model.parameters(), lr=1.0)
+    fabric = Fabric("cpu", precision=MASTER)
+    fabric.setup(model, optimizer)
+    assert model.weight.grad is not None and model.weight.grad.dtype is torch.float32
+    assert model.weight.grad.eq(1).all()
+    fabric.teardown()  # the step is torch's own again, which wants gradients of its parameters' dtype
+    assert model.weight.grad.dtype is model.weight.grad_dtype is torch.bfloat16
+    optimizer.step()
 
 
 def test_an_older_torch_refuses_it_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

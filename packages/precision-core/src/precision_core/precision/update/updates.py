@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,22 +16,36 @@ from torch.optim import Optimizer
 from precision_core.policy.casting import cast_tensor
 from precision_core.policy.policy import Policy
 from precision_core.precision.masters import Masters
+from precision_core.precision.update.gradients import check_widened, narrow, widen
 from precision_core.precision.update.kinds import Kind, check_optimizer, kind_of
 from precision_core.precision.update.layout import sharded_like
 from precision_core.precision.update.loading import Handle, Loading
 from precision_core.precision.update.pieces import Groups, narrowed, widened
 from precision_core.precision.update.storage import Storage, make_storage, wide_copy
+from precision_core.scaling.gradients import params_of
 
 if TYPE_CHECKING:
     from precision_core.strategies.collectives import Group
 
 
 class Updates(Masters):
-    """Steps half parameters in float32 and stores them as `storage` says."""
+    """Steps half parameters in float32, and stores them as the policy says where torch's optimizers do not.
 
-    def __init__(self, storage: Storage, mode: str) -> None:
-        self.storage = storage
+    Args:
+        policy: what is stored in which dtype.
+        mode: its name, for messages.
+        models: those of the run, whose names tell parameters apart.
+        name_of: names a parameter in messages.
+    """
+
+    def __init__(
+        self, policy: Policy, mode: str, models: Collection[nn.Module], name_of: Callable[[Tensor], str]
+    ) -> None:
+        self.storage: Storage = make_storage(policy, models)
+        self._policy = policy
         self._mode = mode
+        self._models = models
+        self._name_of = name_of
         self._adopted: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._handles: list[Handle] = []
         self._kept: weakref.WeakKeyDictionary[nn.Module, dict[str, Tensor]] = weakref.WeakKeyDictionary()
@@ -87,6 +102,7 @@ class Updates(Masters):
         if self.storage.noise is not None:
             self.storage.noise.register(optimizer)
         self.storage.fixed.update(getattr(optimizer, "non_castable_tensor_keys", ()))
+        widen(params_of(optimizer), self._policy)  # a copy of a model has lost it
         self._handles += Loading(self.storage).attach(optimizer)
 
     def teardown(self) -> None:
@@ -94,6 +110,10 @@ class Updates(Masters):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for model in self._models:
+            narrow(model.parameters(), self._policy)
+        for optimizer in self._adopted:
+            narrow(params_of(optimizer), self._policy)
         self._adopted.clear()
 
     # ---------------------------------------------------------------- for checkpoints
@@ -125,10 +145,14 @@ class Updates(Masters):
 
         Raises:
             ValueError: the optimizer evaluates its closure more than once.
+            RuntimeError: gradients were added up in another dtype than the policy says.
         """
+        check = functools.partial(check_widened, policy=self._policy, name_of=self._name_of)
+        if optimizer not in self._adopted:
+            check(optimizer)
         self.adopt(optimizer)
         self._kept.clear()
-        step = _Step(optimizer, self.storage, self._mode)
+        step = _Step(optimizer, self.storage, self._mode, check)
         handle = optimizer.register_step_pre_hook(step.begin)  # the last: the user's see the parameters
         try:
             yield
@@ -140,17 +164,19 @@ class Updates(Masters):
 class _Step:
     """One step: what takes the place of the parameters once the user's hooks and closure have run, until it ends."""
 
-    def __init__(self, optimizer: Optimizer, storage: Storage, mode: str) -> None:
+    def __init__(self, optimizer: Optimizer, storage: Storage, mode: str, check: Callable[[Optimizer], None]) -> None:
         self._optimizer = optimizer
         self._storage = storage
         self._mode = mode
+        self._check = check
         self._end: Callable[[], None] = lambda: None
 
     def begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = kind_of(optimizer)
+        args, kwargs = _closure_first(args, kwargs, self._evaluated)
+        self._check(optimizer)
         if self._storage.noise is not None:
             self._storage.noise.begin(optimizer)
-        args, kwargs = _closure_first(args, kwargs, self._evaluated)
         if kind is Kind.WHOLE:
             self._end = _swapped(optimizer, self._storage, self._mode)
         else:
@@ -235,11 +261,3 @@ def _swapped(optimizer: Optimizer, storage: Storage, mode: str) -> Callable[[], 
     hooks: Any = optimizer._optimizer_step_post_hooks  # ordered; first, so that the user's see the parameters
     hooks.move_to_end(handle.id, last=False)
     return abandon
-
-
-def make_updates(policy: Policy, mode: str, models: Collection[nn.Module]) -> Updates:
-    """Returns what runs a policy that stores more than torch's optimizers do; `mode` is its name in messages.
-
-    `models`: those of the run, whose names tell parameters apart.
-    """
-    return Updates(make_storage(policy, models), mode)
