@@ -36,6 +36,7 @@ def test_the_losses_are_those_of_the_model_as_it_is(mode: str) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.usefixtures("true_modes_compile")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, as inductor imports
 @pytest.mark.full
 @pytest.mark.parametrize("mode", ["bf16-master", "bf16-stochastic"])
 def test_inductors_losses_are_within_the_bound(mode: str) -> None:
