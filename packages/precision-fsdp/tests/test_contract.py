@@ -26,10 +26,15 @@ class TestFSDPPrecision(PrecisionContract):
 
 
 FULL = ("64-true", "16-true", "bf16-master", "bf16-stochastic")  # others have these kinds of dtype and scale
+WIDE_GRADIENTS = "params=bfloat16,master=float32,grads=float32"
+needs_grad_dtype = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch 2.10 brought grad_dtype")
 
 
 class TestFSDPStrategy(StrategyContract):
-    modes = tuple(pytest.param(mode, marks=pytest.mark.full) if mode in FULL else mode for mode in MODES)
+    modes = (
+        *(pytest.param(mode, marks=pytest.mark.full) if mode in FULL else mode for mode in MODES),
+        pytest.param(WIDE_GRADIENTS, marks=(pytest.mark.full, needs_grad_dtype)),
+    )
 
     def make_strategy(self) -> Strategy:
         return FSDPStrategy()

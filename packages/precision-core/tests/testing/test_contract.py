@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from precision_core import (
     MODES,
@@ -44,6 +45,13 @@ class TestBfloat16Master(PrecisionContract):
 class TestBfloat16Stochastic(PrecisionContract):
     def make_precision(self) -> Precision:
         return HalfPrecision("bf16-stochastic")
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch 2.10 brought grad_dtype")
+class TestWideGradients(PrecisionContract):
+    def make_precision(self) -> Precision:
+        return HalfPrecision("params=bfloat16,master=float32,grads=float32")
 
 
 class TestBfloat16Mixed(PrecisionContract):
