@@ -243,3 +243,43 @@ def test_views_of_buckets_are_refused_with_the_reason() -> None:
     strategy = DDPStrategy(gradient_as_bucket_view=True)
     assert "keeps gradients in DDP's buckets, which are bfloat16" in str(strategy.refuses(HalfPrecision(MASTER)))
     assert strategy.refuses(HalfPrecision("bf16-master")) is None
+
+
+def with_sparse_gradients(precision: str) -> str:
+    """Returns what setup of an embedding with sparse gradients says, and else trains it."""
+    fabric = Fabric("cpu", devices=2, strategy=DDPStrategy(), precision=precision)
+    model = nn.Sequential(nn.Embedding(8, 4, sparse=True), nn.Linear(4, 2))
+    try:
+        fabric.setup(model, optim.SGD(model.parameters(), lr=1.0))
+    except ValueError as error:
+        return str(error)
+    fabric.backward(model(torch.tensor([1, 3])).sum())
+    fabric.teardown()
+    return str(model[0].weight.grad.dtype)  # type: ignore[union-attr]
+
+
+@needs_torch
+def test_sparse_gradients_are_refused_with_the_way_out() -> None:
+    for message in run_in_ranks(2, with_sparse_gradients, MASTER):
+        assert message.startswith("grads=float32 under DDP is for dense gradients, and 0 of this Sequential makes")
+        assert message.endswith('or name the layer in the policy ("; 0: 32-true")')
+    assert run_in_ranks(2, with_sparse_gradients, f"{MASTER}; 0: 32-true") == ["torch.float32"] * 2
+
+
+def compiled() -> Tensor | None:
+    fabric = Fabric("cpu", devices=2, strategy=DDPStrategy(), precision=MASTER)
+    model = nn.Linear(SIZES[0], 2, bias=False)
+    optimizer = optim.SGD(model.parameters(), lr=1.0)
+    forward, _ = fabric.setup(torch.compile(model, backend="aot_eager", fullgraph=True), optimizer)
+    for value in (256.0, 1.0):
+        with fabric.no_backward_sync(forward, enabled=value == 256):
+            fabric.backward(forward(torch.full((1, SIZES[0]), value * (1 + 4 * fabric.global_rank))).sum())
+    return model.weight.grad
+
+
+@needs_torch
+@pytest.mark.full
+@pytest.mark.usefixtures("true_modes_compile")
+def test_a_compiled_model_has_them_too() -> None:
+    for gradient in run_in_ranks(2, compiled):
+        assert gradient is not None and gradient.dtype is torch.float32 and gradient.eq(3 * 257).all()

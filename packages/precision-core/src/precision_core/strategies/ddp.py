@@ -25,7 +25,7 @@ from precision_core.strategies.base import Strategy
 from precision_core.strategies.collectives import TorchGroup
 from precision_core.strategies.processes import Ranks, join
 from precision_core.strategies.reducer import Reducer
-from precision_core.strategies.wide_gradients import WideGradients
+from precision_core.strategies.wide_gradients import WideGradients, check_dense
 
 
 class DDPStrategy(Strategy):
@@ -74,7 +74,12 @@ class DDPStrategy(Strategy):
     # ---------------------------------------------------------------- set-up
 
     def setup_module(self, module: nn.Module) -> nn.Module:
-        """Moves the module to the device and makes its engine; all ranks get rank 0's parameters and buffers."""
+        """Moves the module to the device and makes its engine; all ranks get rank 0's parameters and buffers.
+
+        Raises:
+            ValueError: layers whose gradients are sparse, under a policy whose gradients are wider than parameters.
+        """
+        check_dense(module, self.precision.policy)
         module = super().setup_module(module)
         find_unused = bool(self._options.get("find_unused_parameters"))
         make = functools.partial(self._make_engine, module)

@@ -17,7 +17,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
+from precision_core.policy.dtypes import dtype_name
+from precision_core.policy.messages import listed
 from precision_core.policy.policy import Policy
+
+
+def check_dense(module: nn.Module, policy: Policy) -> None:
+    """Raises `ValueError` for layers whose gradients are sparse: DDP writes what it reduced into the half gradient."""
+    names = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse and layer.weight.dtype is policy.params
+    ]
+    if names and policy.grads is not policy.params:
+        raise ValueError(
+            f"grads={dtype_name(policy.grads)} under DDP is for dense gradients, and {listed(names)} of this "
+            f"{type(module).__name__} makes sparse ones: say sparse=False, leave grads out, or name the layer in the "
+            f'policy ("; {names[0]}: 32-true")'
+        )
 
 
 class WideGradients:

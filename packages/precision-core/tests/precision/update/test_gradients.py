@@ -112,15 +112,20 @@ def test_torchs_deepcopy_loses_them_which_a_step_tells() -> None:
 
 
 @needs_torch
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_a_copy_that_is_set_up_has_them_again(how: str) -> None:
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "assign"])
+def test_what_lost_them_and_is_set_up_has_them_again(how: str) -> None:
     fabric, model, _ = accumulate(MASTER, optim.SGD, lr=1.0)
-    copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
-    optimizer = optim.SGD(copied.parameters(), lr=1.0)
-    if how == "deepcopy":  # which runs in the precision
-        fabric.setup_optimizers(optimizer)
+    if how == "assign":
+        copied = model
+        model.load_state_dict({"weight": model.weight.detach().clone()}, assign=True)
     else:
+        copied = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert copied.weight.grad_dtype is torch.bfloat16
+    optimizer = optim.SGD(copied.parameters(), lr=1.0)
+    if how == "pickle":  # what comes of it is a plain model
         fabric.setup(copied, optimizer)
+    else:
+        fabric.setup_optimizers(optimizer)
     backward_twice(copied)
     assert copied.weight.grad.dtype is torch.float32 and copied.weight.grad.eq(257).all()
     optimizer.step()
