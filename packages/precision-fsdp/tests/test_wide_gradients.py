@@ -123,6 +123,8 @@ def test_a_narrower_reduction_is_refused_with_the_reason() -> None:
     given = FSDPStrategy(MixedPrecision(reduce_dtype=torch.bfloat16))
     assert "so grads=float32 needs reduce=float32" in str(given.refuses(FSDPPrecision(MASTER)))
     assert FSDPStrategy().refuses(FSDPPrecision(MASTER)) is None and FSDPPrecision(MASTER).refuses(given) is None
+    given.keeps_wide_gradients = False  # another engine, say
+    assert "its engine keeps no gradients wider" in str(FSDPPrecision(MASTER).refuses(given))
 
 
 def without_the_name() -> str:

@@ -92,7 +92,8 @@ class FSDPPrecision(Wrapping):
         """Returns why not, when the strategy's device lacks a dtype or is not the scaler's."""
         if self._given_scaler is not None and strategy.device.type != self._device_type:
             return f"its scaler is for {self._device_type!r}: pass torch.amp.GradScaler({strategy.device.type!r}, ...)"
-        return super().refuses(strategy) or self.wrapped.refuses(strategy)
+        is_wide = self.policy.grads is not self.policy.params  # which core's plugin of the mode looks at
+        return super().refuses(strategy) or (self.wrapped.refuses(strategy) if is_wide else None)
 
     def connect(self, strategy: Strategy) -> None:
         """Takes the device, and the policy as the strategy may have changed it."""

@@ -251,7 +251,7 @@ class FSDPStrategy(Strategy):
         if not isinstance(module, FSDPModule):
             return None
         is_wide = self.precision.policy.grads is not self.precision.policy.params
-        keep_wide = self._keep_wide
+        keep = self._keep_wide
 
         def make(function: Callable[..., Any]) -> Callable[..., Any]:
             name = function.__name__
@@ -264,7 +264,7 @@ class FSDPStrategy(Strategy):
                 check_filled(self)
                 result = function(self, *args, **kwargs)
                 if is_wide:  # FSDP2 has looked at the dtypes by now
-                    keep_wide(uncompiled(self))
+                    keep(uncompiled(self))
                 return result
 
             return method
