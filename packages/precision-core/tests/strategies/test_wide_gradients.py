@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from precision_core import DDPStrategy, Fabric, HalfPrecision
 from precision_core.testing import run_in_ranks
@@ -243,6 +244,56 @@ def test_views_of_buckets_are_refused_with_the_reason() -> None:
     strategy = DDPStrategy(gradient_as_bucket_view=True)
     assert "keeps gradients in DDP's buckets, which are bfloat16" in str(strategy.refuses(HalfPrecision(MASTER)))
     assert strategy.refuses(HalfPrecision("bf16-master")) is None
+
+
+def kept() -> list[Tensor | None]:
+    """Returns the side layer's gradient: of a step that used it, and after one that did not, on any rank."""
+    strategy = DDPStrategy(find_unused_parameters=True)
+    fabric = Fabric("cpu", devices=2, strategy=strategy, precision=MASTER)
+    model = Net()
+    fabric.setup(model, optim.SGD(model.parameters(), lr=1.0))
+    found = []
+    for side in (True, False):
+        fabric.backward(model(torch.ones(2, SIZES[0]) + fabric.global_rank, side).square().sum())
+        found.append(None if model.side.weight.grad is None else model.side.weight.grad.clone())
+    fabric.teardown()
+    return found
+
+
+@needs_torch
+def test_what_no_rank_uses_keeps_its_gradient() -> None:
+    for used, unused in run_in_ranks(2, kept):
+        assert used is not None and unused is not None and used.any() and torch.equal(used, unused)
+
+
+class Twice(nn.Linear):
+    """One layer in two checkpointed calls, each of which adds to its gradient in one backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = super().forward
+        first: Tensor = checkpoint(layer, x * 256, use_reentrant=True)
+        return first + checkpoint(layer, x, use_reentrant=True)
+
+
+def used_twice(precision: str) -> list[Tensor]:
+    fabric = Fabric("cpu", devices=2, strategy=DDPStrategy(static_graph=True), precision=precision)
+    model = Twice(SIZES[0], 2, bias=False)
+    fabric.setup(model, optim.SGD(model.parameters(), lr=1.0))
+    found = []
+    for _ in range(3):
+        model.zero_grad()
+        fabric.backward(model(torch.ones(1, SIZES[0], requires_grad=True) * (1 + 4 * fabric.global_rank)).sum())
+        assert model.weight.grad is not None
+        found.append(model.weight.grad)
+    fabric.teardown()
+    return found
+
+
+@needs_torch
+@pytest.mark.parametrize("precision", [MASTER, "bf16-master"])
+def test_a_parameter_that_is_used_twice_in_one_backward(precision: str) -> None:
+    for gradients in run_in_ranks(2, used_twice, precision):
+        assert all(gradient.eq(3 * 257 if precision == MASTER else 772).all() for gradient in gradients)
 
 
 def with_sparse_gradients(precision: str) -> str:

@@ -75,8 +75,6 @@ class WideGradients:
 
     def _forward(self, engine: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled() and engine.require_backward_grad_sync:
-            if self._is_begun:  # the last backward raised: those gradients are no one's
-                self._before.clear()
             self.settle()
             self._reduces, self._is_begun = True, False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -129,6 +130,22 @@ def test_what_lost_them_and_is_set_up_has_them_again(how: str) -> None:
     backward_twice(copied)
     assert copied.weight.grad.dtype is torch.float32 and copied.weight.grad.eq(257).all()
     optimizer.step()
+
+
+@needs_torch
+def test_a_parameter_that_comes_later_has_to_say_so() -> None:
+    _, _, optimizer = accumulate(MASTER, optim.SGD, lr=1.0)
+    optimizer.step()
+    later = nn.Linear(STEP, 2, bias=False, dtype=torch.bfloat16)
+    optimizer.add_param_group({"params": later.parameters()})
+    for grad_dtype in (None, torch.float32):
+        if grad_dtype is not None:
+            later.weight.grad, later.weight.grad_dtype = None, grad_dtype
+        later(torch.ones(1, STEP, dtype=torch.bfloat16)).sum().backward()
+        with (
+            nullcontext() if grad_dtype else pytest.raises(RuntimeError, match=r"or set param\.grad_dtype = torch\.flo")
+        ):
+            optimizer.step()
 
 
 @needs_torch
