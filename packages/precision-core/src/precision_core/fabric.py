@@ -36,6 +36,7 @@ from precision_core.support.resolve import check_composition, resolve_precision,
 
 if TYPE_CHECKING:
     from precision_core.data.loader import DeviceLoader
+    from precision_core.support.chosen import Chosen
 
 T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
@@ -52,7 +53,8 @@ class Fabric(Saving):
         devices: the processes on this machine, one per device: a number, a list of device indices, or "auto": all GPUs,
             one process on a CPU, or what torchrun started.
         precision: a mode ("bf16-mixed", or one from an installed package), an alias (16), a policy or its spelling, or
-            a plugin.
+            a plugin. "auto" takes what `precision choose` wrote into ./precision.json, "auto:PATH" another file; a model
+            or a machine that was not measured is refused.
         num_nodes: how many machines; start them with torchrun.
         upcast: under a mixed mode, cast trainable float16 and bfloat16 parameters to float32 at setup, which refuses
             them otherwise: for checkpoints in half precision.
@@ -77,7 +79,8 @@ class Fabric(Saving):
         tf32: bool = False,
     ) -> None:
         chosen, layout = resolve_strategy(strategy, accelerator, devices, num_nodes)
-        self._precision = resolve_precision(precision, chosen)
+        self._chosen = _read_chosen(precision, layout.device_type)
+        self._precision = resolve_precision(precision if self._chosen is None else self._chosen.precision, chosen)
         check_composition(self._precision, chosen)
         if upcast:
             check_upcast(self._precision.policy, self._precision.mode)
@@ -159,6 +162,8 @@ class Fabric(Saving):
         if not isinstance(model, nn.Module):
             raise ValueError(f"fabric.setup expected a torch.nn.Module first, got a {type(model).__name__}")
         self._check_launched()
+        if self._chosen is not None:
+            self._chosen.check_model(uncompiled(model))
 
     @overload
     def setup_optimizers(self, optimizer: Opt, /) -> Opt: ...
@@ -344,6 +349,19 @@ class Fabric(Saving):
             forget(self._strategy)  # waits for a save that is under way
         self._precision.teardown()
         super().teardown()
+
+
+def _read_chosen(precision: object, device_type: str) -> Chosen | None:
+    """Returns what the file says that "auto" names, checked against this machine; None for any other precision."""
+    if not isinstance(precision, str) or not precision.startswith("auto"):
+        return None
+    from precision_core.support.chosen import is_auto, read_chosen  # who names a mode needs none of it
+
+    if not is_auto(precision):
+        return None
+    chosen = read_chosen(precision)
+    chosen.check_machine(device_type)
+    return chosen
 
 
 @contextmanager

@@ -36,6 +36,14 @@
     text.py       its text
     memory.py     what it took
 
+    choose.py     precision choose: candidates, a race, a judgement
+    choice.py     what it found, and the file for Fabric(precision="auto")
+    runs.py       its training runs, each done once
+    evidence.py   whether some seeds say that a mode is safe
+    sensitivity.py  what each module would lose in a narrower format
+    exceptions.py which modules stay in float32 for that, and why
+    updates.py    updates that round to nothing, counted while a run trains
+
     estimates.py  precision estimate: the memory of each mode, and whether it fits
     footprint.py  of one training step, by kind
     tracker.py    bytes of tensors that have no memory
@@ -50,17 +58,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from precision_lab.api import compare
+    from precision_lab.choice import Choice
+    from precision_lab.choose import choose
     from precision_lab.estimates import estimate
     from precision_lab.results import Comparison
     from precision_lab.task import Task
     from precision_lab.taskfile import TaskError
 
-__all__ = ["Comparison", "Task", "TaskError", "compare", "estimate"]
+__all__ = ["Choice", "Comparison", "Task", "TaskError", "choose", "compare", "estimate"]
 
-_HOMES = {"Comparison": "results", "Task": "task", "TaskError": "taskfile", "compare": "api", "estimate": "estimates"}
+_HOMES = {
+    "Choice": "choice",
+    "Comparison": "results",
+    "Task": "task",
+    "TaskError": "taskfile",
+    "choose": "choose",
+    "compare": "api",
+    "estimate": "estimates",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value  # importing precision_lab.choose has put the module in place of the function
+    return value

@@ -12,6 +12,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from precision_core import Fabric
+from precision_core.support import model_fingerprint
 from precision_lab.memory import PeakMemory
 from precision_lab.results import policy_as_dict
 from precision_lab.task import Task, share
+from precision_lab.updates import Unchanged
 
 Event = dict[str, Any]
 
@@ -43,6 +46,9 @@ class Job:
     """Of the GPT."""
     resume: str = ""
     """A checkpoint to go on from."""
+    look: str = "layers"
+    """What else to find out: "layers", the signal to noise of each, when it has trained; "updates", how many of them
+    round to nothing."""
 
 
 class Training:
@@ -73,6 +79,8 @@ class Training:
         self._rates = [float(group["lr"]) for group in task.optimizer.param_groups]
         description = run_metadata(fabric.device, task.model)  # of the whole model, which setup may shard
         self.model, self.optimizer = fabric.setup(task.model, task.optimizer)
+        watched = job.steps if job.look == "updates" else 0
+        self._unchanged = Unchanged(self.model, fabric.precision_plugin.policy, watched) if watched else None
         fabric.seed_everything(job.seed)
         if job.resume:
             self.step = fabric.load(job.resume, {"model": self.model, "optimizer": self.optimizer})["step"]
@@ -107,7 +115,8 @@ class Training:
         fabric.backward(loss)
         if task.clip_norm is not None:
             fabric.clip_gradients(model, optimizer, max_norm=task.clip_norm)
-        optimizer.step()
+        with nullcontext() if self._unchanged is None else self._unchanged.sampling(self.step):
+            optimizer.step()
         return fabric.all_reduce(loss).item()
 
     def save(self, path: str) -> None:
@@ -126,7 +135,9 @@ class Training:
         if not math.isfinite(held_out_loss):
             raise FloatingPointError(f"the held-out loss is {held_out_loss} after training")
         yield figures | {"held_out_loss": held_out_loss}
-        if self.job.devices == 1 and self.job.strategy == "auto":
+        if self._unchanged is not None:
+            yield {"unchanged": [list(each) for each in self._unchanged.counts()]}
+        if self.job.look == "layers" and self.job.devices == 1 and self.job.strategy == "auto":
             from precision_lab.probe import noise
 
             del self.model, self.optimizer, self.task  # two more models come, one after the other
@@ -157,6 +168,7 @@ def run_metadata(device: torch.device, model: nn.Module) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "parameters": sum(param.numel() for param in model.parameters()),
+        "model": model_fingerprint(model),
     }
 
 

@@ -47,6 +47,8 @@ class Row:
     """Each leaf module in the order of the forward: decibels of signal to noise of its output, and of the gradient."""
     no_noise: str = ""
     """Why there are none."""
+    unchanged: list[tuple[str, int, int]] = field(default_factory=list)
+    """Each half parameter, where it was asked for (`Job.look`): elements whose updates changed nothing, of so many."""
     seed: int = 0
     repeat: bool = False
     """Whether it is a run of another seed, for the spread."""
@@ -60,6 +62,12 @@ class Row:
     def train_loss(self) -> float | None:
         """The mean training loss over the last tenth of the steps; a single batch says little."""
         return statistics.fmean(self.losses[-last_tenth(len(self.losses)) :]) if self.status == "done" else None
+
+    @property
+    def unchanged_share(self) -> float:
+        """The share of the updates that changed nothing, 0 where none was looked at."""
+        seen = sum(total for *_, total in self.unchanged)
+        return sum(same for _, same, _ in self.unchanged) / seen if seen else 0.0
 
     @property
     def median_step_seconds(self) -> float | None:
@@ -81,6 +89,8 @@ class Comparison(Shown):
     """Of the GPT."""
     repeats: list[Row] = field(default_factory=list)
     """Runs of other seeds."""
+    look: str = "layers"
+    """`Job.look` of each run."""
     block: int | None = None
     """Steps that each mode takes in its turn, after `WARM_UP`; None: one mode after another."""
     environment: dict[str, Any] = field(default_factory=dict)

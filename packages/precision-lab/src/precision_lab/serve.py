@@ -1,7 +1,7 @@
 """What a child process does: one training run, its figures as JSON lines, by choice a few steps whenever it is told to.
 
 Told by lines: "steps 4" trains for four and ends with {"paused": step}, "save FILE" with {"saved": FILE}, "finish" with
-the rest of the figures. Once it is set up it says {"ready": step}. The end of the lines ends the process: its parent is
+the rest of the figures, "look" with {"sensitivity": [...]} of a float64 run's layers. Once it is set up it says {"ready": step}. The end of the lines ends the process: its parent is
 gone.
 """
 
@@ -61,6 +61,10 @@ def _events(training: Training, commands: Iterator[str]) -> Iterator[dict[str, A
         if verb == "steps":
             yield from training.advance(int(argument or training.job.steps))
             yield {"paused": training.step}
+        elif verb == "look":
+            from precision_lab.sensitivity import look
+
+            yield {"sensitivity": look(training)}
         elif verb == "save":
             training.save(argument)
             yield {"saved": argument}

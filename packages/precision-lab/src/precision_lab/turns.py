@@ -76,7 +76,7 @@ def run(
     for row in comparison.repeats:
         if row.status == "done":
             continue
-        if comparison.find(row.mode):
+        if comparison.find(row.mode) or row.mode not in {first.mode for first in comparison.rows}:
             runner.run([row], in_turns=False)
         else:
             row.reason = f"{row.mode} did not finish with the first seed"
@@ -140,6 +140,7 @@ class _Runner:
             compared.task,
             compared.size,
             resume,
+            compared.look,
         )
 
     def _train(self, in_turns: bool) -> None:

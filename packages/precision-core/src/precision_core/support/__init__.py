@@ -20,6 +20,13 @@ from precision_core.support.resolve import (
 )
 
 if TYPE_CHECKING:
+    from precision_core.support.chosen import (
+        Chosen,
+        machine_fingerprint,
+        model_fingerprint,
+        read_chosen,
+        write_chosen,
+    )
     from precision_core.support.support import Support, supports
     from precision_core.support.table import SupportRow, read_table
 
@@ -28,6 +35,7 @@ __all__ = [
     "PLUGINS",
     "STRATEGIES",
     "SUPPORT",
+    "Chosen",
     "Support",
     "SupportRow",
     "base_of",
@@ -36,16 +44,22 @@ __all__ = [
     "install_command",
     "is_core_mode",
     "load_plugin",
+    "machine_fingerprint",
+    "model_fingerprint",
     "names",
+    "read_chosen",
     "read_table",
     "refusal",
     "resolve_precision",
     "resolve_strategy",
     "supports",
+    "write_chosen",
 ]
 
 # Imported on first use: training needs no support table.
 _HOMES = {"Support": "support", "SupportRow": "table", "read_table": "table", "supports": "support"}
+_CHOSEN = ("Chosen", "machine_fingerprint", "model_fingerprint", "read_chosen", "write_chosen")
+_HOMES |= {name: "chosen" for name in _CHOSEN}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,335 @@
+"""`precision choose`: the cheapest precision whose training stays within 32-true's spread over seeds.
+
+1. candidates   what runs here (`supports`), with the bytes that `estimate` says, within the user's budget
+2. sensitivity  one float64 step: where a format rounds, overflows, swallows updates (sensitivity.py)
+3. race         all of them, short and side by side: what fails is out, what is slow is known
+4. judgement    from the cheapest on, with fresh seeds and all of the steps, until one is safe (evidence.py);
+                one that is not gets exceptions where the sensitivity says so (exceptions.py), and comes again
+
+Undecided is not safe. 32-true, which everything is measured by, is the answer when nothing cheaper is.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rich.console import Console
+
+from precision_core import Fabric
+from precision_core.support import machine_fingerprint
+from precision_lab.choice import Candidate, Choice
+from precision_lab.estimates import estimate, parse_bytes
+from precision_lab.evidence import LOOKS, weigh
+from precision_lab.exceptions import TOO_MANY, Trouble, propose, spelled
+from precision_lab.modes import modes_to_run, parse_modes
+from precision_lab.process import Child, ChildFailed, Fork
+from precision_lab.results import BASELINE, REFERENCE, Comparison, Row
+from precision_lab.rows import ask_for_rows
+from precision_lab.runs import Runs
+from precision_lab.sensitivity import Layer
+from precision_lab.taskfile import TaskError, check_spec, guarded
+from precision_lab.train import SIZES
+from precision_lab.turns import Start
+
+Prefer = Literal["memory", "speed"]
+
+RACE = 4
+"""The race has so many times fewer steps than training."""
+SHORTEST = 20
+"""Steps of a race."""
+RACERS_SEEDS = 3
+FRESH = 1000
+"""The judgement's seeds start so many above the race's."""
+HOPELESS = 3.0
+"""Standard deviations of 32-true by which a mode has to be worse in the race with every seed, to be out."""
+SKIPPED = 0.2
+"""Share of skipped steps from which on a mode is not trusted."""
+
+
+def choose(
+    task: str | PathLike[str] | Callable[[], Any] | None = None,
+    modes: str | Sequence[str] | None = None,
+    *,
+    fit: str | int | None = None,
+    prefer: Prefer = "memory",
+    steps: int = 300,
+    seed: int = 0,
+    seeds: int = LOOKS[-1],
+    size: str = "1m",
+    accelerator: str = "auto",
+    run_slow: bool = False,
+    sequential: bool = False,
+    out: str | PathLike[str] | None = None,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> Choice:
+    """Trains a task in several precisions, and returns the cheapest one that is as good as 32-true.
+
+    Args:
+        task, modes, size, accelerator, run_slow, sequential: as for `compare`.
+        fit: what there is room for, "24GB" or bytes.
+        prefer: what is to be saved, "memory" (the estimated peak of a step) or "speed" (the time of a step).
+        steps: of the training that is judged: as many as yours has, or as you can wait for.
+        seeds: the most seeds that a mode is judged with, 5 or more.
+        out: a precision.json to write, for `Fabric(precision="auto")`; a task that is a file goes on from what an
+            interrupted run left beside it, unless `fresh`. None: no files.
+
+    Raises:
+        ValueError: an unknown mode, device, size or amount of memory, or no such file.
+        TaskError: the user's code raised before any training.
+    """
+    if prefer not in get_args(Prefer):
+        raise ValueError(f"prefer={prefer!r}: expected one of {', '.join(get_args(Prefer))}")
+    if seeds < LOOKS[1]:
+        raise ValueError(f"seeds={seeds}: fewer than {LOOKS[1]} tell nothing apart")
+    if size not in SIZES:
+        raise ValueError(f"size {size!r}: expected one of {', '.join(SIZES)}")
+    spec = "" if task is None or callable(task) else str(task)
+    if spec:
+        check_spec(spec)
+    room = None if fit is None else parse_bytes(fit)
+    device_type = Fabric(accelerator=accelerator).device.type
+    named = modes not in (None, "all")
+    text = modes if modes is None or isinstance(modes, str) else ",".join(modes)
+    listed = parse_modes(str(text)) if named else modes_to_run(None if text is None else str(text))
+    rows = ask_for_rows(listed, device_type, named=named, run_slow=run_slow, strategy="auto", devices=1)
+    start: Start = Child
+    if callable(task):
+        make = guarded(task)
+        start = lambda job, told: Fork(job, make, told)  # noqa: E731
+    folder = None if out is None or callable(task) else Path(f"{Path(out)}.runs")
+    name = getattr(task, "__name__", "make") if callable(task) else spec
+    runs = Runs(name, size, accelerator, start, console or Console(), folder, sequential)
+    if fresh:
+        runs.clear()
+    elif runs.there:
+        runs.console.print("going on where it was interrupted", highlight=False)
+    race_steps = min(steps, max(SHORTEST, steps // RACE))
+    again = f"precision choose {spec}".strip()
+    choice = Choice("", [], steps, race_steps, prefer, room, machine=machine_fingerprint(device_type), command=again)
+    limit = max(look for look in LOOKS if look <= seeds)
+    _Chooser(choice, runs, task, size, seed, limit).run(rows)
+    choice.tracebacks = runs.tracebacks
+    if out is not None and choice.precision:
+        choice.write(out)
+    runs.clear()
+    return choice
+
+
+class _Chooser:
+    def __init__(self, choice: Choice, runs: Runs, task: Any, size: str, seed: int, limit: int) -> None:
+        self._choice, self._runs = choice, runs
+        self._task, self._size = task, size
+        self._seed, self._limit = seed, limit
+        self._layers: list[Layer] = []
+
+    def run(self, rows: Sequence[Row]) -> None:
+        choice = self._choice
+        choice.untested += [f"{row.mode}: {row.reason}" for row in rows if row.reason]
+        modes = [row.mode for row in rows if not row.reason and row.mode not in (BASELINE, REFERENCE)]
+        base = Candidate(BASELINE, judged="reference")
+        found = [Candidate(mode) for mode in modes]
+        self._weigh_bytes([base, *found])
+        runners = [each for each in found if self._is_cheaper(each, base)]
+        race = self._runs.race([BASELINE, *(each.precision for each in runners)], choice.race_steps, self._race_seeds)
+        choice.model = str(self._runs.environment.get("model", ""))
+        self._untested()
+        if race.find(BASELINE) is None:
+            row = race.rows[0]
+            base.judged, base.reason = "failed", f"{row.reason}: nothing to measure the others by"
+            choice.candidates = [base, *found]
+            return
+        self._after_race(race, base, runners)
+        choice.candidates = [each for each in found if each not in runners]
+        choice.candidates += [each for each in runners if each.judged != "not run"]
+        queue = sorted((each for each in runners if each.judged == "not run"), key=self._cost)
+        for each in [each for each in runners if each.judged != "not run"]:
+            queue += self._with_exceptions(each, race)
+        self._judge(queue, base)
+
+    @property
+    def _race_seeds(self) -> list[int]:
+        return [self._seed + n for n in range(RACERS_SEEDS)]
+
+    # ---------------------------------------------------------------- 1. candidates
+
+    def _weigh_bytes(self, candidates: Sequence[Candidate]) -> None:
+        rows = estimate(self._task, [each.precision for each in candidates], size=self._size).rows
+        for each, row in zip(candidates, rows, strict=True):
+            each.bytes = None if row.reason else row.peak
+
+    def _is_cheaper(self, each: Candidate, base: Candidate) -> bool:
+        """Whether it may be the answer, as far as bytes say; one that may not has its reason."""
+        room = self._choice.fit
+        if each.bytes is None or base.bytes is None:
+            return True
+        if room is not None and each.bytes > room:
+            each.reason = f"does not fit: it needs {each.bytes:,} bytes"
+        elif self._choice.prefer == "memory" and each.bytes >= base.bytes and self._fits(base):
+            each.reason = "saves no memory"
+        return not each.reason
+
+    def _fits(self, each: Candidate) -> bool:
+        return self._choice.fit is None or each.bytes is None or each.bytes <= self._choice.fit
+
+    def _cost(self, each: Candidate) -> tuple[float, float]:
+        size, ratio = float(each.bytes or 0), each.time_ratio or 1.0
+        base = next(other for other in (self._base_bytes, size, 1.0) if other)
+        size = round(size / base, 2)
+        return (size, ratio) if self._choice.prefer == "memory" else (round(ratio, 2), size)
+
+    # ---------------------------------------------------------------- 3. race
+
+    def _after_race(self, race: Comparison, base: Candidate, runners: Sequence[Candidate]) -> None:
+        base.time_ratio = 1.0
+        measured = any(each.bytes is None for each in (base, *runners))
+        if measured:  # some code needs values: what was measured counts, for all of them
+            self._choice.bytes_are = "parameters', gradients' and optimizer's"
+        for each in (base, *runners):
+            row = race.find(each.precision)
+            if row is None:
+                failed = next(row for row in race.rows if row.mode == each.precision)
+                each.judged, each.reason = "failed", f"{failed.reason} (race)"
+                continue
+            if measured:
+                each.bytes = sum(size or 0 for size in (row.parameter_bytes, row.gradient_bytes, row.optimizer_bytes))
+            each.time_ratio = race.time_ratio(row)
+            if each is base:
+                continue
+            all_rows = [other for other in (*race.rows, *race.repeats) if other.mode == each.precision]
+            self._disqualify(each, all_rows)
+            if each.judged == "not run" and self._is_hopeless(race, each.precision):
+                each.judged = "worse"
+                each.reason = f"{race.in_spreads(row):.1f} standard deviations of 32-true after {race.steps} steps"
+            if each.judged == "not run" and self._choice.prefer == "speed" and (each.time_ratio or 1.0) >= 1.0:
+                each.judged, each.reason = "undecided", "saves no time: not judged"
+        self._base_bytes = float(base.bytes or 0)
+
+    def _is_hopeless(self, race: Comparison, mode: str) -> bool:
+        spread, losses, base = race.spread(), _held_out(race, mode), _held_out(race, BASELINE)
+        pairs = [losses[seed] - base[seed] for seed in losses.keys() & base.keys()]
+        return bool(spread) and len(pairs) >= 2 and min(pairs) > HOPELESS * (spread or 0.0)
+
+    def _disqualify(self, each: Candidate, rows: Sequence[Row]) -> None:
+        """Judges what no loss is needed for: runs that failed, steps that were skipped, updates that were swallowed."""
+        done = [row for row in rows if row.status == "done"]
+        failed = next((row for row in rows if row.status == "failed"), None)
+        each.unchanged = statistics.fmean(row.unchanged_share for row in done) if done else 0.0
+        skipped = max((row.skipped_steps or 0) / max(1, len(row.losses)) for row in done) if done else 0.0
+        if failed is not None:
+            each.judged, each.reason = "failed", f"{failed.reason}, seed {failed.seed}"
+        elif skipped > SKIPPED:
+            each.judged, each.reason = "failed", f"{skipped:.0%} of the steps were skipped: gradients overflowed"
+        elif each.unchanged > TOO_MANY:
+            each.judged, each.reason = "worse", f"{each.unchanged:.0%} of the updates round to nothing"
+
+    # ---------------------------------------------------------------- 4. judgement
+
+    def _judge(self, queue: list[Candidate], base: Candidate) -> None:
+        choice = self._choice
+        while queue:
+            queue.sort(key=self._cost)
+            each = queue.pop(0)
+            choice.candidates.append(each)
+            if choice.prefer == "memory" and each.bytes and base.bytes and each.bytes >= base.bytes and self._fits(base):
+                each.reason = "saves no memory"
+                continue
+            rows = self._confirm(each)
+            if each.judged == "safe":
+                choice.precision = each.precision
+                break
+            queue += self._with_exceptions(each, None, rows)
+        for each in queue:
+            each.reason = each.reason or f"not judged: {choice.precision} is cheaper"
+        choice.candidates += [*queue, base]
+        if not choice.precision and self._fits(base):
+            choice.precision = BASELINE
+
+    def _confirm(self, each: Candidate) -> list[Row]:
+        """Trains and judges: more seeds while it is undecided."""
+        rows: list[Row] = []
+        for count in (look for look in LOOKS if look <= self._limit):
+            seeds = [self._seed + FRESH + n for n in range(count)]
+            rows = self._runs.single(each.precision, self._choice.steps, seeds)
+            each.judged = "not run"
+            self._disqualify(each, rows)
+            if each.judged != "not run":
+                return rows
+            base = self._runs.single(BASELINE, self._choice.steps, seeds)
+            if any(row.status != "done" for row in base):
+                each.judged, each.reason = "undecided", "32-true itself failed"
+                return rows
+            if each.time_ratio is None:
+                medians = [statistics.median(row.median_step_seconds or 0.0 for row in some) for some in (rows, base)]
+                each.time_ratio = medians[0] / medians[1] if medians[1] else None
+            each.evidence = weigh(_losses(rows), _losses(base))
+            each.judged = each.evidence.answer
+            if each.judged != "undecided":
+                break
+        evidence = each.evidence
+        if evidence is not None and each.judged != "safe":
+            each.reason = (
+                f"held-out {evidence.difference:+.3g} +- {evidence.margin:.2g} with {evidence.seeds} seeds, where "
+                f"32-true's standard deviation is {evidence.spread:.2g}"
+            )
+        return rows
+
+    def _with_exceptions(
+        self, each: Candidate, race: Comparison | None, rows: Sequence[Row] = ()
+    ) -> list[Candidate]:
+        """Returns candidates with the modules in float32 that are to blame."""
+        if each.judged == "undecided" or self._cannot_look():
+            return []
+        if race is not None:
+            rows = [row for row in (*race.rows, *race.repeats) if row.mode == each.precision]
+        trouble: Trouble = "worse" if each.judged == "worse" else "not finite"
+        if each.unchanged > TOO_MANY:
+            trouble = "swallowed"
+        known = {other.precision for other in self._choice.candidates}
+        found = []
+        for exceptions in propose(each.precision, trouble, self._layers, _swallowed_by_module(rows)):
+            try:
+                candidate = Candidate(spelled(each.precision, exceptions), reasons=exceptions)
+                self._weigh_bytes([candidate])
+            except ValueError:  # a tied parameter, say
+                continue
+            if candidate.precision not in known and candidate.bytes is not None and self._fits(candidate):
+                found.append(candidate)
+        return found
+
+    def _cannot_look(self) -> bool:
+        if not self._layers:
+            try:
+                self._layers = self._runs.look(self._choice.steps, self._seed)
+            except (ChildFailed, TaskError) as failure:
+                self._choice.untested.append(f"exceptions: the float64 step that shows where they are needed: {failure}")
+                self._layers = [Layer("")]
+        return len(self._layers) == 1
+
+    def _untested(self) -> None:
+        steps = self._choice.steps
+        self._choice.untested += [
+            f"more than {steps} steps: what overflows or stalls later is not seen",
+            "other devices, several processes, torch.compile",
+        ]
+
+
+def _losses(rows: Sequence[Row]) -> dict[int, float]:
+    return {row.seed: row.held_out_loss for row in rows if row.held_out_loss is not None}
+
+
+def _held_out(race: Comparison, mode: str) -> dict[int, float]:
+    return _losses([row for row in (*race.rows, *race.repeats) if row.mode == mode and row.status == "done"])
+
+
+def _swallowed_by_module(rows: Sequence[Row]) -> dict[str, float]:
+    counts: dict[str, list[int]] = {}
+    for row in rows:
+        for name, same, seen in row.unchanged:
+            count = counts.setdefault(name.rpartition(".")[0], [0, 0])
+            count[0], count[1] = count[0] + same, count[1] + seen
+    return {name: same / seen for name, (same, seen) in counts.items() if seen}
