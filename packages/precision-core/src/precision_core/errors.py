@@ -16,7 +16,7 @@ CODES: dict[str, str] = {
     "no-such-module": "a name pattern matches no module of the model",
     "tied-exception": "two names of one tensor would have different dtypes",
     "no-fp8-here": "Transformer Engine cannot run the recipe on this machine",
-    "nothing-chosen": "precision=\"auto\" finds no file that a choice was written to",
+    "nothing-chosen": 'precision="auto" finds no file that a choice was written to',
     "chosen-elsewhere": "the precision was chosen for another model, or on another kind of machine",
     "engine-config": "DeepSpeed's config contradicts the mode, or has a key that is not read",
     # processes

@@ -53,8 +53,8 @@ class Fabric(Saving):
         devices: the processes on this machine, one per device: a number, a list of device indices, or "auto": all GPUs,
             one process on a CPU, or what torchrun started.
         precision: a mode ("bf16-mixed", or one from an installed package), an alias (16), a policy or its spelling, or
-            a plugin. "auto" takes what `precision choose` wrote into ./precision.json, "auto:PATH" another file; a model
-            or a machine that was not measured is refused.
+            a plugin. "auto" takes what `precision choose` wrote into ./precision.json, "auto:PATH" another file; a
+            model or a machine that was not measured is refused.
         num_nodes: how many machines; start them with torchrun.
         upcast: under a mixed mode, cast trainable float16 and bfloat16 parameters to float32 at setup, which refuses
             them otherwise: for checkpoints in half precision.

@@ -13,7 +13,8 @@ from precision_lab.results import BASELINE
 from precision_lab.shown import Shown
 from precision_lab.table import human_bytes
 
-Judged = Literal["safe", "worse", "undecided", "failed", "not run", "reference"]
+Judged = Literal["safe", "worse", "undecided", "swallows", "failed", "not run", "reference"]
+"""Swallows: too many updates round to nothing, which a longer run may stall on whatever the loss of this one is."""
 
 
 @dataclass
@@ -104,7 +105,7 @@ class Choice(Shown):
         elif found.evidence is not None:
             evidence = found.evidence
             parts.append(
-                f"costs {evidence.difference:+.3g} held-out loss, at most {evidence.difference + evidence.margin:+.3g}, "
+                f"costs {evidence.difference:+.3g} held-out loss (up to {evidence.difference + evidence.margin:+.3g}), "
                 f"where 32-true itself has a standard deviation of {evidence.spread:.2g} over seeds "
                 f"({evidence.seeds} seeds, {self.steps} steps)"
             )
@@ -130,5 +131,7 @@ class Choice(Shown):
             "-" if each.time_ratio is None else f"{each.time_ratio:.2f}",
             "-" if evidence is None else str(evidence.seeds),
             f"{evidence.difference / evidence.spread:+.2f}" if evidence is not None and known else "-",
-            f"{(evidence.difference + evidence.margin) / evidence.spread:+.2f}" if evidence is not None and known else "-",
+            f"{(evidence.difference + evidence.margin) / evidence.spread:+.2f}"
+            if evidence is not None and known
+            else "-",
         ]

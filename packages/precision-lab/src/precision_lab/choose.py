@@ -225,7 +225,7 @@ class _Chooser:
         elif skipped > SKIPPED:
             each.judged, each.reason = "failed", f"{skipped:.0%} of the steps were skipped: gradients overflowed"
         elif each.unchanged > TOO_MANY:
-            each.judged, each.reason = "worse", f"{each.unchanged:.0%} of the updates round to nothing"
+            each.judged, each.reason = "swallows", f"{each.unchanged:.0%} of the updates round to nothing"
 
     # ---------------------------------------------------------------- 4. judgement
 
@@ -235,7 +235,13 @@ class _Chooser:
             queue.sort(key=self._cost)
             each = queue.pop(0)
             choice.candidates.append(each)
-            if choice.prefer == "memory" and each.bytes and base.bytes and each.bytes >= base.bytes and self._fits(base):
+            if (
+                choice.prefer == "memory"
+                and each.bytes
+                and base.bytes
+                and each.bytes >= base.bytes
+                and self._fits(base)
+            ):
                 each.reason = "saves no memory"
                 continue
             rows = self._confirm(each)
@@ -278,17 +284,14 @@ class _Chooser:
             )
         return rows
 
-    def _with_exceptions(
-        self, each: Candidate, race: Comparison | None, rows: Sequence[Row] = ()
-    ) -> list[Candidate]:
+    def _with_exceptions(self, each: Candidate, race: Comparison | None, rows: Sequence[Row] = ()) -> list[Candidate]:
         """Returns candidates with the modules in float32 that are to blame."""
         if each.judged == "undecided" or self._cannot_look():
             return []
         if race is not None:
             rows = [row for row in (*race.rows, *race.repeats) if row.mode == each.precision]
-        trouble: Trouble = "worse" if each.judged == "worse" else "not finite"
-        if each.unchanged > TOO_MANY:
-            trouble = "swallowed"
+        troubles: dict[str, Trouble] = {"worse": "worse", "swallows": "swallowed"}
+        trouble = troubles.get(each.judged, "not finite")
         known = {other.precision for other in self._choice.candidates}
         found = []
         for exceptions in propose(each.precision, trouble, self._layers, _swallowed_by_module(rows)):
@@ -306,7 +309,9 @@ class _Chooser:
             try:
                 self._layers = self._runs.look(self._choice.steps, self._seed)
             except (ChildFailed, TaskError) as failure:
-                self._choice.untested.append(f"exceptions: the float64 step that shows where they are needed: {failure}")
+                self._choice.untested.append(
+                    f"exceptions: the float64 step that shows where they are needed: {failure}"
+                )
                 self._layers = [Layer("")]
         return len(self._layers) == 1
 

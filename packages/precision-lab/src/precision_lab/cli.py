@@ -186,7 +186,9 @@ def estimate(context: click.Context, /, task: str | None, modes: str | None, as_
     show_default=True,
     help="Training steps that are judged: as many as yours, or as you can wait for.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**31 - 2000), default=0, show_default=True, help="The first of all seeds.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 2000), default=0, show_default=True, help="The first of all seeds."
+)
 @click.option(
     "--seeds", type=click.IntRange(min=5), default=16, show_default=True, help="The most that a mode is judged with."
 )
@@ -198,7 +200,9 @@ def estimate(context: click.Context, /, task: str | None, modes: str | None, as_
     help='The file that Fabric(precision="auto") reads; an older one is replaced.',
 )
 @click.option("--all", "run_slow", is_flag=True, help="Also the modes that are slow on this device.")
-@click.option("--sequential", is_flag=True, help="Race one mode after another: where all do not fit into memory at once.")
+@click.option(
+    "--sequential", is_flag=True, help="Race one mode after another: where all do not fit into memory at once."
+)
 @click.option("--fresh", is_flag=True, help="Start anew, whatever an interrupted run has left.")
 @click.option("--size", default="1m", show_default=True, help="Parameters of the GPT: 1m, 25m, 85m, 300m or 1b.")
 @click.option("--accelerator", default="auto", show_default=True, help="Where to train: cpu, cuda, mps, ...")
@@ -208,8 +212,8 @@ def choose(context: click.Context, /, task: str | None, out: str, as_json: bool,
     """Find the cheapest precision whose training stays within float32's spread over seeds, with exceptions if needed.
 
     Prints the precision= string, the reason for each exception, what it costs and saves, and what was not tested; and
-    writes a file from which Fabric(precision="auto") takes it. Interrupted, the same command goes on where it was. Exits
-    with 1 where there is no answer: not even 32-true fits, or trains.
+    writes a file from which Fabric(precision="auto") takes it. Interrupted, the same command goes on where it was. The
+    exit code is 1 where there is no answer: not even 32-true fits, or trains.
     """
     from dataclasses import asdict
 

@@ -113,7 +113,7 @@ def _parents(reasons: Exceptions) -> Exceptions:
 
 
 def _grouped(reasons: Exceptions, names: Sequence[str]) -> Exceptions:
-    """Returns one pattern for all modules of a name, `*.norm`, where all of them are exceptions and there are several."""
+    """Returns one pattern, `*.norm`, for all modules of a name, where there are several and all are exceptions."""
     ends: dict[str, list[str]] = {}
     for name in names:
         ends.setdefault(name.rpartition(".")[2], []).append(name)

@@ -152,7 +152,8 @@ class Fork(Child):
             os.dup2(2, 1)
             sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-            serve(job, lambda device: self._make, os.fdopen(lines, "w"), told)
+            stream = os.fdopen(lines, "w")  # kept: a warning that nobody closed it would be stderr's last line
+            serve(job, lambda device: self._make, stream, told)
             code = 0
         except BaseException:
             traceback.print_exc()

@@ -128,7 +128,9 @@ def _after(value: Tensor, layer: Layer, squares: dict[torch.dtype, float]) -> Ca
 
 def _add(squares: dict[torch.dtype, float], value: Tensor, gradient: Tensor) -> None:
     for dtype in FORMATS:
-        squares[dtype] += float(((value.to(dtype).to(value.dtype) - value) * gradient).square().sum())
+        rounded = value.to(dtype).to(value.dtype)
+        moved = torch.where(rounded.isfinite(), rounded - value, 0.0)  # what overflows is no matter of rounding
+        squares[dtype] += float((moved * gradient).square().sum())
 
 
 def _floats(values: Any) -> Iterator[Tensor]:

@@ -1,8 +1,8 @@
 """What a child process does: one training run, its figures as JSON lines, by choice a few steps whenever it is told to.
 
 Told by lines: "steps 4" trains for four and ends with {"paused": step}, "save FILE" with {"saved": FILE}, "finish" with
-the rest of the figures, "look" with {"sensitivity": [...]} of a float64 run's layers. Once it is set up it says {"ready": step}. The end of the lines ends the process: its parent is
-gone.
+the rest of the figures, "look" with {"sensitivity": [...]} of a float64 run's layers. Once it is set up it says
+{"ready": step}. The end of the lines ends the process: its parent is gone.
 """
 
 from __future__ import annotations

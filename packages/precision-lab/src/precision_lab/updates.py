@@ -1,4 +1,4 @@
-"""Updates that round to nothing, counted while a run trains: of half parameters that are written by rounding to nearest.
+"""Updates that round to nothing, counted while a run trains: of half parameters that are rounded to nearest.
 
 Core samples every hundredth step, to warn; here every part of a run counts alike, a short one's too.
 """

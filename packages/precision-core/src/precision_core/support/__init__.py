@@ -59,7 +59,7 @@ __all__ = [
 # Imported on first use: training needs no support table.
 _HOMES = {"Support": "support", "SupportRow": "table", "read_table": "table", "supports": "support"}
 _CHOSEN = ("Chosen", "machine_fingerprint", "model_fingerprint", "read_chosen", "write_chosen")
-_HOMES |= {name: "chosen" for name in _CHOSEN}
+_HOMES |= dict.fromkeys(_CHOSEN, "chosen")
 
 
 def __getattr__(name: str) -> Any:
