@@ -36,7 +36,7 @@
     text.py       its text
     memory.py     what it took
 
-    choose.py     precision choose: candidates, a race, a judgement
+    chooser.py    precision choose: candidates, a race, a judgement
     choice.py     what it found, and the file for Fabric(precision="auto")
     runs.py       its training runs, each done once
     evidence.py   whether some seeds say that a mode is safe
@@ -59,7 +59,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from precision_lab.api import compare
     from precision_lab.choice import Choice
-    from precision_lab.choose import choose
+    from precision_lab.chooser import choose
     from precision_lab.estimates import estimate
     from precision_lab.results import Comparison
     from precision_lab.task import Task
@@ -72,7 +72,7 @@ _HOMES = {
     "Comparison": "results",
     "Task": "task",
     "TaskError": "taskfile",
-    "choose": "choose",
+    "choose": "chooser",
     "compare": "api",
     "estimate": "estimates",
 }
@@ -81,6 +81,4 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value  # importing precision_lab.choose has put the module in place of the function
-    return value
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -219,7 +219,7 @@ def choose(context: click.Context, /, task: str | None, out: str, as_json: bool,
 
     from rich.console import Console
 
-    from precision_lab.choose import choose
+    from precision_lab.chooser import choose
     from precision_lab.process import ChildFailed
     from precision_lab.table import print_texts
     from precision_lab.taskfile import TaskError

@@ -115,6 +115,14 @@ def _traced(mode: str, make: Callable[[], Task]) -> Footprint:
         return Footprint(mode, reason=f"{type(error).__name__}: {error}".splitlines()[0])
 
 
+def traced(mode: str, make: Callable[[], Task]) -> Footprint:
+    """Returns the footprint of a task that was made before, with values: what raises without them is the reason."""
+    try:
+        return _traced(mode, make)
+    except TaskError as error:
+        return Footprint(mode, reason=str(error).splitlines()[-1])
+
+
 def hf_maker(config: Path, batch: str) -> Callable[[], Task]:
     """Returns what makes the causal language model of a config.json, with AdamW and batches of that size.
 

@@ -40,7 +40,8 @@ def propose(mode: str, trouble: Trouble, layers: Sequence[Layer], measured: dict
     if trouble == "not finite":
         beyond = beyond_range(named, policy.compute)
         found += [beyond, _parents(beyond)]
-    if trouble in ("swallowed", "worse") and not policy.mixed and policy.master is None:
+    rounds = policy.master is None and policy.rounding == "nearest"
+    if trouble in ("swallowed", "worse") and not policy.mixed and rounds:
         found.append(swallowed(named, policy.params, measured))
     if trouble in ("not finite", "worse"):
         found.append(rounding(named, policy.compute))

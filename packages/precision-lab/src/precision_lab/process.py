@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -124,6 +125,8 @@ class Fork(Child):
                 "this process uses CUDA already, which its forks cannot: put make() into a file and pass "
                 '"task.py:make", or restart and compare first'
             )
+        # torch imports it for deterministic algorithms, in seconds: once here, not in each fork.
+        import_module("torch._inductor.config")
         self._make = make
         super().__init__(job, told)
 

@@ -18,9 +18,11 @@ from typing import Any
 from rich.console import Console
 
 from precision_lab import turns
+from precision_lab.footprint import Footprint
 from precision_lab.loop import Job
+from precision_lab.process import ChildFailed
 from precision_lab.progress import Bars, Progress
-from precision_lab.results import Comparison, Row
+from precision_lab.results import BASELINE, Comparison, Row
 from precision_lab.resume import Saved, digest
 from precision_lab.sensitivity import Layer
 from precision_lab.turns import Start
@@ -64,6 +66,23 @@ class Runs:
             self._run(Comparison(steps, seed, [], "auto", self.task, self.size, rows, look="updates"), mode)
             done.append(rows[-1])
         return done[: len(seeds)]
+
+    def estimate(self, modes: Sequence[str]) -> list[Footprint]:
+        """Returns the memory of a step in each mode; those that cannot be estimated have a reason.
+
+        A child does it: what the user's code keeps from tensors without values must not reach a run.
+        """
+        job = Job(BASELINE, 1, 0, self.accelerator, task=self.task, size=self.size, look="")
+        found: list[Footprint] = []
+        try:
+            with closing(self.start(job, True)) as child:
+                list(child.events("ready"))
+                for mode in modes:
+                    child.tell(f"estimate {mode}")
+                    found += [Footprint(**event["footprint"]) for event in child.events("footprint")]
+        except ChildFailed as failure:
+            found += [Footprint(mode, reason=str(failure)) for mode in modes[len(found) :]]
+        return found
 
     def look(self, steps: int, seed: int) -> list[Layer]:
         """Returns each layer's sensitivity, from a float64 run.

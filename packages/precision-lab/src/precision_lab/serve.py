@@ -1,7 +1,8 @@
 """What a child process does: one training run, its figures as JSON lines, by choice a few steps whenever it is told to.
 
 Told by lines: "steps 4" trains for four and ends with {"paused": step}, "save FILE" with {"saved": FILE}, "finish" with
-the rest of the figures, "look" with {"sensitivity": [...]} of a float64 run's layers. Once it is set up it says
+the rest of the figures, "look" with {"sensitivity": [...]} of a float64 run's layers, "estimate MODE" with
+{"footprint": {...}}. Once it is set up it says
 {"ready": step}. The end of the lines ends the process: its parent is gone.
 """
 
@@ -13,6 +14,7 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any, TextIO
 
 import torch
@@ -43,7 +45,7 @@ def serve(job: Job, prepare: Prepare, lines: TextIO, told: int | None = None) ->
 
 def _reported(job: Job, prepare: Prepare, commands: Iterator[str]) -> Iterator[dict[str, Any]]:
     try:
-        yield from _events(Training(job, prepare), commands)
+        yield from _events(Training(job, prepare), prepare, commands)
     except TaskError as error:
         yield {"task_error": str(error)}
         raise
@@ -53,7 +55,7 @@ def _reported(job: Job, prepare: Prepare, commands: Iterator[str]) -> Iterator[d
         raise
 
 
-def _events(training: Training, commands: Iterator[str]) -> Iterator[dict[str, Any]]:
+def _events(training: Training, prepare: Prepare, commands: Iterator[str]) -> Iterator[dict[str, Any]]:
     yield from training.start()
     yield {"ready": training.step}
     for command in commands:
@@ -65,6 +67,10 @@ def _events(training: Training, commands: Iterator[str]) -> Iterator[dict[str, A
             from precision_lab.sensitivity import look
 
             yield {"sensitivity": look(training)}
+        elif verb == "estimate":
+            from precision_lab.estimates import traced
+
+            yield {"footprint": asdict(traced(argument, prepare(torch.device("cpu"))))}
         elif verb == "save":
             training.save(argument)
             yield {"saved": argument}

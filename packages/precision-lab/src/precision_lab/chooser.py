@@ -22,7 +22,7 @@ from rich.console import Console
 from precision_core import Fabric
 from precision_core.support import machine_fingerprint
 from precision_lab.choice import Candidate, Choice
-from precision_lab.estimates import estimate, parse_bytes
+from precision_lab.estimates import parse_bytes
 from precision_lab.evidence import LOOKS, weigh
 from precision_lab.exceptions import TOO_MANY, Trouble, propose, spelled
 from precision_lab.modes import modes_to_run, parse_modes
@@ -44,10 +44,11 @@ SHORTEST = 20
 RACERS_SEEDS = 3
 FRESH = 1000
 """The judgement's seeds start so many above the race's."""
-HOPELESS = 3.0
-"""Standard deviations of 32-true by which a mode has to be worse in the race with every seed, to be out."""
-SKIPPED = 0.2
-"""Share of skipped steps from which on a mode is not trusted."""
+HOPELESS = 10.0
+"""Standard deviations of 32-true by which a mode has to be worse in the race with every seed, to be out: that of three
+seeds is a tenth of the true one in one case of a hundred."""
+SKIPPED, SETTLING = 0.2, 16
+"""Share of skipped steps from which on a mode is not trusted; a loss scale may take so many to settle."""
 
 
 def choose(
@@ -112,7 +113,7 @@ def choose(
     again = f"precision choose {spec}".strip()
     choice = Choice("", [], steps, race_steps, prefer, room, machine=machine_fingerprint(device_type), command=again)
     limit = max(look for look in LOOKS if look <= seeds)
-    _Chooser(choice, runs, task, size, seed, limit).run(rows)
+    _Chooser(choice, runs, seed, limit).run(rows)
     choice.tracebacks = runs.tracebacks
     if out is not None and choice.precision:
         choice.write(out)
@@ -121,10 +122,10 @@ def choose(
 
 
 class _Chooser:
-    def __init__(self, choice: Choice, runs: Runs, task: Any, size: str, seed: int, limit: int) -> None:
+    def __init__(self, choice: Choice, runs: Runs, seed: int, limit: int) -> None:
         self._choice, self._runs = choice, runs
-        self._task, self._size = task, size
         self._seed, self._limit = seed, limit
+        self._base_bytes = 0.0
         self._layers: list[Layer] = []
 
     def run(self, rows: Sequence[Row]) -> None:
@@ -158,7 +159,7 @@ class _Chooser:
     # ---------------------------------------------------------------- 1. candidates
 
     def _weigh_bytes(self, candidates: Sequence[Candidate]) -> None:
-        rows = estimate(self._task, [each.precision for each in candidates], size=self._size).rows
+        rows = self._runs.estimate([each.precision for each in candidates])
         for each, row in zip(candidates, rows, strict=True):
             each.bytes = None if row.reason else row.peak
 
@@ -219,7 +220,8 @@ class _Chooser:
         done = [row for row in rows if row.status == "done"]
         failed = next((row for row in rows if row.status == "failed"), None)
         each.unchanged = statistics.fmean(row.unchanged_share for row in done) if done else 0.0
-        skipped = max((row.skipped_steps or 0) / max(1, len(row.losses)) for row in done) if done else 0.0
+        counts = [(row.skipped_steps or 0, len(row.losses)) for row in done]
+        skipped = max((count / steps for count, steps in counts if count > SETTLING), default=0.0)
         if failed is not None:
             each.judged, each.reason = "failed", f"{failed.reason}, seed {failed.seed}"
         elif skipped > SKIPPED:
@@ -293,16 +295,12 @@ class _Chooser:
         troubles: dict[str, Trouble] = {"worse": "worse", "swallows": "swallowed"}
         trouble = troubles.get(each.judged, "not finite")
         known = {other.precision for other in self._choice.candidates}
-        found = []
-        for exceptions in propose(each.precision, trouble, self._layers, _swallowed_by_module(rows)):
-            try:
-                candidate = Candidate(spelled(each.precision, exceptions), reasons=exceptions)
-                self._weigh_bytes([candidate])
-            except ValueError:  # a tied parameter, say
-                continue
-            if candidate.precision not in known and candidate.bytes is not None and self._fits(candidate):
-                found.append(candidate)
-        return found
+        tried = propose(each.precision, trouble, self._layers, _swallowed_by_module(rows))
+        found = [Candidate(spelled(each.precision, exceptions), reasons=exceptions) for exceptions in tried]
+        found = [candidate for candidate in found if candidate.precision not in known]
+        if found:
+            self._weigh_bytes(found)
+        return [candidate for candidate in found if candidate.bytes is not None and self._fits(candidate)]
 
     def _cannot_look(self) -> bool:
         if not self._layers:
