@@ -271,13 +271,13 @@ def swallowed() -> Task:
 
 
 MODELS: dict[str, tuple[Callable[[], Any] | None, int, list[str] | None]] = {
-    "GPT": (None, 60, None),
-    "conv": (conv, 150, None),
-    "LSTM": (lstm, 120, None),
-    "ViT": (vit, 150, None),
-    "MiniLM": (minilm, 24, None),
+    "GPT": (None, 40, None),
+    "conv": (conv, 100, None),
+    "LSTM": (lstm, 80, None),
+    "ViT": (vit, 100, None),
+    "MiniLM": (minilm, 16, None),
     "overflow": (overflow, 150, ["32-true", "16-mixed", "16-true"]),
-    "swallowed": (swallowed, 200, None),
+    "swallowed": (swallowed, 150, None),
     "nothing wrong": (nothing_wrong, 150, None),
 }
 """Name -> what makes the task (None: the built-in GPT), steps, modes (None: core's)."""

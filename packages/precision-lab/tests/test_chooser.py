@@ -91,7 +91,7 @@ def test_fabric_takes_what_was_written_for_this_model_alone(safe):
         fabric.setup(nn.Linear(4, 1))
     measured = json.loads(out.read_text())["measured"]
     assert measured["steps"] == 4 and len(measured["candidates"]) == 3
-    assert read_chosen(f"auto:{out}").made_by == "precision choose"
+    assert read_chosen(f"auto:{out}").made_by == "precision_lab.choose(make_task, steps=4)"
 
 
 def test_what_is_slow_and_was_not_named_is_not_tested():
@@ -230,7 +230,10 @@ def test_a_file_is_chosen_for_from_the_command_line(tmp_path, monkeypatch):
     result = runner.invoke(main, ["choose", "mine.py:make", *options])
     assert result.exit_code == 0, result.output
     chosen = read_chosen()
-    assert chosen.made_by == "precision choose mine.py:make" and f'precision="{chosen.precision}"' in result.stdout
+    assert (
+        chosen.made_by == "precision choose mine.py:make --steps 20"
+        and f'precision="{chosen.precision}"' in result.stdout
+    )
     record = runner.invoke(main, ["choose", "mine.py:make", *options, "--json"])
     assert json.loads(record.stdout)["precision"] == chosen.precision
 

@@ -25,6 +25,7 @@ from precision_lab.choice import Candidate, Choice
 from precision_lab.estimates import parse_bytes
 from precision_lab.evidence import LOOKS, weigh
 from precision_lab.exceptions import TOO_MANY, Trouble, propose, spelled
+from precision_lab.machine import describe_machine
 from precision_lab.modes import modes_to_run, parse_modes
 from precision_lab.process import Child, ChildFailed, Fork
 from precision_lab.results import BASELINE, REFERENCE, Comparison, Row
@@ -110,10 +111,16 @@ def choose(
     elif runs.there:
         runs.console.print("going on where it was interrupted", highlight=False)
     race_steps = min(steps, max(SHORTEST, steps // RACE))
-    again = f"precision choose {spec}".strip()
+    again = f"precision_lab.choose({name}, steps={steps})" if callable(task) else f"precision choose {spec}".strip()
+    again += "" if callable(task) else f" --steps {steps}"
     choice = Choice("", [], steps, race_steps, prefer, room, machine=machine_fingerprint(device_type), command=again)
     limit = max(look for look in LOOKS if look <= seeds)
-    _Chooser(choice, runs, seed, limit).run(rows)
+    try:
+        _Chooser(choice, runs, seed, limit).run(rows)
+    except KeyboardInterrupt:
+        if runs.there:
+            runs.console.print("interrupted: the same command goes on from here", highlight=False)
+        raise
     choice.tracebacks = runs.tracebacks
     if out is not None and choice.precision:
         choice.write(out)
@@ -126,6 +133,7 @@ class _Chooser:
         self._choice, self._runs = choice, runs
         self._seed, self._limit = seed, limit
         self._base_bytes = 0.0
+        self._measured = False
         self._layers: list[Layer] = []
 
     def run(self, rows: Sequence[Row]) -> None:
@@ -136,6 +144,7 @@ class _Chooser:
         found = [Candidate(mode) for mode in modes]
         self._weigh_bytes([base, *found])
         runners = [each for each in found if self._is_cheaper(each, base)]
+        self._runs.sequential = self._runs.sequential or _is_tight([base, *runners])
         race = self._runs.race([BASELINE, *(each.precision for each in runners)], choice.race_steps, self._race_seeds)
         choice.model = str(self._runs.environment.get("model", ""))
         self._untested()
@@ -146,9 +155,10 @@ class _Chooser:
             return
         self._after_race(race, base, runners)
         choice.candidates = [each for each in found if each not in runners]
-        choice.candidates += [each for each in runners if each.judged != "not run"]
-        queue = sorted((each for each in runners if each.judged == "not run"), key=self._cost)
-        for each in [each for each in runners if each.judged != "not run"]:
+        out = [each for each in runners if each.reason]
+        choice.candidates += out
+        queue = [each for each in runners if each not in out]
+        for each in [each for each in out if each.judged != "not run"]:
             queue += self._with_exceptions(each, race)
         self._judge(queue, base)
 
@@ -162,6 +172,8 @@ class _Chooser:
         rows = self._runs.estimate([each.precision for each in candidates])
         for each, row in zip(candidates, rows, strict=True):
             each.bytes = None if row.reason else row.peak
+            if row.reason and each.precision == BASELINE:
+                self._choice.untested.append(f"memory could not be estimated: {row.reason}")
 
     def _is_cheaper(self, each: Candidate, base: Candidate) -> bool:
         """Whether it may be the answer, as far as bytes say; one that may not has its reason."""
@@ -178,17 +190,16 @@ class _Chooser:
         return self._choice.fit is None or each.bytes is None or each.bytes <= self._choice.fit
 
     def _cost(self, each: Candidate) -> tuple[float, float]:
-        size, ratio = float(each.bytes or 0), each.time_ratio or 1.0
-        base = next(other for other in (self._base_bytes, size, 1.0) if other)
-        size = round(size / base, 2)
+        ratio, base = each.time_ratio or 1.0, self._base_bytes or 1.0
+        size = round((each.bytes or base) / base, 2)
         return (size, ratio) if self._choice.prefer == "memory" else (round(ratio, 2), size)
 
     # ---------------------------------------------------------------- 3. race
 
     def _after_race(self, race: Comparison, base: Candidate, runners: Sequence[Candidate]) -> None:
         base.time_ratio = 1.0
-        measured = any(each.bytes is None for each in (base, *runners))
-        if measured:  # some code needs values: what was measured counts, for all of them
+        self._measured = any(each.bytes is None for each in (base, *runners))
+        if self._measured:  # some code needs values: what was measured counts, for all of them
             self._choice.bytes_are = "parameters', gradients' and optimizer's"
         for each in (base, *runners):
             row = race.find(each.precision)
@@ -196,8 +207,8 @@ class _Chooser:
                 failed = next(row for row in race.rows if row.mode == each.precision)
                 each.judged, each.reason = "failed", f"{failed.reason} (race)"
                 continue
-            if measured:
-                each.bytes = sum(size or 0 for size in (row.parameter_bytes, row.gradient_bytes, row.optimizer_bytes))
+            if self._measured:
+                each.bytes = _kept_bytes(row)
             each.time_ratio = race.time_ratio(row)
             if each is base:
                 continue
@@ -207,7 +218,7 @@ class _Chooser:
                 each.judged = "worse"
                 each.reason = f"{race.in_spreads(row):.1f} standard deviations of 32-true after {race.steps} steps"
             if each.judged == "not run" and self._choice.prefer == "speed" and (each.time_ratio or 1.0) >= 1.0:
-                each.judged, each.reason = "undecided", "saves no time: not judged"
+                each.reason = "saves no time"
         self._base_bytes = float(base.bytes or 0)
 
     def _is_hopeless(self, race: Comparison, mode: str) -> bool:
@@ -237,22 +248,19 @@ class _Chooser:
             queue.sort(key=self._cost)
             each = queue.pop(0)
             choice.candidates.append(each)
-            if (
-                choice.prefer == "memory"
-                and each.bytes
-                and base.bytes
-                and each.bytes >= base.bytes
-                and self._fits(base)
-            ):
-                each.reason = "saves no memory"
+            if not self._is_cheaper(each, base):
                 continue
             rows = self._confirm(each)
-            if each.judged == "safe":
+            if each.judged == "safe" and choice.prefer == "speed" and (each.time_ratio or 1.0) >= 1.0:
+                each.reason = "saves no time"
+            elif each.judged == "safe":
                 choice.precision = each.precision
                 break
-            queue += self._with_exceptions(each, None, rows)
+            else:
+                queue += self._with_exceptions(each, None, rows)
         for each in queue:
-            each.reason = each.reason or f"not judged: {choice.precision} is cheaper"
+            saves = "faster" if choice.prefer == "speed" else "smaller"
+            each.reason = each.reason or f"not judged: {choice.precision} is {saves}"
         choice.candidates += [*queue, base]
         if not choice.precision and self._fits(base):
             choice.precision = BASELINE
@@ -271,10 +279,12 @@ class _Chooser:
             if any(row.status != "done" for row in base):
                 each.judged, each.reason = "undecided", "32-true itself failed"
                 return rows
+            if each.bytes is None:
+                each.bytes = _kept_bytes(rows[0])
             if each.time_ratio is None:
                 medians = [statistics.median(row.median_step_seconds or 0.0 for row in some) for some in (rows, base)]
                 each.time_ratio = medians[0] / medians[1] if medians[1] else None
-            each.evidence = weigh(_losses(rows), _losses(base))
+            each.evidence = weigh(_losses(rows), _losses(self._runs.known(BASELINE, self._choice.steps)))
             each.judged = each.evidence.answer
             if each.judged != "undecided":
                 break
@@ -300,7 +310,7 @@ class _Chooser:
         found = [candidate for candidate in found if candidate.precision not in known]
         if found:
             self._weigh_bytes(found)
-        return [candidate for candidate in found if candidate.bytes is not None and self._fits(candidate)]
+        return [each for each in found if self._measured or (each.bytes is not None and self._fits(each))]
 
     def _cannot_look(self) -> bool:
         if not self._layers:
@@ -319,6 +329,16 @@ class _Chooser:
             f"more than {steps} steps: what overflows or stalls later is not seen",
             "other devices, several processes, torch.compile",
         ]
+
+
+def _is_tight(candidates: Sequence[Candidate]) -> bool:
+    """Whether all of them at once take more than half of this machine's memory."""
+    memory = describe_machine().memory_bytes
+    return memory is not None and sum(each.bytes or 0 for each in candidates) > memory / 2
+
+
+def _kept_bytes(row: Row) -> int:
+    return sum(size or 0 for size in (row.parameter_bytes, row.gradient_bytes, row.optimizer_bytes))
 
 
 def _losses(rows: Sequence[Row]) -> dict[int, float]:

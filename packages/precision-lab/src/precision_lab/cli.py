@@ -235,8 +235,9 @@ def choose(context: click.Context, /, task: str | None, out: str, as_json: bool,
         raise click.UsageError(str(error)) from None
     except ChildFailed as failure:
         raise click.ClickException(str(failure)) from None
-    for mode, text in choice.tracebacks.items():
-        console.print(f"{mode}:\n{text}\n", markup=False, soft_wrap=True)
+    if not choice.precision:  # else what failed is a finding, and its reason says enough
+        for mode, text in choice.tracebacks.items():
+            click.echo(f"{mode}:\n{text}\n", err=True)
     if as_json:
         click.echo(json.dumps(asdict(choice), indent=1))
     else:

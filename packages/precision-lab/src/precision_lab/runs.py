@@ -67,6 +67,10 @@ class Runs:
             done.append(rows[-1])
         return done[: len(seeds)]
 
+    def known(self, mode: str, steps: int) -> list[Row]:
+        """Returns all rows of `single` that finished."""
+        return [row for row in self._done.get((mode, steps), []) if row.status == "done"]
+
     def estimate(self, modes: Sequence[str]) -> list[Footprint]:
         """Returns the memory of a step in each mode; those that cannot be estimated have a reason.
 
