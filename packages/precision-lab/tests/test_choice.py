@@ -5,7 +5,7 @@ from rich.console import Console
 
 from precision_core.support import read_chosen
 from precision_lab.choice import Candidate, Choice
-from precision_lab.chooser import _Chooser
+from precision_lab.contest import Contest
 from precision_lab.evidence import weigh
 from precision_lab.runs import Runs
 from precision_lab.table import print_texts
@@ -72,7 +72,7 @@ def test_the_file_has_the_reasons_and_every_figure(tmp_path):
 def test_time_counts_a_little_and_speed_alone_if_that_is_preferred(prefer, order):
     found = choice()
     found.prefer = prefer
-    chooser = _Chooser(found, Runs("", "1m", "cpu", None, Console()), 0, 16)
-    chooser._base_bytes = 1000.0
+    contest = Contest(found, Runs("", "1m", "cpu", None, Console()), 0, 16)
+    contest._base_bytes = 1000.0
     candidates = [Candidate("3", 500, 9.0), Candidate("2", 540, 0.99), Candidate("1", 500, 1.0)]
-    assert [each.precision for each in sorted(candidates, key=chooser._cost)] == order
+    assert [each.precision for each in sorted(candidates, key=contest._cost)] == order

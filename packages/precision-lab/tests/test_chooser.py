@@ -12,7 +12,7 @@ import precision_lab
 from precision_core import Fabric
 from precision_core.hardware import FORMATS
 from precision_core.support import read_chosen
-from precision_lab import chooser
+from precision_lab import chooser, contest
 from precision_lab.cli import main
 from precision_lab.exceptions import Exceptions
 from precision_lab.runs import Runs
@@ -195,7 +195,7 @@ class Interrupted(io.StringIO):
 def test_interrupted_it_goes_on_where_it_was(fork, tmp_path, monkeypatch):
     """The built-in GPT, in forks: no run that was done is done again, and nothing is left beside the file."""
     monkeypatch.setattr(chooser, "Child", fork)
-    monkeypatch.setattr(chooser, "RACERS_SEEDS", 1)
+    monkeypatch.setattr(contest, "RACERS_SEEDS", 1)
     out = tmp_path / "precision.json"
     with pytest.raises(KeyboardInterrupt):
         choose(None, ["32-true", "bf16-true"], Interrupted(), seeds=5, out=out)

@@ -36,7 +36,9 @@
     text.py       its text
     memory.py     what it took
 
-    chooser.py    precision choose: candidates, a race, a judgement
+    chooser.py    precision choose
+    contest.py    its candidates: a race, a judgement, exceptions
+    disqualified.py  what needs no judgement
     choice.py     what it found, and the file for Fabric(precision="auto")
     runs.py       its training runs, each done once
     evidence.py   whether some seeds say that a mode is safe
