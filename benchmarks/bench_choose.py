@@ -3,7 +3,7 @@
     python benchmarks/bench_choose.py                      # all of choose_models.py, then a table
     python benchmarks/bench_choose.py conv ViT --out DIR   # some; DIR keeps what is done, and the table has all of it
 
-For each model: the choice, then every candidate (exceptions that came up included) trained with five seeds that the
+For each model: the choice, then every candidate that was judged, or is cheaper, trained with five seeds that the
 choice has not seen. Truly safe: no run fails, and the held-out loss is on average at most one standard deviation of
 32-true's above it. The cheapest truly safe candidate is what the choice's bytes are compared with. MiniLM is read from
 the folder that the environment variable MINILM names.
@@ -28,6 +28,7 @@ from precision_lab.process import Child, Fork
 from precision_lab.runs import Runs
 from precision_lab.taskfile import guarded
 
+UNSAFE = ("worse", "undecided", "failed")
 SEEDS = [5000 + n for n in range(5)]
 
 
@@ -90,11 +91,8 @@ def row(found: dict[str, Any]) -> list[str]:
     mine = by_name[chosen]
     best = min((each for each in candidates if each["safe"]), key=lambda each: each["bytes"])
     wrong = [each["precision"] for each in candidates if each["judged"] == "safe" and not each["safe"]]
-    too_careful = [
-        each["precision"]
-        for each in candidates
-        if each["judged"] in ("worse", "undecided", "failed") and each["safe"] and each["bytes"] < mine["bytes"]
-    ]
+    unsafe = [each["precision"] for each in candidates if each["judged"] in UNSAFE and each["safe"]]
+    swallows = [each["precision"] for each in candidates if each["judged"] == "swallows" and each["safe"]]
     difference = mine["difference"] / found["spread"]
     return [
         found["model"],
@@ -102,7 +100,8 @@ def row(found: dict[str, Any]) -> list[str]:
         f"`{chosen}`",
         f"{difference:+.2f}",
         ", ".join(wrong) or "none",
-        ", ".join(too_careful) or "none",
+        ", ".join(unsafe) or "none",
+        ", ".join(swallows) or "none",
         f"{mine['bytes'] / by_name['32-true']['bytes']:.2f}",
         f"{best['bytes'] / by_name['32-true']['bytes']:.2f} (`{best['precision']}`)",
         f"{found['seconds']:.0f} s",
@@ -111,15 +110,8 @@ def row(found: dict[str, Any]) -> list[str]:
 
 def table(folder: Path) -> str:
     """Returns what was found of all models, in Markdown."""
-    heads = [
-        "model",
-        "steps",
-        "chosen",
-        "fresh seeds: spreads",
-        "safe and is not",
-        "called unsafe, cheaper, and is safe",
-    ]
-    heads += ["bytes, x 32-true", "least that is safe", "time"]
+    heads = ["model", "steps", "chosen", "fresh seeds: spreads", '"safe" and is not', '"unsafe" and is safe']
+    heads += ['"swallows", loss is as good', "bytes, x 32-true", "least that is safe", "time"]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for name in MODELS:
         path = folder / f"{name.replace(' ', '-')}.json"
@@ -133,10 +125,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(MODELS)}; all without one")
     parser.add_argument("--out", default="bench-choose", help="folder of what was found")
+    parser.add_argument("--table", action="store_true", help="only print the table of what is in that folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
+    if arguments.table:
+        print(table(folder))
+        return
     for name in arguments.models or MODELS:
         if not is_here(name):
             print(f"{name}: left out, set MINILM to its folder")

@@ -15,7 +15,9 @@ from precision_core.support import read_chosen
 from precision_lab import chooser, contest
 from precision_lab.cli import main
 from precision_lab.exceptions import Exceptions
+from precision_lab.process import Fork
 from precision_lab.runs import Runs
+from precision_lab.taskfile import guarded
 
 
 @pytest.fixture(autouse=True)
@@ -192,9 +194,9 @@ class Interrupted(io.StringIO):
         return super().write(text)
 
 
-def test_interrupted_it_goes_on_where_it_was(fork, tmp_path, monkeypatch):
-    """The built-in GPT, in forks: no run that was done is done again, and nothing is left beside the file."""
-    monkeypatch.setattr(chooser, "Child", fork)
+def test_interrupted_it_goes_on_where_it_was(tmp_path, monkeypatch):
+    """As a file's task, in forks: no run that was done is done again, and nothing is left beside the file."""
+    monkeypatch.setattr(chooser, "Child", lambda job, told: Fork(job, guarded(make_task), told))
     monkeypatch.setattr(contest, "RACERS_SEEDS", 1)
     out = tmp_path / "precision.json"
     with pytest.raises(KeyboardInterrupt):
