@@ -89,7 +89,7 @@ def row(found: dict[str, Any]) -> list[str]:
     candidates, chosen = found["candidates"], found["precision"]
     by_name = {each["precision"]: each for each in candidates}
     mine = by_name[chosen]
-    best = min((each for each in candidates if each["safe"]), key=lambda each: each["bytes"])
+    best = min((each for each in candidates if each["safe"] and each["bytes"]), key=lambda each: each["bytes"])
     wrong = [each["precision"] for each in candidates if each["judged"] == "safe" and not each["safe"]]
     unsafe = [each["precision"] for each in candidates if each["judged"] in UNSAFE and each["safe"]]
     swallows = [each["precision"] for each in candidates if each["judged"] == "swallows" and each["safe"]]

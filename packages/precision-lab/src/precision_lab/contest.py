@@ -76,8 +76,8 @@ class Contest:
         rows = self._runs.estimate([each.precision for each in candidates])
         for each, row in zip(candidates, rows, strict=True):
             each.bytes = None if row.reason else row.peak
-            if row.reason and each.precision == BASELINE:
-                self._choice.untested.append(f"memory could not be estimated: {row.reason}")
+            if row.reason and not each.reasons:
+                self._choice.untested.append(f"the memory of {each.precision}, which cannot be estimated: {row.reason}")
 
     def _is_cheaper(self, each: Candidate, base: Candidate) -> bool:
         """Whether it may be the answer, as far as bytes say; one that may not has its reason."""

@@ -75,7 +75,7 @@ def swallowed(layers: Sequence[Layer], dtype: torch.dtype, measured: dict[str, f
         share = measured.get(layer.name, layer.unchanged.get(dtype_name(dtype), 0.0))
         if share > TOO_MANY:
             reasons[layer.name] = f"{share:.0%} of its updates are below half the spacing of {dtype_name(dtype)}"
-    return _grouped(reasons, [layer.name for layer in layers])
+    return _grouped(reasons, [layer.name for layer in layers if layer.unchanged])  # frozen ones may go along
 
 
 def rounding(layers: Sequence[Layer], dtype: torch.dtype) -> Exceptions:
