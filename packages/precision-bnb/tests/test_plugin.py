@@ -194,6 +194,21 @@ def test_an_explicit_half_base_refuses_what_trains() -> None:
         BitsandbytesPrecision("int8-training", base="16-true").convert_module(Model())
 
 
+def test_a_float16_base_with_masters_trains() -> None:
+    fabric = Fabric("cpu", precision=BitsandbytesPrecision("nf4", torch.float16, base="16-master"))
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.LayerNorm(64))
+    optimizer = torch.optim.AdamW(model[1].parameters(), lr=1e-5)  # of a weight of 1 float16 has steps of 1e-3
+    fabric.setup(model, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        fabric.backward(model(torch.ones(2, 64)).square().mean())
+        optimizer.step()
+    steps = fabric.precision_plugin.steps
+    master = optimizer.state[model[1].weight]["master_weight"]
+    assert steps > 0 and model[1].weight.dtype is torch.float16 and model[1].weight.eq(1).all()
+    assert (1 - master).max().item() == pytest.approx(steps * 1e-5, rel=0.02)
+
+
 @pytest.mark.parametrize("base", ["bf16-mixed", "32-true", "64-true", "bf16-true; *.1: 32-true"])
 def test_base_by_choice(base: str) -> None:
     fabric = Fabric(accelerator="cpu", precision=BitsandbytesPrecision("int8", torch.bfloat16, base=base))

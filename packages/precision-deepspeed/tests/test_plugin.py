@@ -27,6 +27,7 @@ FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
         ("bf16-true", BFLOAT16, BFLOAT16, BFLOAT16, FLOAT32, False),
         ("params=bfloat16,reduce=float32", BFLOAT16, BFLOAT16, FLOAT32, FLOAT32, False),
         ("16-true", FLOAT16, FLOAT16, FLOAT16, FLOAT32, True),
+        ("16-master", FLOAT16, FLOAT16, FLOAT32, FLOAT32, True),
     ],
 )
 def test_the_policy_says_what_the_engine_makes_of_the_mode(
@@ -101,7 +102,8 @@ def test_support_rows() -> None:
     assert "float64" in supports("64-true", "cpu", "deepspeed").reason and not supports("64-true", "cpu", "deepspeed")
     from precision_deepspeed.vendor import supports_float16
 
-    assert bool(supports("16-true", "cpu", "deepspeed")) == supports_float16()
+    for mode in ("16-true", "16-master"):
+        assert bool(supports(mode, "cpu", "deepspeed")) == supports_float16()
     assert supports("16-mixed", "cpu", "deepspeed") and supports("16-true", "cpu")
 
 

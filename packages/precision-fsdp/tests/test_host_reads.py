@@ -69,21 +69,25 @@ def of(mode: str, *, fused: bool = False, clip: Any = None, accumulate: int = 1,
         pytest.param({"clip_val": 0.1}, 1, marks=pytest.mark.full),
     ],
 )
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "16-mixed"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if not MODES[mode].scale])
 def test_nothing_is_read(mode: str, clip: Any, accumulate: int) -> None:
     assert of(mode, clip=clip, accumulate=accumulate) == ([], [])
 
 
 @pytest.mark.parametrize(("clip", "accumulate"), [(None, 1), (NORM, 2)])
-def test_16_mixed_reads_nothing_with_an_optimizer_that_skips_on_the_device(clip: Any, accumulate: int) -> None:
-    first, rest = of("16-mixed", fused=True, clip=clip, accumulate=accumulate)
+@pytest.mark.parametrize("mode", ["16-mixed", pytest.param("16-master", marks=pytest.mark.full)])
+def test_a_scaled_mode_reads_nothing_with_an_optimizer_that_skips_on_the_device(
+    mode: str, clip: Any, accumulate: int
+) -> None:
+    first, rest = of(mode, fused=True, clip=clip, accumulate=accumulate)
     assert rest == []
     looks = accumulate * (2 if clip else 1)  # before each scaling, clip and step of gradients that carry the scale
     assert len(first) <= FIRST * looks and all("guard.py" in line and "changed: tolist" in line for line in first)
 
 
-def test_other_optimizers_make_16_mixed_read_whether_to_step() -> None:
-    _, rest = of("16-mixed")
+@pytest.mark.parametrize("mode", ["16-mixed", pytest.param("16-master", marks=pytest.mark.full)])
+def test_other_optimizers_make_a_scaled_mode_read_whether_to_step(mode: str) -> None:
+    _, rest = of(mode)
     assert len(rest) == 10 and all("loss_scaler.py" in line and line.endswith("item") for line in rest)
 
 

@@ -21,6 +21,7 @@ TABLE = {  # mode: param, reduce, buffer, output
     "bf16-true": (BF16, BF16, BF16, F32),
     "16-mixed": (F16, F32, F32, F32),
     "bf16-mixed": (BF16, F32, F32, F32),
+    "16-master": (F16, F32, F16, F32),
     "bf16-master": (BF16, F32, BF16, F32),
     "bf16-stochastic": (BF16, BF16, BF16, F32),
     "params=float32,compute=bfloat16,reduce=bfloat16,buffers=float64": (BF16, BF16, F64, F32),

@@ -88,6 +88,7 @@ TABLE = {  # params, compute, reduce, buffers, output
     "16-true": (F16, F16, F16, F16, F32),
     "bf16-mixed": (F32, BF16, F32, F32, F32),
     "16-mixed": (F32, F16, F32, F32, F32),
+    "16-master": (F16, F16, F32, F16, F32),
     "bf16-master": (BF16, BF16, F32, BF16, F32),
     "bf16-stochastic": (BF16, BF16, BF16, BF16, F32),
 }
@@ -126,7 +127,7 @@ def test_every_stage_has_the_dtype_of_the_table(mode: str) -> None:
         assert found == {
             "params": {params},
             "gradients": {params},
-            "state": {F32, torch.int16} if mode == "bf16-master" else {params},  # moments, and the rest of each value
+            "state": {"bf16-master": {F32, torch.int16}, "16-master": {F32}}.get(mode, {params}),  # and masters
             "buffers": {buffers},
             "seen": {"input": F32 if mixed else compute, "norm": F32 if mixed else compute, "product": compute},
             "output": output,

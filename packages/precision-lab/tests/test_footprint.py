@@ -115,7 +115,7 @@ def witnessed(mode, make):
     [
         *(("32-true", make) for make in (gpt, conv, residual, bag, names)),
         *(("bf16-mixed", make) for make in (gpt, residual, bag, names)),
-        *(pytest.param(mode, gpt, marks=pytest.mark.full) for mode in ("bf16-master", "bf16-stochastic")),
+        *(pytest.param(mode, gpt, marks=pytest.mark.full) for mode in ("bf16-master", "16-master", "bf16-stochastic")),
     ],
 )
 def test_the_peak_is_what_a_real_run_allocates(mode, make):
@@ -136,12 +136,16 @@ def test_each_kind_is_what_its_dtypes_make_it(mode):
 
 
 @pytest.mark.full
-def test_what_is_beside_bfloat16_weights_is_a_master_and_no_state_of_the_optimizers():
+def test_what_is_beside_half_weights_is_a_master_and_no_state_of_the_optimizers():
     numbers = sum(param.numel() for param in residual().model.parameters())
     master, stochastic = trace("bf16-master", residual), trace("bf16-stochastic", residual)
     assert master.params == master.master == stochastic.params == 2 * numbers  # two halves of a float32 number
     assert master.optimizer["exp_avg"] == 2 * stochastic.optimizer["exp_avg"] == 4 * numbers
     assert "master_rest" not in master.optimizer and stochastic.master < 100
+    full = trace("16-master", gpt)
+    numbers = sum(param.numel() for param in gpt().model.parameters())
+    assert full.params == 2 * numbers and 4 * numbers <= full.master < 4 * numbers + 100  # and the loss scale
+    assert full.optimizer["exp_avg"] == 4 * numbers and "master_weight" not in full.optimizer
 
 
 def test_nothing_real_is_allocated_and_nothing_is_left_behind():

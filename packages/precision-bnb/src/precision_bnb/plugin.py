@@ -257,7 +257,7 @@ class BitsandbytesPrecision(Wrapping):
 
     def _check_trainable(self, module: nn.Module, planned: Report | None = None) -> None:
         """Raises `ValueError` for parameters that train, once what is planned is done, where base was given as half."""
-        if self._given_base is None or self._given_base.params is not torch.float16:
+        if self._given_base is None or self._given_base.params is not torch.float16 or self._given_base.scale:
             return
         freezes = planned is not None and self.mode != "int8-training"
         frozen = {f"{item.name}.weight" for item in planned.converted} if planned is not None and freezes else set()
@@ -266,8 +266,8 @@ class BitsandbytesPrecision(Wrapping):
             return
         raise ValueError(
             f'BitsandbytesPrecision(base="{self._given_base}") has float16 parameters, whose gradients overflow or '
-            f'vanish, and these train: {listed(trainable)}. Pass base="16-mixed", leave base out, or '
-            "freeze them with requires_grad_(False)"
+            f'vanish, and these train: {listed(trainable)}. Pass base="16-mixed" or base="16-master", leave base out, '
+            "or freeze them with requires_grad_(False)"
         )
 
     def _choose_base(self, trains: bool) -> None:

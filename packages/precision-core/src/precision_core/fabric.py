@@ -287,7 +287,8 @@ class Fabric(Saving):
         Raises:
             ValueError: not an optimizer.
             RuntimeError: the gradients come from no `fabric.backward`, or were changed while they carried the scale; or
-                the strategy's engine holds them (DeepSpeed), the error says what to do instead.
+                the strategy's engine holds them (DeepSpeed), or they stay scaled until the step (16-master); the error
+                says what to do instead.
         """
         check_optimizer("fabric.unscale_gradients", optimizer)
         self._strategy.unscale_gradients(optimizer)
@@ -306,7 +307,8 @@ class Fabric(Saving):
 
         Pass `max_norm`, for the norm of all of them together, or `clip_val`, for each element. Returns the unscaled
         norm before clipping for `max_norm` (a tensor of no dimensions, over all shards), None for `clip_val`. Where the
-        loss is scaled, inf and NaN lead to a skipped step, not to an error, unless `error_if_nonfinite`.
+        loss is scaled, inf and NaN lead to a skipped step, not to an error, unless `error_if_nonfinite`. `16-master`
+        leaves float16 gradients as they are, and clips float32 copies in the step.
 
         Raises:
             ValueError: not exactly one of `max_norm` and `clip_val`, neither `model` nor `optimizer`, or other objects.

@@ -51,6 +51,24 @@ class TestFloat16True(PrecisionContract):
         return HalfPrecision("16-true")
 
 
+class TestFloat16Master(PrecisionContract):
+    """With SGD, which waits for the flag of inf and NaN in each step."""
+
+    accelerator = "gpu"
+
+    def make_precision(self) -> Precision:
+        return HalfPrecision("16-master")
+
+
+class TestFloat16MasterFused(TestFloat16Master):
+    """Where the optimizer skips on the device, piece by piece."""
+
+    learning_rate = 0.003  # of AdamW
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        return AdamW(model.parameters(), lr=self.learning_rate, fused=True)
+
+
 class TestBfloat16Mixed(PrecisionContract):
     accelerator = "gpu"
 

@@ -91,7 +91,7 @@ def test_the_table_names_what_there_is_and_each_name_once() -> None:
     assert all(meant(name) == modes[0] for modes, row in ELSEWHERE.items() for name in row.split())
 
 
-@pytest.mark.parametrize("name", ["fp16", "fp16-mixed", "bfloat16", "half", "amp", "auto", "fp8", "nvfp4"])
+@pytest.mark.parametrize("name", ["fp16", "fp16-mixed", "bfloat16", "half", "amp", "fp8", "nvfp4"])
 def test_fabric_and_supports_say_the_same(name: str) -> None:
     assert hint(name, ALL, package_of)
     expected = re.escape(hint(name, ALL, package_of) + " [unknown-mode]") + "$"

@@ -25,6 +25,7 @@ TABLE = [
     ("bf16-true", BF16, BF16, BF16, F32, BF16, None, False),
     ("16-mixed", F32, F16, F32, F32, F32, None, True),
     ("bf16-mixed", F32, BF16, F32, F32, F32, None, False),
+    ("16-master", F16, F16, F32, F32, F16, F32, True),
     ("bf16-master", BF16, BF16, F32, F32, BF16, F32, False),
     ("bf16-stochastic", BF16, BF16, BF16, F32, BF16, None, False),
     (64, F64, F64, F64, F64, F64, None, False),
@@ -60,6 +61,8 @@ STORED = [
     ("params=bfloat16,master=float32,state=bfloat16,rounding=stochastic", F32, BF16, BF16, "stochastic"),
     ("params=float32,state=bfloat16", None, BF16, F32, "nearest"),
     ("bf16-master", F32, F32, BF16, "nearest"),
+    ("16-master", F32, F32, F16, "nearest"),
+    ("params=float16,master=float32,state=bfloat16", F32, BF16, F16, "nearest"),
 ]
 
 
@@ -85,6 +88,8 @@ def test_reduction_is_as_wide_as_what_it_reduces(spelled: str, reduce: torch.dty
 def test_the_master_mode_is_spelled_as_documented() -> None:
     spelled = "params=bfloat16,compute=bfloat16,reduce=float32,output=float32,buffers=bfloat16,master=float32,"
     assert Policy.parse(f"{spelled}state=float32,grads=bfloat16,rounding=nearest,scale=false") == MODES["bf16-master"]
+    spelled = "params=float16,compute=float16,reduce=float32,output=float32,buffers=float16,master=float32,"
+    assert Policy.parse(f"{spelled}state=float32,grads=float16,rounding=nearest,scale=true") == MODES["16-master"]
     spelled = "params=bfloat16,compute=bfloat16,reduce=bfloat16,output=float32,buffers=bfloat16,master=none,"
     stored = "state=bfloat16,grads=bfloat16,rounding=stochastic,scale=false"
     assert Policy.parse(spelled + stored) == MODES["bf16-stochastic"]
@@ -102,7 +107,7 @@ def test_modes_aliases_and_defaults(row: tuple[object, ...]) -> None:
 
 
 def test_the_tables_above_are_all_modes_and_aliases() -> None:
-    assert {row[0] for row in TABLE[:15]} == {*MODES, *ALIASES}
+    assert {row[0] for row in TABLE[:16]} == {*MODES, *ALIASES}
     assert all(str(policy) == name for name, policy in MODES.items())
     assert Policy() == MODES["32-true"] and str(Policy.parse("params=float32,compute=bfloat16")) == "bf16-mixed"
 

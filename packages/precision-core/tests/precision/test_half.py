@@ -75,7 +75,7 @@ def test_other_modes_are_refused_by_the_name_of_their_plugin(mode: str | int) ->
     runner = "MixedPrecision" if policy.mixed else "DoublePrecision" if policy.params is F64 else "Precision"
     with pytest.raises(ValueError) as error:
         HalfPrecision(mode)
-    runs = "16-true, bf16-true, bf16-master, bf16-stochastic"
+    runs = "16-true, bf16-true, 16-master, bf16-master, bf16-stochastic"
     call = f"HalfPrecision({str(policy)!r})"
     assert str(error.value) == f"{call}: this plugin runs {runs}; for this policy there is {runner}"
 

@@ -12,7 +12,9 @@ HALVES = ("float16", "bfloat16")
 
 # policy, what the message must say
 REFUSED = [
-    ("params=float16,master=float32,scale=false", "core keeps master weights beside bfloat16 params"),
+    ("16-mixed; head: 16-master", "a step stores all float16 parameters alike: say head: 32-true"),
+    ("16-master; head: 16-true", "say head: params=float16,compute=float16,reduce=float16,output=float32,"),
+    ("params=float16,master=float32,rounding=stochastic,state=bfloat16", "stochastic rounding is for bfloat16"),
     ("bf16-true; head: bf16-master", "a step stores all bfloat16 parameters alike: say head: params=bfloat16,"),
     (
         "bf16-master; head: bf16-true",
@@ -27,7 +29,7 @@ REFUSED = [
     ("params=bfloat16,compute=float32", "which knows bfloat16 and float16; nothing runs another"),
     ("scale=true", "nothing scales the loss without float16 compute; say scale=false"),
     ("params=float32,compute=bfloat16,scale=true", "nothing scales the loss without float16 compute"),
-    ("params=float16,scale=true", "DeepSpeedPrecision of precision-deepspeed scales over float32 master weights"),
+    ("params=float16,scale=true", "say params=float32 (16-mixed), or params=float16,master=float32 (16-master)"),
     ("params=float16,compute=bfloat16", "say params=float32, or compute like params"),
     ("params=bfloat16,compute=float16", "say params=float32, or compute like params"),
     ("32-true; head: params=float64,compute=float32", "nothing runs float64 params under a narrower compute"),

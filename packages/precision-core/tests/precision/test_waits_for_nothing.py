@@ -12,9 +12,10 @@ from torch import nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
 
-from precision_core import Fabric, MixedPrecision
+from precision_core import Fabric, HalfPrecision, MixedPrecision
 from precision_core.policy import MODES
 from precision_core.scaling.loss_scaler import LossScaler
+from precision_core.scaling.master_scaler import MasterScaler
 from precision_core.testing import HostReads, run_in_ranks
 
 STEPS = 10
@@ -38,8 +39,13 @@ def reads(mode: str, strategy: str = "auto", ask: Ask = nothing, fused: bool = T
     """Returns how often ten steps asked for a value, by file, while the CPU plays a device that is slow to tell."""
     plugin: Any = mode
     if MODES[mode].scale:  # on such a device it leaves the flag where it is; no step overflows
-        plugin = MixedPrecision(mode, device="cpu", scaler={"init_scale": 128.0})
-        plugin.scaler = LossScaler(plugin.setup_scaler(), min_scale=2.0**-14, max_skips=50, avoid_sync=True)
+        options: Any = {"min_scale": 2.0**-14, "max_skips": 50, "avoid_sync": True}
+        if MODES[mode].mixed:
+            plugin = MixedPrecision(mode, device="cpu", scaler={"init_scale": 128.0})
+            plugin.scaler = LossScaler(plugin.setup_scaler(), **options)
+        else:
+            plugin = HalfPrecision(mode, scaler={"init_scale": 128.0})
+            plugin.scaler = MasterScaler(plugin.setup_scaler(), dtype=torch.float16, mode=mode, **options)
     fabric = Fabric("cpu", strategy, devices=1, precision=plugin)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 1))

@@ -16,7 +16,8 @@ from torch import nn
 from precision_core import MODES, DDPStrategy, Fabric, Strategy
 from precision_core.testing import StrategyContract, run_in_ranks
 
-FULL = ("64-true", "16-true", "bf16-master", "bf16-stochastic")  # others have these kinds of dtype and scale
+FULL = ("64-true", "16-true", "16-master", "bf16-master", "bf16-stochastic")
+"""Others have these kinds of dtype and scale."""
 WIDE_GRADIENTS = "params=bfloat16,master=float32,grads=float32"
 needs_grad_dtype = pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="torch 2.10 brought grad_dtype")
 

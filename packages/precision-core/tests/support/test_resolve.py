@@ -22,6 +22,7 @@ CLASSES = {
     "32-true": Precision,
     "16-true": HalfPrecision,
     "bf16-true": HalfPrecision,
+    "16-master": HalfPrecision,
     "bf16-master": HalfPrecision,
     "bf16-stochastic": HalfPrecision,
     "16-mixed": MixedPrecision,

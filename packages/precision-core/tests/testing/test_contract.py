@@ -37,6 +37,11 @@ class TestFloat16True(PrecisionContract):
         return HalfPrecision("16-true")
 
 
+class TestFloat16Master(PrecisionContract):
+    def make_precision(self) -> Precision:
+        return HalfPrecision("16-master")
+
+
 class TestBfloat16Master(PrecisionContract):
     def make_precision(self) -> Precision:
         return HalfPrecision("bf16-master")

@@ -29,4 +29,5 @@ def rows() -> Iterator[SupportRow]:
         yield SupportRow("64-true", device, "no", NO_FLOAT64, STRATEGY)
         yield SupportRow("bf16-stochastic", device, "no", NO_ROUNDING, STRATEGY)
     if not cpu_has_float16():  # DeepSpeed asks oneDNN for the same; importing DeepSpeed takes seconds and prints
-        yield SupportRow("16-true", "cpu", "no", NO_FLOAT16, STRATEGY)
+        for mode in ("16-true", "16-master"):
+            yield SupportRow(mode, "cpu", "no", NO_FLOAT16, STRATEGY)

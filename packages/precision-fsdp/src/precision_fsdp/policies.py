@@ -4,6 +4,7 @@
 | 32-true, 64-true     | as the mode    | same         | same         | same         |
 | bf16-true, 16-true   | as the mode    | same         | same         | float32      |
 | bf16-mixed, 16-mixed | the half dtype | float32      | float32      | float32      |
+| bf16-, 16-master     | the half dtype | float32      | as params    | float32      |
 """
 
 from __future__ import annotations

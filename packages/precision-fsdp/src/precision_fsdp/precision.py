@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed.fsdp import MixedPrecision as FSDP1MixedPrecision
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from precision_core import MixedPrecision, Policy
+from precision_core import HalfPrecision, MixedPrecision, Policy, Precision
 from precision_core.precision import Item, Report, Wrapping, make_plugin
 from precision_fsdp.float32 import compute_in_float32, float32_statistics
 from precision_fsdp.policies import casts_of
@@ -59,15 +59,19 @@ class FSDPPrecision(Wrapping):
         else:
             self.wrapped = make_plugin(self.policy, device_type)
 
-    def _with_scaler(self, device_type: str) -> MixedPrecision:
+    def _with_scaler(self, device_type: str) -> Precision:
         given = self._given_scaler
         initial = given.get("init_scale", 1.0) if isinstance(given, Mapping) else 1.0
         if isinstance(initial, (int, float)) and not (0 < initial < float("inf")):
             raise ValueError(f"FSDPPrecision(scaler={given}): init_scale must be positive and finite")
         try:
-            return MixedPrecision(self.policy, device=device_type, scaler=given)
+            if self.policy.mixed:
+                return MixedPrecision(self.policy, device=device_type, scaler=given)
+            return HalfPrecision(self.policy, scaler=given)
         except ValueError as error:  # which names core's class, not the user's call
-            text = str(error).replace("MixedPrecision(", "FSDPPrecision(").replace('device="cpu", ', "")
+            text = str(error).replace('device="cpu", ', "")
+            for name in ("MixedPrecision(", "HalfPrecision("):
+                text = text.replace(name, "FSDPPrecision(")
             raise ValueError(text) from error
 
     # ---------------------------------------------------------------- for FSDP

@@ -20,8 +20,8 @@ from precision_lab.task import Task
 from precision_lab.tracker import Tracker, fake_mode, key_of
 
 KINDS = ("params", "grads", "master", "optimizer", "buffers", "activations", "temporary")
-MASTER_REST = "master_rest"
-"""What bf16-master calls the other 16 bits of a weight, in the optimizer's state."""
+MASTERS = ("master_rest", "master_weight")
+"""What bf16-master calls the other 16 bits of a weight, and 16-master its float32 value, in the optimizer's state."""
 
 
 @dataclass
@@ -134,7 +134,7 @@ def _look(found: Footprint, tracker: Tracker, model: nn.Module, optimizer: Any, 
     masters = 0
     for state in optimizer.state.values():
         for name, value in state.items():
-            if isinstance(value, Tensor) and name == MASTER_REST:
+            if isinstance(value, Tensor) and name in MASTERS:
                 masters += take(value)
             elif isinstance(value, Tensor):
                 found.optimizer[str(name)] = found.optimizer.get(str(name), 0) + take(value)

@@ -76,7 +76,8 @@ def load(
             content, shards, leave=lambda key_path: is_lean and not _has_destination(state, key_path)
         )
     with all_ranks:
-        content, beside, _ = translated(state, content, header, masters, values=True)
+        content, beside, _, beyond = translated(state, content, header, masters, values=True)
+        raise_mismatches(origin, [f"{name}: weights beyond 65,504, the largest float16" for name in beyond])
         steps = [_precision_step(run_state["precision"], notes, strategy)]
         if run_state["rng"] is not None:  # a rank that the saving run did not have keeps its own
             steps.insert(0, _rng_step(run_state["rng"], strategy.device))

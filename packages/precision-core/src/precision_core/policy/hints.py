@@ -1,7 +1,7 @@
 """Hints for a mode that does not exist: what it is called here, or the spelling that was meant; never another format.
 
 ELSEWHERE has the names that other libraries use: accelerate ("no", "fp16", "fp8"), Composer ("amp_bf16"), Keras
-("mixed_float16"), Apex ("O1"), torch's dtypes, bitsandbytes ("4bit"), Transformer Engine ("te", "float8").
+("mixed_float16"), Apex ("O1", "O2"), torch's dtypes, bitsandbytes ("4bit"), Transformer Engine ("te", "float8").
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ ELSEWHERE: dict[tuple[str, ...], str] = {
         "half-mixed mixed-half 16-amp amp-16 16bit 16-bit 16bit-mixed 16-bit-mixed o1 native-amp apex"
     ),
     ("16-mixed", "bf16-mixed"): "amp mixed autocast mixed-precision automatic-mixed-precision",
+    (
+        "16-master",
+    ): "o2 fp16-master float16-master f16-master half-master master-fp16 master-float16 fp16-o2 16bit-master",
+    ("bf16-master",): "bfloat16-master master-bf16 master-bfloat16",
     ("16-true",): "half half-true fp16-true float16-true f16-true true-float16 fp16-pure pure-fp16 16bit-true o3",
     ("bf16-mixed", "bf16-true"): (
         "bfloat16 bfloat bf-16 b16 brain-float bfloat16-mixed mixed-bfloat16 mixed-bf16 amp-bf16 amp-bfloat16 bf16-amp "
@@ -51,7 +55,7 @@ _REMARKS = {
     "fp4": "is bitsandbytes' other 4-bit format",
 }
 _NO_MODES = {
-    "auto": '; no mode is chosen for you: "bf16-mixed" is right where supports("bf16-mixed", device) says native, else '
+    "auto": '; Fabric(precision="auto") takes what precision choose wrote for your model; without it "bf16-mixed" is right where supports("bf16-mixed", device) says native, else '
     '"16-mixed" on a GPU and "32-true" on a CPU',
     "tf32": '; TF32 is how float32 products are computed: Fabric(precision="32-true", tf32=True)',
 }

@@ -233,11 +233,12 @@ MODES: dict[str, Policy] = {
     "bf16-true": Policy(torch.bfloat16),
     "16-mixed": Policy(torch.float32, torch.float16),
     "bf16-mixed": Policy(torch.float32, torch.bfloat16),
+    "16-master": Policy(torch.float16, reduce=torch.float32, master=torch.float32),
     "bf16-master": Policy(torch.bfloat16, reduce=torch.float32, master=torch.float32),
     "bf16-stochastic": Policy(torch.bfloat16, rounding="stochastic"),
 }
 """The modes by name: `-true` has params and compute alike, `-mixed` has float32 params under a narrower compute,
-`-master` has half params beside exact float32 master weights, `-stochastic` rounds half params by chance."""
+`-master` has half params and exact float32 master weights, `-stochastic` rounds half params by chance."""
 
 ALIASES: dict[str | int, str] = {
     64: "64-true",

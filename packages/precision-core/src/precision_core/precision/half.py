@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
@@ -29,8 +30,11 @@ from precision_core.precision.model.parametrized import check_parametrized
 from precision_core.precision.model.regions import EffectivePolicies, Restore, apply_exceptions, casting_inputs
 from precision_core.precision.model.report import Item, module_bytes
 from precision_core.precision.model.wide import Wide
+from precision_core.precision.range import check_complex, check_range
+from precision_core.precision.torch_scaler import check_scaler
 from precision_core.precision.update.gradients import widen
 from precision_core.scaling.fused import check_fused
+from precision_core.scaling.scaler import Scaler
 
 if TYPE_CHECKING:
     from precision_core.precision.swallowed import Swallowed
@@ -48,19 +52,20 @@ _HALF_SPACING = {torch.bfloat16: "1/512 to 1/256", torch.float16: "1/4096 to 1/2
 class HalfPrecision(Precision):
     """`16-true` or `bf16-true`: the model is cast, inputs and tensors created in forward get the dtype.
 
-    `bf16-master` computes as `bf16-true` does, and steps exact float32 values, of which the parameters are the nearest
-    bfloat16 (precision/update/).
+    `bf16-master` and `16-master` compute as those do, and step exact float32 values, of which the parameters are the
+    nearest half ones (precision/update/). `16-master` scales the loss, and leaves its gradients scaled until the step.
 
     Args:
-        precision: `"16-true"`, `"bf16-true"`, `"bf16-master"`, or a policy whose params and compute are the same half
-            dtype; exceptions are applied.
+        precision: `"16-true"`, `"bf16-true"`, `"16-master"`, `"bf16-master"`, or a policy whose params and compute are
+            the same half dtype; exceptions are applied.
         buffers: None casts floating buffers as the policy says, with a warning that names those which lose by it, and
             keeps those in float32 that `precision_core.precision.RULES` lists. `"float32"` (any float
             dtype) casts all of them to that; name patterns (`{"mean"}`) keep those that match in float32 as well. Batch
             norms that keep float32 statistics keep their weight and bias in float32 too.
+        scaler: for a policy that scales the loss, as `MixedPrecision` takes it; and so `min_scale` and `max_skips`.
 
     Raises:
-        ValueError: any other mode, 16 and "bf16" included, which mean mixed precision.
+        ValueError: any other mode, 16 and "bf16" included, which mean mixed precision; a scaler that does not match it.
     """
 
     _runs = HALF_DTYPES
@@ -68,9 +73,18 @@ class HalfPrecision(Precision):
     _keeps_params = True  # False where an engine stores all parameters in one dtype
 
     def __init__(
-        self, precision: str | int | Policy = "16-true", *, buffers: str | torch.dtype | Iterable[str] | None = None
+        self,
+        precision: str | int | Policy = "16-true",
+        *,
+        buffers: str | torch.dtype | Iterable[str] | None = None,
+        scaler: GradScaler | Mapping[str, float] | None = None,
+        min_scale: float = 2.0**-14,
+        max_skips: int = 50,
     ) -> None:
         super().__init__(policy=precision)
+        self._given_scaler = check_scaler(scaler, self.policy, None, type(self).__name__)
+        self._min_scale = min_scale
+        self._max_skips = max_skips
         self._float32_buffers: tuple[str, ...] = ()
         self._keeps_buffers = True  # those of the table; False: the caller has said what becomes of all
         if isinstance(buffers, torch.dtype) or (isinstance(buffers, str) and buffers in FLOATS):
@@ -91,11 +105,18 @@ class HalfPrecision(Precision):
                 f"its engine keeps no gradients wider than their parameters (grads={dtype_name(self.policy.grads)}): "
                 "leave grads out (reduce=float32 averages in float32), or use bf16-mixed"
             )
+        given = self._given_scaler
+        if isinstance(given, GradScaler) and torch.device(given._device).type != strategy.device.type:
+            return f"its scaler is for {given._device!r}: pass torch.amp.GradScaler({strategy.device.type!r}, ...)"
         return super().refuses(strategy)
 
     def connect(self, strategy: Strategy) -> None:
-        """Takes the device type, which exceptions in mixed precision need."""
-        self._device_type = strategy.device.type
+        """Takes the device type, which the scaler and exceptions in mixed precision need."""
+        before, self._device_type = self._scalers_device, strategy.device.type
+        if self.policy.scale and "scaler" in vars(self) and before != self._device_type:  # nothing was scaled yet
+            made = vars(self).pop("scaler")
+            vars(self).pop("_torch_scaler", None)
+            self.scaler.counter.load_state_dict(made.counter.state_dict())
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Casts parameters and buffers in place, but for those of `wide.RULES`; applies exceptions; returns `module`.
@@ -103,6 +124,7 @@ class HalfPrecision(Precision):
         Warns (once, `UserWarning`) of buffers whose values change by the cast, and of running statistics always: an
         average that is updated by less than the spacing of its dtype stands still.
         """
+        check_complex(module, self.policy)
         policies = EffectivePolicies(module, self.policy)
         wide = Wide(module, self.policy, params=self._keeps_params, buffers=self._keeps_buffers)
         names = [name for name, _ in module.named_buffers(remove_duplicate=False)]
@@ -130,6 +152,8 @@ class HalfPrecision(Precision):
             return wide_norms.get(name.rpartition(".")[0], policies.of(name).params)
 
         updates = self._updates
+        if updates is not None and self.policy.master is not None:
+            check_range(module, param_dtype, self.policy)
         items = cast_parameters(module, param_dtype, None if updates is None else updates.converter(module))
         if updates is not None:
             updates.converted(module)
@@ -255,7 +279,7 @@ class HalfPrecision(Precision):
     def stepping(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
         """Context in which the optimizer steps in float32, where the policy stores more than torch does."""
         if self._updates is not None:
-            return self._updates.stepping(optimizer)
+            return self._updates.stepping(optimizer, self.scaler)
         self._until_sample -= 1
         if self._until_sample:
             return _NO_CONTEXT
@@ -280,6 +304,42 @@ class HalfPrecision(Precision):
         if self._updates is not None:
             self._updates.teardown()
         super().teardown()
+
+    # ---------------------------------------------------------------- scaling
+
+    @cached_property
+    def _torch_scaler(self) -> GradScaler:
+        if isinstance(self._given_scaler, GradScaler):
+            return self._given_scaler
+        return GradScaler(self._scalers_device, enabled=self.policy.scale, **self._given_scaler)  # type: ignore[arg-type]
+
+    def setup_scaler(self) -> GradScaler:
+        """Returns the torch scaler in use: the one given, else one made now; a disabled one where nothing is scaled."""
+        return self._torch_scaler
+
+    @property
+    def _scalers_device(self) -> str:
+        """The device type of the strategy, else of the models that were converted: those of a loop without Fabric."""
+        params = (param for model in self.models for param in model.parameters())
+        return self._device_type or next((param.device.type for param in params), "cpu")
+
+    @cached_property
+    def scaler(self) -> Scaler:
+        """The loss scaler; one that does nothing where the loss is not scaled."""
+        if not self.policy.scale:
+            return Scaler()
+        from precision_core.scaling.master_scaler import MasterScaler  # most modes do not scale
+
+        return MasterScaler(
+            self.setup_scaler(),
+            min_scale=self._min_scale,
+            max_skips=self._max_skips,
+            avoid_sync=self._scalers_device != "cpu",
+            models=self.models,
+            name_of=self.name_of,
+            dtype=self.policy.params,
+            mode=self.mode,
+        )
 
     # ---------------------------------------------------------------- forward
 

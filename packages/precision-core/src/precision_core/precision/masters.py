@@ -1,4 +1,8 @@
-"""Masters: the float32 values that an optimizer steps where parameters are half, for checkpoints; by default none."""
+"""Masters: the float32 values that an optimizer steps where parameters are half, for checkpoints; by default none.
+
+Beside a bfloat16 weight are the 16 bits that make it a float32 value (`REST`); beside a float16 one, which is no half
+of that, is the full value (`MASTER`).
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEY = "master_rest"
-"""What the rest of each value is called in the state of the optimizer that holds the parameter."""
-EXACT = (torch.float32, torch.float16)
-"""What a bfloat16 weight and its rest hold exactly."""
+REST = "master_rest"
+"""What the other 16 bits of each bfloat16 weight are called in the state of the optimizer that holds the parameter."""
+MASTER = "master_weight"
+"""What the float32 value of each float16 weight is called there."""
+KEYS = {REST: torch.bfloat16, MASTER: torch.float16}
+"""Key -> the dtype of the weight beside it."""
 
 
 class Masters:
     """Null object: no parameter has more to its value than itself."""
+
+    key: str | None = None
+    """What is beside the weights, one of `KEYS`; None: nothing is."""
+    exact: tuple[torch.dtype, ...] = ()
+    """Other dtypes whose values a weight holds exactly, with what is beside it."""
 
     def holds(self, param: Tensor) -> bool:
         """Whether `param` holds float32 values exactly, with what is stored beside it."""
@@ -25,25 +36,13 @@ class Masters:
         """Returns the value that an optimizer steps: float32, a new tensor, or `param` itself, detached."""
         return param.detach()
 
-    def keep(self, param: Tensor, rest: Tensor) -> None:
-        """Takes `rest` for the weight that `param` has now."""
+    def keep(self, param: Tensor, beside: Tensor) -> None:
+        """Takes what is beside the weight that `param` has now."""
         raise NotImplementedError
 
     def split(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the weight (bfloat16) and the rest (int16) of float32 or float16 values, or of a DTensor's shard."""
-        from precision_core.precision.update.rests import split_off
-
-        return split_off(value.float())
-
-    def combined(self, weight: Tensor, rest: Tensor) -> Tensor:
-        """Returns the float32 values of a bfloat16 weight and its rest (int16), sharded alike."""
-        from precision_core.precision.update.bits import combine
-        from precision_core.precision.update.layout import local
-
-        value = torch.empty_like(weight, dtype=torch.float32)
-        with torch.no_grad():
-            combine(local(weight), local(rest), local(value))
-        return value
+        """Returns the weight, and what is beside it, of values in a dtype of `exact`, or of a DTensor's shard."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the precision's state has besides its counts: the generator of stochastic rounding."""
@@ -54,3 +53,19 @@ class Masters:
 
 
 NO_MASTERS = Masters()
+
+
+def combined(weight: Tensor, beside: Tensor) -> Tensor:
+    """Returns the float32 values of a half weight and what was stored beside it, sharded alike; a new tensor."""
+    from precision_core.precision.update.bits import combine
+    from precision_core.precision.update.layout import local
+    from precision_core.precision.update.rests import reconcile
+
+    with torch.no_grad():
+        if beside.dtype is torch.int16:
+            value = torch.empty_like(weight, dtype=torch.float32)
+            combine(local(weight), local(beside), local(value))
+        else:
+            value = beside.clone()
+            reconcile(local(value), local(weight))
+    return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,15 +20,15 @@ from precision_core.precision.model.cast_module import cast_buffers, cast_parame
 from precision_core.precision.model.regions import EffectivePolicies, apply_exceptions
 from precision_core.precision.model.report import Item, module_bytes
 from precision_core.precision.model.upcast import upcast
+from precision_core.precision.range import check_complex
 from precision_core.precision.runnable import check_runnable
+from precision_core.precision.torch_scaler import check_scaler
 from precision_core.scaling.scaler import Scaler
 
 if TYPE_CHECKING:
     from precision_core.strategies.base import Strategy
 
 T = TypeVar("T")
-
-_SCALER_OPTIONS = ("init_scale", "growth_factor", "backoff_factor", "growth_interval")
 
 
 class MixedPrecision(Precision):
@@ -67,7 +66,7 @@ class MixedPrecision(Precision):
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"MixedPrecision(device={device!r}): expected a device type such as 'cuda'") from error
         self._device_is_here = is_available(self.device_type)  # asked in forward, where torch.compile traces
-        self._given_scaler = _check_scaler(scaler, self.policy, self.device_type)
+        self._given_scaler = check_scaler(scaler, self.policy, self.device_type)
         self._upcast = upcast
         self._min_scale = min_scale
         self._max_skips = max_skips
@@ -105,7 +104,7 @@ class MixedPrecision(Precision):
         Raises:
             ValueError: trainable parameters in another dtype, unless `upcast`; complex ones under a scaled loss.
         """
-        self._check_complex(module)
+        check_complex(module, self.policy)
         before = module_bytes(module)
         items = upcast(module, self.policy, self.storage) if self._upcast else []
         policies = EffectivePolicies(module, self.policy)
@@ -134,19 +133,6 @@ class MixedPrecision(Precision):
                 f'pass Fabric(precision="{self.policy}", upcast=True), or without Fabric MixedPrecision('
                 f'"{self.policy}", device="{self.device_type}", upcast=True); or load the model in float32 '
                 "(transformers: dtype=torch.float32), or freeze them with requires_grad_(False) [half-parameters]"
-            )
-
-    def _check_complex(self, module: nn.Module) -> None:
-        names = [
-            f"{name} ({dtype_name(param.dtype)})"
-            for name, param in module.named_parameters()
-            if param.is_complex() and param.requires_grad
-        ]
-        if names and self.policy.scale:
-            raise ValueError(
-                f"{self.policy.flat} scales the loss, and torch unscales no complex gradients, those of "
-                f'{listed(names)}: use precision="bf16-mixed", which does not scale, hold them as real '
-                "parameters (torch.view_as_real), or freeze them with requires_grad_(False) [complex-parameters]"
             )
 
     # ---------------------------------------------------------------- forward
@@ -210,40 +196,3 @@ class MixedPrecision(Precision):
 def _buffer_dtype(dtype: torch.dtype, buffer: Tensor) -> torch.dtype | None:
     """Returns what a buffer is cast to: under float32 a half one stays, since nothing is won by widening it."""
     return None if dtype is torch.float32 and buffer.dtype in HALF_DTYPES else dtype
-
-
-def _check_scaler(
-    scaler: GradScaler | Mapping[str, float] | None, policy: Policy, device_type: str
-) -> GradScaler | dict[str, float]:
-    """Returns the scaler, or the options to make one with."""
-    if scaler is None:
-        return {}
-    if not policy.scale:
-        raise ValueError(
-            f"MixedPrecision({str(policy)!r}, scaler=...): this policy does not scale the loss; leave it out"
-        )
-    if isinstance(scaler, Mapping):
-        unknown = sorted(set(scaler) - set(_SCALER_OPTIONS))
-        if unknown:
-            raise ValueError(f"MixedPrecision(scaler={dict(scaler)}): unknown {unknown}; allowed are {_SCALER_OPTIONS}")
-        options = dict(scaler)
-        try:
-            GradScaler("cpu", **options)  # type: ignore[arg-type]  # torch's own checks, on a device that is always here
-        except (AssertionError, TypeError) as error:
-            raise ValueError(f"MixedPrecision(scaler={options}): {error}") from error
-        return options
-    if not isinstance(scaler, GradScaler):
-        raise ValueError(f"MixedPrecision(scaler={scaler!r}): expected a torch.amp.GradScaler or a dict of its options")
-    scaler_device = torch.device(getattr(scaler, "_device", device_type)).type
-    if not scaler.is_enabled():
-        reason = "was made with enabled=False"
-        if not is_available(scaler_device):
-            reason = f"is for {scaler_device!r}, which is not here, so torch has disabled it and dropped its values"
-        raise ValueError(
-            f"MixedPrecision(scaler=...): the scaler {reason}. For the CPU: "
-            'MixedPrecision("16-mixed", device="cpu", scaler=torch.amp.GradScaler("cpu", ...)); without scaling: '
-            f'precision="{replace(policy, scale=False)}"'
-        )
-    if scaler_device != device_type:
-        raise ValueError(f"MixedPrecision(device={device_type!r}) got a scaler for {scaler_device!r}: use one device")
-    return scaler

@@ -15,11 +15,6 @@ _AUTOCAST = (torch.bfloat16, torch.float16)
 
 _REFUSED: tuple[tuple[Callable[[Policy], bool], str], ...] = (
     (
-        lambda policy: policy.master is not None and policy.params is torch.float16,
-        "core keeps master weights beside bfloat16 params; DeepSpeedPrecision of precision-deepspeed does beside "
-        "float16 ones, or say master=none",
-    ),
-    (
         lambda policy: policy.state is not policy.params and policy.params not in HALF_DTYPES,
         "core chooses the dtype of state for half params only; say params=bfloat16,master=float32,state=bfloat16",
     ),
@@ -45,9 +40,9 @@ _REFUSED: tuple[tuple[Callable[[Policy], bool], str], ...] = (
         "nothing scales the loss without float16 compute; say scale=false",
     ),
     (
-        lambda policy: policy.scale and policy.params is not torch.float32,
-        "torch unscales no float16 gradients; DeepSpeedPrecision of precision-deepspeed scales over float32 master "
-        "weights, or say params=float32",
+        lambda policy: policy.scale and policy.params is not torch.float32 and policy.master is None,
+        "a scaled loss needs float32 values to unscale gradients for: say params=float32 (16-mixed), or "
+        "params=float16,master=float32 (16-master)",
     ),
     (
         lambda policy: policy.mixed and policy.params is not torch.float32,
@@ -61,10 +56,14 @@ def check_runnable(policy: Policy) -> None:
     for pattern, part in policy.exceptions:
         around = policy if part.params is policy.params else Policy(part.params)
         if part.params in HALF_DTYPES and _stored(part) != _stored(around):
+            stored = replace(part, **_fields(around), scale=part.scale and around.master is not None)
+            # float16 parameters without a master train under no scaled loss
+            lost = policy.scale and stored.params is torch.float16 and stored.master is None
+            way = f"{pattern}: 32-true" if lost else f"{pattern}: {stored}, or {pattern}: 32-true"
             raise ValueError(
                 f"precision={str(policy)!r} cannot run here: {pattern} would store its parameters and their state "
                 f"otherwise than the policy around it, and a step stores all {dtype_name(part.params)} parameters "
-                f"alike: say {pattern}: {replace(part, **_fields(around))}, or {pattern}: 32-true"
+                f"alike: say {way}"
             )
     for part in (policy.flat, *(exception for _, exception in policy.exceptions)):
         for refused, reason in _REFUSED:

@@ -51,27 +51,37 @@ def clip_unscaled(params: Sequence[nn.Parameter], clip: Clip) -> Tensor | None:
     Raises:
         RuntimeError: `clip.error_if_nonfinite` and the norm is not finite.
     """
-    kinds = [[_Gradient(param) for param in kind] for kind in _by_mesh(params)]
+    kinds = [[_Gradient(param) for param in kind] for kind in by_mesh(params)]
     if clip.clip_val is not None:
         for each in [each for kind in kinds for each in kind]:
             each.values.clamp_(-clip.clip_val, clip.clip_val)
         return None
     assert clip.max_norm is not None
-    norm = _total([_norm([each.values for each in kind], clip.norm_type) for kind in kinds], clip.norm_type)
-    if (
-        kinds != [[]] and norm.is_cpu and not _SMALL < norm.item() < math.inf
-    ):  # a sum of squares may have left the dtype's range
-        wide = _total([_wide_norm([each.values for each in kind], clip.norm_type) for kind in kinds], clip.norm_type)
-        fits = norm.dtype is torch.float32 and wide.item() <= torch.finfo(torch.float32).max
-        norm = wide.float() if fits else wide
+    norm = norm_over([[each.values for each in kind] for kind in kinds], clip.norm_type)
+    check_norm(norm, clip)
+    for kind in kinds:
+        _multiply(kind, clip.max_norm, norm)
+    return norm
+
+
+def norm_over(kinds: Sequence[list[Tensor]], norm_type: float) -> Tensor:
+    """Returns the norm of all gradients together, float32 or float64; each list is sharded over the same ranks."""
+    norm = _total([_norm(kind, norm_type) for kind in kinds], norm_type)
+    if not any(kinds) or not norm.is_cpu or _SMALL < norm.item() < math.inf:
+        return norm
+    # A sum of squares may have left the dtype's range.
+    wide = _total([_wide_norm(kind, norm_type) for kind in kinds], norm_type)
+    fits = norm.dtype is torch.float32 and wide.item() <= torch.finfo(torch.float32).max
+    return wide.float() if fits else wide
+
+
+def check_norm(norm: Tensor, clip: Clip) -> None:
+    """Raises `RuntimeError` where `clip.error_if_nonfinite` and the norm is not finite."""
     if clip.error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(
             f"clip_gradients(error_if_nonfinite=True): the {clip.norm_type:g}-norm of the gradients is non-finite, "
             f"{norm.item()}: look for NaN in the data or the loss [nonfinite-norm]"
         )
-    for kind in kinds:
-        _multiply(kind, clip.max_norm, norm)
-    return norm
 
 
 _SMALL = 1e-15
@@ -141,7 +151,7 @@ def unsharded(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def _by_mesh(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+def by_mesh(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Returns the parameters by the ranks over which their gradients are sharded: torch mixes them in no operation."""
     kinds: dict[object, list[nn.Parameter]] = {}
     for param in params:

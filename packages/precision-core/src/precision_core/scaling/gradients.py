@@ -33,8 +33,23 @@ def gradients_of(optimizer: Optimizer) -> list[Tensor]:
 @torch.no_grad()
 def multiply(gradients: list[Tensor], factor: float | Tensor) -> None:
     """Multiplies gradients in place."""
-    if gradients:
-        torch._foreach_mul_(gradients, factor)
+    narrow = [gradient for gradient in gradients if gradient.dtype is torch.float16]
+    for gradient in narrow:
+        multiply_float16(gradient, factor)
+    rest = [gradient for gradient in gradients if gradient.dtype is not torch.float16] if narrow else gradients
+    if rest:
+        torch._foreach_mul_(rest, factor)
+
+
+def multiply_float16(gradient: Tensor, factor: float | Tensor) -> None:
+    """Multiplies a gradient in place by any factor; torch 2.13's `_foreach_mul_` makes inf of one beyond float16."""
+    local: Any = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    if not isinstance(factor, Tensor) or local.is_cpu:
+        local.mul_(factor.to(local.device) if isinstance(factor, Tensor) else factor)
+        return
+    factor = factor.to(local.device)  # devices take its value in the gradient's dtype, so in two factors
+    first = factor.clamp(2.0**-13, 2.0**13)
+    local.mul_(first).mul_(factor / first)
 
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:

@@ -38,7 +38,7 @@ from precision_core.scaling.scaler import NameOf
 
 _ADVICE = (
     "Look for NaN in the data or the loss, with hooks that name the layer (the recipe nan.md in the docs); lower the "
-    'learning rate; let one layer stay float32 (precision="16-mixed; NAME: 32-true"), or use precision="bf16-mixed", '
+    'learning rate; let one layer stay float32 (precision="{}; NAME: 32-true"), or use precision="{}", '
     "which needs no scaling"
 )
 
@@ -59,6 +59,8 @@ class LossScaler(ScaledGradients):
         refused: dtypes that gradients may not have.
         name_of: gives a parameter's name, for messages.
     """
+
+    _advice = _ADVICE.format("16-mixed", "bf16-mixed")
 
     def clip(
         self, optimizer: Optimizer | None, params: list[nn.Parameter], clip: Clip, name_of: NameOf
@@ -86,7 +88,7 @@ class LossScaler(ScaledGradients):
                 self._watch.rest()
                 return result[0]
         for each in optimizers:
-            self.unscale(each)
+            self._unscale_once(each)
         return clip_unscaled(params, clip)
 
     def _holders(self, params: list[nn.Parameter], name_of: NameOf) -> list[Optimizer]:
@@ -165,7 +167,7 @@ class LossScaler(ScaledGradients):
         results: list[Any] = []
         gradients = gradients_of(optimizer)
         if gradients and self._records.is_scaled(optimizer, record):  # of a backward before the step, as SAM wants
-            self.unscale(optimizer)
+            self._unscale_once(optimizer)
         before = [param._version for param in params_of(optimizer)]
 
         def evaluate() -> Any:
@@ -173,7 +175,7 @@ class LossScaler(ScaledGradients):
                 had = {id(param) for param in params_of(optimizer) if param.grad is not None}
                 with torch.enable_grad():
                     results.append(closure())
-                self.unscale(optimizer)
+                self._unscale_once(optimizer)
                 if not record.found_inf:
                     return results[-1]
                 if before == [param._version for param in params_of(optimizer)]:
@@ -185,7 +187,7 @@ class LossScaler(ScaledGradients):
                         param.grad = None
             raise FloatingPointError(
                 f"{type(optimizer).__name__}: inf or NaN in its closure's gradients {self._max_skips} times in a row, "
-                f"the loss scale is {self.torch_scaler.get_scale():g}. {_ADVICE} [no-finite-gradients]"
+                f"the loss scale is {self.torch_scaler.get_scale():g}. {self._advice} [no-finite-gradients]"
             )
 
         skipped = bool(record.found_inf) and record.gradients is Gradients.UNSCALED
@@ -240,5 +242,5 @@ class LossScaler(ScaledGradients):
         raise FloatingPointError(
             f"{self.counter.skipped_in_a_row} optimizer steps in a row were skipped, the loss scale is "
             f"{self.torch_scaler.get_scale():g}: inf or NaN in the gradients of "
-            f"{listed(bad, 5) or 'parameters whose gradients are gone by now'}. {_ADVICE} [no-finite-gradients]"
+            f"{listed(bad, 5) or 'parameters whose gradients are gone by now'}. {self._advice} [no-finite-gradients]"
         )

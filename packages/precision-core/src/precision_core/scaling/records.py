@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,22 @@ class Gradients(enum.Enum):
     NONE = enum.auto()
     SCALED = enum.auto()
     UNSCALED = enum.auto()
+
+
+class Ways(NamedTuple):
+    """Ways out, for the messages about gradients that carry the scale."""
+
+    before_a_change: str
+    before_a_step: str
+    before_an_update: str
+
+
+UNSCALE_FIRST = Ways(
+    "Call fabric.unscale_gradients(optimizer) before anything reads or changes p.grad, or clip with "
+    "fabric.clip_gradients(model, optimizer, max_norm=...)",
+    "call its step, or fabric.unscale_gradients on it before {} steps",
+    "call fabric.unscale_gradients(optimizer) before it",
+)
 
 
 class Record:
@@ -64,7 +81,10 @@ class Record:
 class Records:
     """The records of all known optimizers, none of which it keeps alive."""
 
-    def __init__(self, torch_scaler: GradScaler, name_of: NameOf, *, avoid_sync: bool) -> None:
+    def __init__(
+        self, torch_scaler: GradScaler, name_of: NameOf, *, avoid_sync: bool, ways: Ways = UNSCALE_FIRST
+    ) -> None:
+        self.ways = ways
         self._torch_scaler = torch_scaler
         self._name_of = name_of
         self._avoid_sync = avoid_sync
@@ -152,10 +172,8 @@ class Records:
         if changed:
             raise RuntimeError(
                 f"the gradients of {listed(map(self._name_of, changed), 5)} were changed after fabric.backward, while "
-                f"they carried the loss scale ({self._torch_scaler.get_scale():g}). Call "
-                "fabric.unscale_gradients(optimizer) before anything reads or changes p.grad, or clip with "
-                f"fabric.clip_gradients(model, optimizer, max_norm=...); zero_grad() of {type(optimizer).__name__} "
-                "drops them [changed-gradients]"
+                f"they carried the loss scale ({self._torch_scaler.get_scale():g}). {self.ways.before_a_change}; "
+                f"zero_grad() of {type(optimizer).__name__} drops them [changed-gradients]"
             )
         return True
 

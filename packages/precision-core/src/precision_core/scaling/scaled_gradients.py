@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from precision_core.policy.dtypes import dtype_name
 from precision_core.policy.messages import listed
 from precision_core.scaling.gradients import all_finite, gradients_of, is_plain, params_of
-from precision_core.scaling.records import Gradients, Record, Records, rescale
+from precision_core.scaling.records import UNSCALE_FIRST, Gradients, Record, Records, Ways, rescale
 from precision_core.scaling.scale import Scale
 from precision_core.scaling.scaler import NameOf, Scaler
 from precision_core.scaling.watch import Watch
@@ -48,6 +48,7 @@ class ScaledGradients(Scaler):
         models: Collection[nn.Module] = (),
         refused: Container[torch.dtype] = (torch.float16,),
         name_of: NameOf = str,
+        ways: Ways = UNSCALE_FIRST,
     ) -> None:
         super().__init__()
         self.torch_scaler = torch_scaler
@@ -55,7 +56,7 @@ class ScaledGradients(Scaler):
         self._refused = refused
         self._name_of = name_of
         self._scale = Scale(torch_scaler, floor=min_scale, avoid_sync=avoid_sync)
-        self._records = Records(torch_scaler, name_of, avoid_sync=avoid_sync)
+        self._records = Records(torch_scaler, name_of, avoid_sync=avoid_sync, ways=ways)
         self._watch = Watch(self._records, models, torch_scaler, name_of)
         self._last_scale: float | Tensor | None = None  # by which the last loss was scaled
         self._update_pending = False  # a step's found_inf waits for the update of the scale
@@ -107,14 +108,18 @@ class ScaledGradients(Scaler):
         scaled = self._scale.times(loss)
         self._last_scale = self._scale.value()
         for optimizer, record in live:
-            if record.gradients is not Gradients.SCALED:
-                rescale(gradients_of(optimizer), 1.0, self._last_scale)
-                record.gradients = Gradients.SCALED
+            self._scale_again(optimizer, record, self._last_scale)
+            record.gradients = Gradients.SCALED
             record.stepped, record.snapshot = False, None
         if self._watch.unheld:
             self._watch.unheld.before_backward()
         self._last_loss = (weakref.ref(scaled), weakref.ref(loss))
         return scaled
+
+    def _scale_again(self, optimizer: Optimizer, record: Record, scale: float | Tensor) -> None:
+        """Brings gradients that are there before a backward to the scale of its loss."""
+        if record.gradients is not Gradients.SCALED:
+            rescale(gradients_of(optimizer), 1.0, scale)
 
     def after_backward(self) -> None:
         """Notes that the backward of the scaled loss has ended: changes of gradients are seen from now on."""
@@ -174,6 +179,9 @@ class ScaledGradients(Scaler):
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Divides the gradients of `optimizer` by the scale, at most once until it steps."""
+        self._unscale_once(optimizer)
+
+    def _unscale_once(self, optimizer: Optimizer) -> None:
         record, gradients = self._record(optimizer), gradients_of(optimizer)
         if self._records.carry_scale(optimizer, record, gradients):
             self._unscale(optimizer, record, gradients)

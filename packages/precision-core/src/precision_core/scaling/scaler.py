@@ -16,6 +16,14 @@ from precision_core.scaling.counters import StepCounter
 NameOf = Callable[[Tensor], str]
 """Gives a parameter's dotted name, for messages."""
 
+Unscale = Callable[[nn.Parameter, Tensor], Tensor]
+"""Unscales a float32 copy of a parameter's gradient, or of a slice of it, in place; returns it."""
+
+
+def as_it_is(param: nn.Parameter, gradient: Tensor) -> Tensor:
+    """Returns the gradient, which carries no scale."""
+    return gradient
+
 
 class Scaler:
     """Does not scale: loss and gradients are as they come, and a step is the optimizer's own."""
@@ -47,6 +55,10 @@ class Scaler:
     def unscaled(self, scaled: Tensor) -> Tensor:
         """Returns the loss that `scale` was given."""
         return scaled
+
+    def unscaling(self, optimizer: Optimizer) -> Unscale:
+        """Returns what gradients of `optimizer` that a step widens are to go through, during that step."""
+        return as_it_is
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Divides the gradients of `optimizer` by the scale, at most once per step."""
@@ -80,3 +92,6 @@ class Scaler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; raises `ValueError`, with nothing changed, for anything else."""
+
+
+NO_SCALER = Scaler()

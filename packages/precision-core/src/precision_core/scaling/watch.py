@@ -132,9 +132,8 @@ class Watch:
             if self._records.is_scaled(holder, record):
                 raise RuntimeError(
                     f"{type(optimizer).__name__} was about to step gradients that carry the loss scale. "
-                    f"{type(holder).__name__}, which fabric.setup was given, holds the same parameters: call its "
-                    f"step, or fabric.unscale_gradients on it before {type(optimizer).__name__} steps"
-                    " [scaled-gradients]"
+                    f"{type(holder).__name__}, which fabric.setup was given, holds the same parameters: "
+                    f"{self._records.ways.before_a_step.format(type(optimizer).__name__)} [scaled-gradients]"
                 )
             self._check_overflow(optimizer, holder, record)
         scaled = find(param for param in params if id(param) not in holders)
@@ -159,8 +158,7 @@ class Watch:
         what = (
             f"{names} changed while their gradients carried the loss scale, and no step that the "
             "precision knows of did that. An update by hand, or a method such as first_step, reads gradients "
-            f"that are {self._torch_scaler.get_scale():g} times too large: call fabric.unscale_gradients(optimizer) "
-            "before it"
+            f"that are {self._torch_scaler.get_scale():g} times too large: {self._records.ways.before_an_update}"
             if updated
             else f"{names} have gradients that carry the loss scale, and that nobody stepped "
             "or dropped: no optimizer that was set up holds them. Give it to fabric.setup(model, optimizer) or "

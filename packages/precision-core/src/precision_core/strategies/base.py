@@ -22,6 +22,7 @@ from precision_core.policy.dtypes import FLOAT_DTYPES
 from precision_core.policy.messages import listed
 from precision_core.policy.policy import MODES, Policy
 from precision_core.precision.base import Precision
+from precision_core.precision.masters import KEYS
 from precision_core.precision.model.default_dtype import created_as
 from precision_core.precision.model.recast import cast_to, check_trains
 from precision_core.precision.plugins import make_plugin
@@ -157,7 +158,7 @@ class Strategy:
                         dtype = self.precision.state_dtype(param)
                         to = (
                             functools.partial(_to_device, param)
-                            if key in fixed
+                            if key in fixed or key in KEYS
                             else functools.partial(_to_like, param, dtype)
                         )
                         state[key] = map_tensors(value, to)

@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from precision_core.fabric import Fabric
 from precision_core.policy.policy import MODES, Policy
+from precision_core.precision.half import HalfPrecision
 from precision_core.precision.mixed import MixedPrecision
 from precision_core.strategies import SingleDeviceStrategy
 from precision_core.testing.problem import BATCHES, ROWS, Problem, mean_curve, sgd, train
@@ -28,6 +29,7 @@ LOWER: dict[str, str | None] = {
     "32-true": "bf16-mixed",
     "bf16-mixed": "bf16-true",
     "bf16-true": None,
+    "16-master": "bf16-master",
     "bf16-master": "bf16-true",
     "bf16-stochastic": None,
     "16-mixed": "bf16-mixed",
@@ -111,7 +113,9 @@ def variations(mode: str, accelerator: str = "cpu") -> dict[str, Run]:
         return train(Fabric(strategy=strategy, precision=mode), problem, steps=steps, accumulate=2)
 
     def scale(problem: Problem, steps: int) -> Curve:
-        plugin = MixedPrecision(mode, make().device, {"init_scale": 2.0**8})
+        options = {"init_scale": 2.0**8}
+        mixed = MODES[mode].mixed
+        plugin = MixedPrecision(mode, make().device, options) if mixed else HalfPrecision(mode, scaler=options)
         return train(make(precision=plugin), problem, steps=steps)
 
     policy, device = MODES[mode], make().device
@@ -203,7 +207,7 @@ def by_hand(
         scaler.scale(loss).backward()
         for master, param in zip(masters, model.parameters(), strict=bool(masters)):
             master.grad, param.grad = param.grad.to(master.dtype), None  # type: ignore[union-attr]
-        scaler.step(optimizer)
+        scaler.step(optimizer)  # which unscales the masters' gradients
         scaler.update()
         with torch.no_grad():
             for master, param in zip(masters, model.parameters(), strict=bool(masters)):

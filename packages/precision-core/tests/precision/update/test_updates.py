@@ -13,7 +13,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
 from precision_core import Fabric, HalfPrecision
-from precision_core.precision.masters import KEY
+from precision_core.precision.masters import REST
 from precision_core.testing.stored import Model, equal, give_gradients, masters
 
 
@@ -78,7 +78,7 @@ def test_the_users_own_optimizer_steps_float32_values(make: Callable[..., Optimi
         give_gradients(model.values, step)
         optimizer.step()
     assert equal(values(fabric, model), plain(3, make))
-    assert all(state[KEY].dtype is torch.int16 for state in optimizer.state.values()) and len(optimizer.state) == 6
+    assert all(state[REST].dtype is torch.int16 for state in optimizer.state.values()) and len(optimizer.state) == 6
     assert model.frozen.dtype is torch.bfloat16 and fabric.precision_plugin.steps == 3
     if make is Unknown:
         assert optimizer.seen == {torch.float32}  # type: ignore[attr-defined]
@@ -112,6 +112,27 @@ def test_hooks_counters_and_schedulers_see_one_step_of_the_parameters() -> None:
     assert optimizer.param_groups is groups and type(groups) is list
     assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
     assert scheduler.last_epoch == 1 and optimizer.param_groups[0]["lr"] == 0.0005
+
+
+class Subclass(AdamW):
+    """An optimizer whose step calls torch's."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("make", [AdamW, Subclass, Unknown])
+def test_hooks_of_the_user_run_and_ours_are_gone(make: Callable[..., Optimizer]) -> None:
+    _, model, optimizer = setup(make)
+    AdamW([nn.Parameter(torch.ones(1))])  # from the first on, torch calls hooks in its own class's step, too
+    seen: list[torch.dtype] = []
+    optimizer.register_step_post_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["params"][0].dtype))
+    for step in range(2):
+        give_gradients(model.values, step)
+        optimizer.step()
+    assert seen == [torch.bfloat16] * len(seen) and len(seen) == (4 if make is Subclass else 2)
+    assert len(optimizer._optimizer_step_post_hooks) == 1 and not optimizer._optimizer_step_pre_hooks
+    assert all(state["step"] == 2 for state in optimizer.state.values() if "step" in state)
 
 
 @pytest.mark.parametrize("make", [SGD, Unknown], ids=["torch's", "unknown"])
@@ -191,7 +212,7 @@ def test_a_write_drops_the_bits_that_are_stale(write: str) -> None:
     fabric, model, optimizer = setup()
     give_gradients(model.values, 0)
     optimizer.step()
-    assert all(KEY in state for state in optimizer.state.values())
+    assert all(REST in state for state in optimizer.state.values())
     param = model.values[0]
     if write == "load_state_dict":
         model.load_state_dict(model.state_dict())
@@ -202,9 +223,9 @@ def test_a_write_drops_the_bits_that_are_stale(write: str) -> None:
         param.grad = torch.zeros_like(param)
         SGD([param], lr=0.1).step()
     assert torch.equal(values(fabric, model)[0], param.detach().float())
-    assert KEY not in optimizer.state_dict()["state"][0]
+    assert REST not in optimizer.state_dict()["state"][0]
     others = 0 if write == "load_state_dict" else 5
-    assert sum(KEY in state for state in optimizer.state_dict()["state"].values()) == others
+    assert sum(REST in state for state in optimizer.state_dict()["state"].values()) == others
 
 
 def test_two_optimizers_that_share_a_parameter_share_its_bits() -> None:
@@ -264,7 +285,7 @@ def test_a_load_that_casts_states_as_torch_does_would_be_seen() -> None:
     untouched = optim.NAdam(list(model.values))
     untouched.load_state_dict(optimizer.state_dict())
     state = untouched.state[model.values[0]]
-    assert {state[key].dtype for key in ("exp_avg", KEY, "mu_product")} == {torch.bfloat16}
+    assert {state[key].dtype for key in ("exp_avg", REST, "mu_product")} == {torch.bfloat16}
 
 
 def test_teardown_gives_the_optimizer_back() -> None:

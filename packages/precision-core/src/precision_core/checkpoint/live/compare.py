@@ -142,7 +142,7 @@ def _optimizer_differences(
         for key, value in state.items():
             if key == "step" or not isinstance(value, Tensor):
                 continue
-            dtype = wanted_dtype(value, state_dtype(param), dtypes[number] if dtypes else None)
+            dtype = wanted_dtype(key, value, state_dtype(param), dtypes[number] if dtypes else None)
             if torch.promote_types(value.dtype, dtype) is not dtype:
                 yield (
                     f"{name}: {key} of parameter {indices[number]}: {value.dtype} in the checkpoint, and the "

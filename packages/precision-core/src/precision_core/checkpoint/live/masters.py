@@ -1,7 +1,8 @@
-"""Masters: brings a checkpoint's weights, and the bits that an optimizer keeps of them, to what the live model stores.
+"""Masters: brings a checkpoint's weights, and what an optimizer keeps beside them, to what the live model stores.
 
-A `bf16-master` run saves bfloat16 weights in the model, and in the optimizer's state the rest of their float32 values.
-Float32 weights split exactly into both, and both make float32 weights again; bfloat16 alone cannot hold the rest.
+A `bf16-master` run saves bfloat16 weights in the model, and in the optimizer's state the rest of their float32 values;
+a `16-master` run saves float16 weights, and the full values. From float32 weights both can be made exactly, from either
+of them the other and float32 weights. Half weights alone cannot hold what is beside them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,15 @@ from precision_core.checkpoint.live.optimizer_names import param_names
 from precision_core.checkpoint.live.state import plain_name, stateful_objects
 from precision_core.checkpoint.tree import KeyPath
 from precision_core.policy.messages import listed
-from precision_core.precision.masters import EXACT, KEY, Masters
+from precision_core.precision.masters import KEYS, MASTER, REST, Masters, combined
+from precision_core.precision.update.layout import local
 
 Name = tuple[KeyPath, str]
+
+_LOSSES = {
+    REST: "the other 16 bits of the float32 master weights of {}, which are bfloat16 here",
+    MASTER: "the float32 master weights of {}, which are float16 here",
+}
 
 
 class Translated(NamedTuple):
@@ -30,18 +37,19 @@ class Translated(NamedTuple):
     content: dict[str, Any]
     beside: list[tuple[nn.Parameter, Tensor]]
     """What to keep beside parameters once the content is loaded."""
-    dropped: list[str]
-    """Parameters that cannot hold the rest of their saved values."""
+    dropped: dict[str, list[str]]
+    """One of `KEYS` -> parameters that cannot hold what was saved beside them."""
+    beyond: list[str]
+    """Parameters whose weights would be infinite here; found with `values`."""
 
     @property
     def loss(self) -> str:
         """What the live objects cannot hold, in words; empty: they hold all."""
-        names = listed(self.dropped, 5)
-        return f"the other 16 bits of the float32 master weights of {names}, which are bfloat16 here" if names else ""
+        return "; ".join(_LOSSES[key].format(listed(names, 5)) for key, names in self.dropped.items())
 
 
-class _Rest(NamedTuple):
-    """A rest in the content: where it is, its names, and the live parameter that it would be loaded for, if any."""
+class _Beside(NamedTuple):
+    """What the content has beside a weight: where, its names, and the live parameter that it is for, if any."""
 
     path: KeyPath
     value: Tensor
@@ -50,43 +58,53 @@ class _Rest(NamedTuple):
     is_loaded: bool
     """Whether an optimizer of the tree takes it."""
 
+    @property
+    def key(self) -> str:
+        return str(self.path[-1])
+
 
 def translated(
     tree: dict[str, Any], content: dict[str, Any], header: dict[str, Any], masters: Masters, *, values: bool
 ) -> Translated:
-    """Returns `content`, aligned to `tree`, with weights and rests as the objects in `tree` store them.
+    """Returns `content`, aligned to `tree`, with weights and what is beside them as the objects in `tree` store them.
 
     Without `values`, tensors that change are on the meta device, of the right dtype: enough to compare.
     """
     params = dict(_live_params(tree))
     changed: dict[KeyPath, Any] = {}
     beside: dict[int, tuple[nn.Parameter, Tensor]] = {}
-    dropped = []
-    for rest in list(_rests(tree, content, header, params)):
-        if rest.owner is None:
+    dropped: dict[str, list[str]] = {}
+    full: dict[KeyPath, Tensor] = {}
+    beyond: list[str] = []
+    for each in list(_besides(tree, content, header, params)):
+        if each.owner is None:
             continue
-        if masters.holds(rest.owner):
-            if not rest.is_loaded and not rest.value.is_meta:
-                beside[id(rest.owner)] = (rest.owner, rest.value)
+        if masters.holds(each.owner) and masters.key == each.key:
+            if not each.is_loaded and not each.value.is_meta:
+                beside[id(each.owner)] = (each.owner, each.value)
             continue
-        changed[rest.path] = None
-        weights = [(path, name) for path, name in rest.names if _at(content, (*path, name)) is not None]
-        if rest.owner.dtype is torch.bfloat16 or not weights:
-            dropped.append(rest.names[0][1] if rest.names else f"a parameter of shape {tuple(rest.value.shape)}")
+        changed[each.path] = None
+        weights = [(*path, name) for path, name in each.names if _at(content, (*path, name)) is not None]
+        if each.owner.dtype is KEYS[each.key] or not weights:
+            name = each.names[0][1] if each.names else f"a parameter of shape {tuple(each.value.shape)}"
+            dropped.setdefault(each.key, []).append(name)
             continue
-        for path, name in weights:
-            weight = _at(content, (*path, name))
-            if isinstance(weight, Tensor) and weight.dtype is torch.bfloat16:
-                full = masters.combined(weight, rest.value) if values else _meta(weight, torch.float32)
-                changed[(*path, name)] = full
+        for key_path in weights:
+            weight = _at(content, key_path)
+            if isinstance(weight, Tensor) and weight.dtype is KEYS[each.key]:
+                full[key_path] = combined(weight, each.value) if values else _meta(weight)
+    changed.update(full)
     for (path, name), live in params.items():
-        weight = _at(content, (*path, name))
-        if isinstance(weight, Tensor) and weight.dtype in EXACT and masters.holds(live):
-            changed[(*path, name)], new = masters.split(weight) if values else _meta_pair(weight)
+        weight = full.get((*path, name), _at(content, (*path, name)))
+        if isinstance(weight, Tensor) and weight.dtype in masters.exact and masters.holds(live):
+            half, new = masters.split(weight if values else _meta(weight))
+            changed[(*path, name)] = half
             beside[id(live)] = (live, new)
+            if values and new.is_floating_point() and bool((local(half).isinf() & local(new).isfinite()).any()):
+                beyond.append(name)
     for key_path, value in changed.items():
         content = _with(content, key_path, value)
-    return Translated(content, list(beside.values()), dropped)
+    return Translated(content, list(beside.values()), dropped, beyond)
 
 
 def _live_params(tree: dict[str, Any]) -> Iterator[tuple[Name, nn.Parameter]]:
@@ -96,10 +114,10 @@ def _live_params(tree: dict[str, Any]) -> Iterator[tuple[Name, nn.Parameter]]:
                 yield (path, plain_name(name)), param
 
 
-def _rests(
+def _besides(
     tree: dict[str, Any], content: dict[str, Any], header: dict[str, Any], params: dict[Name, nn.Parameter]
-) -> Iterator[_Rest]:
-    """Yields the rests in the content: an aligned optimizer's in its order, others' as the checkpoint names them."""
+) -> Iterator[_Beside]:
+    """Yields what is beside weights: an aligned optimizer's in its order, others' as the checkpoint names them."""
     live = {path: each for path, each in stateful_objects(tree) if isinstance(each, Optimizer)}
     all_names = {**(header.get("param_names") or {}), **param_names(tree)}
     for path, names in all_names.items():
@@ -109,12 +127,13 @@ def _rests(
         indices = [index for group in saved["param_groups"] for index in group["params"]]
         mine = [param for group in live[path].param_groups for param in group["params"]] if path in live else []
         for position, index in enumerate(indices[: len(names)]):
-            value = saved["state"].get(index, {}).get(KEY)
-            if isinstance(value, Tensor):
-                known = [params[tuple(name)] for name in names[position] if tuple(name) in params]
-                owner = known[0] if known else mine[position] if position < len(mine) else None
-                key_path = (*path, "state", index, KEY)
-                yield _Rest(key_path, value, [tuple(name) for name in names[position]], owner, path in live)
+            for key in KEYS:
+                value = saved["state"].get(index, {}).get(key)
+                if isinstance(value, Tensor):
+                    known = [params[tuple(name)] for name in names[position] if tuple(name) in params]
+                    owner = known[0] if known else mine[position] if position < len(mine) else None
+                    key_path = (*path, "state", index, key)
+                    yield _Beside(key_path, value, [tuple(name) for name in names[position]], owner, path in live)
 
 
 def _at(content: Any, key_path: KeyPath) -> Any:
@@ -136,9 +155,5 @@ def _with(content: Any, key_path: KeyPath, value: Any) -> Any:
     return replaced(content, tuple(path), holder)
 
 
-def _meta(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(tensor.shape, dtype=dtype, device="meta")
-
-
-def _meta_pair(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    return _meta(tensor, torch.bfloat16), _meta(tensor, torch.int16)
+def _meta(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=torch.float32, device="meta")

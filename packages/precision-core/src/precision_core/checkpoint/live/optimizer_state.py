@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from precision_core.checkpoint.shards import copy_of, is_sharded, is_wrapper_subclass
 from precision_core.policy.casting import map_tensors
 from precision_core.policy.dtypes import FLOAT_DTYPES
+from precision_core.precision.masters import KEYS
 
 StateDtype = Callable[[Tensor], torch.dtype]
 """Gives the dtype that the moments of a parameter are kept in, `Precision.state_dtype`."""
@@ -29,12 +30,12 @@ def parameters_own(param: Tensor) -> torch.dtype:
     return param.dtype
 
 
-def wanted_dtype(value: Tensor, mine: torch.dtype, theirs: torch.dtype | None) -> torch.dtype:
+def wanted_dtype(key: Any, value: Tensor, mine: torch.dtype, theirs: torch.dtype | None) -> torch.dtype:
     """Returns the dtype that state is loaded in; `mine` and `theirs`: that of moments here, and when it was saved.
 
-    `theirs` is None if it is unknown.
+    `theirs` is None if it is unknown. A master weight is no moment.
     """
-    if value.dtype not in FLOAT_DTYPES and not value.is_complex():
+    if key in KEYS or (value.dtype not in FLOAT_DTYPES and not value.is_complex()):
         return value.dtype
     if theirs is None:  # at least nothing is rounded
         return torch.promote_types(value.dtype, mine)
@@ -54,14 +55,18 @@ def prepare(
     """
     destinations: dict[Tensor, Tensor] = {}
     for key, tensor, param, live, dtype in _state_tensors(optimizer, saved, dtypes):
-        destinations[tensor] = _destination(key, tensor, param, live, wanted_dtype(tensor, state_dtype(param), dtype))
+        destinations[tensor] = _destination(
+            key, tensor, param, live, wanted_dtype(key, tensor, state_dtype(param), dtype)
+        )
 
     def settle(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         settled: dict[Tensor, Tensor] = {}
         for key, tensor, param, live, dtype in _state_tensors(optimizer, state_dict, dtypes):
             destination = destinations.get(tensor)  # None: a user hook made it
             if destination is None:
-                destination = _destination(key, tensor, param, live, wanted_dtype(tensor, state_dtype(param), dtype))
+                destination = _destination(
+                    key, tensor, param, live, wanted_dtype(key, tensor, state_dtype(param), dtype)
+                )
             if not is_wrapper_subclass(destination):  # those have their values already
                 destination.copy_(tensor)
             settled[tensor] = _Final.wrap(destination, may_be_cast=key == "step")

@@ -23,7 +23,7 @@ from precision_core.checkpoint.live.own_way import loads_its_own_way, overrides
 from precision_core.checkpoint.live.state import named_tensors, plain_name
 from precision_core.checkpoint.shards import cut, is_sharded
 from precision_core.checkpoint.weights.safetensors import Files
-from precision_core.precision.masters import EXACT, Masters
+from precision_core.precision.masters import Masters
 
 VERSIONS = "precision.versions"
 """Key in a file's metadata: JSON of module prefix -> version."""
@@ -106,7 +106,7 @@ def mismatches(
                 yield f"{name}: lazy, it has no shape yet; run a forward first"
             elif name in sources:
                 values = files.get(sources[name])
-                is_exact = masters.holds(live) and values.dtype in EXACT
+                is_exact = masters.holds(live) and values.dtype in masters.exact
                 if reason := mismatch(values, live, strict=strict and not is_exact):
                     yield f"{name}: {reason}"
             elif live.is_meta and not strict:
@@ -126,10 +126,10 @@ def load_plain(files: Files, layer: Layer, sources: dict[str, str], made: dict[i
         with torch.no_grad():
             values = _sharded_like(live, files.get(sources[name]))
             if not live.is_meta:
-                if masters.holds(live) and values.dtype in EXACT:
-                    values, rest = masters.split(values)
+                if masters.holds(live) and values.dtype in masters.exact:
+                    values, beside = masters.split(values)
                     live.copy_(values)
-                    masters.keep(live, rest)
+                    masters.keep(live, beside)
                 else:
                     live.copy_(values)
                 continue

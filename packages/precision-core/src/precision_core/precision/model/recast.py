@@ -162,6 +162,6 @@ def _message(policy: Policy, cast: Iterable[tuple[str, Tensor]], was: torch.dtyp
     if not layer or dtype is torch.float64:
         return message
     base = policy if policy.params in HALF_DTYPES or policy.mixed else MODES["bf16-mixed"]  # others have no exceptions
-    true = {each.params: mode for mode, each in MODES.items() if not each.mixed}
-    mode = "bf16-true" if base.scale else true[dtype]
+    true = {each.params: mode for mode, each in MODES.items() if mode.endswith("-true")}
+    mode = "bf16-true" if base.scale and dtype is torch.float16 else true[dtype]
     return f'{message}, or name the layer in the mode: Fabric(precision="{base.flat}; {layer}: {mode}")'

@@ -41,6 +41,13 @@ def alike(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
 
 
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether both are the same numbers in memory; asks no address, which a FakeTensor has not."""
+    storages = (each.untyped_storage()._cdata for each in (one, other))
+    same_place = len({*storages}) == 1 and one.storage_offset() == other.storage_offset()
+    return same_place and one.dtype is other.dtype
+
+
 def local_part(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """Returns this rank's shard (the tensor itself, if not sharded), and its offsets in the full tensor."""
     if not hasattr(tensor, "to_local"):

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from precision_core.precision.update.kinds import STEP
-from precision_core.precision.update.layout import alike, dense, flat, is_dense, local
+from precision_core.precision.update.layout import alike, dense, flat, is_dense, local, same_memory
 from precision_core.precision.update.noise import Place, index_of
 from precision_core.precision.update.storage import Storage, wide_copy
+from precision_core.scaling.scaler import Unscale, as_it_is
 
 Group = dict[str, Any]
 
@@ -54,8 +55,9 @@ class Param:
 class Groups(list[Group]):
     """The groups of an optimizer, which yields copies with placeholders where it is walked through, once."""
 
-    def __init__(self, optimizer: Optimizer, storage: Storage, *, by_pieces: bool) -> None:
+    def __init__(self, optimizer: Optimizer, storage: Storage, *, by_pieces: bool, unscale: Unscale = as_it_is) -> None:
         super().__init__(optimizer.param_groups)
+        self._unscale = unscale
         self._optimizer = optimizer
         self._storage = storage
         self._by_pieces = by_pieces
@@ -172,7 +174,7 @@ class Groups(list[Group]):
         beside = None if each.beside is None else each.beside[piece]
         value = self._storage.read(each.weight[piece], beside, value)
         placeholder = nn.Parameter(value, requires_grad=each.param.requires_grad)
-        placeholder.grad = self._gradient(each.gradient[piece], gradient)
+        placeholder.grad = self._gradient(each, piece, gradient)
         vars(placeholder).update(vars(each.param))
         self._placeholders.append(placeholder)
         if each.is_new:
@@ -187,8 +189,11 @@ class Groups(list[Group]):
         self._optimizer.state[placeholder] = state
         return dict(state)
 
-    def _gradient(self, gradient: Tensor, out: Tensor) -> Tensor:
-        return gradient if gradient.dtype is torch.float32 else out.copy_(gradient)
+    def _gradient(self, each: Param, piece: slice, out: Tensor) -> Tensor:
+        gradient = each.gradient[piece]
+        if gradient.dtype is torch.float32:  # they are unscaled where they are
+            return gradient
+        return self._unscale(each.param, out.copy_(gradient))
 
     def _write(self, each: Param, piece: slice, placeholder: nn.Parameter, given: dict[str, Any]) -> None:
         """Writes back what the optimizer did to a placeholder: its values, and its state, which was `given`."""
@@ -212,7 +217,7 @@ class Groups(list[Group]):
                 elif value is given.get(key) and moment.dtype is torch.float32:
                     continue  # stepped in place
                 part = moment[piece]
-                if not _same_memory(part, value):
+                if not same_memory(part, value):
                     storage.write_state(key, value, part, place)
             if is_last:
                 ordered = {key: each.late[key] if key in each.late else state[key] for key in stepped}
@@ -229,18 +234,19 @@ class Groups(list[Group]):
     # ---------------------------------------------------------------- one parameter at a time
 
     def _whole(self, group: Group, param: nn.Parameter) -> Iterator[Group]:
-        placeholder = widened(self._optimizer, self._storage, param)
+        placeholder = widened(self._optimizer, self._storage, param, self._unscale)
         self._placeholders.append(placeholder)
         yield {**group, "params": [placeholder]}
         narrowed(self._optimizer, self._storage, param, placeholder, self._numbers)
         self._placeholders.clear()
 
 
-def widened(optimizer: Optimizer, storage: Storage, param: nn.Parameter) -> nn.Parameter:
+def widened(optimizer: Optimizer, storage: Storage, param: nn.Parameter, unscale: Unscale = as_it_is) -> nn.Parameter:
     """Returns a float32 placeholder of a whole parameter, with its gradient; it takes over the optimizer's state."""
     placeholder = nn.Parameter(wide_copy(storage, param), requires_grad=param.requires_grad)
     assert param.grad is not None
-    placeholder.grad = param.grad.float()
+    is_wide = param.grad.dtype is torch.float32
+    placeholder.grad = param.grad if is_wide else unscale(param, param.grad.float())
     vars(placeholder).update(vars(param))
     kept = {key: value for key, value in optimizer.state.get(param, {}).items() if key != storage.key}
     if kept:
@@ -280,13 +286,6 @@ def narrowed(
 def place_of(param: nn.Parameter, numbers: Mapping[int, int]) -> tuple[int, int, Tensor | None]:
     """Returns the number of `param`, and where its elements are in the full parameter."""
     return (numbers[id(param)], *index_of(param)) if numbers else (0, 0, None)
-
-
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether both are the same numbers in memory; asks no address, which a FakeTensor has not."""
-    storages = (each.untyped_storage()._cdata for each in (one, other))
-    same_place = len({*storages}) == 1 and one.storage_offset() == other.storage_offset()
-    return same_place and one.dtype is other.dtype
 
 
 def _limit(params: list[nn.Parameter]) -> int:

@@ -1,4 +1,4 @@
-"""Rests: the 16 bits that each bfloat16 weight lacks of its float32 value, until somebody else writes the weight."""
+"""Rests: what is stored beside each half weight for its float32 value, until somebody else writes the weight."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from precision_core.precision.update.layout import local
 
 
 class Rests:
-    """Parameter -> its rest (int16, of its shape and sharding). Keeps no parameter alive.
+    """Parameter -> its rest, of its shape and sharding: int16, or the full float32 value. Keeps no parameter alive.
 
     A write in place to a parameter (`load_state_dict`, averaged weights) drops its rest: the weight is all there is.
-    Writes through `.data` are not counted by torch; after one, the value is up to half a spacing beside the weight.
+    Writes through `.data` are not counted by torch. After one, a bfloat16 weight and its bits are up to half a spacing
+    beside what was written; a full value gives way to the weight where it is another (`reconcile`).
     """
 
     def __init__(self) -> None:
         self._entries: MutableMapping[Tensor, tuple[Tensor, int | None]] = WeakIdKeyDictionary()
 
     def of(self, param: Tensor) -> Tensor | None:
-        """Returns the rest of `param`; None: zeros."""
+        """Returns the rest of `param`; None: the weight is all there is."""
         rest, version = self._entries.get(param, (None, None))
         if rest is None or version is None or version == _version(param):
             return rest
@@ -45,6 +46,24 @@ def split_off(value: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         split(local(value).clone(), local(weight), local(rest))
     return weight, rest
+
+
+def reconcile(master: Tensor, weight: Tensor, scratch: Tensor | None = None) -> None:
+    """Gives `master` (float32) the value of `weight` (a half dtype), in place, wherever it does not round to that.
+
+    Somebody wrote the weight there in a way that torch does not count. Reads no value from the device. `scratch` is
+    float32 memory of one dimension and as many elements, which is overwritten.
+    """
+    differ = torch.empty_like(weight) if scratch is None else scratch.view(weight.dtype)[: weight.numel()]
+    differ.copy_(master)
+    is_even = weight.dim() == 1 and not any(
+        n % 4 for n in (weight.numel(), weight.storage_offset(), differ.storage_offset())
+    )
+    bits = torch.int64 if is_even else torch.int16  # float16 is slow to compare on a CPU
+    differ.view(bits).bitwise_xor_(weight.view(bits))
+    if master.is_cpu and not bool(differ.view(bits).any()):  # no wait there, and one pass less
+        return
+    master.copy_(torch.where(differ.view(torch.int16) == 0, master, weight))
 
 
 def _version(param: Tensor) -> int:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from precision_core.policy.policy import Policy
-from precision_core.precision.masters import KEY
+from precision_core.precision.masters import MASTER, REST
 from precision_core.precision.update.bits import combine, split
 from precision_core.precision.update.kinds import is_moment
-from precision_core.precision.update.layout import alike, dense, flat, local
+from precision_core.precision.update.layout import alike, dense, flat, local, same_memory
 from precision_core.precision.update.noise import Noise, Place, round_stochastically
-from precision_core.precision.update.rests import Rests, split_off
+from precision_core.precision.update.rests import Rests, reconcile, split_off
 
 
 class Storage:
@@ -21,6 +21,8 @@ class Storage:
 
     key: str | None = None
     """In an optimizer's state, what is stored beside the weight; None: nothing is."""
+    exact: tuple[torch.dtype, ...] = ()
+    """Other dtypes whose values a weight holds exactly, with what is beside it."""
 
     def __init__(self, policy: Policy, models: Collection[nn.Module] = ()) -> None:
         self.params = policy.params
@@ -67,7 +69,8 @@ class Storage:
 
     def state_dtype(self, key: object, value: object, param: Tensor) -> torch.dtype | None:
         """Returns the dtype that a value in the state of `param` is kept in; None: it is no moment."""
-        return self.state if key not in self.fixed and is_moment(key, value, param) else None
+        is_kept = key == self.key or key in self.fixed
+        return self.state if not is_kept and is_moment(key, value, param) else None
 
     def write_state(self, key: str, value: Tensor, out: Tensor, place: Place) -> None:
         """Stores a moment that was stepped; `value` is used up."""
@@ -84,19 +87,9 @@ class Storage:
 
 
 class MasterStorage(Storage):
-    """Stores the nearest bfloat16, and in 16 bits the rest of its float32 value."""
+    """Stores the nearest half value, and beside it what makes it the float32 value that is stepped."""
 
-    key = KEY
-
-    @property
-    def note(self) -> str:
-        return (
-            "the optimizer steps exact float32 values: the parameters are the nearest bfloat16, and the optimizer's "
-            f"state has the other 16 bits of each ({KEY!r})"
-        )
-
-    def split_off(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
-        return split_off(value.float())
+    beside_dtype: torch.dtype
 
     def __init__(self, policy: Policy, models: Collection[nn.Module] = ()) -> None:
         super().__init__(policy, models)
@@ -105,19 +98,16 @@ class MasterStorage(Storage):
     def beside(self, param: Tensor) -> Tensor | None:
         rest = self.rests.of(param)
         if rest is None:
-            return torch.zeros_like(param, dtype=torch.int16)
+            return self._of_weight(param)
         if rest.device != param.device or rest.stride() != param.stride():
-            moved = torch.empty_like(param, dtype=torch.int16)  # in the order that pieces are cut in
+            moved = torch.empty_like(param, dtype=self.beside_dtype)  # in the order that pieces are cut in
             local(moved).copy_(local(rest))
             rest = moved
         return rest
 
-    def read(self, weight: Tensor, beside: Tensor | None, out: Tensor) -> Tensor:
-        return combine(weight, beside, out)
-
-    def write(self, value: Tensor, weight: Tensor, beside: Tensor | None, place: Place) -> None:
-        assert beside is not None
-        split(value, weight, beside)
+    def _of_weight(self, param: Tensor) -> Tensor:
+        """Returns what is beside a weight that is all there is."""
+        raise NotImplementedError
 
     def written(self, param: Tensor, beside: Tensor | None) -> None:
         assert beside is not None
@@ -133,9 +123,77 @@ class MasterStorage(Storage):
             self.rests.put(param, beside, restored=True)
 
 
+class RestStorage(MasterStorage):
+    """Stores the nearest bfloat16, and in 16 bits the rest of its float32 value."""
+
+    key = REST
+    exact = (torch.float32, torch.float16)
+    beside_dtype = torch.int16
+
+    @property
+    def note(self) -> str:
+        return (
+            "the optimizer steps exact float32 values: the parameters are the nearest bfloat16, and the optimizer's "
+            f"state has the other 16 bits of each ({REST!r})"
+        )
+
+    def split_off(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        return split_off(value.float())
+
+    def _of_weight(self, param: Tensor) -> Tensor:
+        return torch.zeros_like(param, dtype=torch.int16)
+
+    def read(self, weight: Tensor, beside: Tensor | None, out: Tensor) -> Tensor:
+        return combine(weight, beside, out)
+
+    def write(self, value: Tensor, weight: Tensor, beside: Tensor | None, place: Place) -> None:
+        assert beside is not None
+        split(value, weight, beside)
+
+
+class FullStorage(MasterStorage):
+    """Stores the nearest float16, and the full float32 value, which a step changes where it is.
+
+    A float16 is no half of a float32 number: its exponent is shorter, and below 6e-5 it has fewer bits.
+    """
+
+    key = MASTER
+    exact = (torch.float32, torch.bfloat16)
+    beside_dtype = torch.float32
+
+    @property
+    def note(self) -> str:
+        return (
+            "the optimizer steps float32 values, which its state has in full "
+            f"({MASTER!r}): the parameters are the nearest float16, gradients stay float16 and scaled until the step"
+        )
+
+    def split_off(self, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        master = value.float()
+        return value.to(self.params), master.clone() if master is value else master
+
+    def _of_weight(self, param: Tensor) -> Tensor:
+        master = torch.empty_like(param, dtype=torch.float32)
+        local(master).copy_(local(param))
+        return master
+
+    def read(self, weight: Tensor, beside: Tensor | None, out: Tensor) -> Tensor:
+        assert beside is not None
+        reconcile(beside, weight, scratch=out)  # memory of its own for each piece would leave holes
+        return beside
+
+    def write(self, value: Tensor, weight: Tensor, beside: Tensor | None, place: Place) -> None:
+        assert beside is not None
+        if not same_memory(value, beside):
+            beside.copy_(value)
+        weight.copy_(value)
+
+
 def make_storage(policy: Policy, models: Collection[nn.Module]) -> Storage:
     """Returns how `policy` stores half parameters and their optimizer's state."""
-    return (Storage if policy.master is None else MasterStorage)(policy, models)
+    if policy.master is None:
+        return Storage(policy, models)
+    return (RestStorage if policy.params is torch.bfloat16 else FullStorage)(policy, models)
 
 
 def wide_copy(storage: Storage, param: Tensor) -> Tensor:

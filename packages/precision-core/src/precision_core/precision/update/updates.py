@@ -23,6 +23,7 @@ from precision_core.precision.update.loading import Handle, Loading
 from precision_core.precision.update.pieces import Groups, narrowed, widened
 from precision_core.precision.update.storage import Storage, make_storage, wide_copy
 from precision_core.scaling.gradients import params_of
+from precision_core.scaling.scaler import NO_SCALER, Scaler, Unscale
 
 if TYPE_CHECKING:
     from precision_core.strategies.collectives import Group
@@ -118,6 +119,20 @@ class Updates(Masters):
 
     # ---------------------------------------------------------------- for checkpoints
 
+    @property
+    def key(self) -> str | None:  # type: ignore[override]
+        return self.storage.key
+
+    @property
+    def exact(self) -> tuple[torch.dtype, ...]:  # type: ignore[override]
+        return self.storage.exact
+
+    def split(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            weight, beside = self.storage.split_off(value)
+        assert beside is not None
+        return weight, beside
+
     def holds(self, param: Tensor) -> bool:
         return self.storage.key is not None and param.dtype is self.storage.params and param.requires_grad
 
@@ -127,8 +142,8 @@ class Updates(Masters):
         with torch.no_grad():
             return wide_copy(self.storage, param)
 
-    def keep(self, param: Tensor, rest: Tensor) -> None:
-        self.storage.written(param, rest.to(param.device))
+    def keep(self, param: Tensor, beside: Tensor) -> None:
+        self.storage.written(param, beside.to(param.device))
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.storage.noise is None else {"rounding": self.storage.noise.state_dict()}
@@ -140,8 +155,10 @@ class Updates(Masters):
     # ---------------------------------------------------------------- a step
 
     @contextmanager
-    def stepping(self, optimizer: Optimizer) -> Iterator[None]:
+    def stepping(self, optimizer: Optimizer, scaler: Scaler = NO_SCALER) -> Iterator[None]:
         """Context in which one call of the optimizer's own `step` steps float32 values.
+
+        `scaler` is asked, once the step begins, for what its gradients are still to be multiplied by.
 
         Raises:
             ValueError: the optimizer evaluates its closure more than once.
@@ -152,7 +169,7 @@ class Updates(Masters):
             check(optimizer)
         self.adopt(optimizer)
         self._kept.clear()
-        step = _Step(optimizer, self.storage, self._mode, check)
+        step = _Step(optimizer, self.storage, self._mode, check, scaler)
         handle = optimizer.register_step_pre_hook(step.begin)  # the last: the user's see the parameters
         try:
             yield
@@ -164,23 +181,31 @@ class Updates(Masters):
 class _Step:
     """One step: what takes the place of the parameters once the user's hooks and closure have run, until it ends."""
 
-    def __init__(self, optimizer: Optimizer, storage: Storage, mode: str, check: Callable[[Optimizer], None]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, storage: Storage, mode: str, check: Callable[[Optimizer], None], scaler: Scaler
+    ) -> None:
         self._optimizer = optimizer
         self._storage = storage
         self._mode = mode
         self._check = check
+        self._scaler = scaler
         self._end: Callable[[], None] = lambda: None
+        self._has_begun = False
 
     def begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._has_begun:  # a `step` that calls its base class's
+            return None
+        self._has_begun = True
         kind = kind_of(optimizer)
         args, kwargs = _closure_first(args, kwargs, self._evaluated)
         self._check(optimizer)
         if self._storage.noise is not None:
             self._storage.noise.begin(optimizer)
+        unscale = self._scaler.unscaling(optimizer)
         if kind is Kind.WHOLE:
-            self._end = _swapped(optimizer, self._storage, self._mode)
+            self._end = _swapped(optimizer, self._storage, self._mode, unscale)
         else:
-            groups = Groups(optimizer, self._storage, by_pieces=kind is Kind.PIECES)
+            groups = Groups(optimizer, self._storage, by_pieces=kind is Kind.PIECES, unscale=unscale)
             optimizer.param_groups = groups
             self._end = groups.restore
         return args, kwargs
@@ -219,7 +244,7 @@ def _closure_first(
     return args, kwargs
 
 
-def _swapped(optimizer: Optimizer, storage: Storage, mode: str) -> Callable[[], None]:
+def _swapped(optimizer: Optimizer, storage: Storage, mode: str, unscale: Unscale) -> Callable[[], None]:
     """Puts float32 placeholders in the place of all stored parameters; returns what writes them back.
 
     For optimizers that nothing is known of: after their step, and the hooks behind it.
@@ -231,15 +256,16 @@ def _swapped(optimizer: Optimizer, storage: Storage, mode: str) -> Callable[[], 
     for params in lists:
         for index, param in enumerate(params):
             if param.dtype is storage.params and param.grad is not None:
-                params[index] = placeholder = widened(optimizer, storage, param)  # in place: some keep the list
+                params[index] = placeholder = widened(
+                    optimizer, storage, param, unscale
+                )  # in place: some keep the list
                 pairs.append((param, placeholder, param._version))
 
     def restore() -> None:
         for params, original in zip(lists, originals, strict=True):
             params[:] = original
 
-    def end(*given: Any) -> None:
-        handle.remove()
+    def end(*given: Any) -> None:  # twice, where a `step` calls its base class's; torch goes through its hooks now
         restore()
         if any(param._version != version for param, _, version in pairs):
             raise RuntimeError(
