@@ -35,6 +35,17 @@ def test_it_learns() -> None:
     assert curve[0] == pytest.approx(math.log(32), abs=0.3) and sum(curve[-4:]) / 4 < 0.97 * sum(curve[:4]) / 4
 
 
+def test_rounding_by_chance_depends_on_the_problems_seed_alone() -> None:
+    curves = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            curves.append(train(fabric("bf16-stochastic"), steps=6))
+            assert torch.equal(before, torch.get_rng_state())
+    assert curves[0] == curves[1]
+
+
 def test_the_loss_is_not_rounded_to_the_output_dtype() -> None:
     policy = "params=float32,output=bfloat16"
     loss = train(Fabric(accelerator="cpu", precision=policy), steps=1)[0]

@@ -73,7 +73,7 @@ class Transformer(nn.Module):
 
 @dataclass(frozen=True)
 class Problem:
-    """Weights and data by seed. Nothing else can be chosen: `loss_bound` holds for this problem alone."""
+    """Weights, data and rounding by seed. Nothing else can be chosen: `loss_bound` holds for this problem alone."""
 
     seed: int = 0
 
@@ -140,7 +140,9 @@ def train(
     if ROWS % (world_size * accumulate):
         raise ValueError(f"{ROWS} rows do not divide into {world_size} ranks with {accumulate} microbatches each")
     model = problem.model()
-    model, optim = fabric.setup(model, optimizer(model.parameters()))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(problem.seed)  # rounding by chance takes its seed at setup
+        model, optim = fabric.setup(model, optimizer(model.parameters()))
     batches = [problem.batch(step).chunk(world_size)[rank].to(fabric.device) for step in range(BATCHES)]
     curve = []
     for step in range(steps):
