@@ -12,8 +12,8 @@ bound, and the smallest control at least 1.5 times. 16-mixed is that narrow; els
 1.9 times.
 
 A wider dtype than the policy's passes: a curve cannot show it, dtypes are tested by value. Where rounding is by chance,
-the bound is for curves that round with the same bits, as `train` has them: another seed takes up to 6.0e-04 in 100 steps
-(seeds 0 to 4, three roundings each).
+the bound is for curves that round with the same bits, as those of `train` do: another seed of rounding takes up to
+6.0e-04 in 100 steps (seeds 0 to 4, three roundings each).
 
 Calibrated with `python benchmarks/calibrate_loss_bound.py`: seeds 0 to 4, torch 2.13, one thread of an x86-64 CPU (AMD
 Zen 4: AVX-512 with bfloat16 products). On one seed `torch.compile` was inside of the legitimate distances, and so was
