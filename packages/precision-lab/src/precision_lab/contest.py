@@ -146,8 +146,7 @@ class Contest:
             else:
                 queue += self._with_exceptions(each, None, rows)
         for each in queue:
-            saves = "faster" if choice.prefer == "speed" else "smaller"
-            each.reason = each.reason or f"not judged: {choice.precision} is {saves}"
+            each.reason = each.reason or f"not judged: {choice.precision} is cheaper"
         choice.candidates += [*queue, base]
         if not choice.precision and self._fits(base):
             choice.precision = BASELINE
