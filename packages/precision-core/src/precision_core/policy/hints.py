@@ -55,8 +55,8 @@ _REMARKS = {
     "fp4": "is bitsandbytes' other 4-bit format",
 }
 _NO_MODES = {
-    "auto": '; Fabric(precision="auto") takes what precision choose wrote for your model; without it "bf16-mixed" is right where supports("bf16-mixed", device) says native, else '
-    '"16-mixed" on a GPU and "32-true" on a CPU',
+    "auto": '; Fabric(precision="auto") takes what precision choose wrote for a model; else "bf16-mixed" is right '
+    'where supports("bf16-mixed", device) says native, "16-mixed" on another GPU, "32-true" on a CPU',
     "tf32": '; TF32 is how float32 products are computed: Fabric(precision="32-true", tf32=True)',
 }
 _BY_NAME = {name: modes for modes, names in ELSEWHERE.items() for name in names.split()}
