@@ -54,7 +54,7 @@ CALIBRATION: dict[str, Calibration] = {
     "bf16-true": Calibration(5e-04, legitimate=9.4e-05, control=6.9e-03),
     "16-master": Calibration(1.4e-05, legitimate=4.2e-06, control=5.1e-05),
     "bf16-master": Calibration(2e-04, legitimate=3.7e-05, control=7.7e-03),
-    "bf16-stochastic": Calibration(2.5e-04, legitimate=5.5e-05, control=7.4e-03),
+    "bf16-stochastic": Calibration(2.5e-04, legitimate=6.6e-05, control=7.7e-03),
 }
 """By mode, all at the one learning rate of `problem.sgd`."""
 
