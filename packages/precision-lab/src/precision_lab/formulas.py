@@ -39,7 +39,9 @@ def _fsdp(one: Footprint, devices: int) -> Footprint:
     """Two layers are gathered at a time: counted as a tenth of the parameters."""
     return replace(
         one,
-        **{kind: _part(getattr(one, kind), devices) for kind in ("params", "grads", "master")},
+        params=_part(one.params, devices),
+        grads=_part(one.grads, devices),
+        master=_part(one.master, devices),
         optimizer={name: _part(size, devices) for name, size in one.optimizer.items()},
         temporary=one.temporary + one.params // 10,
         how=f"formula: traced on one device, sharded over {devices}",
