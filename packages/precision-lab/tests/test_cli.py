@@ -138,10 +138,10 @@ def test_slow_modes_say_so(default_run, compare):
         pytest.skip("this CPU has float16 units")
     why = "float16 has no units on this CPU, 9 to 26 times slower than float32"
     reason = f"{why if compare is start_compare else 'said so'}; --all runs it"
-    for mode in ("16-mixed", "16-true"):
+    for mode in ("16-mixed", "16-true", "16-master"):
         assert (rows(record)[mode]["status"], rows(record)[mode]["reason"]) == ("not run", reason)
         assert rows(record)[mode]["held_out_loss"] is None
-    assert finished.stdout.count(f"not run: {reason}") == 2
+    assert finished.stdout.count(f"not run: {reason}") == 3
 
 
 def test_a_log_gets_plain_lines(default_run):

@@ -66,7 +66,8 @@ class Groups(list[Group]):
         self._is_walked = False
         self._memory: Tensor | None = None
         params = [param for group in self._mine for param in group["params"] if self._is_stored(param)]
-        self._limit = _limit(params)
+        self._total = sum(local(param).numel() for param in params)
+        self._limit = _limit(self._total)
         self._numbers = {} if storage.noise is None else storage.noise.numbers(optimizer)
 
     def __iter__(self) -> Iterator[Group]:
@@ -165,7 +166,7 @@ class Groups(list[Group]):
     def _room(self, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns memory for so many values and gradients: always the same, as fresh memory costs a CPU page faults."""
         if self._memory is None or self._memory.device != device or self._memory.shape[1] < size:
-            self._memory = torch.empty(2, max(size, self._limit), device=device)
+            self._memory = torch.empty(2, max(size, min(self._limit, self._total)), device=device)
         values, gradients = self._memory.unbind()
         return values[:size], gradients[:size]
 
@@ -288,7 +289,6 @@ def place_of(param: nn.Parameter, numbers: Mapping[int, int]) -> tuple[int, int,
     return (numbers[id(param)], *index_of(param)) if numbers else (0, 0, None)
 
 
-def _limit(params: list[nn.Parameter]) -> int:
-    """Returns how many elements to step at a time, a multiple of `STEP`."""
-    total = sum(local(param).numel() for param in params)
+def _limit(total: int) -> int:
+    """Returns how many elements of `total` to step at a time, a multiple of `STEP`."""
     return max(STEP, min(_LARGEST, total // _SHARE // STEP * STEP))
