@@ -7,8 +7,9 @@ import threading
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._device import _device_constructors
 
-from precision_core.precision.model.default_dtype import created_as
+from precision_core.precision.model.default_dtype import _complete_factories, created_as
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 
@@ -106,6 +107,38 @@ def test_compiled_in_one_graph_it_gives_eagers_values(backend: str, dtype: torch
     assert torch.equal(actual, expected) or backend == "inductor"
     gradient = torch.autograd.grad(actual.sum(), model.weight)[0]
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), model.weight)[0])
+
+
+@pytest.mark.usefixtures("true_modes_compile")
+def test_a_list_of_factories_that_torch_made_while_linspace_was_replaced_is_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after transformers' from_pretrained, which replaces it while it runs: compiled, the result was float32."""
+
+    def compiled() -> torch.dtype:
+        torch._dynamo.reset()
+
+        def run(x: Tensor) -> Tensor:
+            with created_as(BF16):
+                return x + torch.linspace(0, 1, 3)
+
+        return torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(3, dtype=BF16)).dtype
+
+    assert compiled() is BF16
+    lists = _device_constructors, torch._dynamo.variables.torch.get_overridable_functions
+    try:
+        for each in lists:
+            each.cache_clear()
+        with monkeypatch.context() as replaced:
+            replaced.setattr(torch, "linspace", lambda *args, **kwargs: None)
+            _device_constructors()
+        assert compiled() is F32  # what torch does with such a list: else this test tells nothing
+        _complete_factories()
+        assert compiled() is BF16
+    finally:
+        for each in lists:
+            each.cache_clear()
+        torch._dynamo.reset()
 
 
 @pytest.mark.skipif(torch.__version__ >= "2.12", reason="is about a torch.compile that is too old")

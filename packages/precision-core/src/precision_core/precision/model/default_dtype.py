@@ -13,6 +13,7 @@ A function mode is also off in backward, where activation checkpoints run parts 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from torch._C import (
     _push_on_torch_function_stack,
 )
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from precision_core.policy.casting import cast_dtype
 from precision_core.precision.model.aligned import ALIGNED, aligned
@@ -71,6 +73,23 @@ _IS_TRACED = torch.__version__ >= "2.12"
 """Older ones call factories whose arguments are all constants without asking the function mode."""
 
 _CONDITIONAL = frozenset({torch.where, Tensor.where})
+
+
+def _complete_factories() -> None:
+    """Has torch list its factories now, and once more if its list lacks some.
+
+    By that list torch.compile decides which calls a mode that is entered inside the compiled function sees, and torch
+    makes it once in a process. transformers' `from_pretrained` puts a function of its own in place of torch.linspace
+    while it runs: a list made then lacks torch.linspace for good, whose result would silently be float32.
+    """
+    if not {torch.linspace, torch.zeros} <= _device_constructors():
+        _device_constructors.cache_clear()
+        if dynamo := sys.modules.get("torch._dynamo.variables.torch"):
+            dynamo.get_overridable_functions.cache_clear()
+        _device_constructors()
+
+
+_complete_factories()
 
 
 class created_as(TorchFunctionMode):
