@@ -50,6 +50,8 @@
     footprint.py  of one training step, by kind
     tracker.py    bytes of tensors that have no memory
 
+    auditing/     precision audit: what a training loop of anybody's really computes and keeps
+
 Nothing is imported here before it is asked for, so that `precision --help` need not wait for torch.
 """
 
@@ -60,6 +62,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from precision_lab.api import compare
+    from precision_lab.auditing.context import audit
     from precision_lab.choice import Choice
     from precision_lab.chooser import choose
     from precision_lab.estimates import estimate
@@ -67,13 +70,14 @@ if TYPE_CHECKING:
     from precision_lab.task import Task
     from precision_lab.taskfile import TaskError
 
-__all__ = ["Choice", "Comparison", "Task", "TaskError", "choose", "compare", "estimate"]
+__all__ = ["Choice", "Comparison", "Task", "TaskError", "audit", "choose", "compare", "estimate"]
 
 _HOMES = {
     "Choice": "choice",
     "Comparison": "results",
     "Task": "task",
     "TaskError": "taskfile",
+    "audit": "auditing.context",
     "choose": "chooser",
     "compare": "api",
     "estimate": "estimates",

@@ -1,0 +1,61 @@
+"""A finding: what is wrong in a loop, where, why it matters, how sure that is, and what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from precision_lab.auditing.where import Line
+
+LEVELS = ("info", "warning", "error")
+"""error: the result is wrong, or will be. warning: it costs accuracy, memory or time that nobody asked for."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What to do, in the words of the library that runs the loop; `torch` where that has no words of its own."""
+
+    torch: str
+    ours: str
+    lightning: str = ""
+    accelerate: str = ""
+    transformers: str = ""
+
+    def for_(self, libraries: list[str]) -> str:
+        """Returns the text for the first of the libraries that has one."""
+        texts = {
+            "Lightning": self.lightning,
+            "Accelerate": self.accelerate,
+            "transformers": self.transformers,
+            "TRL": self.transformers,
+            "precision": self.ours,
+        }
+        # transformers' Trainer trains through Accelerate: the user types transformers' arguments.
+        order = sorted(libraries, key=lambda name: name not in ("transformers", "TRL"))
+        return next((texts[name] for name in order if texts.get(name)), self.torch)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding."""
+
+    code: str
+    level: str  # one of LEVELS
+    what: str  # one sentence, with the figures seen
+    why: str
+    remedy: Remedy
+    line: Line | None = None
+    module: str = ""
+    sure: str = "certain"  # certain: seen to happen; likely: by what was seen, with one assumption, which `why` names
+
+    @property
+    def where(self) -> str:
+        """Module and line, as far as they are known."""
+        return ", ".join(str(each) for each in (self.module, self.line) if each)
+
+
+def worst_first(findings: list[Finding]) -> list[Finding]:
+    """Returns the findings by level, else in their order; equal ones of one line and module once."""
+    once: dict[tuple[str, str, Line | None], Finding] = {}
+    for each in findings:
+        once.setdefault((each.code, each.module, each.line), each)
+    return sorted(once.values(), key=lambda each: -LEVELS.index(each.level))

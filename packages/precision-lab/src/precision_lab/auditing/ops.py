@@ -1,0 +1,152 @@
+"""Every operation that torch dispatches while a loop runs, forward and backward, by line, module and dtypes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from precision_lab.auditing.kinds import CAST, OTHER, REDUCE, SOFTMAX, kind_of
+from precision_lab.auditing.record import BACKWARD, FORWARD, LOOP, STEP, Op
+from precision_lab.auditing.where import Line
+
+if TYPE_CHECKING:
+    from precision_lab.auditing.recorder import Recorder
+
+_UNSCALING = "_amp_foreach_non_finite_check_and_unscale_"
+_ARITHMETIC = frozenset(["add", "sub", "mul", "div", "rsub", "pow", "remainder"])
+_SETTING = frozenset(["zero_", "_foreach_zero_", "copy_", "set_", "detach_", "resize_", "fill_"])
+"""Operations that write a gradient without changing what it says of this step: clearing, moving."""
+HALVES = (torch.bfloat16, torch.float16)
+_EXACT = {torch.bfloat16: 2**8, torch.float16: 2**11}
+"""The largest integer up to which every integer is a number of the dtype."""
+_SEVERAL = 1 << 22
+"""No tensor with more elements is looked at by value."""
+
+
+class Ops(TorchDispatchMode):
+    """The mode under which the loop runs. It calls every operation as it came, and looks at it afterwards.
+
+    What torch.compile generated runs as it would without the mode: of it only calls of vendors' kernels are seen.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._rows: dict[Any, Op] = {}
+        self._kinds: dict[Any, tuple[str, str, bool]] = {}  # operation -> name, kind, whether it writes an argument
+        self._origin: dict[int, tuple[str, Line | None]] = {}  # number of an autograd node -> where it was made
+        self._pid = os.getpid()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code stays compiled."""
+        return True
+
+    @property
+    def rows(self) -> list[Op]:
+        """What was seen."""
+        return list(self._rows.values())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self._recorder.running and os.getpid() == self._pid:  # not in a DataLoader's forked worker
+            try:
+                self._note(func, args, kwargs, result)
+            except Exception as error:  # the loop is the user's: it goes on, whatever an operand is
+                self._recorder.note_unseen(f"operations {func}: {type(error).__name__}: {error}")
+        return result
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        known = self._kinds.get(func)
+        if known is None:
+            schema = func._schema
+            known = self._kinds[func] = schema.name.partition("::")[2], kind_of(func), schema.is_mutable
+        name, kind, writes = known
+        inputs = list(_tensors((*args, *kwargs.values())))
+        if not inputs and kind is OTHER:
+            return
+        output = next(_tensors((result,)), None)
+        recorder = self._recorder
+        node = torch._C._current_autograd_node()
+        if recorder.stack:
+            phase = FORWARD  # in backward, too: of a checkpoint, which runs it once more
+        elif node is not None:
+            phase = BACKWARD
+        else:
+            phase = STEP if recorder.in_step else LOOP
+        if phase == BACKWARD and node is not None:
+            module, line = self._origin.get(node._sequence_nr(), ("", None))
+        else:
+            module, line = recorder.module_path(), recorder.where.line(3)
+            if torch.is_grad_enabled() and phase != STEP:
+                self._origin[torch._C._autograd._get_sequence_nr() - 1] = module, line
+        if writes and phase == LOOP:
+            self._note_gradients(name, args, line)
+        if kind is REDUCE and inputs and inputs[0].is_floating_point():
+            elements = sum(each.numel() for each in inputs[:1])
+            recorder.note("reduce", line, op=name, dtype=inputs[0].dtype, elements=elements, phase=phase)
+        dtypes = tuple(each.dtype for each in inputs[:4])
+        autocast = bool(inputs) and recorder.autocast_dtype(inputs[0].device.type) is not None
+        key = func, phase, module, line, dtypes, output.dtype if output is not None else None, autocast
+        row = self._rows.get(key)
+        if row is None:
+            out = output.dtype if output is not None else None
+            row = self._rows[key] = Op(name, kind, module, phase, dtypes, out, line, autocast)
+        row.count += 1
+        if output is not None:
+            row.elements += output.numel()
+            row.bytes += output.numel() * output.element_size()
+        if kind is SOFTMAX and inputs and inputs[0].ndim:
+            row.width = max(row.width, inputs[0].shape[-1])
+        if output is not None and output.dtype in HALVES and phase in (FORWARD, LOOP):
+            if kind is CAST or name in _ARITHMETIC:
+                self._note_rounded(kind is CAST, inputs, output.dtype, module, line)
+            if kind is CAST and not torch.is_grad_enabled() and autocast and recorder.is_trained(inputs[0]):
+                recorder.note("cast_without_gradients", line, name=recorder.names.param(inputs[0]))
+
+    def _note_gradients(self, name: str, args: tuple[Any, ...], line: Line | None) -> None:
+        recorder = self._recorder
+        if name in _SETTING or not (written := recorder.gradients_in(args[0] if args else ())):
+            return
+        if name == _UNSCALING:
+            inverse = float(args[2])
+            recorder.note("unscaled", line, ids=written, inverse=inverse, found=bool(args[1]))
+        else:
+            recorder.note("gradients", line, how=name, functions=recorder.where.functions(4), ids=written)
+
+    def _note_rounded(
+        self, is_cast: bool, inputs: list[Tensor], dtype: torch.dtype, module: str, line: Line | None
+    ) -> None:
+        """Notes integers, and whole numbers among the inputs, that the half dtype rounds to others."""
+        for each in inputs[:2]:
+            if type(each) is not Tensor or not 0 < each.numel() <= _SEVERAL or not each.dim():
+                continue
+            whole = not each.is_floating_point() and not each.is_complex() and each.dtype is not torch.bool
+            if not whole and not (is_cast and each.dtype in (torch.float32, torch.float64)):
+                continue
+            if not whole and (each.requires_grad or self._recorder.is_stored(each)):
+                continue
+            value = each.detach()
+            largest = float(value.abs().max())
+            if not _EXACT[dtype] < largest < float("inf"):
+                continue
+            if not whole and not bool((value == value.round()).all()):
+                continue
+            if float((value.to(dtype).to(torch.float64) != value.to(torch.float64)).double().mean()) > 0.1:
+                self._recorder.note_rounded(line, module=module, of=each.dtype, to=dtype, largest=largest)
+
+
+def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(tuple(value))

@@ -1,0 +1,122 @@
+"""What was seen while a loop ran: operations, added up, and the calls that matter, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from precision_lab.auditing.where import Line
+
+FORWARD, BACKWARD, STEP, LOOP = "forward", "backward", "step", "loop"
+"""Where an operation ran: in a module's forward, in backward, in an optimizer's step, in the loop itself."""
+
+
+@dataclass
+class Op:
+    """All calls of one operation from one line, in one module and phase, with operands of the same dtypes."""
+
+    name: str  # "aten.addmm"
+    kind: str  # of kinds.py
+    module: str  # path in the model, "" outside of it
+    phase: str
+    inputs: tuple[torch.dtype, ...]  # of tensors, in order
+    output: torch.dtype | None  # of the first tensor
+    line: Line | None  # in backward: of the forward operation
+    autocast: bool
+    count: int = 0
+    elements: int = 0  # of the outputs, added up
+    bytes: int = 0
+    width: int = 0  # largest last dimension of an input: classes, of a softmax
+
+
+@dataclass
+class Event:
+    """One call that a loop makes: forward, backward, step, ..., with what was seen of it.
+
+    kind            data
+    forward         root, params, autocast (device type -> dtype), grad, training, recompute, device, inputs, outputs
+    autocast        device, dtype, enabled, cache, inside: a context was entered, in that module's forward
+    backward        dtype, factor (what the loss was multiplied with), autocast (device types), graph
+    scale           scaler, scale
+    unscale         scaler, optimizer
+    unscaled        ids (of parameters whose gradients torch's unscaling wrote), inverse, found (inf or NaN)
+    gradients       ids, how (the operation), functions (the callers' names): gradients changed, by clipping mostly
+    scaler_step     scaler, optimizer, ran
+    scaler_update   scaler
+    step            optimizer, name (of its class), ids (of its parameters)
+    scheduler       scheduler, optimizer
+    saved           file, tensors (key path -> dtype), scaler and optimizer: whether their state is in it
+    reduce          op, dtype, elements, phase
+    cast_without_gradients  name (of a parameter that autocast cast under no_grad)
+
+    Scalers and optimizers are ids, equal for the same object.
+    """
+
+    kind: str
+    line: Line | None
+    library: str
+    step: int  # training steps that had ended
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["data"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+@dataclass
+class Stored:
+    """Tensors of one dtype that live on from step to step."""
+
+    kind: str  # params, frozen, buffers, grads, state, master
+    name: str  # of the parameter or buffer
+    key: str  # of the state: "exp_avg"
+    dtype: torch.dtype
+    bytes: int
+    elements: int
+
+
+@dataclass
+class Updates:
+    """What sampled steps did to one parameter: of `seen` elements with a gradient, not zero, `unchanged` stayed."""
+
+    name: str
+    dtype: torch.dtype
+    seen: int = 0
+    unchanged: int = 0
+
+
+@dataclass
+class Saved:
+    """Activations that backward will need, of one module and dtype."""
+
+    module: str
+    dtype: torch.dtype
+    bytes: int = 0
+
+
+@dataclass
+class Record:
+    """All that was seen."""
+
+    ops: list[Op] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    stored: list[Stored] = field(default_factory=list)
+    updates: list[Updates] = field(default_factory=list)
+    saved: list[Saved] = field(default_factory=list)
+    integers: list[Event] = field(default_factory=list)  # integers that a half dtype does not hold: kind "rounded"
+    unseen: list[str] = field(default_factory=list)  # what could not be observed, as sentences
+    micro_batches: dict[str, int] = field(default_factory=dict)  # parameter -> backwards before a step, at most
+    modules: dict[str, str] = field(default_factory=dict)  # path -> class
+    tied: dict[str, list[str]] = field(default_factory=dict)
+    steps: int = 0
+    devices: list[str] = field(default_factory=list)
+    libraries: list[str] = field(default_factory=list)  # that were seen to run the loop
+    backends: dict[str, Any] = field(default_factory=dict)  # torch's own switches: matmul precision, TF32
+
+    def of(self, *kinds: str) -> list[Event]:
+        """The events of these kinds, in order."""
+        return [event for event in self.events if event.kind in kinds]

@@ -1,0 +1,270 @@
+"""Watches a loop: modules, operations, optimizers and the calls that matter, by torch's own hooks, within a `with`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from precision_lab.auditing.calls import watch_calls
+from precision_lab.auditing.graph import saved_activations
+from precision_lab.auditing.names import Names
+from precision_lab.auditing.ops import Ops
+from precision_lab.auditing.record import Event, Record
+from precision_lab.auditing.sample import Sample, local
+from precision_lab.auditing.stored import read_stored
+from precision_lab.auditing.where import Line, Where
+
+
+class Recorder:
+    """Context in which a training loop is observed; `record` then has what was seen.
+
+    The loop computes what it computes without it, bit for bit. `on_step` is called where a training step has ended and
+    the next one is about to begin: what it raises ends the loop.
+    """
+
+    def __init__(self, on_step: Callable[[int], None] | None = None) -> None:
+        self.record = Record()
+        self.names = Names()
+        self.where = Where()
+        self.running = False
+        self.stack: list[str] = []
+        self.autocast: list[tuple[str, torch.dtype | None]] = []  # contexts that are open, innermost last
+        self.in_step = 0
+        self.in_backward = 0
+        self.checkpointed = False
+        self.optimizers: dict[int, Optimizer] = {}
+        self._on_step = on_step
+        self._ops = Ops(self)
+        self._exit = ExitStack()
+        self._attempts: dict[int, int] = {}
+        self._gradients: dict[int, list[int]] | None = None  # storage -> ids of the parameters whose gradient is in it
+        self._backwards: dict[int, int] = {}
+        self._samples: dict[int, Sample] = {}
+        self._kept: list[Any] = []  # whose id stands for them in what was seen
+
+    # ---------------------------------------------------------------- begin and end
+
+    def __enter__(self) -> Recorder:
+        hooks = (
+            register_module_forward_pre_hook(self._before_forward),
+            register_module_forward_hook(self._after_forward, always_call=True),
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        )
+        for hook in hooks:
+            self._exit.callback(hook.remove)
+        self._compiled = _compiled_frames()
+        self._exit.enter_context(watch_calls(self))
+        self._exit.enter_context(self._ops)
+        self.running = True
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.running = False
+        self._exit.close()
+        self._finish()
+
+    def _finish(self) -> None:
+        record = self.record
+        record.ops = self._ops.rows
+        record.steps = self.steps
+        self.names.refresh()
+        record.modules = {
+            self.names.path(module): type(module).__name__ for root in self.names.roots for module in root.modules()
+        }
+        record.stored += read_stored(self.names, list(self.optimizers.values()))
+        record.backends = {
+            "matmul": torch.get_float32_matmul_precision(),
+            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        }
+        if not record.of("forward"):
+            self.note_unseen(
+                "no module was called in this process. Where the script starts processes of its own, "
+                "run `torchrun --nproc-per-node N -m precision_lab audit SCRIPT` with a script that does not"
+            )
+        if _compiled_frames() > self._compiled:
+            self.note_unseen("torch.compile: of what it generated only calls of vendors' kernels were seen")
+        if self.checkpointed:
+            self.note_unseen("saved activations: hooks of the script (activation checkpoints) decide what is saved")
+
+    # ---------------------------------------------------------------- what the parts ask and tell
+
+    @property
+    def steps(self) -> int:
+        """Training steps that have ended: of the optimizer that stepped least often."""
+        return min(self._attempts.values(), default=0)
+
+    def note(self, kind: str, line: Line | None = None, **data: Any) -> Event:
+        """Adds a call to what was seen."""
+        library = self.where.library(2)
+        event = Event(kind, line or self.where.line(2), library, self.steps, data)
+        self.record.events.append(event)
+        if library and library not in self.record.libraries:
+            self.record.libraries.append(library)
+        return event
+
+    def note_rounded(self, line: Line | None, **data: Any) -> None:
+        """Adds whole numbers that were rounded, one for each line and module."""
+        for event in self.record.integers:
+            if (event.line, event.module) == (line, data["module"]):
+                event.data["largest"] = max(event.largest, data["largest"])
+                return
+        self.record.integers.append(Event("rounded", line, "", self.steps, data))
+
+    def note_unseen(self, text: str) -> None:
+        """Adds what could not be observed."""
+        if text not in self.record.unseen:
+            self.record.unseen.append(text)
+
+    def keep(self, value: Any) -> int:
+        """Returns an id by which events speak of an object, which lives as long as the recorder."""
+        if not any(each is value for each in self._kept):
+            self._kept.append(value)
+        return id(value)
+
+    def autocast_dtype(self, device: str) -> torch.dtype | None:
+        """The dtype of the innermost open autocast of the device, None outside of one. torch hides it in operations."""
+        return next((dtype for of, dtype in reversed(self.autocast) if of == device), None)
+
+    def module_path(self) -> str:
+        """The module whose forward runs."""
+        return self.stack[-1] if self.stack else ""
+
+    def is_trained(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a parameter that trains."""
+        return isinstance(tensor, nn.Parameter) and tensor.requires_grad
+
+    def is_stored(self, tensor: Tensor) -> bool:
+        """Whether it is a parameter or a buffer of a model, or a view of one."""
+        base = tensor if tensor._base is None else tensor._base
+        return isinstance(base, nn.Parameter) or any(
+            base is buffer for root in self.names.roots for buffer in root.buffers()
+        )
+
+    def params(self) -> list[nn.Parameter]:
+        """All parameters of models and optimizers that were seen."""
+        found = {id(param): param for root in self.names.roots for param in root.parameters()}
+        for optimizer in self.optimizers.values():
+            found.update({id(param): param for group in optimizer.param_groups for param in group["params"]})
+        return list(found.values())
+
+    def gradients_in(self, written: Any) -> list[int]:
+        """Returns the ids of the parameters whose gradients are among the tensors."""
+        if self._gradients is None:
+            self._gradients = {}
+            for param in self.params():
+                if param.grad is not None and param.grad.layout is torch.strided:
+                    self._gradients.setdefault(_storage(param.grad), []).append(id(param))
+        tensors = written if isinstance(written, (list, tuple)) else [written]
+        found = [self._gradients.get(_storage(each), []) for each in tensors if isinstance(each, Tensor)]
+        return [each for ids in found for each in ids]
+
+    def before_backward(self, roots: list[Tensor]) -> None:
+        """Called before the outermost backward."""
+        if self.steps == 0 and not self.checkpointed:
+            self.record.saved = saved_activations(roots, self._ops._origin, {_storage(each) for each in self.params()})
+
+    def after_backward(self) -> None:
+        """Called after the outermost backward: gradients are other ones now."""
+        self._gradients = None
+        for param in self.params():
+            if param.grad is not None:
+                self._backwards[id(param)] = self._backwards.get(id(param), 0) + 1
+
+    def attempted(self, optimizer: Optimizer) -> None:
+        """Called where a step of the optimizer begins, or was skipped by a scaler."""
+        made = self._attempts.get(id(optimizer), 0)
+        if self._on_step is not None and made and made == self._attempts[id(optimizer)]:
+            self._on_step(made)
+        self.optimizers[id(optimizer)] = optimizer
+        self._attempts[id(optimizer)] = made + 1
+
+    # ---------------------------------------------------------------- hooks
+
+    def _before_forward(self, module: nn.Module, inputs: Any) -> None:
+        if torch.compiler.is_compiling() or not self.running:
+            return
+        if not self.stack:
+            if module.training and torch.is_grad_enabled() and self._on_step is not None and not self.in_backward:
+                self._on_step(self.steps)
+            self.names.add(module)
+        elif not self.names.knows(module):
+            self.names.refresh()
+        path = self.names.path(module)
+        if not self.stack:
+            self._note_root(module, path, inputs)
+        self.stack.append(path)
+
+    def _note_root(self, module: nn.Module, path: str, inputs: Any) -> None:
+        device = next((param.device.type for param in module.parameters()), None)
+        if device is not None and device not in self.record.devices:
+            self.record.devices.append(device)
+        types = {"cpu", *self.record.devices}
+        self.note(
+            "forward",
+            root=path,
+            params=sum(1 for _ in module.parameters()),
+            autocast={each: torch.get_autocast_dtype(each) for each in types if torch.is_autocast_enabled(each)},
+            grad=torch.is_grad_enabled(),
+            training=module.training,
+            recompute=bool(self.in_backward),
+            device=device,
+            inputs=[each.dtype for each in torch.utils._pytree.tree_leaves(inputs) if isinstance(each, Tensor)],
+            outputs=[],
+        )
+
+    def _after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not self.running or not self.stack:
+            return
+        self.stack.pop()
+        if not self.stack:
+            event = self.record.of("forward")[-1]
+            leaves = torch.utils._pytree.tree_leaves(dict(output) if hasattr(output, "keys") else output)
+            event.data["outputs"] = [each.dtype for each in leaves if isinstance(each, Tensor)]
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self.running:
+            return
+        self.attempted(optimizer)
+        self.in_step += 1
+        self.note("step", optimizer=self.keep(optimizer), name=type(optimizer).__name__, ids=_ids(optimizer))
+        for param in self.params():
+            name = self.names.param(param)
+            count = self._backwards.get(id(param), 0)
+            if name is not None and param.grad is not None:
+                self.record.micro_batches[name] = max(self.record.micro_batches.get(name, 0), count)
+        self._samples[id(optimizer)] = Sample(optimizer, self.names, self.record)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self.running or not self.in_step:
+            return
+        self.in_step -= 1
+        self._samples.pop(id(optimizer)).compare()
+        for identity in _ids(optimizer):
+            self._backwards.pop(identity, None)
+        self._gradients = None
+
+
+def _ids(optimizer: Optimizer) -> list[int]:
+    return [id(param) for group in optimizer.param_groups for param in group["params"]]
+
+
+def _storage(tensor: Tensor) -> int:
+    tensor = local(tensor)
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # subclasses without a storage of their own
+        return -id(tensor)
+
+
+def _compiled_frames() -> int:
+    utils = sys.modules.get("torch._dynamo.utils")
+    return int(utils.counters["frames"]["ok"]) if utils is not None else 0

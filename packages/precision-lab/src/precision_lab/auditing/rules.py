@@ -1,0 +1,18 @@
+"""All rules: each reads what was seen, and yields findings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from precision_lab.auditing import rules_scaler
+from precision_lab.auditing.finding import Finding, worst_first
+from precision_lab.auditing.record import Record
+
+Rule = Callable[[Record], Iterator[Finding]]
+
+RULES: tuple[Rule, ...] = (*rules_scaler.RULES,)
+
+
+def findings_of(record: Record) -> list[Finding]:
+    """Returns what the rules find, worst first."""
+    return worst_first([finding for rule in RULES for finding in rule(record)])

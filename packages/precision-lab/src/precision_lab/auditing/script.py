@@ -1,0 +1,61 @@
+"""Runs a script under observation, as `python script.py` would, and ends it after some training steps."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from dataclasses import dataclass
+
+from precision_lab.auditing.recorder import Recorder
+from precision_lab.auditing.report import Report
+from precision_lab.taskfile import users_traceback
+
+
+class _Enough(BaseException):
+    """Ends the script where it has trained enough: no `except Exception` of its own catches it."""
+
+
+@dataclass
+class Outcome:
+    """How the script ended."""
+
+    report: Report
+    traceback: str = ""  # of the script, if it failed
+    exit_code: int = 0  # its own
+
+
+def audit_script(path: str, arguments: list[str], steps: int | None = 2) -> Outcome:
+    """Runs the script until `steps` training steps have ended, or to its end (None)."""
+    taken = []
+
+    def on_step(ended: int) -> None:
+        if steps is not None and ended >= steps and not taken:
+            taken.append(ended)
+            raise _Enough
+
+    recorder = Recorder(on_step)
+    outcome = Outcome(Report())
+    old_argv, old_path = sys.argv, list(sys.path)
+    sys.argv = [path, *arguments]
+    sys.path[0] = os.path.dirname(os.path.abspath(path))
+    try:
+        with recorder:
+            runpy.run_path(path, run_name="__main__")
+    except _Enough:
+        pass
+    except SystemExit as ended:
+        if not taken and ended.code not in (None, 0):
+            outcome.exit_code = ended.code if isinstance(ended.code, int) else 1
+            outcome.traceback = f"the script ended with {ended.code!r}"
+    except Exception as error:
+        if not taken:  # what a script's own clean-up raises when it is ended is no failure of it
+            outcome.traceback, outcome.exit_code = users_traceback(error), 1
+    finally:
+        sys.argv, sys.path[:] = old_argv, old_path
+    outcome.report.fill(recorder.record)
+    if steps is not None and recorder.record.steps < steps and not outcome.traceback:
+        recorder.note_unseen(f"the script ended after {recorder.record.steps} training steps")
+    if steps is not None:
+        recorder.note_unseen("what the script does later: checkpoints, evaluation (--steps all runs it to its end)")
+    return outcome

@@ -1,0 +1,120 @@
+"""Which line of the user's own code a call comes from, and through which library it came."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import site
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType
+
+import precision_core
+
+LIBRARIES = {
+    "lightning": "Lightning",
+    "lightning_fabric": "Lightning",
+    "pytorch_lightning": "Lightning",
+    "accelerate": "Accelerate",
+    "transformers": "transformers",
+    "trl": "TRL",
+    "deepspeed": "DeepSpeed",
+    "precision_core": "precision",
+    "precision_fsdp": "precision",
+    "precision_deepspeed": "precision",
+    "precision_bnb": "precision",
+    "precision_te": "precision",
+    "precision_xla": "precision",
+}
+"""Packages that run a loop, or a part of one, for the user -> what we call them."""
+
+
+def _installed_folders() -> tuple[str, ...]:
+    paths = sysconfig.get_paths()
+    found = {paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+    found.update(site.getsitepackages() if hasattr(site, "getsitepackages") else ())
+    found.add(site.getusersitepackages())
+    ours = Path(__file__).resolve().parents[1]
+    found.update((str(ours), str(Path(precision_core.__file__).parent)))
+    for name in LIBRARIES:  # checkouts of libraries, ours among them, that are installed in place
+        if (module := sys.modules.get(name)) is not None and getattr(module, "__file__", None):
+            found.add(str(Path(str(module.__file__)).parent))
+    return tuple(sorted({os.path.join(os.path.abspath(folder), "") for folder in found}))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the user's code."""
+
+    file: str
+    number: int
+    function: str
+
+    @property
+    def text(self) -> str:
+        """The source of the line, without spaces around it; empty where there is no file."""
+        return linecache.getline(self.file, self.number).strip()
+
+    def __str__(self) -> str:
+        file = self.file
+        if not file.startswith("<"):
+            try:
+                near = os.path.relpath(file)
+                file = near if not near.startswith("..") else file
+            except ValueError:  # another drive
+                pass
+        return f"{file}:{self.number}"
+
+
+class Where:
+    """Finds the user's line above the caller, by what each code object was found to be before."""
+
+    def __init__(self) -> None:
+        self._folders = _installed_folders()
+        self._is_own: dict[CodeType, bool] = {}
+        self._lines: dict[tuple[CodeType, int], Line] = {}
+
+    def line(self, depth: int = 1) -> Line | None:
+        """Returns the innermost line outside of the standard library and of installed packages; None: there is none."""
+        frame: FrameType | None = sys._getframe(depth)
+        while frame is not None:
+            code = frame.f_code
+            own = self._is_own.get(code)
+            if own is None:
+                own = self._is_own[code] = self._decide(code)
+            if own:
+                key = code, frame.f_lineno
+                if key not in self._lines:
+                    self._lines[key] = Line(code.co_filename, frame.f_lineno, code.co_name)
+                return self._lines[key]
+            frame = frame.f_back
+        return None
+
+    def library(self, depth: int = 1) -> str:
+        """Returns which of `LIBRARIES` made the call, the outermost above the user's line; else an empty text."""
+        frame: FrameType | None = sys._getframe(depth)
+        found = ""
+        while frame is not None and not self._is_own.get(frame.f_code, False):
+            package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+            found = LIBRARIES.get(package, found)
+            frame = frame.f_back
+        return found
+
+    def functions(self, depth: int = 1, limit: int = 40) -> list[str]:
+        """Returns the names of the functions from the caller up to the user's line, innermost first."""
+        frame: FrameType | None = sys._getframe(depth)
+        found: list[str] = []
+        while frame is not None and len(found) < limit:
+            found.append(frame.f_code.co_name)
+            if self._is_own.get(frame.f_code, False):
+                break
+            frame = frame.f_back
+        return found
+
+    def _decide(self, code: CodeType) -> bool:
+        file = code.co_filename
+        if file.startswith("<") and not file.startswith(("<ipython", "<stdin")):
+            return False  # frozen importlib, generated code
+        return not os.path.abspath(file).startswith(self._folders)
