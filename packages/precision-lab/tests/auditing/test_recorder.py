@@ -27,7 +27,7 @@ def train(context: AbstractContextManager[object], dtype: torch.dtype | None, co
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-    return [*losses, *(float(param.double().sum()) for param in model.parameters())]
+    return [*losses, *(float(param.detach().double().sum()) for param in model.parameters())]
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
