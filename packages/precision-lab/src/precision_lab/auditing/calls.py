@@ -97,11 +97,13 @@ def _around_backward(recorder: Recorder, roots: list[Tensor], run: Callable[[], 
         return run()
     if roots:
         types = {"cpu", *recorder.record.devices}
+        with recorder.quiet():
+            factor = loss_factor(roots[0])
         recorder.note(
             "backward",
             recorder.where.line(4),
             dtype=roots[0].dtype,
-            factor=loss_factor(roots[0]),
+            factor=factor,
             autocast=[each for each in sorted(types) if torch.is_autocast_enabled(each)],
             graph=roots[0].requires_grad,
         )
@@ -122,7 +124,9 @@ def _saved_hooks(recorder: Recorder, original: Any, self: Any) -> Any:
 def _scale(recorder: Recorder, original: Any, self: Any, outputs: Any) -> Any:
     result = original(self, outputs)
     if self.is_enabled():
-        recorder.note("scale", scaler=recorder.keep(self), scale=self.get_scale())
+        with recorder.quiet():
+            scale = self.get_scale()
+        recorder.note("scale", scaler=recorder.keep(self), scale=scale)
     return result
 
 

@@ -56,6 +56,8 @@ class Ops(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and not isinstance(args[0], Tensor):
+            return args[0]  # a mode is given a number where torch had wrapped it in a tensor
         result = func(*args, **kwargs)
         if self._recorder.running and os.getpid() == self._pid:  # not in a DataLoader's forked worker
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import _disable_current_modes
 
 from precision_lab.auditing.calls import watch_calls
 from precision_lab.auditing.graph import saved_activations
@@ -102,6 +103,11 @@ class Recorder:
         """Training steps that have ended: of the optimizer that stepped least often."""
         return min(self._attempts.values(), default=0)
 
+    @staticmethod
+    def quiet() -> AbstractContextManager[None]:
+        """Context for what the observers themselves compute, which is not to be seen."""
+        return _disable_current_modes()
+
     def note(self, kind: str, line: Line | None = None, **data: Any) -> Event:
         """Adds a call to what was seen."""
         library = self.where.library(2)
@@ -169,7 +175,7 @@ class Recorder:
 
     def before_backward(self, roots: list[Tensor]) -> None:
         """Called before the outermost backward."""
-        if self.steps == 0 and not self.checkpointed:
+        if self.steps == 0 and not self.checkpointed and not self.record.saved:
             self.record.saved = saved_activations(roots, self._ops._origin, {_storage(each) for each in self.params()})
 
     def after_backward(self) -> None:
@@ -241,13 +247,15 @@ class Recorder:
             count = self._backwards.get(id(param), 0)
             if name is not None and param.grad is not None:
                 self.record.micro_batches[name] = max(self.record.micro_batches.get(name, 0), count)
-        self._samples[id(optimizer)] = Sample(optimizer, self.names, self.record)
+        with self.quiet():
+            self._samples[id(optimizer)] = Sample(optimizer, self.names, self.record)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self.running or not self.in_step:
             return
         self.in_step -= 1
-        self._samples.pop(id(optimizer)).compare()
+        with self.quiet():
+            self._samples.pop(id(optimizer)).compare()
         for identity in _ids(optimizer):
             self._backwards.pop(identity, None)
         self._gradients = None
