@@ -104,6 +104,7 @@ def _around_backward(recorder: Recorder, roots: list[Tensor], run: Callable[[], 
             recorder.where.line(4),
             dtype=roots[0].dtype,
             factor=factor,
+            scaled=recorder.is_scale(factor),
             autocast=[each for each in sorted(types) if torch.is_autocast_enabled(each)],
             graph=roots[0].requires_grad,
         )
@@ -127,6 +128,7 @@ def _scale(recorder: Recorder, original: Any, self: Any, outputs: Any) -> Any:
         with recorder.quiet():
             scale = self.get_scale()
         recorder.note("scale", scaler=recorder.keep(self), scale=scale)
+        recorder.scales.add(scale)
     return result
 
 

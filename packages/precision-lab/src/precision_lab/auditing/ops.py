@@ -80,7 +80,7 @@ class Ops(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if recorder.stack:
             phase = FORWARD  # in backward, too: of a checkpoint, which runs it once more
-        elif node is not None:
+        elif node is not None or recorder.in_backward:  # engines reduce when all nodes have run
             phase = BACKWARD
         else:
             phase = STEP if recorder.in_step else LOOP

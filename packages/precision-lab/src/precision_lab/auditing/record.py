@@ -38,7 +38,7 @@ class Event:
     kind            data
     forward         root, params, autocast (device type -> dtype), grad, training, recompute, device, inputs, outputs
     autocast        device, dtype, enabled, cache, inside: a context was entered, in that module's forward
-    backward        dtype, factor (what the loss was multiplied with), autocast (device types), graph
+    backward        dtype, factor (on the loss), scaled (whether that is a loss scale), autocast (device types), graph
     scale           scaler, scale
     unscale         scaler, optimizer
     unscaled        ids (of parameters whose gradients torch's unscaling wrote), inverse, found (inf or NaN)

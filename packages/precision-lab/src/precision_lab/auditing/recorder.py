@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -38,6 +39,7 @@ class Recorder:
         self.running = False
         self.stack: list[str] = []
         self.autocast: list[tuple[str, torch.dtype | None]] = []  # contexts that are open, innermost last
+        self.scales: set[float] = set()  # that scalers of torch have multiplied losses with
         self.in_step = 0
         self.in_backward = 0
         self.checkpointed = False
@@ -139,6 +141,10 @@ class Recorder:
     def autocast_dtype(self, device: str) -> torch.dtype | None:
         """The dtype of the innermost open autocast of the device, None outside of one. torch hides it in operations."""
         return next((dtype for of, dtype in reversed(self.autocast) if of == device), None)
+
+    def is_scale(self, factor: float) -> bool:
+        """Whether a factor on a loss is a loss scale, and not a weight: a scaler's, or a large power of two."""
+        return factor in self.scales or (abs(factor) >= 128 and math.frexp(factor)[0] == 0.5)
 
     def module_path(self) -> str:
         """The module whose forward runs."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from precision_lab.auditing.finding import LEVELS, Finding
 from precision_lab.auditing.ledger import PARTS, Ledger, ledger_of
+from precision_lab.auditing.observed import named, observed
 from precision_lab.auditing.record import Record
 from precision_lab.auditing.rules import findings_of
 
@@ -39,6 +40,8 @@ class Report:
             "steps": self.record.steps,
             "devices": self.record.devices,
             "libraries": self.record.libraries,
+            "policy": observed(self.record),
+            "mode": named(observed(self.record)),
             "ledger": {part: self.ledger.parts[part] for part in PARTS if part in self.ledger.parts},
             "states": self.ledger.states,
             "modules": self.ledger.modules,

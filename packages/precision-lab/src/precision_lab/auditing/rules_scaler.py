@@ -12,13 +12,13 @@ _OURS = 'fabric.clip_gradients(model, optimizer, max_norm=1.0) under Fabric(prec
 
 def clipped_while_scaled(record: Record) -> Iterator[Finding]:
     """Gradients that still carry the scale are changed: by clipping, in nearly every case."""
-    factor, unscaled = 1.0, set[int]()
+    factor, unscaled = 0.0, set[int]()
     for event in record.events:
         if event.kind == "backward":
-            factor, unscaled = event.factor, set()
+            factor, unscaled = event.factor if event.scaled else 0.0, set()
         elif event.kind == "unscaled":
             unscaled |= set(event.ids)
-        if event.kind != "gradients" or event.library in ("precision", "DeepSpeed") or abs(factor) < 2:
+        if event.kind != "gradients" or event.library in ("precision", "DeepSpeed") or not factor:
             continue
         if set(event.ids) <= unscaled or not any(name.startswith("clip_grad") for name in event.functions):
             continue

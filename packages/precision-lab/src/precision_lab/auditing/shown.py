@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from precision_lab.auditing.ledger import PARTS
+from precision_lab.auditing.observed import sentence
 
 if TYPE_CHECKING:
     from precision_lab.auditing.report import Report
@@ -23,6 +24,8 @@ def shown(report: Report) -> RenderableType:
     by = f", run by {' and '.join(record.libraries)}" if record.libraries else ""
     steps = f"{record.steps} training step{'s' * (record.steps != 1)}"
     parts: list[RenderableType] = [Text(f"{steps} on {', '.join(record.devices) or 'no device'}{by}"), Text()]
+    if text := sentence(record):
+        parts += [Text(text), Text()]
     if not report.findings:
         parts += [Text("Nothing found."), Text()]
     for finding in report.findings:
