@@ -42,7 +42,7 @@ def observed(record: Record) -> dict[str, list[str]]:
         if op.kind in PRODUCTS and op.phase == FORWARD and op.inputs and op.inputs[-1].is_floating_point:
             add("compute", op.inputs[-1], op.bytes)
     for event in record.of("reduce"):
-        if event.phase != FORWARD:  # engines reduce in backward, after it, or in the step
+        if event.phase != FORWARD and event.elements > 1:  # engines reduce in backward, after it, or in the step
             add("reduce", event.dtype, event.elements * event.dtype.itemsize)
     for event in record.of("forward"):
         if event.training and event.params:

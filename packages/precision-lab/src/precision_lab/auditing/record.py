@@ -98,6 +98,17 @@ class Saved:
     bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A precision that the script asked a library for."""
+
+    library: str
+    text: str  # the call
+    compute: torch.dtype | None  # in which products then run; None: as they come
+    true: bool  # whether parameters are in it, too
+    line: Line | None = None  # of the script, that makes the library's object, as far as its text shows
+
+
 @dataclass
 class Record:
     """All that was seen."""
@@ -112,6 +123,7 @@ class Record:
     micro_batches: dict[str, int] = field(default_factory=dict)  # parameter -> backwards before a step, at most
     modules: dict[str, str] = field(default_factory=dict)  # path -> class
     tied: dict[str, list[str]] = field(default_factory=dict)
+    asked: list[Asked] = field(default_factory=list)
     steps: int = 0
     devices: list[str] = field(default_factory=list)
     libraries: list[str] = field(default_factory=list)  # that were seen to run the loop

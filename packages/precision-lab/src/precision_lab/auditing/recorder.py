@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
+from precision_lab.auditing.asked import read_asked
 from precision_lab.auditing.calls import watch_calls
 from precision_lab.auditing.graph import saved_activations
 from precision_lab.auditing.names import Names
@@ -181,6 +182,8 @@ class Recorder:
 
     def before_backward(self, roots: list[Tensor]) -> None:
         """Called before the outermost backward."""
+        if not self.record.of("backward")[1:]:
+            self.record.asked = read_asked(self.where)
         if self.steps == 0 and not self.checkpointed and not self.record.saved:
             self.record.saved = saved_activations(roots, self._ops._origin, {_storage(each) for each in self.params()})
 

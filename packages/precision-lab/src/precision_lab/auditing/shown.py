@@ -44,14 +44,15 @@ def shown(report: Report) -> RenderableType:
     table.add_column("as observed")
     for part in PARTS:
         if part in report.ledger.parts:
-            table.add_row(part, _dtypes(report.ledger.parts[part], part))
+            table.add_row(part, dtypes_text(report.ledger.parts[part], part))
     parts.append(table)
     if report.unseen:
         parts += [Text(), Text("Not seen:"), *(Padding(Text(text), (0, 0, 0, 2)) for text in report.unseen)]
     return Group(*parts)
 
 
-def _dtypes(row: dict[str, int], part: str) -> str:
+def dtypes_text(row: dict[str, int], part: str) -> str:
+    """Returns the dtypes of a part with their bytes, most bytes first."""
     if part in ("loss", "outputs"):
         return ", ".join(sorted(row, key=lambda name: -row[name]))
     return ", ".join(f"{name} {_size(size)}" for name, size in sorted(row.items(), key=lambda each: -each[1]))

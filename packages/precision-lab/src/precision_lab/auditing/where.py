@@ -92,6 +92,14 @@ class Where:
             frame = frame.f_back
         return None
 
+    def line_with(self, text: str) -> Line | None:
+        """Returns the first line with `text` in the user's files that have run so far."""
+        for file in {code.co_filename: None for code, own in self._is_own.items() if own}:
+            for number, line in enumerate(linecache.getlines(file), start=1):
+                if text in line and not line.lstrip().startswith(("#", "import ", "from ", "def ")):
+                    return Line(file, number, "")
+        return None
+
     def library(self, depth: int = 1) -> str:
         """Returns which of `LIBRARIES` made the call, the outermost above the user's line; else an empty text."""
         frame: FrameType | None = sys._getframe(depth)
