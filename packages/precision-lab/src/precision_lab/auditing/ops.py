@@ -19,6 +19,32 @@ if TYPE_CHECKING:
 
 _UNSCALING = "_amp_foreach_non_finite_check_and_unscale_"
 _ARITHMETIC = frozenset(["add", "sub", "mul", "div", "rsub", "pow", "remainder"])
+_VIEWS = frozenset(
+    [
+        "t",
+        "detach",
+        "view",
+        "alias",
+        "lift_fresh",
+        "_unsafe_view",
+        "unsqueeze",
+        "squeeze",
+        "permute",
+        "transpose",
+        "as_strided",
+        "slice",
+        "select",
+        "empty",
+        "empty_like",
+        "_local_scalar_dense",
+        "_record_function_enter_new",
+        "_record_function_exit",
+        "reshape",
+        "split",
+        "unbind",
+    ]
+)
+"""Operations that compute nothing: they are passed over, for they are half of all."""
 _SETTING = frozenset(["zero_", "_foreach_zero_", "copy_", "set_", "detach_", "resize_", "fill_"])
 """Operations that write a gradient without changing what it says of this step: clearing, moving."""
 HALVES = (torch.bfloat16, torch.float16)
@@ -70,13 +96,16 @@ class Ops(TorchDispatchMode):
         known = self._kinds.get(func)
         if known is None:
             schema = func._schema
-            known = self._kinds[func] = schema.name.partition("::")[2], kind_of(func), schema.is_mutable
+            name = schema.name.partition("::")[2]
+            known = self._kinds[func] = name, "" if name in _VIEWS else kind_of(func), schema.is_mutable
         name, kind, writes = known
+        recorder = self._recorder
+        if not kind or (recorder.in_step and kind is OTHER):
+            return
         inputs = list(_tensors((*args, *kwargs.values())))
         if not inputs and kind is OTHER:
             return
         output = next(_tensors((result,)), None)
-        recorder = self._recorder
         node = torch._C._current_autograd_node()
         if recorder.stack:
             phase = FORWARD  # in backward, too: of a checkpoint, which runs it once more
@@ -96,8 +125,8 @@ class Ops(TorchDispatchMode):
             elements = sum(each.numel() for each in inputs[:1])
             recorder.note("reduce", line, op=name, dtype=inputs[0].dtype, elements=elements, phase=phase)
         dtypes = tuple(each.dtype for each in inputs[:4])
-        autocast = bool(inputs) and recorder.autocast_dtype(inputs[0].device.type) is not None
-        key = func, phase, module, line, dtypes, output.dtype if output is not None else None, autocast
+        autocast = bool(recorder.autocast and inputs) and recorder.autocast_dtype(inputs[0].device.type) is not None
+        key = func, phase, module, id(line), dtypes, output.dtype if output is not None else None, autocast
         row = self._rows.get(key)
         if row is None:
             out = output.dtype if output is not None else None

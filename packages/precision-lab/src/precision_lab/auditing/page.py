@@ -13,7 +13,10 @@ from precision_lab.auditing.report import Report
 from precision_lab.auditing.shown import dtypes_text
 
 _LEVEL_CLASS = {"error": "worse", "warning": "warned", "info": "soft"}
-_WARNED = ".warned { color: var(--m2); } .finding { margin: 18px 0; } pre { margin: 6px 0; overflow-x: auto; }"
+_STYLE = (
+    ".warned { color: var(--m2); } .finding { margin: 18px 0; } pre { margin: 6px 0; overflow-x: auto; }"
+    "table.plain td, table.plain th { text-align: left; } table.plain th { white-space: normal; }"
+)
 
 
 def write_page(report: Report, path: str, script: str) -> None:
@@ -37,7 +40,7 @@ def page(report: Report, script: str) -> str:
     top = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>precision audit: '
         f'{html.escape(headline)}</title><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{style}{_WARNED}</style></head>"
+        f"<style>{style}{_STYLE}</style></head>"
     )
     return f"{top}<body>{''.join(sections)}</body></html>\n"
 
@@ -89,7 +92,8 @@ def _parts(report: Report) -> str:
         "reductions, those of all results that the observed steps made.</small></p>"
     )
     head = "<thead><tr><th>part</th><th></th></tr></thead>"
-    return f'{what}<div class="scroll"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>' if rows else ""
+    table = f'<table class="plain">{head}<tbody>{"".join(rows)}</tbody></table>'
+    return f'{what}<div class="scroll">{table}</div>' if rows else ""
 
 
 def _modules(report: Report) -> str:
@@ -102,7 +106,7 @@ def _modules(report: Report) -> str:
         label = name or "(outside of modules)"
         kind = report.record.modules.get(name, "")
         body += f'<tr><td>{html.escape(label)} <span class="soft">{html.escape(kind)}</span></td>{cells}</tr>'
-    table = f"<table><thead><tr><th>module</th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    table = f'<table class="plain"><thead><tr><th>module</th>{head}</tr></thead><tbody>{body}</tbody></table>'
     return f'<div class="scroll">{table}</div>' if body else ""
 
 
