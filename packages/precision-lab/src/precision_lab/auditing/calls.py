@@ -196,4 +196,10 @@ def _note_saved(recorder: Recorder, obj: Any, file: Any) -> None:
                 walk(each, f"{path}.{number}", depth + 1)
 
     walk(obj, "")
-    recorder.note("saved", file=str(getattr(file, "name", file)), tensors=tensors, **found)
+    recorder.note(
+        "saved",
+        file=str(getattr(file, "name", file)),
+        tensors=tensors,
+        scaler=found["scaler"],
+        optimizer=found["optimizer"],
+    )

@@ -61,7 +61,7 @@ class Ops(TorchDispatchMode):
     """
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._recorder = recorder
         self._rows: dict[Any, Op] = {}
         self._kinds: dict[Any, tuple[str, str, bool]] = {}  # operation -> name, kind, whether it writes an argument
