@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from precision_lab.auditing.record import Saved
 from precision_lab.auditing.where import Line
@@ -44,7 +45,8 @@ def loss_scale(roots: list[Tensor], scaled: dict[int, tuple[int, float]]) -> Los
         following = [each for each, _ in node.next_functions if each is not None]
         constant = name == "MulBackward0" and len(following) == 1
         if constant:
-            factor *= _constant(node)
+            with _disable_current_modes():  # a number that was wrapped as a tensor comes to a mode as a number
+                factor *= _constant(node)
         if not following or depth >= 24 or not (constant or name in _LINEAR):
             ends.append((factor, None))
             continue

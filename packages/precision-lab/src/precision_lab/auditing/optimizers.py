@@ -15,6 +15,16 @@ def ids_of(optimizer: Any) -> list[int]:
     return [id(param) for group in getattr(optimizer, "param_groups", ()) for param in group["params"]]
 
 
+def state_of(optimizer: Any) -> dict[str, Any]:
+    """Returns what an event says of an optimizer's parameters, before its step."""
+    params = [param for group in getattr(optimizer, "param_groups", ()) for param in group["params"]]
+    return {
+        "ids": [id(param) for param in params],
+        "without": [id(param) for param in params if param.requires_grad and param.grad is None],
+        "dtypes": {param.dtype for param in params if param.requires_grad},
+    }
+
+
 def note_step(recorder: Recorder, optimizer: Optimizer, closure: bool) -> None:
     """Notes that a step begins."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -26,8 +36,7 @@ def note_step(recorder: Recorder, optimizer: Optimizer, closure: bool) -> None:
         "step",
         optimizer=recorder.keep(optimizer),
         name=type(optimizer).__name__,
-        ids=[id(param) for param in params],
-        without=[id(param) for param in params if param.grad is None and param.requires_grad],
+        **state_of(optimizer),
         closure=closure,
         scaler=recorder.scaler_steps[-1] if recorder.scaler_steps else None,
         grad_scale=float(scale) if scale is not None else None,

@@ -20,7 +20,7 @@ from precision_lab.auditing.graph import saved_activations
 from precision_lab.auditing.names import Names
 from precision_lab.auditing.ops import Ops
 from precision_lab.auditing.optimizers import ids_of, note_step
-from precision_lab.auditing.record import Event, Record
+from precision_lab.auditing.record import Context, Event, Record
 from precision_lab.auditing.sample import Sample
 from precision_lab.auditing.stored import read_stored
 from precision_lab.auditing.switches import switches
@@ -41,7 +41,7 @@ class Recorder:
         self.running = False
         self.stack: list[str] = []
         self.autocast: list[tuple[str, torch.dtype | None]] = []  # contexts that are open, innermost last
-        self.contexts: list[tuple[str, torch.dtype, bool]] = []  # the same, and whether enabled=True was asked for
+        self.contexts: list[Context] = []  # the same, and whether enabled=True was asked for
         self.in_step = 0
         self.in_backward = 0
         self.checkpointed = False
@@ -224,7 +224,7 @@ class Recorder:
             training=module.training,
             recompute=bool(self.in_backward),
             device=device,
-            wanted=[(of, dtype) for of, dtype, asked in self.contexts if asked],
+            contexts=list(self.contexts),
             cache=self.open_cache(),
             ids=[id(param) for param in module.parameters() if param.requires_grad],
             inputs=[each.dtype for each in torch.utils._pytree.tree_leaves(inputs) if isinstance(each, Tensor)],
