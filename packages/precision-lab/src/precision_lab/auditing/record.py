@@ -74,7 +74,7 @@ class Event:
     saved           file, tensors (key path -> dtype), scaler and optimizer: whether their state is in it, numbers
     reduce          op, dtype, elements, phase
     switches        one of torch's switches for float32 products was set: name, value, tf32
-    cast_without_gradients  name (of a parameter that autocast cast under no_grad)
+    cast_without_gradients  name (of a parameter that was cast to half under no_grad)
 
     Scalers and optimizers are ids, equal for the same object.
     """
