@@ -52,6 +52,7 @@ def _watched() -> Iterator[tuple[Any, str, Around]]:
     yield torch.autograd, "grad", _grad
     yield torch.autograd.graph.saved_tensors_hooks, "__enter__", _saved_hooks
     yield from scaler_calls()
+    yield torch.optim.Optimizer, "__init__", _optimizer_made
     yield torch, "set_float32_matmul_precision", _matmul_precision
     yield type(torch.backends.cuda.matmul), "__setattr__", _matmul_switch
     yield from saving_calls()
@@ -142,6 +143,11 @@ def _around_backward(recorder: Recorder, roots: list[Tensor], run: Callable[[], 
 def _saved_hooks(recorder: Recorder, original: Any, self: Any) -> Any:
     recorder.checkpointed = True
     return original(self)
+
+
+def _optimizer_made(recorder: Recorder, original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    recorder.counted.made(self)
 
 
 def _matmul_precision(recorder: Recorder, original: Any, precision: str) -> None:

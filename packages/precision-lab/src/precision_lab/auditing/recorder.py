@@ -19,7 +19,7 @@ from precision_lab.auditing.gradients import Gradients, storage
 from precision_lab.auditing.graph import saved_activations
 from precision_lab.auditing.names import Names
 from precision_lab.auditing.ops import Ops
-from precision_lab.auditing.optimizers import ids_of, note_step
+from precision_lab.auditing.optimizers import Steps, ids_of, note_step
 from precision_lab.auditing.record import Context, Event, Record
 from precision_lab.auditing.sample import Sample
 from precision_lab.auditing.stored import read_stored
@@ -49,7 +49,7 @@ class Recorder:
         self._on_step = on_step
         self._ops = Ops(self)
         self._exit = ExitStack()
-        self._attempts: dict[int, int] = {}
+        self.counted = Steps()
         self.gradients = Gradients(self.params)
         self.scaled: dict[int, tuple[int, float]] = {}  # number of an autograd node -> scaler that made it, scale
         self.scaler_steps: list[int] = []  # scalers whose step runs
@@ -108,8 +108,8 @@ class Recorder:
 
     @property
     def steps(self) -> int:
-        """Training steps that have ended: of the optimizer that stepped least often."""
-        return min(self._attempts.values(), default=0)
+        """Training steps that have begun: of the optimizer that stepped least often."""
+        return self.counted.all
 
     def note(self, kind: str, line: Line | None = None, **data: Any) -> Event:
         """Adds a call to what was seen."""
@@ -188,11 +188,10 @@ class Recorder:
 
     def attempted(self, optimizer: Optimizer) -> None:
         """Called where a step of the optimizer begins, or was skipped by a scaler."""
-        made = self._attempts.get(id(optimizer), 0)
-        if self._on_step is not None and made and made == self._attempts[id(optimizer)]:
-            self._on_step(made)
+        if self._on_step is not None and self.counted.of(optimizer):
+            self._on_step(self.steps)
         self.optimizers[id(optimizer)] = optimizer
-        self._attempts[id(optimizer)] = made + 1
+        self.counted.begin(optimizer)
 
     # ---------------------------------------------------------------- hooks
 
@@ -200,7 +199,8 @@ class Recorder:
         if torch.compiler.is_compiling() or not self.running:
             return
         if not self.stack:
-            if module.training and torch.is_grad_enabled() and self._on_step is not None and not self.in_backward:
+            within = self.in_backward or self.in_step  # a recomputation, a closure
+            if module.training and torch.is_grad_enabled() and self._on_step is not None and not within:
                 self._on_step(self.steps)
             self.names.add(module)
         elif not self.names.knows(module):
