@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import lr_scheduler
 
-from precision_lab.auditing.graph import loss_factor
+from precision_lab.auditing.calls_saving import saving_calls
+from precision_lab.auditing.calls_scaler import scaler_calls
+from precision_lab.auditing.graph import loss_scale
+from precision_lab.auditing.record import Context
 
 if TYPE_CHECKING:
     from precision_lab.auditing.recorder import Recorder
@@ -42,24 +43,24 @@ def _wrap(original: Any, around: Around, recorder: Recorder) -> Any:
 
 
 def _watched() -> Iterator[tuple[Any, str, Around]]:
+    yield torch.autocast, "__init__", _autocast_made
     yield torch.autocast, "__enter__", _autocast
     yield torch.autocast, "__exit__", _autocast_ends
+    yield torch, "clear_autocast_cache", _cache_cleared
     yield torch.Tensor, "backward", _tensor_backward
     yield torch.autograd, "backward", _backward
+    yield torch.autograd, "grad", _grad
     yield torch.autograd.graph.saved_tensors_hooks, "__enter__", _saved_hooks
-    scaler = torch.amp.GradScaler
-    yield scaler, "scale", _scale
-    yield scaler, "unscale_", _unscale
-    yield scaler, "step", _scaler_step
-    yield scaler, "update", _scaler_update
-    for each in vars(lr_scheduler).values():
-        if isinstance(each, type) and issubclass(each, lr_scheduler.LRScheduler) and "step" in vars(each):
-            yield each, "step", _scheduler
-    yield torch, "save", _save
-    if importlib.util.find_spec("safetensors") is not None:
-        import safetensors.torch
+    yield from scaler_calls()
+    yield torch.optim.Optimizer, "__init__", _optimizer_made
+    yield torch, "set_float32_matmul_precision", _matmul_precision
+    yield type(torch.backends.cuda.matmul), "__setattr__", _matmul_switch
+    yield from saving_calls()
 
-        yield safetensors.torch, "save_file", _save_file
+
+def _autocast_made(recorder: Recorder, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    recorder.asked[self] = bool(args[2] if len(args) > 2 else kwargs.get("enabled", True))
+    return original(self, *args, **kwargs)
 
 
 def _autocast(recorder: Recorder, original: Any, self: Any) -> Any:
@@ -69,18 +70,36 @@ def _autocast(recorder: Recorder, original: Any, self: Any) -> Any:
             device=self.device,
             dtype=self.fast_dtype,
             enabled=self._enabled,
+            asked=recorder.asked.get(self, self._enabled),
             cache=self._cache_enabled,
             inside=recorder.module_path(),
         )
     result = original(self)
+    if not recorder.autocast:
+        recorder.cache += 1
     recorder.autocast.append((self.device, self.fast_dtype) if self._enabled else (self.device, None))
+    asked = recorder.asked.get(self, self._enabled)
+    recorder.contexts.append(Context(self.device, self.fast_dtype, asked, self._enabled))
     return result
 
 
 def _autocast_ends(recorder: Recorder, original: Any, self: Any, *error: Any) -> Any:
     if recorder.autocast:
         recorder.autocast.pop()
+        recorder.contexts.pop()
     return original(self, *error)
+
+
+def _cache_cleared(recorder: Recorder, original: Any) -> Any:
+    recorder.cache += 1
+    return original()
+
+
+def _grad(recorder: Recorder, original: Any, *args: Any, **kwargs: Any) -> Any:
+    if not recorder.in_backward:
+        create = bool(kwargs.get("create_graph", len(args) > 4 and args[4]))
+        recorder.note("autograd_grad", recorder.where.line(3), create_graph=create)
+    return original(*args, **kwargs)
 
 
 def _tensor_backward(recorder: Recorder, original: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -95,18 +114,22 @@ def _backward(recorder: Recorder, original: Any, tensors: Any, *args: Any, **kwa
 def _around_backward(recorder: Recorder, roots: list[Tensor], run: Callable[[], Any]) -> Any:
     if recorder.in_backward:
         return run()
+    event = None
     if roots:
+        found = loss_scale(roots, recorder.scaled)
         types = {"cpu", *recorder.record.devices}
-        with recorder.quiet():
-            factor = loss_factor(roots[0])
-        recorder.note(
+        event = recorder.note(
             "backward",
             recorder.where.line(4),
             dtype=roots[0].dtype,
-            factor=factor,
-            scaled=recorder.is_scale(factor),
+            factor=found.factor,
+            scaler=found.scaler,
+            partly=found.partly,
             autocast=[each for each in sorted(types) if torch.is_autocast_enabled(each)],
             graph=roots[0].requires_grad,
+            ids=[],
+            fresh=[],
+            products=[],
         )
     recorder.before_backward(roots)
     recorder.in_backward += 1
@@ -114,7 +137,7 @@ def _around_backward(recorder: Recorder, roots: list[Tensor], run: Callable[[], 
         return run()
     finally:
         recorder.in_backward -= 1
-        recorder.after_backward()
+        recorder.after_backward(event)
 
 
 def _saved_hooks(recorder: Recorder, original: Any, self: Any) -> Any:
@@ -122,84 +145,18 @@ def _saved_hooks(recorder: Recorder, original: Any, self: Any) -> Any:
     return original(self)
 
 
-def _scale(recorder: Recorder, original: Any, self: Any, outputs: Any) -> Any:
-    result = original(self, outputs)
-    if self.is_enabled():
-        with recorder.quiet():
-            scale = self.get_scale()
-        recorder.note("scale", scaler=recorder.keep(self), scale=scale)
-        recorder.scales.add(scale)
-    return result
+def _optimizer_made(recorder: Recorder, original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    recorder.counted.made(self)
 
 
-def _unscale(recorder: Recorder, original: Any, self: Any, optimizer: Any) -> Any:
-    if self.is_enabled():
-        recorder.note("unscale", scaler=recorder.keep(self), optimizer=recorder.keep(optimizer))
-    return original(self, optimizer)
+def _matmul_precision(recorder: Recorder, original: Any, precision: str) -> None:
+    recorder.note("switches", name="torch.set_float32_matmul_precision", value=precision, tf32=precision != "highest")
+    original(precision)
 
 
-def _scaler_step(recorder: Recorder, original: Any, self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-    if not self.is_enabled():
-        return original(self, optimizer, *args, **kwargs)
-    event = recorder.note(
-        "scaler_step", scaler=recorder.keep(self), optimizer=recorder.keep(optimizer), ran=False, ids=[]
-    )
-    before = len(recorder.record.of("step"))
-    result = original(self, optimizer, *args, **kwargs)
-    event.data["ran"] = len(recorder.record.of("step")) > before
-    if not event.ran:
-        recorder.attempted(optimizer)
-    return result
-
-
-def _scaler_update(recorder: Recorder, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    if self.is_enabled():
-        recorder.note("scaler_update", scaler=recorder.keep(self))
-    return original(self, *args, **kwargs)
-
-
-def _scheduler(recorder: Recorder, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    if "_initial_step" not in recorder.where.functions(3):
-        recorder.note("scheduler", scheduler=recorder.keep(self), optimizer=id(getattr(self, "optimizer", None)))
-    return original(self, *args, **kwargs)
-
-
-def _save(recorder: Recorder, original: Any, obj: Any, f: Any, *args: Any, **kwargs: Any) -> Any:
-    result = original(obj, f, *args, **kwargs)
-    _note_saved(recorder, obj, f)
-    return result
-
-
-def _save_file(recorder: Recorder, original: Any, tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
-    result = original(tensors, filename, *args, **kwargs)
-    _note_saved(recorder, tensors, filename)
-    return result
-
-
-_SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
-
-
-def _note_saved(recorder: Recorder, obj: Any, file: Any) -> None:
-    tensors: dict[str, torch.dtype] = {}
-    found = {"scaler": False, "optimizer": False}
-
-    def walk(value: Any, path: str, depth: int = 0) -> None:
-        if isinstance(value, Tensor):
-            tensors[path] = value.dtype
-        elif isinstance(value, dict) and depth < 8:
-            found["scaler"] |= set(value) >= _SCALER_KEYS
-            found["optimizer"] |= set(value) >= {"state", "param_groups"}
-            for key, each in value.items():
-                walk(each, f"{path}.{key}" if path else str(key), depth + 1)
-        elif isinstance(value, (list, tuple)) and depth < 8:
-            for number, each in enumerate(value):
-                walk(each, f"{path}.{number}", depth + 1)
-
-    walk(obj, "")
-    recorder.note(
-        "saved",
-        file=str(getattr(file, "name", file)),
-        tensors=tensors,
-        scaler=found["scaler"],
-        optimizer=found["optimizer"],
-    )
+def _matmul_switch(recorder: Recorder, original: Any, self: Any, name: str, value: Any) -> None:
+    if name in ("allow_tf32", "fp32_precision"):
+        tf32 = value in (True, "tf32")
+        recorder.note("switches", name=f"torch.backends.cuda.matmul.{name}", value=value, tf32=tf32)
+    original(self, name, value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from precision_core import MODES
@@ -50,7 +52,9 @@ def observed(record: Record) -> dict[str, list[str]]:
                 if dtype.is_floating_point:
                     add("output", dtype, 1.0)
     for event in record.of("backward"):
-        add("scale", "true" if event.scaled else "false", 1.0)
+        # A large power of two is a scale of an engine's, anything else a weight of the loss.
+        scaled = event.scaler is not None or (abs(event.factor) >= 128 and math.frexp(event.factor)[0] == 0.5)
+        add("scale", "true" if scaled else "false", 1.0)
     return {
         field: [
             name for name, size in sorted(seen[field].items(), key=lambda each: -each[1]) if size > _total(seen[field])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from precision_lab.auditing.asked import read_asked
 from precision_lab.auditing.calls import watch_calls
+from precision_lab.auditing.gradients import Gradients, storage
 from precision_lab.auditing.graph import saved_activations
 from precision_lab.auditing.names import Names
 from precision_lab.auditing.ops import Ops
-from precision_lab.auditing.record import Event, Record
-from precision_lab.auditing.sample import Sample, local
+from precision_lab.auditing.optimizers import Steps, ids_of, note_step
+from precision_lab.auditing.record import Context, Event, Record
+from precision_lab.auditing.sample import Sample
 from precision_lab.auditing.stored import read_stored
+from precision_lab.auditing.switches import switches
 from precision_lab.auditing.where import Line, Where
 
 
@@ -40,7 +43,7 @@ class Recorder:
         self.running = False
         self.stack: list[str] = []
         self.autocast: list[tuple[str, torch.dtype | None]] = []  # contexts that are open, innermost last
-        self.scales: set[float] = set()  # that scalers of torch have multiplied losses with
+        self.contexts: list[Context] = []  # the same, and whether enabled=True was asked for
         self.in_step = 0
         self.in_backward = 0
         self.checkpointed = False
@@ -48,8 +51,13 @@ class Recorder:
         self._on_step = on_step
         self._ops = Ops(self)
         self._exit = ExitStack()
-        self._attempts: dict[int, int] = {}
-        self._gradients: dict[int, list[int]] | None = None  # storage -> ids of the parameters whose gradient is in it
+        self.counted = Steps()
+        self.gradients = Gradients(self.params)
+        self.scaled: dict[int, tuple[int, float]] = {}  # number of an autograd node -> scaler that made it, scale
+        self.scaler_steps: list[int] = []  # scalers whose step runs
+        self.backward_dtypes: set[torch.dtype] = set()  # of products in the backward that runs
+        self.asked = WeakKeyDictionary[Any, bool]()  # autocast contexts -> whether enabled=True was asked for
+        self.cache = 0  # number of the weight cache of autocast that is in use
         self._backwards: dict[int, int] = {}
         self._samples: dict[int, Sample] = {}
         self._kept: list[Any] = []  # whose id stands for them in what was seen
@@ -85,10 +93,9 @@ class Recorder:
             self.names.path(module): type(module).__name__ for root in self.names.roots for module in root.modules()
         }
         record.stored += read_stored(self.names, list(self.optimizers.values()))
-        record.backends = {
-            "matmul": torch.get_float32_matmul_precision(),
-            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
-        }
+        record.backends = switches()
+        record.params = {id(param): self.names.param(param) or "" for param in self.params()}
+        record.events = [event for event in record.events if event.kind != "gradients" or event.ids]
         if not record.of("forward"):
             self.note_unseen(
                 "no module was called in this process. Where the script starts processes of its own, "
@@ -103,8 +110,8 @@ class Recorder:
 
     @property
     def steps(self) -> int:
-        """Training steps that have ended: of the optimizer that stepped least often."""
-        return min(self._attempts.values(), default=0)
+        """Training steps that have begun: of the optimizer that stepped least often."""
+        return self.counted.all
 
     @staticmethod
     def quiet() -> AbstractContextManager[None]:
@@ -143,9 +150,9 @@ class Recorder:
         """The dtype of the innermost open autocast of the device, None outside of one. torch hides it in operations."""
         return next((dtype for of, dtype in reversed(self.autocast) if of == device), None)
 
-    def is_scale(self, factor: float) -> bool:
-        """Whether a factor on a loss is a loss scale, and not a weight: a scaler's, or a large power of two."""
-        return factor in self.scales or (abs(factor) >= 128 and math.frexp(factor)[0] == 0.5)
+    def open_cache(self) -> int | None:
+        """The number of autocast's weight cache that is in use: it lives as long as the outermost context."""
+        return self.cache if self.autocast and torch.is_autocast_cache_enabled() else None
 
     def module_path(self) -> str:
         """The module whose forward runs."""
@@ -169,38 +176,31 @@ class Recorder:
             found.update({id(param): param for group in optimizer.param_groups for param in group["params"]})
         return list(found.values())
 
-    def gradients_in(self, written: Any) -> list[int]:
-        """Returns the ids of the parameters whose gradients are among the tensors."""
-        if self._gradients is None:
-            self._gradients = {}
-            for param in self.params():
-                if param.grad is not None and param.grad.layout is torch.strided:
-                    self._gradients.setdefault(_storage(param.grad), []).append(id(param))
-        tensors = written if isinstance(written, (list, tuple)) else [written]
-        found = [self._gradients.get(_storage(each), []) for each in tensors if isinstance(each, Tensor)]
-        return [each for ids in found for each in ids]
-
     def before_backward(self, roots: list[Tensor]) -> None:
         """Called before the outermost backward."""
-        if not self.record.of("backward")[1:]:
+        if not self.record.asked:
             self.record.asked = read_asked(self.where)
         if self.steps == 0 and not self.checkpointed and not self.record.saved:
-            self.record.saved = saved_activations(roots, self._ops._origin, {_storage(each) for each in self.params()})
+            self.record.saved = saved_activations(roots, self._ops._origin, {storage(each) for each in self.params()})
+        self.gradients.settle()
+        self.gradients.before_backward()
+        self.backward_dtypes = set()
 
-    def after_backward(self) -> None:
+    def after_backward(self, event: Event | None) -> None:
         """Called after the outermost backward: gradients are other ones now."""
-        self._gradients = None
+        written, fresh = self.gradients.after_backward()
+        if event is not None:
+            event.data.update(ids=written, fresh=fresh, products=sorted(self.backward_dtypes, key=str))
         for param in self.params():
             if param.grad is not None:
                 self._backwards[id(param)] = self._backwards.get(id(param), 0) + 1
 
     def attempted(self, optimizer: Optimizer) -> None:
         """Called where a step of the optimizer begins, or was skipped by a scaler."""
-        made = self._attempts.get(id(optimizer), 0)
-        if self._on_step is not None and made and made == self._attempts[id(optimizer)]:
-            self._on_step(made)
+        if self._on_step is not None and self.counted.of(optimizer):
+            self._on_step(self.steps)
         self.optimizers[id(optimizer)] = optimizer
-        self._attempts[id(optimizer)] = made + 1
+        self.counted.begin(optimizer)
 
     # ---------------------------------------------------------------- hooks
 
@@ -208,7 +208,8 @@ class Recorder:
         if torch.compiler.is_compiling() or not self.running:
             return
         if not self.stack:
-            if module.training and torch.is_grad_enabled() and self._on_step is not None and not self.in_backward:
+            within = self.in_backward or self.in_step  # a recomputation, a closure
+            if module.training and torch.is_grad_enabled() and self._on_step is not None and not within:
                 self._on_step(self.steps)
             self.names.add(module)
         elif not self.names.knows(module):
@@ -232,6 +233,9 @@ class Recorder:
             training=module.training,
             recompute=bool(self.in_backward),
             device=device,
+            contexts=list(self.contexts),
+            cache=self.open_cache(),
+            ids=[id(param) for param in module.parameters() if param.requires_grad],
             inputs=[each.dtype for each in torch.utils._pytree.tree_leaves(inputs) if isinstance(each, Tensor)],
             outputs=[],
         )
@@ -250,7 +254,8 @@ class Recorder:
             return
         self.attempted(optimizer)
         self.in_step += 1
-        self.note("step", optimizer=self.keep(optimizer), name=type(optimizer).__name__, ids=_ids(optimizer))
+        self.gradients.settle()
+        note_step(self, optimizer, closure=any(callable(each) for each in (*args, *kwargs.values())))
         for param in self.params():
             name = self.names.param(param)
             count = self._backwards.get(id(param), 0)
@@ -265,21 +270,9 @@ class Recorder:
         self.in_step -= 1
         with self.quiet():
             self._samples.pop(id(optimizer)).compare()
-        for identity in _ids(optimizer):
+        for identity in ids_of(optimizer):
             self._backwards.pop(identity, None)
-        self._gradients = None
-
-
-def _ids(optimizer: Optimizer) -> list[int]:
-    return [id(param) for group in optimizer.param_groups for param in group["params"]]
-
-
-def _storage(tensor: Tensor) -> int:
-    tensor = local(tensor)
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # subclasses without a storage of their own
-        return -id(tensor)
+        self.gradients.forget()
 
 
 def _compiled_frames() -> int:

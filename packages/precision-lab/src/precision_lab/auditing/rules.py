@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from precision_lab.auditing import rules_asked, rules_scaler
+from precision_lab.auditing import (
+    rules_asked,
+    rules_autocast,
+    rules_checkpoint,
+    rules_loop,
+    rules_loss,
+    rules_scaler,
+    rules_switches,
+)
 from precision_lab.auditing.finding import Finding, worst_first
 from precision_lab.auditing.record import Record
 
 Rule = Callable[[Record], Iterator[Finding]]
 
-RULES: tuple[Rule, ...] = (*rules_asked.RULES, *rules_scaler.RULES)
+RULES: tuple[Rule, ...] = (
+    *rules_asked.RULES,
+    *rules_scaler.RULES,
+    *rules_loss.RULES,
+    *rules_loop.RULES,
+    *rules_autocast.RULES,
+    *rules_checkpoint.RULES,
+    *rules_switches.RULES,
+)
 
 
 def findings_of(record: Record) -> list[Finding]:
