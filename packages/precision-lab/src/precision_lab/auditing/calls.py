@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from precision_lab.auditing.graph import loss_factor
@@ -46,6 +46,8 @@ def _watched() -> Iterator[tuple[Any, str, Around]]:
     yield torch.autocast, "__exit__", _autocast_ends
     yield torch.Tensor, "backward", _tensor_backward
     yield torch.autograd, "backward", _backward
+    yield nn.Module, "_apply", _module_cast
+    yield nn.parallel.DistributedDataParallel, "register_comm_hook", _comm_hook
     yield torch.autograd.graph.saved_tensors_hooks, "__enter__", _saved_hooks
     scaler = torch.amp.GradScaler
     yield scaler, "scale", _scale
@@ -112,6 +114,27 @@ def _around_backward(recorder: Recorder, roots: list[Tensor], run: Callable[[], 
     finally:
         recorder.in_backward -= 1
         recorder.after_backward()
+
+
+def _module_cast(recorder: Recorder, original: Any, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if recorder.in_cast or torch.compiler.is_compiling():
+        return original(self, *args, **kwargs)
+    recorder.in_cast = True
+    try:
+        before = [each.dtype for each in (*self.parameters(), *self.buffers())]
+        result = original(self, *args, **kwargs)
+    finally:
+        recorder.in_cast = False
+    for old, new in zip(before, (*self.parameters(), *self.buffers()), strict=False):
+        if old is not new.dtype and old.is_floating_point:
+            recorder.note("module_cast", root=type(self).__name__, path=recorder.names.path(self), of=old, to=new.dtype)
+            break
+    return result
+
+
+def _comm_hook(recorder: Recorder, original: Any, self: Any, state: Any, hook: Any) -> Any:
+    recorder.note("comm_hook", name=getattr(hook, "__name__", type(hook).__name__))
+    return original(self, state, hook)
 
 
 def _saved_hooks(recorder: Recorder, original: Any, self: Any) -> Any:

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from precision_lab.auditing.calls import watch_calls
 from precision_lab.auditing.graph import saved_activations
+from precision_lab.auditing.models import read_model
 from precision_lab.auditing.names import Names
 from precision_lab.auditing.ops import Ops
 from precision_lab.auditing.record import Event, Record
@@ -39,6 +40,7 @@ class Recorder:
         self.autocast: list[tuple[str, torch.dtype | None]] = []  # contexts that are open, innermost last
         self.in_step = 0
         self.in_backward = 0
+        self.in_cast = False  # in a module's `to`, of which each child's is a part
         self.checkpointed = False
         self.optimizers: dict[int, Optimizer] = {}
         self._on_step = on_step
@@ -201,6 +203,8 @@ class Recorder:
         path = self.names.path(module)
         if not self.stack:
             self._note_root(module, path, inputs)
+            read_model(self.record, self.names, module)
+            self._ops.flow.begin(self.names.roots)
         self.stack.append(path)
 
     def _note_root(self, module: nn.Module, path: str, inputs: Any) -> None:

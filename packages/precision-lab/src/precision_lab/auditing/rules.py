@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from precision_lab.auditing import rules_scaler
+from precision_lab.auditing import rules_scaler, rules_state
 from precision_lab.auditing.finding import Finding, worst_first
 from precision_lab.auditing.record import Record
 
 Rule = Callable[[Record], Iterator[Finding]]
 
-RULES: tuple[Rule, ...] = (*rules_scaler.RULES,)
+RULES: tuple[Rule, ...] = (
+    *rules_scaler.RULES,
+    *rules_state.RULES,
+)
 
 
 def findings_of(record: Record) -> list[Finding]:

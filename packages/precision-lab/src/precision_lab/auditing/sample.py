@@ -25,6 +25,7 @@ class Sample:
         self._record = record
         self._taken: list[tuple[str, Tensor, Tensor, Tensor]] = []
         had = {(each.name, each.dtype) for each in record.stored if each.kind == "grads"}
+        still = {id(param) for group in optimizer.param_groups if not group.get("lr", 1) for param in group["params"]}
         for number, param in enumerate(param for group in optimizer.param_groups for param in group["params"]):
             if param.grad is None:
                 continue
@@ -34,7 +35,7 @@ class Sample:
                 size = gradient.numel() * gradient.element_size()
                 record.stored.append(Stored("grads", name, "", gradient.dtype, size, gradient.numel()))
             value = local(param.detach())
-            if value.dtype not in _HALVES or gradient.layout is not torch.strided or not value.numel():
+            if id(param) in still or value.dtype not in _HALVES or gradient.layout is not torch.strided or not value.numel():
                 continue
             if value.is_contiguous() and gradient.is_contiguous() and value.shape == gradient.shape:
                 here = slice(0, None, max(value.numel() // _ELEMENTS, 1))
