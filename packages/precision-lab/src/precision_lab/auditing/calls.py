@@ -9,10 +9,11 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import lr_scheduler
+from torch import Tensor
 
-from precision_lab.auditing.graph import loss_factor
+from precision_lab.auditing.calls_model import model_calls
+from precision_lab.auditing.calls_scaler import scaler_calls
+from precision_lab.auditing.graph import loss_scale
 
 if TYPE_CHECKING:
     from precision_lab.auditing.recorder import Recorder
@@ -42,26 +43,26 @@ def _wrap(original: Any, around: Around, recorder: Recorder) -> Any:
 
 
 def _watched() -> Iterator[tuple[Any, str, Around]]:
+    yield torch.autocast, "__init__", _autocast_made
     yield torch.autocast, "__enter__", _autocast
     yield torch.autocast, "__exit__", _autocast_ends
+    yield torch, "clear_autocast_cache", _cache_cleared
     yield torch.Tensor, "backward", _tensor_backward
     yield torch.autograd, "backward", _backward
-    yield nn.Module, "_apply", _module_cast
-    yield nn.parallel.DistributedDataParallel, "register_comm_hook", _comm_hook
+    yield from model_calls()
+    yield torch.autograd, "grad", _grad
     yield torch.autograd.graph.saved_tensors_hooks, "__enter__", _saved_hooks
-    scaler = torch.amp.GradScaler
-    yield scaler, "scale", _scale
-    yield scaler, "unscale_", _unscale
-    yield scaler, "step", _scaler_step
-    yield scaler, "update", _scaler_update
-    for each in vars(lr_scheduler).values():
-        if isinstance(each, type) and issubclass(each, lr_scheduler.LRScheduler) and "step" in vars(each):
-            yield each, "step", _scheduler
+    yield from scaler_calls()
     yield torch, "save", _save
     if importlib.util.find_spec("safetensors") is not None:
         import safetensors.torch
 
         yield safetensors.torch, "save_file", _save_file
+
+
+def _autocast_made(recorder: Recorder, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    recorder.asked[self] = bool(args[2] if len(args) > 2 else kwargs.get("enabled", True))
+    return original(self, *args, **kwargs)
 
 
 def _autocast(recorder: Recorder, original: Any, self: Any) -> Any:
@@ -71,18 +72,35 @@ def _autocast(recorder: Recorder, original: Any, self: Any) -> Any:
             device=self.device,
             dtype=self.fast_dtype,
             enabled=self._enabled,
+            asked=recorder.asked.get(self, self._enabled),
             cache=self._cache_enabled,
             inside=recorder.module_path(),
         )
     result = original(self)
+    if not recorder.autocast:
+        recorder.cache += 1
     recorder.autocast.append((self.device, self.fast_dtype) if self._enabled else (self.device, None))
+    recorder.contexts.append((self.device, self.fast_dtype, recorder.asked.get(self, self._enabled)))
     return result
 
 
 def _autocast_ends(recorder: Recorder, original: Any, self: Any, *error: Any) -> Any:
     if recorder.autocast:
         recorder.autocast.pop()
+        recorder.contexts.pop()
     return original(self, *error)
+
+
+def _cache_cleared(recorder: Recorder, original: Any) -> Any:
+    recorder.cache += 1
+    return original()
+
+
+def _grad(recorder: Recorder, original: Any, *args: Any, **kwargs: Any) -> Any:
+    if not recorder.in_backward:
+        create = bool(kwargs.get("create_graph", len(args) > 4 and args[4]))
+        recorder.note("autograd_grad", recorder.where.line(3), create_graph=create)
+    return original(*args, **kwargs)
 
 
 def _tensor_backward(recorder: Recorder, original: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -97,15 +115,22 @@ def _backward(recorder: Recorder, original: Any, tensors: Any, *args: Any, **kwa
 def _around_backward(recorder: Recorder, roots: list[Tensor], run: Callable[[], Any]) -> Any:
     if recorder.in_backward:
         return run()
+    event = None
     if roots:
+        found = loss_scale(roots, recorder.scaled)
         types = {"cpu", *recorder.record.devices}
-        recorder.note(
+        event = recorder.note(
             "backward",
             recorder.where.line(4),
             dtype=roots[0].dtype,
-            factor=loss_factor(roots[0]),
+            factor=found.factor,
+            scaler=found.scaler,
+            partly=found.partly,
             autocast=[each for each in sorted(types) if torch.is_autocast_enabled(each)],
             graph=roots[0].requires_grad,
+            ids=[],
+            fresh=[],
+            products=[],
         )
     recorder.before_backward(roots)
     recorder.in_backward += 1
@@ -113,72 +138,12 @@ def _around_backward(recorder: Recorder, roots: list[Tensor], run: Callable[[], 
         return run()
     finally:
         recorder.in_backward -= 1
-        recorder.after_backward()
-
-
-def _module_cast(recorder: Recorder, original: Any, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if recorder.in_cast or torch.compiler.is_compiling():
-        return original(self, *args, **kwargs)
-    recorder.in_cast = True
-    try:
-        before = [each.dtype for each in (*self.parameters(), *self.buffers())]
-        result = original(self, *args, **kwargs)
-    finally:
-        recorder.in_cast = False
-    for old, new in zip(before, (*self.parameters(), *self.buffers()), strict=False):
-        if old is not new.dtype and old.is_floating_point:
-            recorder.note("module_cast", root=type(self).__name__, path=recorder.names.path(self), of=old, to=new.dtype)
-            break
-    return result
-
-
-def _comm_hook(recorder: Recorder, original: Any, self: Any, state: Any, hook: Any) -> Any:
-    recorder.note("comm_hook", name=getattr(hook, "__name__", type(hook).__name__))
-    return original(self, state, hook)
+        recorder.after_backward(event)
 
 
 def _saved_hooks(recorder: Recorder, original: Any, self: Any) -> Any:
     recorder.checkpointed = True
     return original(self)
-
-
-def _scale(recorder: Recorder, original: Any, self: Any, outputs: Any) -> Any:
-    result = original(self, outputs)
-    if self.is_enabled():
-        recorder.note("scale", scaler=recorder.keep(self), scale=self.get_scale())
-    return result
-
-
-def _unscale(recorder: Recorder, original: Any, self: Any, optimizer: Any) -> Any:
-    if self.is_enabled():
-        recorder.note("unscale", scaler=recorder.keep(self), optimizer=recorder.keep(optimizer))
-    return original(self, optimizer)
-
-
-def _scaler_step(recorder: Recorder, original: Any, self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-    if not self.is_enabled():
-        return original(self, optimizer, *args, **kwargs)
-    event = recorder.note(
-        "scaler_step", scaler=recorder.keep(self), optimizer=recorder.keep(optimizer), ran=False, ids=[]
-    )
-    before = len(recorder.record.of("step"))
-    result = original(self, optimizer, *args, **kwargs)
-    event.data["ran"] = len(recorder.record.of("step")) > before
-    if not event.ran:
-        recorder.attempted(optimizer)
-    return result
-
-
-def _scaler_update(recorder: Recorder, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    if self.is_enabled():
-        recorder.note("scaler_update", scaler=recorder.keep(self))
-    return original(self, *args, **kwargs)
-
-
-def _scheduler(recorder: Recorder, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    if "_initial_step" not in recorder.where.functions(3):
-        recorder.note("scheduler", scheduler=recorder.keep(self), optimizer=id(getattr(self, "optimizer", None)))
-    return original(self, *args, **kwargs)
 
 
 def _save(recorder: Recorder, original: Any, obj: Any, f: Any, *args: Any, **kwargs: Any) -> Any:

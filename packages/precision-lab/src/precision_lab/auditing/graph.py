@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from precision_lab.auditing.record import Saved
 from precision_lab.auditing.where import Line
 
 _NODES = 200_000
+_ENDS = 64
 
 
-def loss_factor(loss: Tensor) -> float:
-    """Returns what the loss was multiplied with last, as scalers do: the product of the constant factors on top.
+_LINEAR = ("DivBackward0", "ToCopyBackward0", "CloneBackward0", "ViewBackward0", "AliasBackward0", "UnsqueezeBackward0",
+           "SqueezeBackward0", "SqueezeBackward1", "SumBackward0", "SumBackward1", "MeanBackward0", "StackBackward0",
+           "CatBackward0", "AddBackward0", "SubBackward0", "NegBackward0", "SelectBackward0", "ReshapeAliasBackward0",
+           "ExpandBackward0", "UnbindBackward0", "UnsafeViewBackward0")  # fmt: skip
 
-    Divisions, as by a number of micro-batches, are passed over.
-    """
-    factor, node = 1.0, loss.grad_fn
-    for _ in range(8):
-        if node is None:
-            break
+
+@dataclass
+class LossScale:
+    """What losses were multiplied with before backward."""
+
+    factor: float  # by a scaler, else the constants on top of the graph; divisions (by micro-batches) are passed over
+    scaler: int | None = None  # that scaled the loss
+    partly: bool = False  # a part of the loss was not scaled by it
+
+
+def loss_scale(roots: list[Tensor], scaled: dict[int, tuple[int, float]]) -> LossScale:
+    """Returns how the losses were scaled; `scaled`: number of the node of what a scaler returned -> scaler, scale."""
+    ends: list[tuple[float, int | None]] = []
+    waiting = [(root.grad_fn, 1.0, 0) for root in roots if root.grad_fn is not None]
+    while waiting and len(ends) < _ENDS:
+        node, factor, depth = waiting.pop()
+        if node._sequence_nr() in scaled:
+            scaler, scale = scaled[node._sequence_nr()]
+            ends.append((scale, scaler))
+            continue
         name = node.name()
         following = [each for each, _ in node.next_functions if each is not None]
-        if name == "MulBackward0" and len(following) == 1:
-            factor *= _constant(node)
-        elif name not in ("DivBackward0", "ToCopyBackward0", "CloneBackward0", "ViewBackward0", "AliasBackward0"):
-            break
-        node = following[0] if len(following) == 1 else None
-    return factor
+        constant = name == "MulBackward0" and len(following) == 1
+        if constant:
+            with _disable_current_modes():  # a number that was wrapped as a tensor comes to a mode as a number
+                factor *= _constant(node)
+        if not following or depth >= 24 or not (constant or name in _LINEAR):
+            ends.append((factor, None))
+            continue
+        waiting += [(each, factor, depth + 1) for each in following]
+    by_scaler = [(factor, scaler) for factor, scaler in ends if scaler is not None]
+    if by_scaler:
+        factor, scaler = max(by_scaler)
+        return LossScale(factor, scaler, partly=len(by_scaler) < len(ends))
+    return LossScale(min((factor for factor, _ in ends), key=abs, default=1.0))
 
 
 def _constant(node: Any) -> float:

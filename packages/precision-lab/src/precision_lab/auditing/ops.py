@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision_lab.auditing.flow import Flow
-from precision_lab.auditing.kinds import CAST, LOSS, OTHER, REDUCE, SOFTMAX, SUM, kind_of
+from precision_lab.auditing.gradients import factor_of
+from precision_lab.auditing.kinds import CAST, LOSS, OTHER, PRODUCTS, REDUCE, SOFTMAX, SUM, kind_of
 from precision_lab.auditing.record import BACKWARD, FORWARD, LOOP, STEP, Event, Op
 from precision_lab.auditing.where import Line
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 _UNSCALING = "_amp_foreach_non_finite_check_and_unscale_"
 _ARITHMETIC = frozenset(["add", "sub", "mul", "div", "rsub", "pow", "remainder"])
+_CLEARING = frozenset(["zero_", "_foreach_zero_"])
+_CHANGING = frozenset(["mul", "div", "add", "sub", "clamp", "clip", "clamp_min", "clamp_max", "nan_to_num", "where"])
+_MAKING = ("empty_like", "zeros_like", "ones_like", "rand", "full_like", "new_", "is_", "_has_")
+"""Names of operations that take of a gradient its shape alone, or begin so."""
 _SETTING = frozenset(["zero_", "_foreach_zero_", "copy_", "set_", "detach_", "resize_", "fill_"])
 """Operations that write a gradient without changing what it says of this step: clearing, moving."""
 HALVES = (torch.bfloat16, torch.float16)
@@ -99,8 +104,10 @@ class Ops(TorchDispatchMode):
                 self._origin[number] = module, line
                 if autocast:
                     self._under.add(number)
-        if writes and phase == LOOP:
-            self._note_gradients(name, args, line)
+        if phase == LOOP:
+            self._note_gradients(name, writes, args, inputs, result, line)
+        elif phase == BACKWARD and kind in PRODUCTS and inputs:
+            recorder.backward_dtypes.add(inputs[-1].dtype)
         if kind is REDUCE and inputs and inputs[0].is_floating_point():
             elements = sum(each.numel() for each in inputs[:1])
             recorder.note("reduce", line, op=name, dtype=inputs[0].dtype, elements=elements, phase=phase)
@@ -153,15 +160,34 @@ class Ops(TorchDispatchMode):
             data = {"module": module, "of": value.dtype, "largest": largest}
             angles.append(Event(name, line, "", self._recorder.steps, data))
 
-    def _note_gradients(self, name: str, args: tuple[Any, ...], line: Line | None) -> None:
+    def _note_gradients(
+        self, name: str, writes: bool, args: tuple[Any, ...], inputs: list[Tensor], result: Any, line: Line | None
+    ) -> None:
         recorder = self._recorder
-        if name in _SETTING or not (written := recorder.gradients_in(args[0] if args else ())):
-            return
-        if name == _UNSCALING:
-            inverse = float(args[2])
-            recorder.note("unscaled", line, ids=written, inverse=inverse, found=bool(args[1]))
-        else:
-            recorder.note("gradients", line, how=name, functions=recorder.where.functions(4), ids=written)
+        gradients = recorder.gradients
+        written = gradients.find(args[0] if args else ()) if writes else []
+        if name in _CLEARING and written:
+            recorder.note("cleared", line, ids=written)
+        if name == _UNSCALING and written:
+            recorder.note("unscaled", line, ids=written, inverse=float(args[2]), found=bool(args[1]))
+        elif written and name not in _SETTING:
+            self._changed(name, args, written, line)
+        elif name == "_local_scalar_dense" and (read := gradients.computed_from(inputs[0])):
+            recorder.note("gradients_read", line, ids=list(read))
+        elif inputs and not name.startswith(_MAKING):
+            in_loop = "clip_grad" not in "".join(recorder.where.functions(4))
+            changes = in_loop and name.removeprefix("_foreach_") in _CHANGING
+            gradients.follow(inputs, result, lambda ids: self._changed(name, args, [], line) if changes else None)
+
+    def _changed(self, name: str, args: tuple[Any, ...], ids: list[int], line: Line | None) -> Event:
+        recorder = self._recorder
+        by, others = factor_of(name, args)
+        computed = any(recorder.gradients.computed_from(each) for each in others)
+        functions, limit = recorder.where.functions(5), recorder.where.value_in("clip_grad", ("max_norm", "clip_value"))
+        return recorder.note(
+            "gradients", line, how=name, functions=functions, ids=ids, by=by, computed=computed, limit=limit,
+            others=len(others),
+        )  # fmt: skip
 
     def _note_rounded(
         self, is_cast: bool, inputs: list[Tensor], dtype: torch.dtype, module: str, line: Line | None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable
-from os.path import commonprefix
 
 import torch
 
@@ -37,7 +37,8 @@ def size(count: float) -> str:
 def module_of(names: Collection[str]) -> str:
     """Returns the innermost module that has all these parameters, empty for the whole model."""
     parts = [name.split(".")[:-1] for name in names]
-    return ".".join(commonprefix(parts)) if parts else ""  # type: ignore[type-var]  # it takes lists as well
+    same = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+    return ".".join(level[0] for level in same)
 
 
 def is_asked(record: Record) -> bool:

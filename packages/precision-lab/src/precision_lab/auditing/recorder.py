@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,16 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from precision_lab.auditing.calls import watch_calls
+from precision_lab.auditing.gradients import Gradients, storage
 from precision_lab.auditing.graph import saved_activations
 from precision_lab.auditing.models import read_model
 from precision_lab.auditing.names import Names
 from precision_lab.auditing.ops import Ops
+from precision_lab.auditing.optimizers import ids_of, note_step
 from precision_lab.auditing.record import Event, Record
-from precision_lab.auditing.sample import Sample, local
+from precision_lab.auditing.sample import Sample
 from precision_lab.auditing.stored import read_stored
+from precision_lab.auditing.switches import switches
 from precision_lab.auditing.where import Line, Where
 
 
@@ -38,6 +42,7 @@ class Recorder:
         self.running = False
         self.stack: list[str] = []
         self.autocast: list[tuple[str, torch.dtype | None]] = []  # contexts that are open, innermost last
+        self.contexts: list[tuple[str, torch.dtype, bool]] = []  # the same, and whether enabled=True was asked for
         self.in_step = 0
         self.in_backward = 0
         self.in_cast = False  # in a module's `to`, of which each child's is a part
@@ -47,7 +52,12 @@ class Recorder:
         self._ops = Ops(self)
         self._exit = ExitStack()
         self._attempts: dict[int, int] = {}
-        self._gradients: dict[int, list[int]] | None = None  # storage -> ids of the parameters whose gradient is in it
+        self.gradients = Gradients(self.params)
+        self.scaled: dict[int, tuple[int, float]] = {}  # number of an autograd node -> scaler that made it, scale
+        self.scaler_steps: list[int] = []  # scalers whose step runs
+        self.backward_dtypes: set[torch.dtype] = set()  # of products in the backward that runs
+        self.asked = WeakKeyDictionary[Any, bool]()  # autocast contexts -> whether enabled=True was asked for
+        self.cache = 0  # number of the weight cache of autocast that is in use
         self._backwards: dict[int, int] = {}
         self._samples: dict[int, Sample] = {}
         self._kept: list[Any] = []  # whose id stands for them in what was seen
@@ -83,10 +93,9 @@ class Recorder:
             self.names.path(module): type(module).__name__ for root in self.names.roots for module in root.modules()
         }
         record.stored += read_stored(self.names, list(self.optimizers.values()))
-        record.backends = {
-            "matmul": torch.get_float32_matmul_precision(),
-            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
-        }
+        record.backends = switches()
+        record.params = {id(param): self.names.param(param) or "" for param in self.params()}
+        record.events = [event for event in record.events if event.kind != "gradients" or event.ids]
         if not record.of("forward"):
             self.note_unseen(
                 "no module was called in this process. Where the script starts processes of its own, "
@@ -136,6 +145,10 @@ class Recorder:
         """The dtype of the innermost open autocast of the device, None outside of one. torch hides it in operations."""
         return next((dtype for of, dtype in reversed(self.autocast) if of == device), None)
 
+    def open_cache(self) -> int | None:
+        """The number of autocast's weight cache that is in use: it lives as long as the outermost context."""
+        return self.cache if self.autocast and torch.is_autocast_cache_enabled() else None
+
     def module_path(self) -> str:
         """The module whose forward runs."""
         return self.stack[-1] if self.stack else ""
@@ -158,25 +171,19 @@ class Recorder:
             found.update({id(param): param for group in optimizer.param_groups for param in group["params"]})
         return list(found.values())
 
-    def gradients_in(self, written: Any) -> list[int]:
-        """Returns the ids of the parameters whose gradients are among the tensors."""
-        if self._gradients is None:
-            self._gradients = {}
-            for param in self.params():
-                if param.grad is not None and param.grad.layout is torch.strided:
-                    self._gradients.setdefault(_storage(param.grad), []).append(id(param))
-        tensors = written if isinstance(written, (list, tuple)) else [written]
-        found = [self._gradients.get(_storage(each), []) for each in tensors if isinstance(each, Tensor)]
-        return [each for ids in found for each in ids]
-
     def before_backward(self, roots: list[Tensor]) -> None:
         """Called before the outermost backward."""
         if self.steps == 0 and not self.checkpointed:
-            self.record.saved = saved_activations(roots, self._ops._origin, {_storage(each) for each in self.params()})
+            self.record.saved = saved_activations(roots, self._ops._origin, {storage(each) for each in self.params()})
+        self.gradients.settle()
+        self.gradients.before_backward()
+        self.backward_dtypes = set()
 
-    def after_backward(self) -> None:
+    def after_backward(self, event: Event | None) -> None:
         """Called after the outermost backward: gradients are other ones now."""
-        self._gradients = None
+        written, fresh = self.gradients.after_backward()
+        if event is not None:
+            event.data.update(ids=written, fresh=fresh, products=sorted(self.backward_dtypes, key=str))
         for param in self.params():
             if param.grad is not None:
                 self._backwards[id(param)] = self._backwards.get(id(param), 0) + 1
@@ -221,6 +228,9 @@ class Recorder:
             training=module.training,
             recompute=bool(self.in_backward),
             device=device,
+            wanted=[(of, dtype) for of, dtype, asked in self.contexts if asked],
+            cache=self.open_cache(),
+            ids=[id(param) for param in module.parameters() if param.requires_grad],
             inputs=[each.dtype for each in torch.utils._pytree.tree_leaves(inputs) if isinstance(each, Tensor)],
             outputs=[],
         )
@@ -239,7 +249,8 @@ class Recorder:
             return
         self.attempted(optimizer)
         self.in_step += 1
-        self.note("step", optimizer=self.keep(optimizer), name=type(optimizer).__name__, ids=_ids(optimizer))
+        self.gradients.settle()
+        note_step(self, optimizer, closure=any(callable(each) for each in (*args, *kwargs.values())))
         for param in self.params():
             name = self.names.param(param)
             count = self._backwards.get(id(param), 0)
@@ -252,21 +263,9 @@ class Recorder:
             return
         self.in_step -= 1
         self._samples.pop(id(optimizer)).compare()
-        for identity in _ids(optimizer):
+        for identity in ids_of(optimizer):
             self._backwards.pop(identity, None)
-        self._gradients = None
-
-
-def _ids(optimizer: Optimizer) -> list[int]:
-    return [id(param) for group in optimizer.param_groups for param in group["params"]]
-
-
-def _storage(tensor: Tensor) -> int:
-    tensor = local(tensor)
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # subclasses without a storage of their own
-        return -id(tensor)
+        self.gradients.forget()
 
 
 def _compiled_frames() -> int:

@@ -10,10 +10,10 @@ from precision_lab.auditing.finding import Finding, Remedy
 from precision_lab.auditing.phrases import HALVES, cast_line, dtypes, is_asked, listed, module_of, size
 from precision_lab.auditing.record import BACKWARD, LOOP, STEP, Record, Stored
 
-_MASTER = 'Fabric(precision="bf16-master"): bfloat16 weights with an exact float32 master, state and gradients in float32'
+_MASTER = 'Fabric(precision="bf16-master"): bfloat16 weights with a float32 master, state and gradients in float32'
 _FULL = Remedy(
-    torch="keep the parameters float32 (model.float(), or from_pretrained(..., dtype=torch.float32)) and run the forward "
-    'under torch.autocast("cuda", torch.bfloat16)',
+    torch="keep the parameters float32 (model.float(), or from_pretrained(..., dtype=torch.float32)) and run the "
+    'forward under torch.autocast("cuda", torch.bfloat16)',
     ours=_MASTER,
     lightning='Fabric(precision="bf16-mixed") keeps parameters and state in float32',
     accelerate='load the model in float32 and let Accelerator(mixed_precision="bf16") cast what is computed',
@@ -72,11 +72,11 @@ def float16_state(record: Record) -> Iterator[Finding]:
         "float16-state",
         "info" if is_asked(record) and not broken else "error",
         f"{zeros / total:.0%} of {worst.key} in float16 are zero ({worst.name}: {worst.zeros:.0%}){said}",
-        "the square of a gradient below 0.0002 is zero in float16, and so is Adam's eps=1e-8: the update divides by zero "
-        "and the weights become inf or NaN",
+        "the square of a gradient below 0.0002 is zero in float16, and so is Adam's eps=1e-8: the update divides by "
+        "zero and the weights become inf or NaN",
         Remedy(
-            torch='keep the parameters float32 under torch.autocast("cuda", torch.float16) with torch.amp.GradScaler(); '
-            "or, as a stopgap, AdamW(..., eps=1e-5)",
+            torch='keep the parameters float32 under torch.autocast("cuda", torch.float16) with '
+            "torch.amp.GradScaler(); or, as a stopgap, AdamW(..., eps=1e-5)",
             ours='Fabric(precision="16-master"): float16 weights with a float32 master, state in float32',
             lightning='Fabric(precision="16-mixed"), or eps=1e-5',
             accelerate='load the model in float32, with Accelerator(mixed_precision="fp16")',
@@ -111,8 +111,8 @@ def updates_round_to_nothing(record: Record) -> Iterator[Finding]:
         "updates-round-to-nothing",
         "info" if is_asked(record) else "warning",
         f"{lost / total:.0%} of the updates changed nothing: most in {shares}",
-        f"an update below half the spacing of a {dtypes(each.dtype for each in found)} weight (1/512 of it in bfloat16) "
-        "is rounded away, however often it comes: training stalls without an error",
+        f"an update below half the spacing of a {dtypes(each.dtype for each in found)} weight (1/512 of it in "
+        "bfloat16) is rounded away, however often it comes: training stalls without an error",
         _FULL,
         line=steps[0].line if steps else None,
         module=worst[0].name.rpartition(".")[0],
@@ -137,8 +137,8 @@ def half_accumulation(record: Record) -> Iterator[Finding]:
         "info" if is_asked(record) else "warning",
         f"gradients of {most} micro-batches are added up in {dtypes(half[name].dtype for name in names)} "
         f"for {len(names)} parameters ({listed(names)})",
-        "each addition rounds the sum to 8 bits of precision (bfloat16): what a micro-batch adds is lost as soon as it is "
-        "below 1/512 of the sum, more with every micro-batch",
+        "each addition rounds the sum to 8 bits of precision (bfloat16): what a micro-batch adds is lost as soon as "
+        "it is below 1/512 of the sum, more with every micro-batch",
         Remedy(
             torch='keep the parameters, and so their gradients, float32 under torch.autocast("cuda", torch.bfloat16)',
             ours='Fabric(precision="bf16-mixed"), or "bf16-master": gradients are accumulated in float32',

@@ -34,8 +34,10 @@ class Sample:
             if (name, gradient.dtype) not in had:
                 size = gradient.numel() * gradient.element_size()
                 record.stored.append(Stored("grads", name, "", gradient.dtype, size, gradient.numel()))
+            if id(param) in still:  # a warm-up's first step has a learning rate of zero
+                continue
             value = local(param.detach())
-            if id(param) in still or value.dtype not in _HALVES or gradient.layout is not torch.strided or not value.numel():
+            if value.dtype not in _HALVES or gradient.layout is not torch.strided or not value.numel():
                 continue
             if value.is_contiguous() and gradient.is_contiguous() and value.shape == gradient.shape:
                 here = slice(0, None, max(value.numel() // _ELEMENTS, 1))

@@ -27,7 +27,7 @@ class Outcome:
 
 def audit_script(path: str, arguments: list[str], steps: int | None = 2) -> Outcome:
     """Runs the script until `steps` training steps have ended, or to its end (None)."""
-    taken = []
+    taken = list[int]()
 
     def on_step(ended: int) -> None:
         if steps is not None and ended >= steps and not taken:
