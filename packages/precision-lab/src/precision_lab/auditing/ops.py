@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from precision_lab.auditing.by_hand import ByHand
 from precision_lab.auditing.flow import Flow
 from precision_lab.auditing.gradients import factor_of
 from precision_lab.auditing.kinds import CAST, LOSS, OTHER, PRODUCTS, REDUCE, SOFTMAX, SUM, kind_of
@@ -48,6 +49,7 @@ class Ops(TorchDispatchMode):
         self._origin: dict[int, tuple[str, Line | None]] = {}  # number of an autograd node -> where it was made
         self._under: set[int] = set()  # numbers of those made under autocast
         self.flow = Flow()
+        self._by_hand = ByHand()
         self._pid = os.getpid()
 
     @classmethod
@@ -130,6 +132,8 @@ class Ops(TorchDispatchMode):
             row.width = max(row.width, inputs[0].shape[-1])
         elif kind in (SUM, LOSS) and inputs and output is not None and output.numel():
             row.width = max(row.width, inputs[0].numel() // output.numel())
+        if phase in (FORWARD, LOOP):
+            self._by_hand.follow(row, inputs, outputs)
         if phase == FORWARD:
             self.flow.follow(func, row, inputs, outputs)
             if name in ("cos", "sin") and inputs[0].dtype in HALVES and not inputs[0].requires_grad:

@@ -36,6 +36,7 @@ class Op:
     promoted: str = ""  # why half inputs gave a float32 output: "constant" (made in forward, or a buffer), "other"
     after_bytes: int = 0  # what was computed in float32 from such outputs, or from casts, until a cast, norm or loss
     after_modules: set[str] = field(default_factory=set)
+    by_hand: str = ""  # "norm", "softmax": what a square, or an exponential, in half became
     back: int = 0  # bytes of a cast to float32 that was cast back at once
 
 

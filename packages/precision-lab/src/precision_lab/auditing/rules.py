@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from precision_lab.auditing import rules_scaler, rules_state
+from precision_lab.auditing import rules_compute, rules_islands, rules_model, rules_scaler, rules_state, rules_values
 from precision_lab.auditing.finding import Finding, worst_first
 from precision_lab.auditing.record import Record
 
@@ -13,6 +13,10 @@ Rule = Callable[[Record], Iterator[Finding]]
 RULES: tuple[Rule, ...] = (
     *rules_scaler.RULES,
     *rules_state.RULES,
+    *rules_islands.RULES,
+    *rules_compute.RULES,
+    *rules_values.RULES,
+    *rules_model.RULES,
 )
 
 
