@@ -11,10 +11,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from precision_lab.auditing.record import Op
 
 _HALVES = (torch.bfloat16, torch.float16)
-_PASSING = frozenset(
-    "add add_ sub clamp clamp_min clamp_ maximum view unsqueeze squeeze expand detach alias clone masked_fill where mul_ "
-    "masked_fill_".split()
-)
+_PASSING = frozenset(["add", "add_", "sub", "clamp", "clamp_", "clamp_min", "maximum", "masked_fill", "where", "mul_"])
+_PASSING |= {"view", "unsqueeze", "squeeze", "expand", "detach", "alias", "clone", "masked_fill_"}
 """Operations after which a tensor still is what it was: a small number was added, elements were masked."""
 _NEXT = {
     ("square", "mean"): "mean", ("square", "sum"): "mean", ("mean", "div"): "mean", ("exp", "sum"): "sum",

@@ -103,9 +103,11 @@ class Ops(TorchDispatchMode):
             module, line = recorder.module_path(), recorder.where.line(3)
             number = torch._C._autograd._get_sequence_nr() - 1
             if phase != STEP and number not in self._origin:  # what runs after it without a node of its own is not it
-                self._origin[number] = module, line
-                if autocast:
-                    self._under.add(number)
+                # The node of a Function of Python has a number before the operations in its forward.
+                for each in range(max(number - 8, 0), number + 1):
+                    if each not in self._origin:
+                        self._origin[each] = module, line
+                        self._under |= {each} if autocast else set()
         if phase == LOOP:
             self._note_gradients(name, writes, args, inputs, result, line)
         elif phase == BACKWARD and kind in PRODUCTS and inputs:

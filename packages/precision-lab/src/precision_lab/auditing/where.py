@@ -108,10 +108,13 @@ class Where:
     def package(self, depth: int = 1) -> str:
         """Returns the installed package, other than torch, that made the call; empty for the user's own code."""
         frame: FrameType | None = sys._getframe(depth)
-        while frame is not None and not self._is_own.get(frame.f_code, False):
+        while frame is not None:
+            code = frame.f_code
+            if code not in self._is_own:
+                self._is_own[code] = self._decide(code)
             package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-            if package not in _BETWEEN:
-                return package
+            if self._is_own[code] or package not in _BETWEEN:
+                return "" if self._is_own[code] else package
             frame = frame.f_back
         return ""
 
