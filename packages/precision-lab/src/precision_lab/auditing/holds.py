@@ -24,7 +24,7 @@ def holds(tensor: Tensor, name: str = "") -> str:
         return ""
     value = tensor.detach().double().squeeze()
     if value.dim() == 1:
-        return _of_a_row(value, tensor.dtype)
+        return _of_a_row(value, tensor.dtype, name)
     if value.dim() >= 2 and _is_table(value.flatten(0, -3) if value.dim() > 2 else value[None]):
         return "angles"
     return ""
@@ -39,15 +39,16 @@ def _was_rounded(tensor: Tensor) -> bool:
     return bool((value.bfloat16().float() == value).all()) and int((~plain).sum()) >= 4
 
 
-def _of_a_row(value: Tensor, dtype: torch.dtype) -> str:
+def _of_a_row(value: Tensor, dtype: torch.dtype, name: str) -> str:
     steps = value.diff()
     if bool((value == value.round()).all()):
         exact = 2**8 if dtype is torch.bfloat16 else 2**11
         goes_up = bool((steps >= 0).all()) and float(value[0]) >= 0
         return "positions" if goes_up and float(value[-1]) > exact and value.numel() > exact / 2 else ""
-    if bool((value > 0).all()) and bool((steps < 0).all()):
-        ratios = value[1:] / value[:-1]
-        if float(value[0]) <= 1.5 and float((ratios - ratios.mean()).abs().max()) < 0.05:
+    if bool((value > 0).all()) and bool((steps < 0).all()) and float(value[0]) <= 1.5:
+        logs = value.log()
+        line = torch.linspace(float(logs[0]), float(logs[-1]), value.numel(), dtype=torch.float64)
+        if "freq" in name or float((logs - line.to(logs.device)).abs().max()) < 0.02:  # names: of scaled ones, too
             return "frequencies"
     return ""
 
