@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from precision_lab.auditing.calls_model import model_calls
 from precision_lab.auditing.calls_saving import saving_calls
 from precision_lab.auditing.calls_scaler import scaler_calls
 from precision_lab.auditing.graph import loss_scale
@@ -49,6 +50,7 @@ def _watched() -> Iterator[tuple[Any, str, Around]]:
     yield torch, "clear_autocast_cache", _cache_cleared
     yield torch.Tensor, "backward", _tensor_backward
     yield torch.autograd, "backward", _backward
+    yield from model_calls()
     yield torch.autograd, "grad", _grad
     yield torch.autograd.graph.saved_tensors_hooks, "__enter__", _saved_hooks
     yield from scaler_calls()

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from precision_lab.auditing.by_hand import ByHand
+from precision_lab.auditing.flow import Flow
 from precision_lab.auditing.gradients import factor_of
-from precision_lab.auditing.kinds import CAST, OTHER, PRODUCTS, REDUCE, SOFTMAX, kind_of
+from precision_lab.auditing.kinds import CAST, LOSS, OTHER, PRODUCTS, REDUCE, SOFTMAX, SUM, kind_of
 from precision_lab.auditing.record import BACKWARD, FORWARD, LOOP, STEP, Event, Op
 from precision_lab.auditing.where import Line
 
@@ -44,7 +46,7 @@ _VIEWS = frozenset(
         "unbind",
     ]
 )
-"""Operations that compute nothing: they are passed over, for they are half of all."""
+"""Operations that compute nothing: in backward they are passed over, for they are half of all."""
 _CLEARING = frozenset(["zero_", "_foreach_zero_"])
 _CHANGING = frozenset(["mul", "div", "add", "sub", "clamp", "clip", "clamp_min", "clamp_max", "nan_to_num", "where"])
 _MAKING = ("empty_like", "zeros_like", "ones_like", "rand", "full_like", "new_", "is_", "_has_")
@@ -70,6 +72,9 @@ class Ops(TorchDispatchMode):
         self._rows: dict[Any, Op] = {}
         self._kinds: dict[Any, tuple[str, str, bool]] = {}  # operation -> name, kind, whether it writes an argument
         self._origin: dict[int, tuple[str, Line | None]] = {}  # number of an autograd node -> where it was made
+        self._under: set[int] = set()  # numbers of those made under autocast
+        self.flow = Flow()
+        self._by_hand = ByHand()
         self._pid = os.getpid()
 
     @classmethod
@@ -101,15 +106,21 @@ class Ops(TorchDispatchMode):
         if known is None:
             schema = func._schema
             name = schema.name.partition("::")[2]
-            known = self._kinds[func] = name, "" if name in _VIEWS else kind_of(func), schema.is_mutable
+            known = self._kinds[func] = name, kind_of(func), schema.is_mutable
         name, kind, writes = known
         recorder = self._recorder
-        if not kind or (recorder.in_step and kind is OTHER):
+        if kind is OTHER and recorder.in_step and not recorder.in_backward:  # what an optimizer computes: its names
+            row = self._rows.setdefault(func, Op(name, kind, "", STEP, (), None, None, False))
+            row.count += 1
+            return
+        if kind is OTHER and recorder.in_backward and not recorder.stack and name in _VIEWS:
             return
         inputs = list(_tensors((*args, *kwargs.values())))
+        outputs = list(_tensors((result,)))
+        output = outputs[0] if outputs else None
         if not inputs and kind is OTHER:
+            self._note_made(name, outputs)
             return
-        output = next(_tensors((result,)), None)
         node = torch._C._current_autograd_node()
         if recorder.stack:
             phase = FORWARD  # in backward, too: of a checkpoint, which runs it once more
@@ -117,12 +128,20 @@ class Ops(TorchDispatchMode):
             phase = BACKWARD
         else:
             phase = STEP if recorder.in_step else LOOP
+        autocast = bool(recorder.autocast and inputs) and recorder.autocast_dtype(inputs[0].device.type) is not None
+        under = autocast
         if phase == BACKWARD and node is not None:
             module, line = self._origin.get(node._sequence_nr(), ("", None))
+            under = node._sequence_nr() in self._under
         else:
             module, line = recorder.module_path(), recorder.where.line(3)
-            if torch.is_grad_enabled() and phase != STEP:
-                self._origin[torch._C._autograd._get_sequence_nr() - 1] = module, line
+            number = torch._C._autograd._get_sequence_nr() - 1
+            if phase != STEP and number not in self._origin:  # what runs after it without a node of its own is not it
+                # The node of a Function of Python has a number before the operations in its forward.
+                for each in range(max(number - 8, 0), number + 1):
+                    if each not in self._origin:
+                        self._origin[each] = module, line
+                        self._under |= {each} if autocast else set()
         if phase == LOOP:
             self._note_gradients(name, writes, args, inputs, result, line)
         elif phase == BACKWARD and kind in PRODUCTS and inputs:
@@ -131,23 +150,55 @@ class Ops(TorchDispatchMode):
             elements = sum(each.numel() for each in inputs[:1])
             recorder.note("reduce", line, op=name, dtype=inputs[0].dtype, elements=elements, phase=phase)
         dtypes = tuple(each.dtype for each in inputs[:4])
-        autocast = bool(recorder.autocast and inputs) and recorder.autocast_dtype(inputs[0].device.type) is not None
-        key = func, phase, module, id(line), dtypes, output.dtype if output is not None else None, autocast
+        out = output.dtype if output is not None else None
+        operand = ""
+        if kind is CAST and phase == FORWARD and isinstance(inputs[0], nn.Parameter):
+            operand = recorder.names.param(inputs[0]) or ""
+        key = func, phase, module, id(line), dtypes, out, autocast, under, operand
         row = self._rows.get(key)
         if row is None:
-            out = output.dtype if output is not None else None
             row = self._rows[key] = Op(name, kind, module, phase, dtypes, out, line, autocast)
+            row.under, row.operand, row.via = under, operand, recorder.where.package(3)
+        row.grad |= any(each.requires_grad for each in inputs)
         row.count += 1
         if output is not None:
             row.elements += output.numel()
             row.bytes += output.numel() * output.element_size()
         if kind is SOFTMAX and inputs and inputs[0].ndim:
             row.width = max(row.width, inputs[0].shape[-1])
+        elif kind in (SUM, LOSS) and inputs and output is not None and output.numel():
+            row.width = max(row.width, inputs[0].numel() // output.numel())
+        if phase in (FORWARD, LOOP):
+            self._by_hand.follow(row, inputs, outputs)
+        if phase == FORWARD:
+            self.flow.follow(func, row, inputs, outputs)
+            if name in ("cos", "sin") and inputs[0].dtype in HALVES and not inputs[0].requires_grad:
+                self._note_angles(name, line, module, inputs[0])
         if output is not None and output.dtype in HALVES and phase in (FORWARD, LOOP):
             if kind is CAST or name in _ARITHMETIC:
                 self._note_rounded(kind is CAST, inputs, output.dtype, module, line)
             if kind is CAST and not torch.is_grad_enabled() and recorder.is_trained(inputs[0]):
                 recorder.note("cast_without_gradients", line, name=recorder.names.param(inputs[0]))
+
+    def _note_made(self, name: str, outputs: list[Tensor]) -> None:
+        """Looks at what an operation without operands made: constants, and whole numbers that were rounded at once."""
+        recorder = self._recorder
+        if recorder.stack:
+            self.flow.made(outputs)
+        if name == "arange" and outputs and outputs[0].dtype in HALVES and 0 < outputs[0].numel() <= _SEVERAL:
+            largest, exact = float(outputs[0].abs().max()), _EXACT[outputs[0].dtype]
+            line = recorder.where.line(4)
+            if largest > exact:
+                recorder.note_rounded(
+                    line, module=recorder.module_path(), of=torch.int64, to=outputs[0].dtype, largest=largest
+                )
+
+    def _note_angles(self, name: str, line: Line | None, module: str, value: Tensor) -> None:
+        angles = self._recorder.record.angles
+        if all((each.line, each.module) != (line, module) for each in angles) and 1 < value.numel() <= _SEVERAL:
+            largest = float(value.detach().abs().max())
+            data = {"module": module, "of": value.dtype, "largest": largest}
+            angles.append(Event(name, line, "", self._recorder.steps, data))
 
     def _note_gradients(
         self, name: str, writes: bool, args: tuple[Any, ...], inputs: list[Tensor], result: Any, line: Line | None
@@ -196,8 +247,15 @@ class Ops(TorchDispatchMode):
                 continue
             if not whole and not bool((value == value.round()).all()):
                 continue
-            if float((value.to(dtype).to(torch.float64) != value.to(torch.float64)).double().mean()) > 0.1:
+            other = value.to(dtype).to(torch.float64) != value.to(torch.float64)
+            if float(other.double().mean()) > 0.1 and _are_several(value[other]):
                 self._recorder.note_rounded(line, module=module, of=each.dtype, to=dtype, largest=largest)
+
+
+def _are_several(numbers: Tensor) -> bool:
+    """Whether they look like ids or times, not like what masks add, which is one large negative number."""
+    different = torch.unique(numbers).numel()
+    return different > 2 or (different == numbers.numel() and bool((numbers > 0).all()))
 
 
 def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:

@@ -28,7 +28,16 @@ class Op:
     count: int = 0
     elements: int = 0  # of the outputs, added up
     bytes: int = 0
-    width: int = 0  # largest last dimension of an input: classes, of a softmax
+    width: int = 0  # softmax: classes; sums and losses: elements that one output was made of; the largest
+    grad: bool = False  # whether an input had a gradient to get
+    under: bool = False  # in backward: whether the forward operation ran under autocast; else as `autocast`
+    via: str = ""  # the installed package, other than torch, whose code made the call; "" is the user's own
+    operand: str = ""  # of a cast: the parameter that was cast
+    promoted: str = ""  # why half inputs gave a float32 output: "constant" (made in forward, or a buffer), "other"
+    after_bytes: int = 0  # what was computed in float32 from such outputs, or from casts, until a cast, norm or loss
+    after_modules: set[str] = field(default_factory=set)
+    by_hand: str = ""  # "norm", "softmax": what a square, or an exponential, in half became
+    back: int = 0  # bytes of a cast to float32 that was cast back at once
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,8 @@ class Event:
     scheduler       scheduler, optimizer
     saved           file, tensors (key path -> dtype), scaler and optimizer: whether their state is in it, numbers
     reduce          op, dtype, elements, phase
+    module_cast     root (class), path, of, to: model.bfloat16(), model.to(...) changed dtypes, the first that changed
+    comm_hook       name: a hook of DDP's that reduces gradients in its own way
     switches        one of torch's switches for float32 products was set: name, value, tf32
     cast_without_gradients  name (of a parameter that was cast to half under no_grad)
 
@@ -102,6 +113,9 @@ class Stored:
     dtype: torch.dtype
     bytes: int
     elements: int
+    holds: str = ""  # of a half buffer, by value: "frequencies", "positions", "angles", "statistics"
+    zeros: float = 0.0  # of a half state: the share of its elements that are zero
+    finite: bool = True  # of a half state: no inf, no NaN
 
 
 @dataclass
@@ -149,6 +163,9 @@ class Record:
     modules: dict[str, str] = field(default_factory=dict)  # path -> class
     tied: dict[str, list[str]] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
+    untied: list[tuple[str, str, str]] = field(default_factory=list)  # two parameters, and why they should be one
+    angles: list[Event] = field(default_factory=list)  # sines and cosines of half numbers without gradients
+    half_by_name: list[str] = field(default_factory=list)  # engines whose own named mode made the parameters half
     steps: int = 0
     devices: list[str] = field(default_factory=list)
     libraries: list[str] = field(default_factory=list)  # that were seen to run the loop

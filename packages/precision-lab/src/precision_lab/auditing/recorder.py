@@ -19,6 +19,7 @@ from precision_lab.auditing.asked import read_asked
 from precision_lab.auditing.calls import watch_calls
 from precision_lab.auditing.gradients import Gradients, storage
 from precision_lab.auditing.graph import saved_activations
+from precision_lab.auditing.models import read_model
 from precision_lab.auditing.names import Names
 from precision_lab.auditing.ops import Ops
 from precision_lab.auditing.optimizers import Steps, ids_of, note_step
@@ -46,6 +47,7 @@ class Recorder:
         self.contexts: list[Context] = []  # the same, and whether enabled=True was asked for
         self.in_step = 0
         self.in_backward = 0
+        self.in_cast = False  # in a module's `to`, of which each child's is a part
         self.checkpointed = False
         self.optimizers: dict[int, Optimizer] = {}
         self._on_step = on_step
@@ -217,6 +219,8 @@ class Recorder:
         path = self.names.path(module)
         if not self.stack:
             self._note_root(module, path, inputs)
+            read_model(self.record, self.names, module)
+            self._ops.flow.begin(self.names.roots)
         self.stack.append(path)
 
     def _note_root(self, module: nn.Module, path: str, inputs: Any) -> None:

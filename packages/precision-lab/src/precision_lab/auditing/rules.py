@@ -8,10 +8,15 @@ from precision_lab.auditing import (
     rules_asked,
     rules_autocast,
     rules_checkpoint,
+    rules_compute,
+    rules_islands,
     rules_loop,
     rules_loss,
+    rules_model,
     rules_scaler,
+    rules_state,
     rules_switches,
+    rules_values,
 )
 from precision_lab.auditing.finding import Finding, worst_first
 from precision_lab.auditing.record import Record
@@ -25,6 +30,11 @@ RULES: tuple[Rule, ...] = (
     *rules_loop.RULES,
     *rules_autocast.RULES,
     *rules_checkpoint.RULES,
+    *rules_state.RULES,
+    *rules_values.RULES,
+    *rules_compute.RULES,
+    *rules_islands.RULES,
+    *rules_model.RULES,
     *rules_switches.RULES,
 )
 

@@ -25,6 +25,7 @@ class Sample:
         self._record = record
         self._taken: list[tuple[str, Tensor, Tensor, Tensor]] = []
         had = {(each.name, each.dtype) for each in record.stored if each.kind == "grads"}
+        still = {id(param) for group in optimizer.param_groups if not group.get("lr", 1) for param in group["params"]}
         for number, param in enumerate(param for group in optimizer.param_groups for param in group["params"]):
             if param.grad is None:
                 continue
@@ -33,6 +34,8 @@ class Sample:
             if (name, gradient.dtype) not in had:
                 size = gradient.numel() * gradient.element_size()
                 record.stored.append(Stored("grads", name, "", gradient.dtype, size, gradient.numel()))
+            if id(param) in still:  # a warm-up's first step has a learning rate of zero
+                continue
             value = local(param.detach())
             if value.dtype not in _HALVES or gradient.layout is not torch.strided or not value.numel():
                 continue

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from precision_lab.auditing.holds import HALVES, holds
 from precision_lab.auditing.names import Names, clean
 from precision_lab.auditing.record import Stored
 from precision_lab.auditing.sample import local
@@ -30,6 +31,11 @@ def read_stored(names: Names, optimizers: list[Optimizer]) -> Iterator[Stored]:
             if id(buffer) not in seen and isinstance(buffer, Tensor):
                 seen.add(id(buffer))
                 yield _stored("buffers", clean(name), "", buffer)
+        for path, module in root.named_modules():
+            for key, value in vars(module).items():  # tables that are no buffers
+                if isinstance(value, Tensor) and id(value) not in seen and holds(value):
+                    seen.add(id(value))
+                    yield _stored("buffers", clean(f"{path}.{key}"), "", value)
     for optimizer in optimizers:
         known = {id(param) for root in names.roots for param in root.parameters()}
         for number, param in enumerate(param for group in optimizer.param_groups for param in group["params"]):
@@ -58,4 +64,10 @@ def _stored(kind: str, name: str, key: str, tensor: Tensor) -> Stored:
         size = part.untyped_storage().nbytes() if type(part) is not Tensor else part.numel() * part.element_size()
     except (RuntimeError, NotImplementedError):
         size = part.numel() * part.element_size()
-    return Stored(kind, name, key, part.dtype, min(size, part.numel() * max(part.element_size(), 1)), part.numel())
+    found = Stored(kind, name, key, part.dtype, min(size, part.numel() * max(part.element_size(), 1)), part.numel())
+    if kind == "buffers":
+        found.holds = holds(part, name)
+    elif kind == "state" and type(part) is Tensor and part.dtype in HALVES and part.numel():
+        found.zeros = float((part == 0).float().mean())
+        found.finite = bool(part.isfinite().all())
+    return found

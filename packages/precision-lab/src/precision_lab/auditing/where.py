@@ -30,6 +30,9 @@ LIBRARIES = {
 }
 """Packages that run a loop, or a part of one, for the user -> what we call them."""
 
+_BETWEEN = ("torch", "precision_lab", "contextlib", "functools", "typing", "runpy", "__main__")
+"""Packages between an operation and who called it."""
+
 
 def _installed_folders() -> tuple[str, ...]:
     paths = sysconfig.get_paths()
@@ -109,6 +112,19 @@ class Where:
             found = LIBRARIES.get(package, found)
             frame = frame.f_back
         return found
+
+    def package(self, depth: int = 1) -> str:
+        """Returns the installed package, other than torch, that made the call; empty for the user's own code."""
+        frame: FrameType | None = sys._getframe(depth)
+        while frame is not None:
+            code = frame.f_code
+            if code not in self._is_own:
+                self._is_own[code] = self._decide(code)
+            package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+            if self._is_own[code] or package not in _BETWEEN:
+                return "" if self._is_own[code] else package
+            frame = frame.f_back
+        return ""
 
     def functions(self, depth: int = 1, limit: int = 40) -> list[str]:
         """Returns the names of the functions from the caller up to the user's line, innermost first."""

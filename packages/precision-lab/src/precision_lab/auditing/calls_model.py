@@ -1,0 +1,39 @@
+"""Calls that decide what a model's parameters are, and how their gradients are reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from precision_lab.auditing.recorder import Recorder
+
+
+def model_calls() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    """Yields what is replaced while a loop is observed: class, method, what is called in its place."""
+    yield nn.Module, "_apply", _module_cast
+    yield nn.parallel.DistributedDataParallel, "register_comm_hook", _comm_hook
+
+
+def _module_cast(recorder: Recorder, original: Any, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if recorder.in_cast or torch.compiler.is_compiling():
+        return original(self, *args, **kwargs)
+    recorder.in_cast = True
+    try:
+        before = [each.dtype for each in (*self.parameters(), *self.buffers())]
+        result = original(self, *args, **kwargs)
+    finally:
+        recorder.in_cast = False
+    for old, new in zip(before, (*self.parameters(), *self.buffers()), strict=False):
+        if old is not new.dtype and (old.is_floating_point or old.is_complex):
+            recorder.note("module_cast", root=type(self).__name__, path=recorder.names.path(self), of=old, to=new.dtype)
+            break
+    return result
+
+
+def _comm_hook(recorder: Recorder, original: Any, self: Any, state: Any, hook: Any) -> Any:
+    recorder.note("comm_hook", name=getattr(hook, "__name__", type(hook).__name__))
+    return original(self, state, hook)

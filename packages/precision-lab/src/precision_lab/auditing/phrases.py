@@ -1,0 +1,54 @@
+"""Words that several rules use: names listed, sizes, shares, and what half parameters there are."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable
+
+import torch
+
+from precision_lab.auditing.record import Event, Record
+from precision_lab.auditing.where import Line
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def listed(names: Iterable[str], limit: int = 3) -> str:
+    """Returns the first names, and how many more there are."""
+    every = list(dict.fromkeys(names))
+    more = len(every) - limit
+    return ", ".join(every[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def dtypes(values: Iterable[torch.dtype]) -> str:
+    """Returns the dtypes' names, without "torch."."""
+    return " and ".join(sorted({str(each).removeprefix("torch.") for each in values}))
+
+
+def size(count: float) -> str:
+    """Returns a number of bytes for a reader."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"
+
+
+def module_of(names: Collection[str]) -> str:
+    """Returns the innermost module that has all these parameters, empty for the whole model."""
+    parts = [name.split(".")[:-1] for name in names]
+    same = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
+    return ".".join(level[0] for level in same)
+
+
+def is_asked(record: Record) -> bool:
+    """Whether the parameters are half because an engine's own named mode was chosen."""
+    return bool(record.half_by_name) or any(event.library in ("transformers", "TRL") for event in record.of("step"))
+
+
+def cast_line(record: Record, to: Iterable[torch.dtype] = HALVES) -> Line | None:
+    """Returns where a model was cast to one of the dtypes, else where the first step was made."""
+    wanted = set(to)
+    casts: list[Event] = [event for event in record.of("module_cast") if event.to in wanted]
+    steps = record.of("step")
+    return casts[-1].line if casts else steps[0].line if steps else None
