@@ -57,22 +57,25 @@ _ARGUMENTS = {
 
 def read_asked(where: Where) -> list[Asked]:
     """Returns what every host of a known library that is alive was asked for."""
-    classes = {}
+    classes: dict[type, Callable[[Any], Asked]] = {}
+    known: dict[type, Callable[[Any], Asked] | None] = {}
     for module, name, read in _HOSTS:
         kind = getattr(sys.modules.get(module), name, None)
         if isinstance(kind, type):
             classes[kind] = read
     found: list[Asked] = []
     for each in gc.get_objects() if classes else ():
-        for kind in type(each).__mro__ if isinstance(type(each), type) else ():
-            if kind in classes:
-                try:
-                    asked = classes[kind](each)
-                except AttributeError:  # half made
-                    continue
-                line = next(
-                    filter(None, map(where.line_with, (*_ARGUMENTS.get(asked.library, ()), f"{kind.__name__}("))), None
-                )
-                if asked not in found:
-                    found.append(replace(asked, line=line))
+        kind = type(each)
+        if kind not in known:
+            known[kind] = next((classes[base] for base in type.mro(kind) if base in classes), None)
+        if (read := known[kind]) is None:
+            continue
+        try:
+            asked = read(each)
+        except AttributeError:  # half made
+            continue
+        texts = (*_ARGUMENTS.get(asked.library, ()), f"{kind.__name__}(")
+        line = next(filter(None, map(where.line_with, texts)), None)
+        if (asked := replace(asked, line=line)) not in found:
+            found.append(asked)
     return found

@@ -59,3 +59,13 @@ def worst_first(findings: list[Finding]) -> list[Finding]:
     for each in findings:
         once.setdefault((each.code, each.module, each.line), each)
     return sorted(once.values(), key=lambda each: -LEVELS.index(each.level))
+
+
+def grouped(findings: list[Finding]) -> list[tuple[Finding, list[str]]]:
+    """Returns the first of the findings that differ in their module alone, with the modules of the others."""
+    groups: dict[tuple[str, str, Line | None], tuple[Finding, list[str]]] = {}
+    for each in findings:
+        first, others = groups.setdefault((each.code, each.level, each.line), (each, []))
+        if each is not first:
+            others.append(each.module)
+    return list(groups.values())

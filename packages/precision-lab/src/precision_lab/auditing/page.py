@@ -6,9 +6,10 @@ import html
 from importlib.resources import files
 from pathlib import Path
 
-from precision_lab.auditing.finding import LEVELS, Finding
+from precision_lab.auditing.finding import LEVELS, Finding, grouped
 from precision_lab.auditing.ledger import PARTS
 from precision_lab.auditing.observed import sentence
+from precision_lab.auditing.phrases import listed
 from precision_lab.auditing.report import Report
 from precision_lab.auditing.shown import dtypes_text
 
@@ -31,7 +32,7 @@ def page(report: Report, script: str) -> str:
     headline = ", ".join(words) or "nothing found"
     sections = [
         _head(report, script, headline, clean=not (counts[0] or counts[1])),
-        _section("Findings", "".join(_finding(report, each) for each in report.findings)),
+        _section("Findings", "".join(_finding(report, each, others) for each, others in grouped(report.findings))),
         _section("As observed", _parts(report)),
         _section("Per module", _modules(report)),
         _section("Not seen", "".join(f"<p>{html.escape(text)}</p>" for text in report.unseen)),
@@ -68,15 +69,16 @@ def _head(report: Report, script: str, headline: str, clean: bool) -> str:
     return f'<p class="soft">{line}</p><div class="{kind}"><h1>{title}</h1><p>{said}</p></div>'
 
 
-def _finding(report: Report, finding: Finding) -> str:
+def _finding(report: Report, finding: Finding, others: list[str]) -> str:
     remedy = finding.remedy.for_(report.record.libraries)
     sure = "" if finding.sure == "certain" else f" ({finding.sure})"
+    same = html.escape(f"; the same in {listed(others)}") if others else ""
     source = f"<pre>{html.escape(finding.line.text)}</pre>" if finding.line and finding.line.text else ""
     ours = f"<p><b>or</b> {html.escape(finding.remedy.ours)}</p>" if remedy != finding.remedy.ours else ""
     return (
         f'<div class="finding"><p><b class="{_LEVEL_CLASS[finding.level]}">{finding.level}</b> '
         f'<b>{html.escape(finding.code)}</b> <span class="soft">{html.escape(finding.where)}</span></p>'
-        f"<p>{html.escape(finding.what)}{sure}</p>{source}"
+        f"<p>{html.escape(finding.what)}{sure}{same}</p>{source}"
         f'<p class="soft">{html.escape(finding.why)}</p><p><b>do</b> {html.escape(remedy)}</p>{ours}</div>'
     )
 

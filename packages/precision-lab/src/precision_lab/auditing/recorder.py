@@ -45,6 +45,7 @@ class Recorder:
         self.stack: list[str] = []
         self.autocast: list[tuple[str, torch.dtype | None]] = []  # contexts that are open, innermost last
         self.contexts: list[Context] = []  # the same, and whether enabled=True was asked for
+        self._asked = False
         self.in_step = 0
         self.in_backward = 0
         self.in_cast = False  # in a module's `to`, of which each child's is a part
@@ -180,7 +181,8 @@ class Recorder:
 
     def before_backward(self, roots: list[Tensor]) -> None:
         """Called before the outermost backward."""
-        if not self.record.asked:
+        if not self._asked:
+            self._asked = True
             self.record.asked = read_asked(self.where)
         if self.steps == 0 and not self.checkpointed and not self.record.saved:
             self.record.saved = saved_activations(roots, self._ops._origin, {storage(each) for each in self.params()})

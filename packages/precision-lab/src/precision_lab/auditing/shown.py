@@ -9,8 +9,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from precision_lab.auditing.finding import grouped
 from precision_lab.auditing.ledger import PARTS
 from precision_lab.auditing.observed import sentence
+from precision_lab.auditing.phrases import listed
 
 if TYPE_CHECKING:
     from precision_lab.auditing.report import Report
@@ -28,10 +30,12 @@ def shown(report: Report) -> RenderableType:
         parts += [Text(text), Text()]
     if not report.findings:
         parts += [Text("Nothing found."), Text()]
-    for finding in report.findings:
+    for finding, others in grouped(report.findings):
         head = Text.assemble((finding.level, _STYLES[finding.level]), f" [{finding.code}] {finding.where}")
         parts.append(head)
         lines = [Text(f"{finding.what}{'' if finding.sure == 'certain' else f' ({finding.sure})'}")]
+        if others:
+            lines.append(Text(f"the same in {listed(others)}"))
         if finding.line is not None and finding.line.text:
             lines.append(Text(f"    {finding.line.text}", style="cyan", no_wrap=True, overflow="ellipsis"))
         lines.append(Text(f"why: {finding.why}"))
