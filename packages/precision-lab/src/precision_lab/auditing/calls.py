@@ -77,6 +77,8 @@ def _autocast(recorder: Recorder, original: Any, self: Any) -> Any:
     result = original(self)
     if not recorder.autocast:
         recorder.cache += 1
+    if recorder.stack and self._enabled:
+        recorder.root.data["within"][self.device] = self.fast_dtype
     recorder.autocast.append((self.device, self.fast_dtype) if self._enabled else (self.device, None))
     asked = recorder.asked.get(self, self._enabled)
     recorder.contexts.append(Context(self.device, self.fast_dtype, asked, self._enabled))

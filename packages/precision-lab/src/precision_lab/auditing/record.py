@@ -47,7 +47,8 @@ class Event:
 
     kind            data
     forward         root, params, autocast (device type -> dtype), grad, training, recompute, device, inputs, outputs,
-                    contexts (open ones, innermost last), ids (of parameters that train), cache (number of autocast's
+                    contexts (open ones, innermost last), within (device type -> dtype of autocast that was entered in
+                    it), ids (of parameters that train), cache (number of autocast's
                     weight cache in use, or None)
     autocast        device, dtype, enabled, asked (False where enabled=False was), cache, inside: a context was entered,
                     in that module's forward
@@ -142,6 +143,7 @@ class Record:
     libraries: list[str] = field(default_factory=list)  # that were seen to run the loop
     trained: dict[str, torch.dtype] = field(default_factory=dict)  # name of a parameter -> dtype at its last step
     params: dict[int, str] = field(default_factory=dict)  # id of a parameter -> name, empty where no model has it
+    asked: str = ""  # the mixed precision that Accelerate was made with
     backends: dict[str, Any] = field(default_factory=dict)  # torch's own switches: matmul precision, TF32
 
     def count(self, kind: str) -> int:
