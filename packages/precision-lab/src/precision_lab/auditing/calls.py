@@ -133,6 +133,7 @@ def _around_backward(recorder: Recorder, roots: list[Tensor], run: Callable[[], 
             fresh=[],
             products=[],
         )
+    recorder.backward_line = event.line if event is not None else None
     recorder.before_backward(roots)
     recorder.in_backward += 1
     try:

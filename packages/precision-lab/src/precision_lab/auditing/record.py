@@ -63,7 +63,8 @@ class Event:
     unscaled        ids (of parameters whose gradients torch's unscaling wrote), inverse, found (inf or NaN)
     gradients       ids, how (the operation), functions (the callers' names): gradients changed, by clipping mostly;
                     by (the number they were multiplied with, or None), computed (whether an operand was computed from
-                    gradients), others (tensors among the operands), limit (of a clip_grad_ function of torch)
+                    gradients), degree (its power of their scale), others (tensors among the operands),
+                    limit (of a clip_grad_ function of torch)
     gradients_read  ids: a number that was computed from gradients was read
     cleared         ids: gradients set to zero; those set to None are `fresh` at the next backward
     scaler_step     scaler, optimizer, ran (None: it raised), ids, without, dtypes

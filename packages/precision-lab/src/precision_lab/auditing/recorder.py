@@ -54,6 +54,7 @@ class Recorder:
         self.gradients = Gradients(self.params)
         self.scaled: dict[int, tuple[int, float]] = {}  # number of an autograd node -> scaler that made it, scale
         self.scaler_steps: list[int] = []  # scalers whose step runs
+        self.backward_line: Line | None = None
         self.backward_dtypes: set[torch.dtype] = set()  # of products in the backward that runs
         self.asked = WeakKeyDictionary[Any, bool]()  # autocast contexts -> whether enabled=True was asked for
         self.cache = 0  # number of the weight cache of autocast that is in use

@@ -71,7 +71,7 @@ def _clips(event: Event, read: set[int]) -> str:
     if name not in ("mul", "div"):
         return ""
     if event.computed:
-        return "certain"
+        return "certain" if event.degree else ""  # one that is the same at each scale does no harm
     if event.by is None or not 0 < event.by < 0.99 or not set(event.ids) & read:
         return ""
     inverse = 1 / event.by
