@@ -199,7 +199,8 @@ def factor_of(name: str, args: tuple[Any, ...]) -> tuple[float | None, list[Tens
 def _values(operand: Any) -> Iterator[float | None]:
     for each in operand if isinstance(operand, (list, tuple)) else [operand]:
         if isinstance(each, Tensor):
-            yield float(each) if each.numel() == 1 and not each.is_meta else None
+            value = local(each)
+            yield float(value) if value.numel() == 1 and not value.is_meta else None
         else:
             yield float(each) if isinstance(each, (int, float)) else None
 

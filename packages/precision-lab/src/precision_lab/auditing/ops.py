@@ -94,7 +94,7 @@ class Ops(TorchDispatchMode):
             module, line = recorder.module_path(), recorder.where.line(3)
             if torch.is_grad_enabled() and phase != STEP:
                 self._origin[torch._C._autograd._get_sequence_nr() - 1] = module, line
-        if phase == LOOP:
+        if phase == LOOP and not recorder.in_backward:  # else: an engine's hooks after backward
             self._note_gradients(name, writes, args, inputs, result, line)
         elif phase == BACKWARD and kind in PRODUCTS and inputs:
             recorder.backward_dtypes.add(inputs[-1].dtype)
