@@ -11,6 +11,7 @@ from precision_lab.auditing import (
     rules_loss,
     rules_scaler,
     rules_switches,
+    rules_update,
 )
 from precision_lab.auditing.finding import Finding, worst_first
 from precision_lab.auditing.record import Record
@@ -19,6 +20,7 @@ Rule = Callable[[Record], Iterator[Finding]]
 
 RULES: tuple[Rule, ...] = (
     *rules_scaler.RULES,
+    *rules_update.RULES,
     *rules_loss.RULES,
     *rules_loop.RULES,
     *rules_autocast.RULES,
