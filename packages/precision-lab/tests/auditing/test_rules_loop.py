@@ -55,6 +55,13 @@ def right_in_place(t: Any) -> None:
     t.optimizer.zero_grad(set_to_none=False)
 
 
+def right_other_zeros(t: Any) -> None:
+    loss(t.model).backward()
+    t.optimizer.step()
+    for param in t.model.parameters():
+        param.grad = torch.zeros_like(param)
+
+
 def right_accumulation(t: Any) -> None:
     for _ in range(4):
         (loss(t.model) / 4).backward()
@@ -83,7 +90,7 @@ def right_decaying_gradients(t: Any) -> None:
 
 @pytest.mark.parametrize(
     "step",
-    [right, right_in_place, right_accumulation, right_closure, right_decaying_gradients],
+    [right, right_in_place, right_other_zeros, right_accumulation, right_closure, right_decaying_gradients],
     ids=lambda step: step.__name__,
 )
 def test_right_loops_give_no_finding(step: Step) -> None:

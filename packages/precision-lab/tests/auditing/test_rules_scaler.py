@@ -157,9 +157,31 @@ def manual_scale(t: Training) -> None:
     t.optimizer.step()
 
 
+def in_a_hook(t: Training) -> None:
+    hooks = [
+        param.register_hook(lambda grad: grad.clamp(-1, 1))  # here
+        for param in t.model.parameters()
+    ]
+    t.backward()
+    for hook in hooks:
+        hook.remove()
+    t.end()
+
+
+def in_a_hook_after(t: Training) -> None:
+    def clip(param: Tensor) -> None:
+        nn.utils.clip_grad_norm_([param], 1.0)  # here
+
+    hooks = [param.register_post_accumulate_grad_hook(clip) for param in t.model.parameters()]
+    t.backward()
+    for hook in hooks:
+        hook.remove()
+    t.end()
+
+
 CLIPPED = [
     *(plain, not_foreach, values, handwritten, handwritten_number, normalised, clamped, one_of_two, of_the_other),
-    *(accumulated, manual_scale),
+    *(accumulated, manual_scale, in_a_hook, in_a_hook_after),
 ]
 
 
@@ -238,9 +260,40 @@ def manual_scale_right(t: Training) -> None:
     t.optimizer.step()
 
 
+def projected(t: Training) -> None:
+    """Gradients of two losses, one without what it has of the other: the same at every scale."""
+    taken = []
+    for _ in range(2):
+        t.backward()
+        taken.append([param.grad.clone() for param in t.params])  # type: ignore[union-attr]
+    for param, one, other in zip(t.params, *taken, strict=True):
+        share = (one * other).sum() / (other * other).sum()
+        param.grad = one - share * other
+    t.end()
+
+
+def hook_right(t: Training) -> None:
+    hooks = [param.register_hook(lambda grad: grad * 0.5) for param in t.model.parameters()]
+    t.backward()
+    for hook in hooks:
+        hook.remove()
+    t.end()
+
+
 @pytest.mark.parametrize(
     "loop",
-    [clip, clip_both, scaled_bound, mean_by_hand, logged, accumulated_right, two_losses, manual_scale_right],
+    [
+        projected,
+        hook_right,
+        clip,
+        clip_both,
+        scaled_bound,
+        mean_by_hand,
+        logged,
+        accumulated_right,
+        two_losses,
+        manual_scale_right,
+    ],
     ids=lambda loop: loop.__name__,
 )
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
@@ -342,42 +395,3 @@ def test_what_torch_raises_at_is_found() -> None:
     assert finding.line is not None
     assert finding.line.text.endswith("# here")
     assert "RuntimeError" in finding.why
-
-
-# ---------------------------------------------------------------- update once per optimizer
-
-
-def per_optimizer(t: Training) -> None:
-    t.both()
-    for each in (t.optimizer, t.second):
-        t.scaler.step(each)
-        t.scaler.update()  # here
-
-
-def before_the_second(t: Training) -> None:
-    t.both()
-    t.scaler.unscale_(t.second)
-    t.scaler.step(t.optimizer)
-    t.scaler.update()  # here
-    t.scaler.step(t.second)
-    t.scaler.update()
-
-
-@pytest.mark.parametrize("loop", [per_optimizer, before_the_second], ids=lambda loop: loop.__name__)
-def test_an_update_for_each_optimizer_is_found(loop: Loop) -> None:
-    findings = [each for each in found(loop) if each.code == "update-per-optimizer"]
-    (finding,) = findings
-    assert finding.level == "error"
-    assert finding.line is not None
-    assert finding.line.text.endswith("# here")
-
-
-def test_a_gan_that_updates_after_each_of_its_losses_is_right() -> None:
-    def gan(t: Training) -> None:
-        for model, optimizer in ((t.model, t.optimizer), (t.other, t.second)):
-            optimizer.zero_grad()
-            t.scaler.scale(t.loss(model)).backward()
-            t.scaler.step(optimizer)
-            t.scaler.update()
-
-    assert found(gan) == []

@@ -79,6 +79,8 @@ def _autocast(recorder: Recorder, original: Any, self: Any) -> Any:
     result = original(self)
     if not recorder.autocast:
         recorder.cache += 1
+    if recorder.stack and self._enabled:
+        recorder.root.data["within"][self.device] = self.fast_dtype
     recorder.autocast.append((self.device, self.fast_dtype) if self._enabled else (self.device, None))
     asked = recorder.asked.get(self, self._enabled)
     recorder.contexts.append(Context(self.device, self.fast_dtype, asked, self._enabled))
@@ -133,6 +135,7 @@ def _around_backward(recorder: Recorder, roots: list[Tensor], run: Callable[[], 
             fresh=[],
             products=[],
         )
+    recorder.backward_line = event.line if event is not None else None
     recorder.before_backward(roots)
     recorder.in_backward += 1
     try:

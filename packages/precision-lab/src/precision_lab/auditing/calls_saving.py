@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -62,5 +63,6 @@ def _note_saved(recorder: Recorder, obj: Any, file: Any) -> None:
                 walk(each, f"{path}.{number}", depth + 1)
 
     walk(obj, "")
-    file = str(getattr(file, "name", file))
+    name = getattr(file, "name", file)
+    file = str(name) if isinstance(name, (str, os.PathLike)) else "the checkpoint"
     recorder.note("saved", file=file, tensors=tensors, scaler=has_scaler, optimizer=has_optimizer, numbers=numbers)

@@ -49,7 +49,10 @@ def _get_scale(recorder: Recorder, original: Any, self: Any) -> Any:
 def _unscale(recorder: Recorder, original: Any, self: Any, optimizer: Any) -> Any:
     if self.is_enabled():
         recorder.gradients.settle()
-        recorder.note("unscale", scaler=recorder.keep(self), optimizer=recorder.keep(optimizer), **state_of(optimizer))
+        scaler, within = recorder.keep(self), bool(recorder.scaler_steps)
+        recorder.note(
+            "unscale", scaler=scaler, optimizer=recorder.keep(optimizer), within=within, **state_of(optimizer)
+        )
     return original(self, optimizer)
 
 
@@ -74,9 +77,12 @@ def _scaler_step(recorder: Recorder, original: Any, self: Any, optimizer: Any, *
 
 
 def _scaler_update(recorder: Recorder, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    if self.is_enabled():
-        recorder.note("scaler_update", scaler=recorder.keep(self))
-    return original(self, *args, **kwargs)
+    if not self.is_enabled():
+        return original(self, *args, **kwargs)
+    event = recorder.note("scaler_update", scaler=recorder.keep(self), ran=False)
+    result = original(self, *args, **kwargs)
+    event.data["ran"] = True
+    return result
 
 
 def _scheduler(recorder: Recorder, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -56,7 +56,8 @@ class Event:
 
     kind            data
     forward         root, params, autocast (device type -> dtype), grad, training, recompute, device, inputs, outputs,
-                    contexts (open ones, innermost last), ids (of parameters that train), cache (number of autocast's
+                    contexts (open ones, innermost last), within (device type -> dtype of autocast that was entered in
+                    it), ids (of parameters that train), cache (number of autocast's
                     weight cache in use, or None)
     autocast        device, dtype, enabled, asked (False where enabled=False was), cache, inside: a context was entered,
                     in that module's forward
@@ -67,15 +68,17 @@ class Event:
     scale           scaler, scale
     scale_read      scaler: scaler.get_scale()
     scaler_off      a scaler that is not enabled was asked to scale
-    unscale         scaler, optimizer, ids, without, dtypes (of its parameters that train)
+    unscale         scaler, optimizer, within (scaler.step, which unscales if nobody did), ids, without, dtypes (of its
+                    parameters that train)
     unscaled        ids (of parameters whose gradients torch's unscaling wrote), inverse, found (inf or NaN)
     gradients       ids, how (the operation), functions (the callers' names): gradients changed, by clipping mostly;
                     by (the number they were multiplied with, or None), computed (whether an operand was computed from
-                    gradients), others (tensors among the operands), limit (of a clip_grad_ function of torch)
+                    gradients), degree (its power of their scale), others (tensors among the operands),
+                    limit (of a clip_grad_ function of torch)
     gradients_read  ids: a number that was computed from gradients was read
     cleared         ids: gradients set to zero; those set to None are `fresh` at the next backward
     scaler_step     scaler, optimizer, ran (None: it raised), ids, without, dtypes
-    scaler_update   scaler
+    scaler_update   scaler, ran (False: it raised)
     step            optimizer, name (of its class), ids (of its parameters), without (those that train and have no
                     gradient), dtypes, closure, scaler (whose step made this one), grad_scale (left to a fused step),
                     cache
@@ -171,6 +174,7 @@ class Record:
     libraries: list[str] = field(default_factory=list)  # that were seen to run the loop
     trained: dict[str, torch.dtype] = field(default_factory=dict)  # name of a parameter -> dtype at its last step
     params: dict[int, str] = field(default_factory=dict)  # id of a parameter -> name, empty where no model has it
+    asked: str = ""  # the mixed precision that Accelerate was made with
     backends: dict[str, Any] = field(default_factory=dict)  # torch's own switches: matmul precision, TF32
 
     def count(self, kind: str) -> int:

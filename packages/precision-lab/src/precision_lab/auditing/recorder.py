@@ -26,7 +26,7 @@ from precision_lab.auditing.optimizers import Steps, ids_of, note_step
 from precision_lab.auditing.record import Context, Event, Record
 from precision_lab.auditing.sample import Sample
 from precision_lab.auditing.stored import read_stored
-from precision_lab.auditing.switches import switches
+from precision_lab.auditing.switches import asked_precision, switches
 from precision_lab.auditing.where import Line, Where
 
 
@@ -43,6 +43,7 @@ class Recorder:
         self.where = Where()
         self.running = False
         self.stack: list[str] = []
+        self.root = Event("forward", None, "", 0)  # the outermost forward that runs, or ran last
         self.autocast: list[tuple[str, torch.dtype | None]] = []  # contexts that are open, innermost last
         self.contexts: list[Context] = []  # the same, and whether enabled=True was asked for
         self._asked = False
@@ -58,6 +59,7 @@ class Recorder:
         self.gradients = Gradients(self.params)
         self.scaled: dict[int, tuple[int, float]] = {}  # number of an autograd node -> scaler that made it, scale
         self.scaler_steps: list[int] = []  # scalers whose step runs
+        self.backward_line: Line | None = None
         self.backward_dtypes: set[torch.dtype] = set()  # of products in the backward that runs
         self.asked = WeakKeyDictionary[Any, bool]()  # autocast contexts -> whether enabled=True was asked for
         self.cache = 0  # number of the weight cache of autocast that is in use
@@ -97,6 +99,7 @@ class Recorder:
         }
         record.stored += read_stored(self.names, list(self.optimizers.values()))
         record.backends = switches()
+        record.asked = asked_precision()
         record.params = {id(param): self.names.param(param) or "" for param in self.params()}
         record.events = [event for event in record.events if event.kind != "gradients" or event.ids]
         if not record.of("forward"):
@@ -230,7 +233,7 @@ class Recorder:
         if device is not None and device not in self.record.devices:
             self.record.devices.append(device)
         types = {"cpu", *self.record.devices}
-        self.note(
+        self.root = self.note(
             "forward",
             root=path,
             params=sum(1 for _ in module.parameters()),
@@ -240,6 +243,7 @@ class Recorder:
             recompute=bool(self.in_backward),
             device=device,
             contexts=list(self.contexts),
+            within={},
             cache=self.open_cache(),
             ids=[id(param) for param in module.parameters() if param.requires_grad],
             inputs=[each.dtype for each in torch.utils._pytree.tree_leaves(inputs) if isinstance(each, Tensor)],
@@ -251,9 +255,8 @@ class Recorder:
             return
         self.stack.pop()
         if not self.stack:
-            event = self.record.of("forward")[-1]
             leaves = torch.utils._pytree.tree_leaves(dict(output) if hasattr(output, "keys") else output)
-            event.data["outputs"] = [each.dtype for each in leaves if isinstance(each, Tensor)]
+            self.root.data["outputs"] = [each.dtype for each in leaves if isinstance(each, Tensor)]
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self.running:

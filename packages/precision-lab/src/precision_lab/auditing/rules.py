@@ -16,6 +16,7 @@ from precision_lab.auditing import (
     rules_scaler,
     rules_state,
     rules_switches,
+    rules_update,
     rules_values,
 )
 from precision_lab.auditing.finding import Finding, worst_first
@@ -26,6 +27,7 @@ Rule = Callable[[Record], Iterator[Finding]]
 RULES: tuple[Rule, ...] = (
     *rules_asked.RULES,
     *rules_scaler.RULES,
+    *rules_update.RULES,
     *rules_loss.RULES,
     *rules_loop.RULES,
     *rules_autocast.RULES,

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from precision_lab.auditing.finding import Finding, Remedy
+from precision_lab.auditing.kinds import PRODUCTS
 from precision_lab.auditing.ledger import short
-from precision_lab.auditing.record import Context, Event, Record
+from precision_lab.auditing.record import FORWARD, Context, Event, Record
 from precision_lab.auditing.replay import ENGINES, name_of
 
 _OURS = 'Fabric(precision="bf16-mixed") enters autocast for the device that it moves the model to, around forward alone'
@@ -21,7 +22,7 @@ def other_device(record: Record) -> Iterator[Finding]:
     "dtype."""
     devices = {event.device for event in record.of("forward")}
     for event in _forwards(record):
-        if event.device in (None, "meta") or event.device in event.autocast:
+        if event.device in (None, "meta") or event.device in _under(event):
             continue
         own = [each for each in event.contexts if each.device == event.device]
         if own and not own[-1].asked:  # turned off for this part
@@ -56,6 +57,30 @@ def _does_nothing(record: Record, context: Context, what: str, cause: str) -> Fi
     )
 
 
+def mode_without_effect(record: Record) -> Iterator[Finding]:
+    """Accelerate was asked for mixed precision, and nothing was computed in half."""
+    if record.asked not in ("fp16", "bf16") or not set(record.libraries) & {"Accelerate", "transformers", "TRL"}:
+        return
+    products = {op.inputs[-1] for op in record.ops if op.kind in PRODUCTS and op.inputs and op.phase == FORWARD}
+    if products and products <= {torch.float32}:
+        yield Finding(
+            "mode-without-effect",
+            "warning",
+            f'mixed precision "{record.asked}" was asked for, and every product was computed in float32',
+            f"Accelerate leaves out what it does not do on {', '.join(record.devices)}, and does not say so: "
+            f"nothing is "
+            "faster or smaller than in float32",
+            Remedy(
+                torch='Accelerator(mixed_precision="bf16") has an effect on a CPU, too',
+                ours='Fabric(precision="16-mixed") is float16 with a scaler on every device; "bf16-mixed" is '
+                "faster on CPUs",
+                accelerate='Accelerator(mixed_precision="bf16"), which is done on a CPU, too; "fp16" is done on GPUs',
+                transformers="TrainingArguments(bf16=True), which is done on a CPU, too; fp16=True is done on GPUs",
+            ),
+            line=next((event.line for event in record.of("backward")), None),
+        )
+
+
 def around_backward(record: Record) -> Iterator[Finding]:
     """Backward ran inside of an autocast context."""
     for event in record.of("backward"):
@@ -82,10 +107,10 @@ def forward_outside(record: Record) -> Iterator[Finding]:
     """A model trains inside of autocast in one place, and outside of it in another."""
     order = {id(event): number for number, event in enumerate(record.events)}
     backward = next((order[id(event)] for event in record.of("backward")), len(order))
-    inside = {event.root: event for event in _forwards(record) if event.device in event.autocast}
+    inside = {event.root: event for event in _forwards(record) if event.device in _under(event)}
     penalties = any(event.create_graph for event in record.of("autograd_grad"))
     for event in _forwards(record):
-        if event.device in event.autocast or any(each.device == event.device for each in event.contexts):
+        if event.device in _under(event) or any(each.device == event.device for each in event.contexts):
             continue
         # One before the first backward alone is a dry run.
         again = any(each.line == event.line and order[id(each)] > backward for each in _forwards(record))
@@ -96,7 +121,7 @@ def forward_outside(record: Record) -> Iterator[Finding]:
                 "info" if penalties else "warning",  # penalties on gradients are computed in float32 on purpose
                 f"a forward that trains ran outside of autocast, in float32; {known.line} runs the same model "
                 "inside, in "
-                f"{short(known.autocast[known.device])}",
+                f"{short(_under(known)[known.device])}",
                 "this forward takes the time and memory of float32, and differs from the other by rounding",
                 Remedy(
                     torch="enter torch.autocast around this forward, too; torch.autocast(..., enabled=False) says "
@@ -165,6 +190,11 @@ def cast_without_gradients(record: Record) -> Iterator[Finding]:
                 )
 
 
+def _under(event: Event) -> dict[str, torch.dtype]:
+    """Autocast of a forward: around it, or entered in it, as libraries do that wrap it."""
+    return {**event.within, **event.autocast}
+
+
 def _forwards(record: Record) -> list[Event]:
     """Forward calls that train, by the user's loop or a library's."""
     return [
@@ -174,4 +204,4 @@ def _forwards(record: Record) -> list[Event]:
     ]
 
 
-RULES = (other_device, around_backward, forward_outside, stale_casts, cast_without_gradients)
+RULES = (other_device, mode_without_effect, around_backward, forward_outside, stale_casts, cast_without_gradients)

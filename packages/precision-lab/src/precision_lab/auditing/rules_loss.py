@@ -29,7 +29,7 @@ def loss_unscaled(record: Record) -> Iterator[Finding]:
     autocast = False  # the forward before ran under float16 autocast
     for event in record.events:
         if event.kind == "forward" and event.grad:
-            autocast = torch.float16 in event.autocast.values()
+            autocast = torch.float16 in {**event.within, **event.autocast}.values()
         if event.kind != "backward" or event.library in ENGINES or event.factor in by_hand:
             continue
         if torch.float16 not in event.products and (event.products or not autocast):
