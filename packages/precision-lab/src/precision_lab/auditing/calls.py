@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor
 
 from precision_lab.auditing.calls_model import model_calls
+from precision_lab.auditing.calls_saving import saving_calls
 from precision_lab.auditing.calls_scaler import scaler_calls
 from precision_lab.auditing.graph import loss_scale
+from precision_lab.auditing.record import Context
 
 if TYPE_CHECKING:
     from precision_lab.auditing.recorder import Recorder
@@ -53,11 +54,10 @@ def _watched() -> Iterator[tuple[Any, str, Around]]:
     yield torch.autograd, "grad", _grad
     yield torch.autograd.graph.saved_tensors_hooks, "__enter__", _saved_hooks
     yield from scaler_calls()
-    yield torch, "save", _save
-    if importlib.util.find_spec("safetensors") is not None:
-        import safetensors.torch
-
-        yield safetensors.torch, "save_file", _save_file
+    yield torch.optim.Optimizer, "__init__", _optimizer_made
+    yield torch, "set_float32_matmul_precision", _matmul_precision
+    yield type(torch.backends.cuda.matmul), "__setattr__", _matmul_switch
+    yield from saving_calls()
 
 
 def _autocast_made(recorder: Recorder, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -79,8 +79,11 @@ def _autocast(recorder: Recorder, original: Any, self: Any) -> Any:
     result = original(self)
     if not recorder.autocast:
         recorder.cache += 1
+    if recorder.stack and self._enabled:
+        recorder.root.data["within"][self.device] = self.fast_dtype
     recorder.autocast.append((self.device, self.fast_dtype) if self._enabled else (self.device, None))
-    recorder.contexts.append((self.device, self.fast_dtype, recorder.asked.get(self, self._enabled)))
+    asked = recorder.asked.get(self, self._enabled)
+    recorder.contexts.append(Context(self.device, self.fast_dtype, asked, self._enabled))
     return result
 
 
@@ -146,36 +149,18 @@ def _saved_hooks(recorder: Recorder, original: Any, self: Any) -> Any:
     return original(self)
 
 
-def _save(recorder: Recorder, original: Any, obj: Any, f: Any, *args: Any, **kwargs: Any) -> Any:
-    result = original(obj, f, *args, **kwargs)
-    _note_saved(recorder, obj, f)
-    return result
+def _optimizer_made(recorder: Recorder, original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, *args, **kwargs)
+    recorder.counted.made(self)
 
 
-def _save_file(recorder: Recorder, original: Any, tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> Any:
-    result = original(tensors, filename, *args, **kwargs)
-    _note_saved(recorder, tensors, filename)
-    return result
+def _matmul_precision(recorder: Recorder, original: Any, precision: str) -> None:
+    recorder.note("switches", name="torch.set_float32_matmul_precision", value=precision, tf32=precision != "highest")
+    original(precision)
 
 
-_SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
-
-
-def _note_saved(recorder: Recorder, obj: Any, file: Any) -> None:
-    tensors: dict[str, torch.dtype] = {}
-    found = {"scaler": False, "optimizer": False}
-
-    def walk(value: Any, path: str, depth: int = 0) -> None:
-        if isinstance(value, Tensor):
-            tensors[path] = value.dtype
-        elif isinstance(value, dict) and depth < 8:
-            found["scaler"] |= set(value) >= _SCALER_KEYS
-            found["optimizer"] |= set(value) >= {"state", "param_groups"}
-            for key, each in value.items():
-                walk(each, f"{path}.{key}" if path else str(key), depth + 1)
-        elif isinstance(value, (list, tuple)) and depth < 8:
-            for number, each in enumerate(value):
-                walk(each, f"{path}.{number}", depth + 1)
-
-    walk(obj, "")
-    recorder.note("saved", file=str(getattr(file, "name", file)), tensors=tensors, **found)
+def _matmul_switch(recorder: Recorder, original: Any, self: Any, name: str, value: Any) -> None:
+    if name in ("allow_tf32", "fp32_precision"):
+        tf32 = value in (True, "tf32")
+        recorder.note("switches", name=f"torch.backends.cuda.matmul.{name}", value=value, tf32=tf32)
+    original(self, name, value)

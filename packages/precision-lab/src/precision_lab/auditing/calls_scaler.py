@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 
-from precision_lab.auditing.optimizers import ids_of
+from precision_lab.auditing.optimizers import state_of
 
 if TYPE_CHECKING:
     from precision_lab.auditing.recorder import Recorder
@@ -36,6 +36,8 @@ def _scale(recorder: Recorder, original: Any, self: Any, outputs: Any) -> Any:
         for each in torch.utils._pytree.tree_leaves(result):
             if isinstance(each, Tensor) and each.grad_fn is not None:
                 recorder.scaled[each.grad_fn._sequence_nr()] = scaler, scale
+    elif recorder.record.count("scaler_off") == 0:
+        recorder.note("scaler_off")
     return result
 
 
@@ -47,15 +49,7 @@ def _get_scale(recorder: Recorder, original: Any, self: Any) -> Any:
 def _unscale(recorder: Recorder, original: Any, self: Any, optimizer: Any) -> Any:
     if self.is_enabled():
         recorder.gradients.settle()
-        groups = getattr(optimizer, "param_groups", ())
-        dtypes = {each.dtype for group in groups for each in group["params"] if each.requires_grad}
-        recorder.note(
-            "unscale",
-            scaler=recorder.keep(self),
-            optimizer=recorder.keep(optimizer),
-            ids=ids_of(optimizer),
-            dtypes=dtypes,
-        )
+        recorder.note("unscale", scaler=recorder.keep(self), optimizer=recorder.keep(optimizer), **state_of(optimizer))
     return original(self, optimizer)
 
 
@@ -65,7 +59,7 @@ def _scaler_step(recorder: Recorder, original: Any, self: Any, optimizer: Any, *
     recorder.gradients.settle()
     scaler = recorder.keep(self)
     event = recorder.note(
-        "scaler_step", scaler=scaler, optimizer=recorder.keep(optimizer), ran=None, ids=ids_of(optimizer)
+        "scaler_step", scaler=scaler, optimizer=recorder.keep(optimizer), ran=None, **state_of(optimizer)
     )
     before = len(recorder.record.of("step"))
     recorder.scaler_steps.append(scaler)

@@ -38,4 +38,6 @@ def run(
     if outcome.traceback:
         click.echo(f"\n{script} failed:\n{outcome.traceback}", err=True)
         return 2
+    if outcome.interrupted:
+        return outcome.exit_code
     return 1 if fail_on != "never" and outcome.report.at(fail_on) else 0

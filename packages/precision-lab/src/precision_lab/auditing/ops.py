@@ -143,7 +143,7 @@ class Ops(TorchDispatchMode):
         if output is not None and output.dtype in HALVES and phase in (FORWARD, LOOP):
             if kind is CAST or name in _ARITHMETIC:
                 self._note_rounded(kind is CAST, inputs, output.dtype, module, line)
-            if kind is CAST and not torch.is_grad_enabled() and autocast and recorder.is_trained(inputs[0]):
+            if kind is CAST and not torch.is_grad_enabled() and recorder.is_trained(inputs[0]):
                 recorder.note("cast_without_gradients", line, name=recorder.names.param(inputs[0]))
 
     def _note_made(self, name: str, outputs: list[Tensor]) -> None:

@@ -40,14 +40,25 @@ class Op:
     back: int = 0  # bytes of a cast to float32 that was cast back at once
 
 
+@dataclass(frozen=True)
+class Context:
+    """An autocast context that is open."""
+
+    device: str
+    dtype: torch.dtype
+    asked: bool  # False where enabled=False was passed
+    enabled: bool  # False also where torch disabled it, with a warning
+
+
 @dataclass
 class Event:
     """One call that a loop makes: forward, backward, step, ..., with what was seen of it.
 
     kind            data
     forward         root, params, autocast (device type -> dtype), grad, training, recompute, device, inputs, outputs,
-                    wanted (devices and dtypes of the open contexts that asked for autocast), ids (of parameters that
-                    train), cache (number of autocast's weight cache in use, or None)
+                    contexts (open ones, innermost last), within (device type -> dtype of autocast that was entered in
+                    it), ids (of parameters that train), cache (number of autocast's
+                    weight cache in use, or None)
     autocast        device, dtype, enabled, asked (False where enabled=False was), cache, inside: a context was entered,
                     in that module's forward
     backward        dtype, factor (what the loss was multiplied with), scaler (whose scale that is), partly (scaled),
@@ -56,24 +67,26 @@ class Event:
     autograd_grad   torch.autograd.grad was called, create_graph
     scale           scaler, scale
     scale_read      scaler: scaler.get_scale()
-    unscale         scaler, optimizer, ids, dtypes (of the parameters)
+    scaler_off      a scaler that is not enabled was asked to scale
+    unscale         scaler, optimizer, ids, without, dtypes (of its parameters that train)
     unscaled        ids (of parameters whose gradients torch's unscaling wrote), inverse, found (inf or NaN)
     gradients       ids, how (the operation), functions (the callers' names): gradients changed, by clipping mostly;
                     by (the number they were multiplied with, or None), computed (whether an operand was computed from
                     gradients), others (tensors among the operands), limit (of a clip_grad_ function of torch)
     gradients_read  ids: a number that was computed from gradients was read
     cleared         ids: gradients set to zero; those set to None are `fresh` at the next backward
-    scaler_step     scaler, optimizer, ran (None: it raised), ids
+    scaler_step     scaler, optimizer, ran (None: it raised), ids, without, dtypes
     scaler_update   scaler
     step            optimizer, name (of its class), ids (of its parameters), without (those that train and have no
-                    gradient), closure, scaler (whose step made this one), grad_scale (left to a fused step), cache
+                    gradient), dtypes, closure, scaler (whose step made this one), grad_scale (left to a fused step),
+                    cache
     scheduler       scheduler, optimizer
     saved           file, tensors (key path -> dtype), scaler and optimizer: whether their state is in it, numbers
     reduce          op, dtype, elements, phase
     module_cast     root (class), path, of, to: model.bfloat16(), model.to(...) changed dtypes, the first that changed
     comm_hook       name: a hook of DDP's that reduces gradients in its own way
-    switches        one of torch's switches for float32 products was set: name, value
-    cast_without_gradients  name (of a parameter that autocast cast under no_grad)
+    switches        one of torch's switches for float32 products was set: name, value, tf32
+    cast_without_gradients  name (of a parameter that was cast to half under no_grad)
 
     Scalers and optimizers are ids, equal for the same object.
     """
@@ -141,13 +154,18 @@ class Record:
     tied: dict[str, list[str]] = field(default_factory=dict)
     untied: list[tuple[str, str, str]] = field(default_factory=list)  # two parameters, and why they should be one
     angles: list[Event] = field(default_factory=list)  # sines and cosines of half numbers without gradients
-    asked: list[str] = field(default_factory=list)  # engines whose own named mode made the parameters half
+    engines: list[str] = field(default_factory=list)  # engines whose own named mode made the parameters half
     steps: int = 0
     devices: list[str] = field(default_factory=list)
     libraries: list[str] = field(default_factory=list)  # that were seen to run the loop
     trained: dict[str, torch.dtype] = field(default_factory=dict)  # name of a parameter -> dtype at its last step
     params: dict[int, str] = field(default_factory=dict)  # id of a parameter -> name, empty where no model has it
+    asked: str = ""  # the mixed precision that Accelerate was made with
     backends: dict[str, Any] = field(default_factory=dict)  # torch's own switches: matmul precision, TF32
+
+    def count(self, kind: str) -> int:
+        """How many events of the kind there are."""
+        return len(self.of(kind))
 
     def of(self, *kinds: str) -> list[Event]:
         """The events of these kinds, in order."""

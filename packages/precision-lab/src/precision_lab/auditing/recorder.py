@@ -20,11 +20,11 @@ from precision_lab.auditing.graph import saved_activations
 from precision_lab.auditing.models import read_model
 from precision_lab.auditing.names import Names
 from precision_lab.auditing.ops import Ops
-from precision_lab.auditing.optimizers import ids_of, note_step
-from precision_lab.auditing.record import Event, Record
+from precision_lab.auditing.optimizers import Steps, ids_of, note_step
+from precision_lab.auditing.record import Context, Event, Record
 from precision_lab.auditing.sample import Sample
 from precision_lab.auditing.stored import read_stored
-from precision_lab.auditing.switches import switches
+from precision_lab.auditing.switches import asked_precision, switches
 from precision_lab.auditing.where import Line, Where
 
 
@@ -41,8 +41,9 @@ class Recorder:
         self.where = Where()
         self.running = False
         self.stack: list[str] = []
+        self.root = Event("forward", None, "", 0)  # the outermost forward that runs, or ran last
         self.autocast: list[tuple[str, torch.dtype | None]] = []  # contexts that are open, innermost last
-        self.contexts: list[tuple[str, torch.dtype, bool]] = []  # the same, and whether enabled=True was asked for
+        self.contexts: list[Context] = []  # the same, and whether enabled=True was asked for
         self.in_step = 0
         self.in_backward = 0
         self.in_cast = False  # in a module's `to`, of which each child's is a part
@@ -51,7 +52,7 @@ class Recorder:
         self._on_step = on_step
         self._ops = Ops(self)
         self._exit = ExitStack()
-        self._attempts: dict[int, int] = {}
+        self.counted = Steps()
         self.gradients = Gradients(self.params)
         self.scaled: dict[int, tuple[int, float]] = {}  # number of an autograd node -> scaler that made it, scale
         self.scaler_steps: list[int] = []  # scalers whose step runs
@@ -94,6 +95,7 @@ class Recorder:
         }
         record.stored += read_stored(self.names, list(self.optimizers.values()))
         record.backends = switches()
+        record.asked = asked_precision()
         record.params = {id(param): self.names.param(param) or "" for param in self.params()}
         record.events = [event for event in record.events if event.kind != "gradients" or event.ids]
         if not record.of("forward"):
@@ -110,8 +112,8 @@ class Recorder:
 
     @property
     def steps(self) -> int:
-        """Training steps that have ended: of the optimizer that stepped least often."""
-        return min(self._attempts.values(), default=0)
+        """Training steps that have begun: of the optimizer that stepped least often."""
+        return self.counted.all
 
     def note(self, kind: str, line: Line | None = None, **data: Any) -> Event:
         """Adds a call to what was seen."""
@@ -190,11 +192,10 @@ class Recorder:
 
     def attempted(self, optimizer: Optimizer) -> None:
         """Called where a step of the optimizer begins, or was skipped by a scaler."""
-        made = self._attempts.get(id(optimizer), 0)
-        if self._on_step is not None and made and made == self._attempts[id(optimizer)]:
-            self._on_step(made)
+        if self._on_step is not None and self.counted.of(optimizer):
+            self._on_step(self.steps)
         self.optimizers[id(optimizer)] = optimizer
-        self._attempts[id(optimizer)] = made + 1
+        self.counted.begin(optimizer)
 
     # ---------------------------------------------------------------- hooks
 
@@ -202,7 +203,8 @@ class Recorder:
         if torch.compiler.is_compiling() or not self.running:
             return
         if not self.stack:
-            if module.training and torch.is_grad_enabled() and self._on_step is not None and not self.in_backward:
+            within = self.in_backward or self.in_step  # a recomputation, a closure
+            if module.training and torch.is_grad_enabled() and self._on_step is not None and not within:
                 self._on_step(self.steps)
             self.names.add(module)
         elif not self.names.knows(module):
@@ -219,7 +221,7 @@ class Recorder:
         if device is not None and device not in self.record.devices:
             self.record.devices.append(device)
         types = {"cpu", *self.record.devices}
-        self.note(
+        self.root = self.note(
             "forward",
             root=path,
             params=sum(1 for _ in module.parameters()),
@@ -228,7 +230,8 @@ class Recorder:
             training=module.training,
             recompute=bool(self.in_backward),
             device=device,
-            wanted=[(of, dtype) for of, dtype, asked in self.contexts if asked],
+            contexts=list(self.contexts),
+            within={},
             cache=self.open_cache(),
             ids=[id(param) for param in module.parameters() if param.requires_grad],
             inputs=[each.dtype for each in torch.utils._pytree.tree_leaves(inputs) if isinstance(each, Tensor)],
@@ -240,9 +243,8 @@ class Recorder:
             return
         self.stack.pop()
         if not self.stack:
-            event = self.record.of("forward")[-1]
             leaves = torch.utils._pytree.tree_leaves(dict(output) if hasattr(output, "keys") else output)
-            event.data["outputs"] = [each.dtype for each in leaves if isinstance(each, Tensor)]
+            self.root.data["outputs"] = [each.dtype for each in leaves if isinstance(each, Tensor)]
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self.running:

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from precision_lab.auditing import rules_compute, rules_islands, rules_model, rules_scaler, rules_state, rules_values
+from precision_lab.auditing import (
+    rules_autocast,
+    rules_checkpoint,
+    rules_compute,
+    rules_islands,
+    rules_loop,
+    rules_loss,
+    rules_model,
+    rules_scaler,
+    rules_state,
+    rules_switches,
+    rules_values,
+)
 from precision_lab.auditing.finding import Finding, worst_first
 from precision_lab.auditing.record import Record
 
@@ -12,6 +24,11 @@ Rule = Callable[[Record], Iterator[Finding]]
 
 RULES: tuple[Rule, ...] = (
     *rules_scaler.RULES,
+    *rules_loss.RULES,
+    *rules_loop.RULES,
+    *rules_autocast.RULES,
+    *rules_checkpoint.RULES,
+    *rules_switches.RULES,
     *rules_state.RULES,
     *rules_islands.RULES,
     *rules_compute.RULES,

@@ -16,12 +16,16 @@ class _Enough(BaseException):
     """Ends the script where it has trained enough: no `except Exception` of its own catches it."""
 
 
+_TIMES = 100
+
+
 @dataclass
 class Outcome:
     """How the script ended."""
 
     report: Report
     traceback: str = ""  # of the script, if it failed
+    interrupted: bool = False  # by Ctrl-C
     exit_code: int = 0  # its own
 
 
@@ -30,7 +34,8 @@ def audit_script(path: str, arguments: list[str], steps: int | None = 2) -> Outc
     taken = list[int]()
 
     def on_step(ended: int) -> None:
-        if steps is not None and ended >= steps and not taken:
+        # Again and again: a script may catch everything.
+        if steps is not None and ended >= steps and len(taken) < _TIMES:
             taken.append(ended)
             raise _Enough
 
@@ -41,9 +46,12 @@ def audit_script(path: str, arguments: list[str], steps: int | None = 2) -> Outc
     sys.path[0] = os.path.dirname(os.path.abspath(path))
     try:
         with recorder:
-            runpy.run_path(path, run_name="__main__")
+            runpy.run_path(os.path.abspath(path), run_name="__main__")
     except _Enough:
         pass
+    except KeyboardInterrupt:
+        outcome.interrupted, outcome.exit_code = True, 130
+        recorder.note_unseen(f"interrupted after {recorder.record.steps} training steps")
     except SystemExit as ended:
         if not taken and ended.code not in (None, 0):
             outcome.exit_code = ended.code if isinstance(ended.code, int) else 1
@@ -54,7 +62,9 @@ def audit_script(path: str, arguments: list[str], steps: int | None = 2) -> Outc
     finally:
         sys.argv, sys.path[:] = old_argv, old_path
     outcome.report.fill(recorder.record)
-    if steps is not None and recorder.record.steps < steps and not outcome.traceback:
+    if len(taken) == _TIMES:
+        recorder.note_unseen("the script caught what ends it, and ran on to its own end")
+    if steps is not None and recorder.record.steps < steps and not outcome.traceback and not outcome.interrupted:
         recorder.note_unseen(f"the script ended after {recorder.record.steps} training steps")
     if steps is not None:
         recorder.note_unseen("what the script does later: checkpoints, evaluation (--steps all runs it to its end)")

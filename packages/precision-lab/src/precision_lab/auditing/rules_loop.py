@@ -1,0 +1,169 @@
+"""Rules about a loop's order: zero_grad, backward, step and the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from precision_lab.auditing.finding import Finding, Remedy
+from precision_lab.auditing.record import Event, Record
+from precision_lab.auditing.replay import ENGINES, Moment, name_of, replay
+
+_ZERO = Remedy(
+    torch="call optimizer.zero_grad() once in an iteration: after optimizer.step(), or before the first backward",
+    ours="call optimizer.zero_grad() once in an iteration, after optimizer.step()",
+)
+
+
+def gradients_kept(record: Record) -> Iterator[Finding]:
+    """A step takes gradients that have those of earlier steps in them."""
+    for moment in _steps(record):
+        ids = [each for each in moment.event.ids if each in moment.carried and moment.carried[each].old]
+        if ids:
+            yield Finding(
+                "gradients-kept",
+                "error",
+                f"{_taker(moment.event)} took gradients of {len(ids)} parameters that earlier steps had taken already",
+                "nothing clears the gradients after a step, so each backward adds to those of all steps before: the "
+                "updates grow, and in a half dtype small new gradients are rounded away beside the old ones",
+                _ZERO,
+                line=moment.event.line,
+                module=name_of(record, ids),
+            )
+
+
+def cleared_before_step(record: Record) -> Iterator[Finding]:
+    """Backward gave gradients, and none of them was there at the step."""
+    for moment in _steps(record):
+        event = moment.event
+        given = [each for each in event.ids if each in moment.given]
+        if given and all(each in event.without or each not in moment.carried for each in given):
+            yield Finding(
+                "cleared-before-step",
+                "error",
+                f"{_taker(event)} found no gradients: those of {len(given)} parameters were cleared after backward",
+                "a step without gradients changes nothing (weight decay and momentum aside): the model does not train",
+                Remedy(
+                    torch="call optimizer.zero_grad() before backward or after optimizer.step(), not between them",
+                    ours="call optimizer.zero_grad() after optimizer.step()",
+                ),
+                line=event.line,
+            )
+
+
+def stepped_without_gradients(record: Record) -> Iterator[Finding]:
+    """Backward ran, and gave none of an optimizer's parameters a gradient."""
+    backwards = 0
+    for moment in replay(record):
+        event = moment.event
+        backwards += event.kind == "backward"
+        if event.kind not in ("step", "scaler_step"):
+            continue
+        seen, backwards = backwards, 0
+        trains = [each for each in event.ids if each in event.without]
+        missed = bool(trains) and not any(each in moment.given or each in moment.carried for each in event.ids)
+        if not seen or not missed or event.data.get("closure"):
+            continue
+        known = [each for each in event.ids if record.params.get(each)]
+        yield Finding(
+            "stepped-without-gradients",
+            "error",
+            f"{_taker(event)} has {len(trains)} parameters that train, and backward gave none of them a gradient"
+            + ("" if known else ": no model that ran has them"),
+            "the model that ran holds other parameters than the optimizer: it was copied, rebuilt, or its parameters "
+            "were replaced after the optimizer was made"
+            if not known
+            else "the loss does not depend on them: their part of the model was detached, ran under no_grad, or is not "
+            "in the loss",
+            Remedy(
+                torch="make the optimizer last, from the parameters of the model that runs"
+                if not known
+                else "compute the loss from them, without detach() and no_grad, or leave them out of the optimizer",
+                ours="model, optimizer = fabric.setup(model, optimizer), with the optimizer of that very model",
+            ),
+            line=event.line,
+            module=name_of(record, trains) if known else "",
+        )
+
+
+def _steps(record: Record) -> Iterator[Moment]:
+    for moment in replay(record):
+        # With a closure backward is yet to come.
+        if moment.event.kind in ("step", "scaler_step") and not moment.event.data.get("closure"):
+            yield moment
+
+
+def _taker(event: Event) -> str:
+    return str(event.data.get("name", "scaler.step"))
+
+
+_AFTER = Remedy(
+    torch="step the scheduler only where the optimizer stepped: before = scaler.get_scale(); scaler.step(optimizer); "
+    "scaler.update(); if scaler.get_scale() >= before: scheduler.step()",
+    ours="loss scaling by Fabric counts its skipped steps: step the scheduler where optimizer.step() did not skip",
+    accelerate="scheduler = accelerator.prepare(scheduler) skips with the optimizer",
+)
+
+
+def scheduler_on_skipped_step(record: Record) -> Iterator[Finding]:
+    """The learning rate goes on although the scaler skipped the step."""
+    attempts: dict[int, list[Event]] = {}  # optimizer -> steps tried since the scheduler's last step
+    guarded = any(event.library == "" for event in record.of("scale_read"))
+    for event in record.events:
+        if event.kind == "scaler_step" and event.ran is not None:
+            attempts.setdefault(event.optimizer, []).append(event)
+        if event.kind != "scheduler" or event.library in ENGINES:
+            continue
+        tried = attempts.pop(event.optimizer, [])
+        if tried and not any(each.ran for each in tried):
+            yield Finding(
+                "scheduler-on-skipped-step",
+                "info" if event.library == "Lightning" else "warning",
+                "the scheduler stepped after a step that the scaler had skipped",
+                "gradients had overflowed, so the parameters stayed, and the learning rate moved on: warm-up is "
+                "shorter "
+                "than planned, by one step for each skipped one",
+                _AFTER,
+                line=event.line,
+            )
+        elif len(tried) == 1 and not guarded and event.library == "":
+            yield Finding(
+                "scheduler-unguarded",
+                "info",
+                "the scheduler steps after each scaler.step, skipped or not; none was skipped here",
+                "where gradients overflow the scaler skips the optimizer's step alone",
+                _AFTER,
+                line=event.line,
+            )
+
+
+def scheduler_before_optimizer(record: Record) -> Iterator[Finding]:
+    """In each iteration the scheduler steps first, so the first learning rate is never used."""
+    order: dict[int, list[Event]] = {}
+    for event in record.of("scheduler", "step", "scaler_step"):
+        if event.kind != "step" or event.scaler is None:  # a step within scaler.step counts once
+            order.setdefault(event.optimizer, []).append(event)
+    for events in order.values():
+        kinds = "".join("S" if event.kind == "scheduler" else "P" for event in events)
+        first = events[0]
+        if kinds.startswith("SPSP") or (kinds in ("SP", "SPS") and first.step == 0 and _after_backward(record, first)):
+            yield Finding(
+                "scheduler-before-optimizer",
+                "warning",
+                "scheduler.step() runs before the optimizer's step",
+                "the first learning rate of the schedule is skipped, and all others come a step early",
+                Remedy(
+                    torch="call optimizer.step() (or scaler.step(optimizer)), then scheduler.step()",
+                    ours="call optimizer.step(), then scheduler.step()",
+                ),
+                line=first.line,
+            )
+
+
+def _after_backward(record: Record, event: Event) -> bool:
+    return any(each.kind == "backward" for each in record.events[: record.events.index(event)])
+
+
+RULES = (
+    *(gradients_kept, cleared_before_step, stepped_without_gradients),
+    *(scheduler_on_skipped_step, scheduler_before_optimizer),
+)

@@ -1,0 +1,247 @@
+"""Loops whose calls come in a wrong order: each with its right twin."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, StepLR
+
+from precision_lab.auditing.context import audit
+from precision_lab.auditing.finding import Finding
+
+Step = Callable[[Any], None]
+
+
+def found(step: Step, steps: int = 2, scale: float = 256.0, level: str = "warning") -> list[Finding]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        with audit(model, optimizer) as report:
+            t = SimpleNamespace(model=model, optimizer=optimizer, scaler=scaler, scheduler=StepLR(optimizer, 1))
+            for _ in range(steps):
+                step(t)
+    return report.at(level)
+
+
+def loss(model: nn.Module) -> Tensor:
+    return model(torch.randn(4, 8)).square().mean()  # type: ignore[no-any-return]
+
+
+def half_loss(model: nn.Module) -> Tensor:
+    with torch.autocast("cpu", torch.float16):
+        return loss(model).float()
+
+
+def right(t: Any) -> None:
+    t.optimizer.zero_grad()
+    loss(t.model).backward()
+    t.optimizer.step()
+    t.scheduler.step()
+
+
+def right_in_place(t: Any) -> None:
+    loss(t.model).backward()
+    t.optimizer.step()
+    t.optimizer.zero_grad(set_to_none=False)
+
+
+def right_accumulation(t: Any) -> None:
+    for _ in range(4):
+        (loss(t.model) / 4).backward()
+    t.optimizer.step()
+    for param in t.model.parameters():
+        param.grad = None
+
+
+def right_closure(t: Any) -> None:
+    def closure() -> Tensor:
+        t.optimizer.zero_grad()
+        value = loss(t.model)
+        value.backward()
+        return value
+
+    t.optimizer.step(closure)
+
+
+def right_decaying_gradients(t: Any) -> None:
+    """Momentum by hand: gradients are kept, and made smaller after the step."""
+    loss(t.model).backward()
+    t.optimizer.step()
+    for param in t.model.parameters():
+        param.grad.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [right, right_in_place, right_accumulation, right_closure, right_decaying_gradients],
+    ids=lambda step: step.__name__,
+)
+def test_right_loops_give_no_finding(step: Step) -> None:
+    assert found(step, steps=3) == []
+
+
+def test_a_gan_whose_generator_adds_to_the_other_gradients_is_right() -> None:
+    torch.manual_seed(0)
+    one, two = nn.Linear(4, 4), nn.Linear(4, 1)
+    first, second = (torch.optim.Adam(each.parameters(), lr=1e-3) for each in (one, two))
+    with audit(one, two) as report:
+        for _ in range(3):
+            second.zero_grad()
+            two(one(torch.randn(4, 4)).detach()).mean().backward()
+            second.step()
+            first.zero_grad()
+            (-two(one(torch.randn(4, 4))).mean()).backward()
+            first.step()
+    assert report.at("warning") == []
+
+
+# ---------------------------------------------------------------- zero_grad, backward, step
+
+
+def never_cleared(t: Any) -> None:
+    loss(t.model).backward()
+    t.optimizer.step()  # here
+
+
+def never_cleared_under_a_scaler(t: Any) -> None:
+    t.scaler.scale(half_loss(t.model)).backward()
+    t.scaler.step(t.optimizer)  # here
+    t.scaler.update()
+
+
+def cleared_between(t: Any) -> None:
+    loss(t.model).backward()
+    t.optimizer.zero_grad()
+    t.optimizer.step()  # here
+
+
+def cleared_in_place_between(t: Any) -> None:
+    loss(t.model).backward()
+    t.model.zero_grad(set_to_none=False)
+    t.optimizer.step()  # here
+
+
+def detached(t: Any) -> None:
+    hidden = t.model(torch.randn(4, 8)).detach()
+    nn.functional.mse_loss(hidden + torch.zeros(2, requires_grad=True), torch.ones(4, 2)).backward()
+    t.optimizer.step()  # here
+
+
+def of_a_copy(t: Any) -> None:
+    if not hasattr(t, "copy"):
+        t.copy = copy.deepcopy(t.model)
+    loss(t.copy).backward()
+    t.optimizer.step()  # here
+
+
+@pytest.mark.parametrize(
+    ("step", "code"),
+    [
+        (never_cleared, "gradients-kept"),
+        (never_cleared_under_a_scaler, "gradients-kept"),
+        (cleared_between, "cleared-before-step"),
+        (cleared_in_place_between, "cleared-before-step"),
+        (detached, "stepped-without-gradients"),
+        (of_a_copy, "stepped-without-gradients"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else each.__name__,
+)
+def test_a_wrong_order_is_found(step: Step, code: str) -> None:
+    findings = [each for each in found(step, level="error") if each.code == code]
+    assert len(findings) == 1
+    assert findings[0].line is not None
+    assert findings[0].line.text.endswith("# here")
+
+
+def test_an_optimizer_of_parameters_that_no_model_has_is_told() -> None:
+    torch.manual_seed(0)
+    old = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(old.parameters(), lr=0.1)
+    model = copy.deepcopy(old)
+    with audit() as report:
+        for _ in range(2):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+            model.zero_grad()
+    (finding,) = report.at("error")
+    assert finding.code == "stepped-without-gradients"
+    assert "no model that ran has them" in finding.what
+    assert "make the optimizer last" in finding.remedy.torch
+
+
+# ---------------------------------------------------------------- schedulers
+
+
+def scaled(t: Any) -> None:
+    t.optimizer.zero_grad()
+    t.scaler.scale(half_loss(t.model)).backward()
+    t.scaler.step(t.optimizer)
+    t.scaler.update()
+    t.scheduler.step()  # here
+
+
+def guarded(t: Any) -> None:
+    t.optimizer.zero_grad()
+    before = t.scaler.get_scale()
+    t.scaler.scale(half_loss(t.model)).backward()
+    t.scaler.step(t.optimizer)
+    t.scaler.update()
+    if t.scaler.get_scale() >= before:
+        t.scheduler.step()
+
+
+@pytest.mark.parametrize("kind", [StepLR, LambdaLR])
+def test_a_scheduler_that_steps_where_the_optimizer_was_skipped_is_found(kind: type) -> None:
+    def step(t: Any) -> None:
+        if kind is LambdaLR and not hasattr(t, "made"):
+            t.made = t.scheduler = LambdaLR(t.optimizer, lambda step: 0.9**step)
+        scaled(t)
+
+    (finding,) = found(step, scale=2.0**60)
+    assert (finding.code, finding.level) == ("scheduler-on-skipped-step", "warning")
+    assert finding.line is not None
+    assert finding.line.text.endswith("# here")
+
+
+@pytest.mark.parametrize("step", [scaled, guarded], ids=lambda step: step.__name__)
+def test_a_scheduler_after_steps_that_ran_is_right(step: Step) -> None:
+    assert found(step) == []
+    assert [each.code for each in found(step, level="info")] == (["scheduler-unguarded"] if step is scaled else [])
+
+
+def test_a_scheduler_that_is_guarded_waits_for_the_skipped_step() -> None:
+    assert found(guarded, scale=2.0**60) == []
+
+
+def test_a_scheduler_once_an_epoch_is_right_where_a_step_of_it_was_skipped() -> None:
+    def epoch(t: Any) -> None:
+        for number in range(3):
+            t.optimizer.zero_grad()
+            factor = 2.0**60 if number == 0 else 1.0
+            (t.scaler.scale(half_loss(t.model)) * factor).backward()
+            t.scaler.step(t.optimizer)
+            t.scaler.update()
+        t.scheduler.step()
+
+    assert found(epoch, steps=1) == []
+
+
+@pytest.mark.parametrize("first", ["scheduler", "optimizer"])
+def test_a_scheduler_before_the_optimizer_is_found(first: str) -> None:
+    def step(t: Any) -> None:
+        t.optimizer.zero_grad()
+        loss(t.model).backward()
+        (t.scheduler if first == "scheduler" else t.optimizer).step()
+        (t.optimizer if first == "scheduler" else t.scheduler).step()
+
+    assert [each.code for each in found(step)] == (["scheduler-before-optimizer"] if first == "scheduler" else [])
