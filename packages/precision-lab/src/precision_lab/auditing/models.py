@@ -15,8 +15,8 @@ from precision_lab.auditing.record import Record
 def read_model(record: Record, names: Names, root: nn.Module) -> None:
     """Notes engines whose named mode decides the parameters' dtype, and weights that are two and should be one."""
     asked = _asked(root)
-    if asked and asked not in record.half_by_name:
-        record.half_by_name.append(asked)
+    if asked and asked not in record.engines:
+        record.engines.append(asked)
     if record.steps == 0 and not record.of("step"):
         for found in (*_untied_by_config(names, root), *_untied_by_value(names, root)):
             if all(found[:2] != each[:2] for each in record.untied):

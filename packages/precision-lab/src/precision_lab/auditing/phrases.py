@@ -43,7 +43,7 @@ def module_of(names: Collection[str]) -> str:
 
 def is_asked(record: Record) -> bool:
     """Whether the parameters are half because an engine's own named mode was chosen."""
-    return bool(record.half_by_name) or any(event.library in ("transformers", "TRL") for event in record.of("step"))
+    return bool(record.engines) or any(event.library in ("transformers", "TRL") for event in record.of("step"))
 
 
 def cast_line(record: Record, to: Iterable[torch.dtype] = HALVES) -> Line | None:

@@ -168,13 +168,12 @@ class Record:
     asked: list[Asked] = field(default_factory=list)
     untied: list[tuple[str, str, str]] = field(default_factory=list)  # two parameters, and why they should be one
     angles: list[Event] = field(default_factory=list)  # sines and cosines of half numbers without gradients
-    half_by_name: list[str] = field(default_factory=list)  # engines whose own named mode made the parameters half
+    engines: list[str] = field(default_factory=list)  # engines whose own named mode made the parameters half
     steps: int = 0
     devices: list[str] = field(default_factory=list)
     libraries: list[str] = field(default_factory=list)  # that were seen to run the loop
     trained: dict[str, torch.dtype] = field(default_factory=dict)  # name of a parameter -> dtype at its last step
     params: dict[int, str] = field(default_factory=dict)  # id of a parameter -> name, empty where no model has it
-    asked: str = ""  # the mixed precision that Accelerate was made with
     backends: dict[str, Any] = field(default_factory=dict)  # torch's own switches: matmul precision, TF32
 
     def count(self, kind: str) -> int:

@@ -26,7 +26,7 @@ from precision_lab.auditing.optimizers import Steps, ids_of, note_step
 from precision_lab.auditing.record import Context, Event, Record
 from precision_lab.auditing.sample import Sample
 from precision_lab.auditing.stored import read_stored
-from precision_lab.auditing.switches import asked_precision, switches
+from precision_lab.auditing.switches import switches
 from precision_lab.auditing.where import Line, Where
 
 
@@ -99,7 +99,6 @@ class Recorder:
         }
         record.stored += read_stored(self.names, list(self.optimizers.values()))
         record.backends = switches()
-        record.asked = asked_precision()
         record.params = {id(param): self.names.param(param) or "" for param in self.params()}
         record.events = [event for event in record.events if event.kind != "gradients" or event.ids]
         if not record.of("forward"):

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from precision_lab.auditing.finding import Finding, Remedy
-from precision_lab.auditing.kinds import PRODUCTS
 from precision_lab.auditing.ledger import short
-from precision_lab.auditing.record import FORWARD, Context, Event, Record
+from precision_lab.auditing.record import Context, Event, Record
 from precision_lab.auditing.replay import ENGINES, name_of
 
 _OURS = 'Fabric(precision="bf16-mixed") enters autocast for the device that it moves the model to, around forward alone'
@@ -55,30 +54,6 @@ def _does_nothing(record: Record, context: Context, what: str, cause: str) -> Fi
         ),
         line=entered[0].line if entered else None,
     )
-
-
-def mode_without_effect(record: Record) -> Iterator[Finding]:
-    """Accelerate was asked for mixed precision, and nothing was computed in half."""
-    if record.asked not in ("fp16", "bf16") or not set(record.libraries) & {"Accelerate", "transformers", "TRL"}:
-        return
-    products = {op.inputs[-1] for op in record.ops if op.kind in PRODUCTS and op.inputs and op.phase == FORWARD}
-    if products and products <= {torch.float32}:
-        yield Finding(
-            "mode-without-effect",
-            "warning",
-            f'mixed precision "{record.asked}" was asked for, and every product was computed in float32',
-            f"Accelerate leaves out what it does not do on {', '.join(record.devices)}, and does not say so: "
-            f"nothing is "
-            "faster or smaller than in float32",
-            Remedy(
-                torch='Accelerator(mixed_precision="bf16") has an effect on a CPU, too',
-                ours='Fabric(precision="16-mixed") is float16 with a scaler on every device; "bf16-mixed" is '
-                "faster on CPUs",
-                accelerate='Accelerator(mixed_precision="bf16"), which is done on a CPU, too; "fp16" is done on GPUs',
-                transformers="TrainingArguments(bf16=True), which is done on a CPU, too; fp16=True is done on GPUs",
-            ),
-            line=next((event.line for event in record.of("backward")), None),
-        )
 
 
 def around_backward(record: Record) -> Iterator[Finding]:
@@ -204,4 +179,4 @@ def _forwards(record: Record) -> list[Event]:
     ]
 
 
-RULES = (other_device, mode_without_effect, around_backward, forward_outside, stale_casts, cast_without_gradients)
+RULES = (other_device, around_backward, forward_outside, stale_casts, cast_without_gradients)

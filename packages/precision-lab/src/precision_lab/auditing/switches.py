@@ -1,8 +1,7 @@
-"""What was asked for in one place for the whole process: torch's switches, and Accelerate's mode."""
+"""What is asked for in one place for the whole process: torch's switches."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -21,10 +20,3 @@ def switches() -> dict[str, Any]:
         with suppress(RuntimeError):  # where old and new settings were mixed
             found[name] = call()
     return found
-
-
-def asked_precision() -> str:
-    """Returns the mixed precision that this process's Accelerator was made with; empty: there is none."""
-    module = sys.modules.get("accelerate.state")
-    shared = getattr(getattr(module, "AcceleratorState", None), "_shared_state", {})
-    return str(shared.get("_mixed_precision") or "")
