@@ -41,7 +41,7 @@ class Ops(TorchDispatchMode):
     """
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
         self._rows: dict[Any, Op] = {}
         self._kinds: dict[Any, tuple[str, str, bool]] = {}  # operation -> name, kind, whether it writes an argument
@@ -99,7 +99,7 @@ class Ops(TorchDispatchMode):
         elif phase == BACKWARD and kind in PRODUCTS and inputs:
             recorder.backward_dtypes.add(inputs[-1].dtype)
         elif phase == BACKWARD and name.removesuffix("_") in _CHANGING and node.name() == _ACCUMULATES:
-            self._note_hook(name, args, node.variable)
+            self._note_hook(name, args, getattr(node, "variable"))  # noqa: B009  # torch does not declare it
         if kind is REDUCE and inputs and inputs[0].is_floating_point():
             elements = sum(each.numel() for each in inputs[:1])
             recorder.note("reduce", line, op=name, dtype=inputs[0].dtype, elements=elements, phase=phase)
