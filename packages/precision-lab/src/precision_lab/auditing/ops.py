@@ -148,7 +148,7 @@ class Ops(TorchDispatchMode):
         elif phase == BACKWARD and kind in PRODUCTS and inputs:
             recorder.backward_dtypes.add(inputs[-1].dtype)
         elif phase == BACKWARD and name.removesuffix("_") in _CHANGING and node.name() == _ACCUMULATES:
-            self._note_hook(name, args, node.variable)
+            self._note_hook(name, args, getattr(node, "variable"))  # noqa: B009  # torch does not declare it
         if kind is REDUCE and inputs and inputs[0].is_floating_point():
             elements = sum(each.numel() for each in inputs[:1])
             recorder.note("reduce", line, op=name, dtype=inputs[0].dtype, elements=elements, phase=phase)

@@ -104,7 +104,7 @@ def unscaled_twice(record: Record) -> Iterator[Finding]:
     for moment in replay(record):
         event = moment.event
         if event.kind == "unscale" and not event.within:
-            if (event.scaler, event.optimizer) in last:
+            if event.ran is None and (event.scaler, event.optimizer) in last:
                 yield _twice(event, last[event.scaler, event.optimizer], "torch raises a RuntimeError here")
             last[event.scaler, event.optimizer] = event
         elif event.kind == "scaler_step" and event.ran is not None:

@@ -60,8 +60,8 @@ def update_missing(record: Record) -> Iterator[Finding]:
     for event in record.events:
         if event.library in ENGINES:
             continue
-        again = event.kind == "scaler_step" or (event.kind == "unscale" and not event.within)
-        if again and (event.scaler, event.optimizer) in stepped:
+        raised = event.kind in ("scaler_step", "unscale") and event.ran is None
+        if raised and (event.scaler, event.optimizer) in stepped:
             yield Finding(
                 "update-missing",
                 "error",
