@@ -80,6 +80,14 @@ def test_a_load_that_unties() -> None:
     assert found(audited(lambda: train(model, IDS)), "untied-weights").module == "lm_head"
 
 
+def test_a_cast_of_one_of_two_names() -> None:
+    model = Language("tied")
+    model.embed.weight = nn.Parameter(model.embed.weight.detach().to(HALF))
+    model.body.to(HALF)
+    report = audited(lambda: train(model, IDS, context=AUTOCAST))
+    assert found(report, "untied-weights").module == "lm_head"
+
+
 @pytest.mark.parametrize("tied", ["tied", "never"])
 def test_tied_weights_and_others_are_right(tied: str) -> None:
     assert audited(lambda: train(Language(tied), IDS)).findings == []

@@ -47,7 +47,13 @@ class Flow:
             self._follow_cast(row, inputs[0], outputs[0])
         elif outputs[0].dtype is torch.float32 and row.kind in (OTHER, SUM, *PRODUCTS):
             if wide and row.kind is OTHER and any(each.dtype in _HALVES and each.dim() for each in inputs):
-                row.promoted = "constant" if all(self._is_constant(each) for each in wide) else row.promoted or "other"
+                # Under autocast batches and parameters are float32, and so is what they are added to. Of a half model
+                # nothing is to be: what has no gradient, or is a parameter, was left out of its cast.
+                left = not row.autocast and all(
+                    not each.requires_grad or isinstance(each, nn.Parameter) for each in wide
+                )
+                constant = left or all(self._is_constant(each) for each in wide)
+                row.promoted = "constant" if constant else row.promoted or "other"
                 if row.promoted == "constant":
                     self._pass_on(row, outputs)
                 return
