@@ -219,6 +219,24 @@ def test_a_parameter_that_numpy_made() -> None:
     assert "1 of 3 parameters are float64: 0.bias" in findings[0].what and findings[0].module == "0"
 
 
+def test_a_module_that_casts_to_float64() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.double() @ self.weight.double()).float()
+
+    finding = found(audited(lambda: train(nn.Sequential(Wide(), nn.Linear(16, 4)), X)), "float64-leak")
+    assert finding.level == "warning" and finding.module == "0" and "89% of the results" in finding.what
+
+
+def test_a_loss_that_is_cast_to_float64_is_info() -> None:
+    finding = found(audited(lambda: train(mlp(), X, loss=lambda output: output.mean().double())), "float64-leak")
+    assert finding.level == "info" and finding.what == "the loss is float64"
+
+
 def test_training_in_float64_on_purpose_is_right() -> None:
     assert audited(lambda: train(mlp().double(), X.double(), loss=lambda out: out.pow(2).mean())).findings == []
 

@@ -167,6 +167,25 @@ def test_a_float32_constant_that_promotes_what_follows(how: str) -> None:
     assert finding.line is not None and finding.line.text.startswith("return x ")
 
 
+class Gain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+def test_a_parameter_that_a_half_model_left_in_float32() -> None:
+    body = nn.Sequential(nn.Linear(16, 16), nn.GELU()).to(HALF)
+    report = audited(lambda: train(nn.Sequential(body, Gain(), nn.GELU(), nn.Dropout(0.1)), X.to(HALF)))
+    finding = found(report, "promoted-to-float32")
+    assert finding.level == "warning" and finding.module == "1" and "constant, input or parameter" in finding.what
+    assert (
+        audited(lambda: train(nn.Sequential(nn.Linear(16, 16), Gain(), nn.GELU()), X, context=AUTOCAST)).findings == []
+    )
+
+
 def test_a_constant_of_the_activations_dtype_is_right() -> None:
     model = nn.Sequential(nn.Linear(16, 16), Scaled("cast"), nn.GELU(), nn.Linear(16, 4))
     assert audited(lambda: train(model, X, context=AUTOCAST)).findings == []

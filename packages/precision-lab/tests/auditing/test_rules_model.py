@@ -80,6 +80,14 @@ def test_a_load_that_unties() -> None:
     assert found(audited(lambda: train(model, IDS)), "untied-weights").module == "lm_head"
 
 
+def test_a_cast_of_one_of_two_names() -> None:
+    model = Language("tied")
+    model.embed.weight = nn.Parameter(model.embed.weight.detach().to(HALF))
+    model.body.to(HALF)
+    report = audited(lambda: train(model, IDS, context=AUTOCAST))
+    assert found(report, "untied-weights").module == "lm_head"
+
+
 @pytest.mark.parametrize("tied", ["tied", "never"])
 def test_tied_weights_and_others_are_right(tied: str) -> None:
     assert audited(lambda: train(Language(tied), IDS)).findings == []
@@ -117,6 +125,36 @@ def test_a_configuration_that_ties() -> None:
 
 
 # ------------------------------------------------------------------ quantised
+
+
+class Int8(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("packed", torch.randint(-128, 127, (16, 16), dtype=torch.int8))
+        self.adapter = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.packed.to(x.dtype) / 100) + self.adapter(x)
+
+
+def test_a_weight_of_8_bits_is_dequantised_in_each_step() -> None:
+    report = audited(lambda: train(nn.Sequential(Int8(), nn.GELU(), nn.Linear(16, 4)), X, context=AUTOCAST))
+    finding = found(report, "dequantised-each-step")
+    assert finding.level == "info" and finding.module == "0" and "1 times a step, 1.0 KiB" in finding.what
+
+
+def test_bytes_of_a_batch_are_right() -> None:
+    images = torch.randint(255, (8, 16), dtype=torch.uint8)
+
+    class Bytes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x.float() / 255)
+
+    assert audited(lambda: train(Bytes(), images, context=AUTOCAST)).findings == []
 
 
 @pytest.mark.full

@@ -186,6 +186,7 @@ TIMES = torch.arange(200, 1000, 70)[:, None]
         lambda times: times.bfloat16() / 1000,
         lambda times: times.float().to(HALF) / 1000,
         lambda times: times * torch.tensor([1e-3], dtype=HALF),
+        lambda times: torch.empty(12, 1, dtype=HALF).copy_(times) / 1000,
     ],
 )
 def test_times_that_are_cast_to_half(features: Callable[[Tensor], Tensor]) -> None:

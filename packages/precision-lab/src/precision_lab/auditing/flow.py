@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from precision_lab.auditing.kinds import CAST, LOSS, NORM, OTHER, PRODUCTS, SOFTMAX, SUM
+from precision_lab.auditing.kinds import CAST, OTHER, PRODUCTS, SUM
 from precision_lab.auditing.record import Op
 
 _HALVES = (torch.bfloat16, torch.float16)
-_ENDS = (NORM, SOFTMAX, LOSS)
-"""What autocast, and a careful author, computes in float32: nothing after it is put down to a promotion."""
+_STORED_SMALL = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+_FOLLOWED = (OTHER, SUM, *PRODUCTS)
+"""Kinds after which a result still comes from a promotion: not norms, softmaxes and losses, which autocast, and a
+careful author, compute in float32."""
 
 
 class Flow:
@@ -45,9 +47,15 @@ class Flow:
         wide = [each for each in inputs if each.dtype is torch.float32 and each.dim()]
         if row.kind is CAST and inputs:
             self._follow_cast(row, inputs[0], outputs[0])
-        elif outputs[0].dtype is torch.float32 and row.kind in (OTHER, SUM, *PRODUCTS):
+        elif outputs[0].dtype is torch.float32 and row.kind in _FOLLOWED:
             if wide and row.kind is OTHER and any(each.dtype in _HALVES and each.dim() for each in inputs):
-                row.promoted = "constant" if all(self._is_constant(each) for each in wide) else row.promoted or "other"
+                # Under autocast batches and parameters are float32, and so is what they are added to. Of a half model
+                # nothing is to be: what has no gradient, or is a parameter, was left out of its cast.
+                left = not row.autocast and all(
+                    not each.requires_grad or isinstance(each, nn.Parameter) for each in wide
+                )
+                constant = left or all(self._is_constant(each) for each in wide)
+                row.promoted = "constant" if constant else row.promoted or "other"
                 if row.promoted == "constant":
                     self._pass_on(row, outputs)
                 return
@@ -68,6 +76,10 @@ class Flow:
             self._constant[output] = True
 
     def _follow_cast(self, row: Op, value: Tensor, output: Tensor) -> None:
+        if value.dtype in _STORED_SMALL and value.dim() > 1:
+            if row.via or isinstance(value, nn.Parameter) or self._is_kept(value):
+                row.promoted = "quantised"
+            return
         if value.dtype in _HALVES and output.dtype is torch.float32 and not isinstance(value, nn.Parameter):
             self._cast[output] = row
         elif output.dtype in _HALVES and value in self._cast:
@@ -82,5 +94,7 @@ class Flow:
             return True
         if tensor.requires_grad or isinstance(tensor, nn.Parameter):
             return False
-        base = tensor if tensor._base is None else tensor._base
-        return id(base) in self._kept
+        return self._is_kept(tensor)
+
+    def _is_kept(self, tensor: Tensor) -> bool:
+        return id(tensor if tensor._base is None else tensor._base) in self._kept

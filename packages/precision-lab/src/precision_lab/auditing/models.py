@@ -71,7 +71,8 @@ def _untied_by_value(names: Names, root: nn.Module) -> list[tuple[str, str, str]
                 continue
             if other.device.type == "meta" or type(weight.data) is not Tensor or other.device != weight.device:
                 continue
-            one, two = weight.detach().float(), other.detach().float()
+            narrow = min(weight.dtype, other.dtype, key=lambda dtype: dtype.itemsize)  # a cast may have rounded one
+            one, two = weight.detach().to(narrow).float(), other.detach().to(narrow).float()
             pair = names.param(weight), names.param(other)
             if pair[0] and pair[1] and float(one.std()) > 0 and torch.equal(one, two):
                 found.append((pair[0], pair[1], "equal values"))

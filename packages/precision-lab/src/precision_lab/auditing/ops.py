@@ -180,6 +180,8 @@ class Ops(TorchDispatchMode):
         if output is not None and output.dtype in HALVES and phase in (FORWARD, LOOP):
             if kind is CAST or name in _ARITHMETIC:
                 self._note_rounded(kind is CAST, inputs, output.dtype, module, line)
+            elif name == "copy_":
+                self._note_rounded(True, inputs[1:], output.dtype, module, line)
             if kind is CAST and not torch.is_grad_enabled() and recorder.is_trained(inputs[0]):
                 recorder.note("cast_without_gradients", line, name=recorder.names.param(inputs[0]))
 

@@ -42,8 +42,13 @@ def module_of(names: Collection[str]) -> str:
 
 
 def is_asked(record: Record) -> bool:
-    """Whether the parameters are half because an engine's own named mode was chosen."""
-    return bool(record.engines) or any(event.library in ("transformers", "TRL") for event in record.of("step"))
+    """Whether the parameters are half because an engine's own named mode was chosen.
+
+    transformers' documentation has models loaded in half and trained by a Trainer with bf16=True, under autocast.
+    """
+    by_trainer = any(event.library in ("transformers", "TRL") for event in record.of("step"))
+    mixed = any(event.training and event.autocast for event in record.of("forward"))
+    return bool(record.engines) or (by_trainer and mixed)
 
 
 def cast_line(record: Record, to: Iterable[torch.dtype] = HALVES) -> Line | None:

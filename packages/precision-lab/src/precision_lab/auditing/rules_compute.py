@@ -12,7 +12,7 @@ from precision_lab.auditing.phrases import HALVES, dtypes, is_asked, listed, mod
 from precision_lab.auditing.record import FORWARD, LOOP, Op, Record
 from precision_lab.auditing.where import Line
 
-_WIDE = 1000
+_WIDE = 500
 """Classes from which on a softmax in half is no longer exact enough for a loss."""
 _MANY = 1 << 16
 """Elements from which on a loss that was added up in half is found."""
@@ -140,17 +140,37 @@ def float64_leaks(record: Record) -> Iterator[Finding]:
             line=op.line,
             module=op.module,
         )
-    products = [op for op in record.ops if op.kind in PRODUCTS and op.phase == FORWARD and op.inputs]
-    products = [op for op in products if op.inputs[-1] is torch.float64 and op.grad]
-    for op in products[:1] if not wide and not mixed else ():
+    yield from _float64_on_purpose(record, remedy, found=bool(wide or mixed))
+
+
+def _float64_on_purpose(record: Record, remedy: Remedy, found: bool) -> Iterator[Finding]:
+    """Products of operands that were cast to float64, and a loss that was."""
+    products = [op for op in record.ops if op.kind in PRODUCTS and op.phase == FORWARD and op.inputs and op.grad]
+    every = sum(op.bytes for op in products)
+    places: dict[tuple[str, object], list[Op]] = {}
+    for op in products:
+        if op.inputs[-1] is torch.float64 and not found:
+            places.setdefault((op.module, op.line), []).append(op)
+    for ops in list(places.values())[:3]:
+        share = sum(op.bytes for op in ops) / every
+        yield Finding(
+            "float64-leak",
+            "warning" if share >= 0.05 and not ops[0].via else "info",
+            f"{ops[0].name} is computed in float64, {share:.0%} of the results of all forward products",
+            "its operands were cast to float64, while the parameters are not: 2 to 64 times slower on a GPU",
+            remedy,
+            line=ops[0].line,
+            module=ops[0].module,
+        )
+    losses = [event for event in record.of("backward") if event.dtype is torch.float64]
+    if losses and not found and not places:
         yield Finding(
             "float64-leak",
             "info",
-            f"{op.name} is computed in float64",
-            "it was cast on purpose, it seems; float64 is 2 to 64 times slower on a GPU",
+            "the loss is float64",
+            "its gradient is computed in float64 up to where it was cast, 2 to 64 times slower on a GPU",
             remedy,
-            line=op.line,
-            module=op.module,
+            line=losses[0].line,
         )
 
 

@@ -123,11 +123,12 @@ def promoted_by_constant(record: Record) -> Iterator[Finding]:
         if count < 0.01 * total:
             continue
         by_user = not op.via and not is_asked(record)
+        what = "constant" if op.autocast else "constant, input or parameter"
         spread = f", in {len(after)} other modules too ({', '.join(sorted(after)[:3])})" if after else ""
         yield Finding(
             "promoted-to-float32",
             "warning" if by_user and after and count >= _MATTERS * total else "info",
-            f"a float32 constant ({op.name}) makes half activations float32: {size(count)} of results{spread}, beside "
+            f"a float32 {what} ({op.name}) makes half activations float32: {size(count)} of results{spread}, beside "
             f"{size(total)} in half",
             "torch promotes half times float32 to float32, so everything from here to the next product or cast takes "
             "twice the memory and bandwidth",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from precision_lab.auditing.finding import Finding, Remedy
-from precision_lab.auditing.kinds import CAST, QUANTISED
+from precision_lab.auditing.kinds import CAST
 from precision_lab.auditing.phrases import HALVES, listed, module_of, size
-from precision_lab.auditing.record import FORWARD, Record
+from precision_lab.auditing.record import BACKWARD, FORWARD, Op, Record
 
 
 def frozen_recast(record: Record) -> Iterator[Finding]:
@@ -60,7 +60,7 @@ def untied_weights(record: Record) -> Iterator[Finding]:
 
 def dequantised_layers(record: Record) -> Iterator[Finding]:
     """Quantised weights are dequantised in each forward and backward."""
-    found = [op for op in record.ops if _dequantises(op.kind, op.name)]
+    found = [op for op in record.ops if _dequantises(op)]
     if not found:
         return
     modules = list(dict.fromkeys(op.module for op in found if op.phase == FORWARD)) or [found[0].module]
@@ -82,8 +82,11 @@ def dequantised_layers(record: Record) -> Iterator[Finding]:
     )
 
 
-def _dequantises(kind: str, name: str) -> bool:
-    return "dequantize" in name and "blockwise" not in name if kind == QUANTISED else "dequantize" in name
+def _dequantises(op: Op) -> bool:
+    """4 bits by bitsandbytes' own operation, 8 bits by a cast of the stored weight; not its optimizers' states."""
+    if op.phase not in (FORWARD, BACKWARD):
+        return False
+    return ("dequantize" in op.name and "blockwise" not in op.name) or op.promoted == "quantised"
 
 
 RULES = (frozen_recast, untied_weights, dequantised_layers)
