@@ -143,11 +143,11 @@ class Ops(TorchDispatchMode):
                     if each not in self._origin:
                         self._origin[each] = module, line
                         self._under |= {each} if autocast else set()
-        if phase == LOOP and not recorder.in_backward:  # else: an engine's hooks after backward
+        if phase == LOOP:
             self._note_gradients(name, writes, args, inputs, result, line)
         elif phase == BACKWARD and kind in PRODUCTS and inputs:
             recorder.backward_dtypes.add(inputs[-1].dtype)
-        elif phase == BACKWARD and name.removesuffix("_") in _CHANGING and node.name() == _ACCUMULATES:
+        elif node is not None and name.removesuffix("_") in _CHANGING and node.name() == _ACCUMULATES:
             self._note_hook(name, args, getattr(node, "variable"))  # noqa: B009  # torch does not declare it
         if kind is REDUCE and inputs and inputs[0].is_floating_point():
             elements = sum(each.numel() for each in inputs[:1])
