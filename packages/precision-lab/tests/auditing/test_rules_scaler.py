@@ -26,6 +26,7 @@ class Training:
         self.optimizer = kind(self.model.parameters(), lr=0.01, **options)  # type: ignore[call-arg]
         self.second = kind(self.other.parameters(), lr=0.01)  # type: ignore[call-arg]
         self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        self.second_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         self.scale = 512.0
 
     @property
@@ -157,6 +158,17 @@ def manual_scale(t: Training) -> None:
     t.optimizer.step()
 
 
+def adaptive(t: Training) -> None:
+    """Clipping by the ratio to the parameter's own norm, copied into the gradient."""
+    t.backward()
+    for param in t.params:
+        gradient = param.grad.detach()  # type: ignore[union-attr]
+        most = param.detach().norm() * 0.01
+        cut = gradient * (most / gradient.norm().clamp(min=1e-6))  # here
+        gradient.copy_(torch.where(gradient.norm() > most, cut, gradient))
+    t.end()
+
+
 def in_a_hook(t: Training) -> None:
     hooks = [
         param.register_hook(lambda grad: grad.clamp(-1, 1))  # here
@@ -181,7 +193,7 @@ def in_a_hook_after(t: Training) -> None:
 
 CLIPPED = [
     *(plain, not_foreach, values, handwritten, handwritten_number, normalised, clamped, one_of_two, of_the_other),
-    *(accumulated, manual_scale, in_a_hook, in_a_hook_after),
+    *(accumulated, manual_scale, adaptive, in_a_hook, in_a_hook_after),
 ]
 
 
@@ -363,12 +375,12 @@ def first_by_hand(t: Training) -> None:
 
 
 def by_two_scalers(t: Training) -> None:
-    second = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    second.scale(torch.zeros(()))
+    t.second_scaler.scale(torch.zeros(()))
     t.backward()
     t.scaler.unscale_(t.optimizer)
-    second.step(t.optimizer)  # here
+    t.second_scaler.step(t.optimizer)  # here
     t.scaler.update()
+    t.second_scaler.update()
 
 
 @pytest.mark.parametrize("loop", [then_by_hand, first_by_hand, by_two_scalers], ids=lambda loop: loop.__name__)

@@ -148,6 +148,19 @@ def test_an_update_in_each_micro_batch_is_found_where_torch_raises() -> None:
     only(found(loop, AssertionError), "update-without-step")
 
 
+def test_a_scaler_for_each_step_is_found() -> None:
+    def loop(t: Any) -> None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale(loss(t.model)).backward()
+        scaler.step(t.optimizer)  # here
+        scaler.update()
+
+    (finding,) = found(loop)
+    assert (finding.code, finding.level) == ("scaler-per-step", "warning")
+    assert finding.line is not None
+    assert finding.line.text.endswith("# here")
+
+
 # ---------------------------------------------------------------- several scales
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -56,26 +57,55 @@ _ARGUMENTS = {
 
 
 def read_asked(where: Where) -> list[Asked]:
-    """Returns what every host of a known library that is alive was asked for."""
+    """Returns what the hosts of known libraries were asked for whose backward calls this.
+
+    Where none does, as when the script calls `loss.backward()` itself, it is a library's only host that is alive.
+    """
     classes: dict[type, Callable[[Any], Asked]] = {}
-    known: dict[type, Callable[[Any], Asked] | None] = {}
     for module, name, read in _HOSTS:
         kind = getattr(sys.modules.get(module), name, None)
         if isinstance(kind, type):
             classes[kind] = read
+    hosts = list(_calling(classes)) or list(_alive(classes)) if classes else []
     found: list[Asked] = []
-    for each in gc.get_objects() if classes else ():
-        kind = type(each)
-        if kind not in known:
-            known[kind] = next((classes[base] for base in type.mro(kind) if base in classes), None)
-        if (read := known[kind]) is None:
-            continue
+    for host, read in hosts:
         try:
-            asked = read(each)
+            asked = read(host)
         except AttributeError:  # half made
             continue
-        texts = (*_ARGUMENTS.get(asked.library, ()), f"{kind.__name__}(")
+        texts = (*_ARGUMENTS.get(asked.library, ()), f"{type(host).__name__}(")
         line = next(filter(None, map(where.line_with, texts)), None)
         if (asked := replace(asked, line=line)) not in found:
             found.append(asked)
     return found
+
+
+Host = tuple[Any, Callable[[Any], Asked]]
+
+
+def _reader(host: Any, classes: dict[type, Callable[[Any], Asked]]) -> Callable[[Any], Asked] | None:
+    return next((classes[base] for base in type.mro(type(host)) if base in classes), None)
+
+
+def _calling(classes: dict[type, Callable[[Any], Asked]]) -> Iterator[Host]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        host = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
+        if host is not None and (read := _reader(host, classes)) is not None:
+            yield host, read
+        frame = frame.f_back
+
+
+def _alive(classes: dict[type, Callable[[Any], Asked]]) -> Iterator[Host]:
+    gc.collect()  # hosts are in cycles: those of an earlier run live on
+    readers: dict[type, Callable[[Any], Asked] | None] = {}
+    found: list[Host] = []
+    for each in gc.get_objects():
+        kind = type(each)
+        if kind not in readers:
+            readers[kind] = _reader(each, classes)
+        if (read := readers[kind]) is not None:
+            found.append((each, read))
+    for read in {read for _, read in found}:
+        hosts = [host for host in found if host[1] is read]
+        yield from hosts if len(hosts) == 1 else []

@@ -80,6 +80,13 @@ class Gradients:
                     memory, list(ids), degree, [*events, *([change] if change is not None else [])]
                 )
 
+    def copied(self, into: Any, values: Any) -> None:
+        """Called where tensors were copied into gradients: what was computed from gradients counts as changed."""
+        for target, value in zip(_flat(into), _flat(values), strict=False):
+            derived = self._made_of(value)
+            for event in derived.events if derived is not None else ():
+                event.ids.extend(each for each in self.find(target) if each not in event.ids)
+
     def settle(self) -> None:
         """Called before gradients are used: one that was replaced by what was computed from it counts as changed."""
         if not self._derived:

@@ -48,6 +48,7 @@ _VIEWS = frozenset(
 )
 """Operations that compute nothing: in backward they are passed over, for they are half of all."""
 _ACCUMULATES = "torch::autograd::AccumulateGrad"
+_COPYING = frozenset(["copy_", "_foreach_copy_"])
 _CLEARING = frozenset(["zero_", "_foreach_zero_"])
 _CHANGING = frozenset(["mul", "div", "add", "sub", "clamp", "clip", "clamp_min", "clamp_max", "nan_to_num", "where"])
 _MAKING = ("empty_like", "zeros_like", "ones_like", "rand", "full_like", "new_", "is_", "_has_")
@@ -215,6 +216,8 @@ class Ops(TorchDispatchMode):
             recorder.note("cleared", line, ids=written)
         if name == _UNSCALING and written:
             recorder.note("unscaled", line, ids=written, inverse=float(args[2]), found=bool(args[1]))
+        elif written and name in _COPYING:
+            gradients.copied(args[0], args[1])
         elif written and name not in _SETTING:
             self._changed(name, args, written, line)
         elif name == "_local_scalar_dense" and (read := gradients.computed_from(inputs[0])):

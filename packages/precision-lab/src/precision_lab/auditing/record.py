@@ -83,6 +83,7 @@ class Event:
     step            optimizer, name (of its class), ids (of its parameters), without (those that train and have no
                     gradient), dtypes, closure, scaler (whose step made this one), grad_scale (left to a fused step),
                     cache
+    recast          names (of parameters), old and new dtype: they had another one at the step before
     scheduler       scheduler, optimizer
     saved           file, tensors (key path -> dtype), scaler and optimizer: whether their state is in it, numbers
     reduce          op, dtype, elements, phase

@@ -128,4 +128,26 @@ def mixed_scales(record: Record) -> Iterator[Finding]:
             )
 
 
-RULES = (updated_per_optimizer, update_missing, another_scaler, mixed_scales)
+def scaler_per_step(record: Record) -> Iterator[Finding]:
+    """Each step has a scaler of its own, which forgets what the last one learned."""
+    scalers: dict[int, list[Event]] = {}
+    for event in record.of("scaler_step"):
+        if event.library not in ENGINES:
+            scalers.setdefault(event.optimizer, []).append(event)
+    for events in scalers.values():
+        if len(events) > 1 and len({event.scaler for event in events}) == len(events):
+            yield Finding(
+                "scaler-per-step",
+                "warning",
+                f"{len(events)} steps of an optimizer had {len(events)} scalers",
+                "a new scaler begins with its first scale: one that overflows is never lowered, so that all steps are "
+                "skipped, and one that is too low never grows",
+                Remedy(
+                    torch="make one torch.amp.GradScaler before the loop",
+                    ours='Fabric(precision="16-mixed") keeps one for the whole run',
+                ),
+                line=events[1].line,
+            )
+
+
+RULES = (scaler_per_step, updated_per_optimizer, update_missing, another_scaler, mixed_scales)
