@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 import torch
 
-from precision_lab.auditing.record import Event, Record
+from precision_lab.auditing.record import FORWARD, Event, Record
 from precision_lab.auditing.where import Line
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -47,7 +47,7 @@ def is_asked(record: Record) -> bool:
     transformers' documentation has models loaded in half and trained by a Trainer with bf16=True, under autocast.
     """
     by_trainer = any(event.library in ("transformers", "TRL") for event in record.of("step"))
-    mixed = any(event.training and event.autocast for event in record.of("forward"))
+    mixed = any(op.autocast for op in record.ops if op.phase == FORWARD)
     return bool(record.engines) or (by_trainer and mixed)
 
 
