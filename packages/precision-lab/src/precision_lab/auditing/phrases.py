@@ -52,8 +52,9 @@ def is_asked(record: Record) -> bool:
 
 
 def cast_line(record: Record, to: Iterable[torch.dtype] = HALVES) -> Line | None:
-    """Returns where a model was cast to one of the dtypes, else where the first step was made."""
+    """Returns where a model was cast to one of the dtypes, or made in it, else where the first step was made."""
     wanted = set(to)
     casts: list[Event] = [event for event in record.of("module_cast") if event.to in wanted]
-    steps = record.of("step")
-    return casts[-1].line if casts else steps[0].line if steps else None
+    made: list[Event] = [event for event in record.of("made_half") if event.dtype in wanted]
+    found = casts[-1:] or made or record.of("step")
+    return found[0].line if found else None

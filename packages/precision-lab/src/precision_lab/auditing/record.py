@@ -87,6 +87,7 @@ class Event:
     saved           file, tensors (key path -> dtype), scaler and optimizer: whether their state is in it, numbers
     reduce          op, dtype, elements, phase
     module_cast     root (class), path, of, to: model.bfloat16(), model.to(...) changed dtypes, the first that changed
+    made_half       dtype: of the first parameter that a module got in half without a cast of a model
     comm_hook       name: a hook of DDP's that reduces gradients in its own way
     switches        one of torch's switches for float32 products was set: name, value, tf32
     cast_without_gradients  name (of a parameter that was cast to half under no_grad)

@@ -131,7 +131,11 @@ def promoted_by_constant(record: Record) -> Iterator[Finding]:
         by_user = not op.via and not is_asked(record)
         what = "constant" if op.autocast else "constant, input or parameter"
         by = f"a float32 {what} ({op.name}) makes" if op.promoted == "constant" else "a cast makes"
-        spread = f", in {len(after)} other modules too ({', '.join(sorted(after)[:3])})" if after else ""
+        spread = (
+            f", in {len(after)} other module{'s' * (len(after) > 1)} too ({', '.join(sorted(after)[:3])})"
+            if after
+            else ""
+        )
         yield Finding(
             "promoted-to-float32",
             "warning" if by_user and after and count >= _MATTERS * total else "info",
