@@ -240,3 +240,35 @@ def test_a_cast_to_float32_that_autocast_undoes() -> None:
     finding = found(audited(lambda: train(model, X, context=AUTOCAST)), "float32-cast-undone")
     assert finding.level == "warning" and finding.module == "0"
     assert finding.line is not None and finding.line.text == "return self.two(x.float())"
+
+
+class Wide(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+def test_a_cast_to_float32_that_other_modules_compute_in() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), Wide(), nn.GELU(), nn.Dropout(0.1), nn.Linear(16, 4))
+    finding = found(audited(lambda: train(model, X, context=AUTOCAST)), "promoted-to-float32")
+    assert finding.level == "warning" and finding.module == "1" and "a cast makes half activations" in finding.what
+    assert finding.line is not None and finding.line.text == "return x.float()"
+
+
+class Norm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+class Careful(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm = nn.Linear(16, 16), Norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return self.norm(x.float()).to(x.dtype)
+
+
+def test_a_cast_for_a_norm_and_one_at_the_end_are_right() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), Careful(), nn.Linear(16, 4), Wide())
+    assert audited(lambda: train(model, X, context=AUTOCAST)).findings == []

@@ -69,6 +69,15 @@ def test_parameters_that_alone_are_half_are_named() -> None:
     assert finding.module == "body" and "6 of 8 parameters" in finding.what
 
 
+def test_parameters_that_are_made_in_half_have_their_line() -> None:
+    def run() -> None:
+        model = nn.Linear(16, 4, dtype=HALF)
+        train(model, batch())
+
+    finding = found(audited(run), "half-optimizer-state")
+    assert finding.line is not None and finding.line.text == "model = nn.Linear(16, 4, dtype=HALF)"
+
+
 def test_sgd_without_momentum_keeps_nothing() -> None:
     model = mlp().to(HALF)
     report = audited(lambda: train(model, batch(), optimizer=torch.optim.SGD(model.parameters(), lr=1.0)))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from precision_lab.auditing.holds import HALVES
+
 if TYPE_CHECKING:
     from precision_lab.auditing.recorder import Recorder
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 def model_calls() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     """Yields what is replaced while a loop is observed: class, method, what is called in its place."""
     yield nn.Module, "_apply", _module_cast
+    yield nn.Module, "register_parameter", _registered
     yield nn.parallel.DistributedDataParallel, "register_comm_hook", _comm_hook
 
 
@@ -32,6 +35,12 @@ def _module_cast(recorder: Recorder, original: Any, self: nn.Module, *args: Any,
             recorder.note("module_cast", root=type(self).__name__, path=recorder.names.path(self), of=old, to=new.dtype)
             break
     return result
+
+
+def _registered(recorder: Recorder, original: Any, self: nn.Module, name: str, param: Any) -> None:
+    original(self, name, param)
+    if getattr(param, "dtype", None) in HALVES and not recorder.in_cast and not recorder.record.of("made_half"):
+        recorder.note("made_half", dtype=param.dtype)
 
 
 def _comm_hook(recorder: Recorder, original: Any, self: Any, state: Any, hook: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from precision_lab.auditing.kinds import CAST, OTHER, PRODUCTS, SUM
+from precision_lab.auditing.kinds import CAST, LOSS, NORM, OTHER, PRODUCTS, SOFTMAX, SUM
 from precision_lab.auditing.record import Op
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -16,6 +16,11 @@ _STORED_SMALL = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2
 _FOLLOWED = (OTHER, SUM, *PRODUCTS)
 """Kinds after which a result still comes from a promotion: not norms, softmaxes and losses, which autocast, and a
 careful author, compute in float32."""
+
+_EXACT = frozenset(
+    ["pow", "exp", "expm1", "log", "log1p", "log2", "sqrt", "reciprocal", "cos", "sin", "atan2", "erfinv"]
+)
+"""Operations whose operand was cast to float32 for a reason."""
 
 
 class Flow:
@@ -45,6 +50,9 @@ class Flow:
         if not outputs or not outputs[0].is_floating_point():
             return
         wide = [each for each in inputs if each.dtype is torch.float32 and each.dim()]
+        for each in wide:
+            if each in self._cast and not func.is_view:
+                self._follow_use(self._cast[each], row, outputs)
         if row.kind is CAST and inputs:
             self._follow_cast(row, inputs[0], outputs[0])
         elif outputs[0].dtype is torch.float32 and row.kind in _FOLLOWED:
@@ -59,7 +67,7 @@ class Flow:
                 if row.promoted == "constant":
                     self._pass_on(row, outputs)
                 return
-            marked = [each for each in wide if each in self._origin]
+            marked = [each for each in wide if each in self._origin and each not in self._cast]
             if marked and all(each in self._origin or self._is_constant(each) for each in wide):
                 origin = self._origin[marked[0]]
                 if not func.is_view:
@@ -74,6 +82,16 @@ class Flow:
         """Takes what was made of no tensor within a forward."""
         for output in outputs:
             self._constant[output] = True
+
+    def _follow_use(self, cast: Op, row: Op, outputs: list[Tensor]) -> None:
+        """Notes what is done with a tensor that was cast to float32."""
+        if row.kind in (NORM, SOFTMAX, LOSS, SUM, *PRODUCTS) or row.name in _EXACT:
+            cast.meant = True
+        elif row.kind is OTHER and outputs[0].dtype is torch.float32:
+            cast.promoted = "cast"
+            self._pass_on(cast, outputs)
+            cast.after_bytes += outputs[0].numel() * outputs[0].element_size()
+            cast.after_modules.add(row.module)
 
     def _follow_cast(self, row: Op, value: Tensor, output: Tensor) -> None:
         if value.dtype in _STORED_SMALL and value.dim() > 1:

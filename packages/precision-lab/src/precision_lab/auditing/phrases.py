@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 import torch
 
-from precision_lab.auditing.record import Event, Record
+from precision_lab.auditing.record import FORWARD, Event, Record
 from precision_lab.auditing.where import Line
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -47,13 +47,14 @@ def is_asked(record: Record) -> bool:
     transformers' documentation has models loaded in half and trained by a Trainer with bf16=True, under autocast.
     """
     by_trainer = any(event.library in ("transformers", "TRL") for event in record.of("step"))
-    mixed = any(event.training and event.autocast for event in record.of("forward"))
+    mixed = any(op.autocast for op in record.ops if op.phase == FORWARD)
     return bool(record.engines) or (by_trainer and mixed)
 
 
 def cast_line(record: Record, to: Iterable[torch.dtype] = HALVES) -> Line | None:
-    """Returns where a model was cast to one of the dtypes, else where the first step was made."""
+    """Returns where a model was cast to one of the dtypes, or made in it, else where the first step was made."""
     wanted = set(to)
     casts: list[Event] = [event for event in record.of("module_cast") if event.to in wanted]
-    steps = record.of("step")
-    return casts[-1].line if casts else steps[0].line if steps else None
+    made: list[Event] = [event for event in record.of("made_half") if event.dtype in wanted]
+    found = casts[-1:] or made or record.of("step")
+    return found[0].line if found else None

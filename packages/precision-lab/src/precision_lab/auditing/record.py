@@ -34,7 +34,9 @@ class Op:
     via: str = ""  # the installed package, other than torch, whose code made the call; "" is the user's own
     operand: str = ""  # of a cast: the parameter that was cast
     promoted: str = ""  # why half inputs gave a float32 output: "constant" (made in forward, or a buffer), "other";
-    # of a cast: "quantised", where weights that are stored in 8 bits or less were cast
+    # of a cast: "quantised", where weights that are stored in 8 bits or less were cast, and "cast", where activations
+    # were cast to float32 and used
+    meant: bool = False  # of a cast to float32: a norm, sum, product or the like needed it
     after_bytes: int = 0  # what was computed in float32 from such outputs, or from casts, until a cast, norm or loss
     after_modules: set[str] = field(default_factory=set)
     by_hand: str = ""  # "norm", "softmax": what a square, or an exponential, in half became
@@ -88,6 +90,7 @@ class Event:
     saved           file, tensors (key path -> dtype), scaler and optimizer: whether their state is in it, numbers
     reduce          op, dtype, elements, phase
     module_cast     root (class), path, of, to: model.bfloat16(), model.to(...) changed dtypes, the first that changed
+    made_half       dtype: of the first parameter that a module got in half without a cast of a model
     comm_hook       name: a hook of DDP's that reduces gradients in its own way
     switches        one of torch's switches for float32 products was set: name, value, tf32
     cast_without_gradients  name (of a parameter that was cast to half under no_grad)

@@ -112,10 +112,16 @@ def _product_remedy(op: Op) -> Remedy:
     )
 
 
+def _spreads(op: Op) -> bool:
+    """Whether what was cast to float32 is used in other modules, other than those that it is returned to."""
+    others = op.after_modules - {op.module}
+    return not op.meant and any(not op.module.startswith(f"{each}." if each else "") for each in others)
+
+
 def promoted_by_constant(record: Record) -> Iterator[Finding]:
     """A float32 constant or buffer meets half activations: the result, and what follows, is float32."""
     total = sum(op.bytes for op in record.ops if op.phase == FORWARD and op.output in HALVES) or 1
-    ops = [op for op in record.ops if op.promoted == "constant"]
+    ops = [op for op in record.ops if op.promoted == "constant" or (op.promoted == "cast" and _spreads(op))]
     rows = _places(ops, lambda op: op.bytes + op.after_bytes)
     for (module, line), count, here in rows[:_MOST]:
         op = here[0]
@@ -124,17 +130,23 @@ def promoted_by_constant(record: Record) -> Iterator[Finding]:
             continue
         by_user = not op.via and not is_asked(record)
         what = "constant" if op.autocast else "constant, input or parameter"
-        spread = f", in {len(after)} other modules too ({', '.join(sorted(after)[:3])})" if after else ""
+        by = f"a float32 {what} ({op.name}) makes" if op.promoted == "constant" else "a cast makes"
+        spread = (
+            f", in {len(after)} other module{'s' * (len(after) > 1)} too ({', '.join(sorted(after)[:3])})"
+            if after
+            else ""
+        )
         yield Finding(
             "promoted-to-float32",
             "warning" if by_user and after and count >= _MATTERS * total else "info",
-            f"a float32 {what} ({op.name}) makes half activations float32: {size(count)} of results{spread}, beside "
-            f"{size(total)} in half",
+            f"{by} half activations float32: {size(count)} of results{spread}, beside {size(total)} in half",
             "torch promotes half times float32 to float32, so everything from here to the next product or cast takes "
             "twice the memory and bandwidth",
             Remedy(
                 torch="make the constant in the activation's dtype: constant.to(x.dtype), or torch.tensor(..., "
-                "dtype=x.dtype, device=x.device)",
+                "dtype=x.dtype, device=x.device)"
+                if op.promoted == "constant"
+                else "drop the .float(), or cast back to the input's dtype before the next module: .to(x.dtype)",
                 ours='the same; Fabric(precision="bf16-true") casts registered buffers with the model, so register it',
             ),
             line=line,

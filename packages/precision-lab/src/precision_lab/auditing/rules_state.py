@@ -24,9 +24,7 @@ _FULL = Remedy(
 def _half_state(record: Record) -> list[Stored]:
     masters = {each.name for each in record.stored if each.kind == "master"}
     return [
-        each
-        for each in record.stored
-        if each.kind == "state" and each.dtype in HALVES and each.name not in masters and each.elements > 1
+        each for each in record.stored if each.kind == "state" and each.dtype in HALVES and each.name not in masters
     ]
 
 
