@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from precision_lab.auditing.finding import Finding, Remedy
+from precision_lab.auditing.kinds import PRODUCTS
 from precision_lab.auditing.ledger import short
 from precision_lab.auditing.ops import HALVES
 from precision_lab.auditing.record import FORWARD, LOOP, Context, Event, Record
