@@ -157,6 +157,20 @@ def test_a_decorator_that_does_nothing_is_found() -> None:
     assert [each.code for each in found(as_decorator)] == ["autocast-does-nothing"]
 
 
+def around_the_loss(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    output = model(torch.randn(4, 8))
+    with torch.autocast("cpu", torch.bfloat16):  # here
+        value = nn.functional.cross_entropy(output, torch.tensor([0, 1, 0, 1]))
+    end(value, optimizer)
+
+
+def test_autocast_around_the_loss_alone_is_found() -> None:
+    (finding,) = found(around_the_loss)
+    assert (finding.code, finding.level) == ("autocast-around-nothing", "warning")
+    assert finding.line is not None
+    assert finding.line.text.endswith("# here")
+
+
 # ---------------------------------------------------------------- too much, too little
 
 

@@ -59,6 +59,21 @@ def test_a_checkpoint_without_the_scaler_is_found(save: Save, tmp_path: Path) ->
     assert finding.line.text.endswith("# here")
 
 
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_folder_of_shards_without_the_scaler_is_found(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    def save(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, folder: Path) -> None:
+        dcp.save(states(model, optimizer), checkpoint_id=folder / "last.dcp", no_dist=True)  # here
+
+    (finding,) = found(save, tmp_path)
+    assert finding.code == "scaler-not-saved"
+    assert "last.dcp" in finding.what
+    assert finding.line is not None
+    assert finding.line.text.endswith("# here")
+
+
 def together(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, folder: Path) -> None:
     torch.save({**states(model, optimizer), "scaler": scaler.state_dict()}, folder / "last.pt")
 

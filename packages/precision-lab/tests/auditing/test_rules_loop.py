@@ -55,6 +55,13 @@ def right_in_place(t: Any) -> None:
     t.optimizer.zero_grad(set_to_none=False)
 
 
+def right_other_zeros(t: Any) -> None:
+    loss(t.model).backward()
+    t.optimizer.step()
+    for param in t.model.parameters():
+        param.grad = torch.zeros_like(param)
+
+
 def right_accumulation(t: Any) -> None:
     for _ in range(4):
         (loss(t.model) / 4).backward()
@@ -83,7 +90,7 @@ def right_decaying_gradients(t: Any) -> None:
 
 @pytest.mark.parametrize(
     "step",
-    [right, right_in_place, right_accumulation, right_closure, right_decaying_gradients],
+    [right, right_in_place, right_other_zeros, right_accumulation, right_closure, right_decaying_gradients],
     ids=lambda step: step.__name__,
 )
 def test_right_loops_give_no_finding(step: Step) -> None:
@@ -161,6 +168,31 @@ def test_a_wrong_order_is_found(step: Step, code: str) -> None:
     assert len(findings) == 1
     assert findings[0].line is not None
     assert findings[0].line.text.endswith("# here")
+
+
+def test_gradients_that_are_cleared_before_a_scaler_steps_are_found_where_torch_raises() -> None:
+    def step(t: Any) -> None:
+        t.scaler.scale(half_loss(t.model)).backward()
+        t.optimizer.zero_grad()
+        with pytest.raises(AssertionError):
+            t.scaler.step(t.optimizer)
+
+    assert [each.code for each in found(step, steps=1)] == ["cleared-before-step"]
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_a_model_that_is_cast_while_it_trains_is_found(right: bool) -> None:
+    def step(t: Any) -> None:
+        dtype = next(t.model.parameters()).dtype
+        t.model(torch.randn(4, 8, dtype=dtype)).float().square().mean().backward()
+        t.optimizer.step()
+        t.optimizer.zero_grad()
+        (copy.deepcopy(t.model) if right else t.model).to(torch.bfloat16)
+
+    findings = [each for each in found(step, level="error") if each.code == "recast-while-training"]
+    assert [each.what for each in findings] == (
+        [] if right else ["4 parameters are bfloat16 at this step, and were float32 before"]
+    )
 
 
 def test_an_optimizer_of_parameters_that_no_model_has_is_told() -> None:

@@ -189,6 +189,34 @@ def test_a_step_with_gradients_scaled_by_hand_is_found() -> None:
     assert "1,024" in finding.what
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, lambda params, lr: torch.optim.AdamW(params, lr, fused=True)])
+def test_a_loss_that_is_scaled_twice_is_found(kind: type[torch.optim.Optimizer]) -> None:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        scaler.scale(scaler.scale(loss_of(model))).backward()
+        scaler.step(optimizer)  # here
+        scaler.update()
+
+    (finding,) = watched(step, kind, torch.amp.GradScaler("cpu", init_scale=16.0)).at("warning")
+    assert (finding.code, finding.level) == ("stepped-while-scaled", "error")
+    assert "16 times too large: their loss was scaled twice" in finding.what
+    assert finding.line is not None
+    assert finding.line.text.endswith("# here")
+
+
+@pytest.mark.parametrize(("factor", "level"), [(1.0, "warning"), (2.0**60, "error")])
+def test_a_step_by_itself_behind_unscale_is_found(factor: float, level: str) -> None:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        (scaler.scale(loss_of(model)) * factor).backward()
+        scaler.unscale_(optimizer)
+        optimizer.step()  # here
+        scaler.update()
+
+    findings = [each for each in watched(step).at("warning") if each.code == "overflow-unchecked"]
+    assert [each.level for each in findings] == [level]
+    assert findings[0].line is not None
+    assert findings[0].line.text.endswith("# here")
+
+
 # ---------------------------------------------------------------- half parameters, and no use
 
 

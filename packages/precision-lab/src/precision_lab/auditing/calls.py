@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from precision_lab.auditing.calls_model import model_calls
-from precision_lab.auditing.calls_saving import saving_calls
+from precision_lab.auditing.calls_saving import late_saving_calls, saving_calls
 from precision_lab.auditing.calls_scaler import scaler_calls
 from precision_lab.auditing.graph import loss_scale
 from precision_lab.auditing.record import Context
@@ -26,11 +26,21 @@ Around = Callable[..., Any]
 def watch_calls(recorder: Recorder) -> Iterator[None]:
     """Context in which the calls in `_watched` are noted; afterwards everything is as it was."""
     with ExitStack() as stack:
-        for owner, name, around in _watched():
-            original = owner.__dict__[name]
-            wrapped = _wrap(original, functools.partial(around, recorder), recorder)
-            setattr(owner, name, wrapped)
-            stack.callback(setattr, owner, name, original)
+        done = set[tuple[int, str]]()
+
+        def watch(calls: Iterator[tuple[Any, str, Around]]) -> None:
+            for owner, name, around in calls:
+                if (id(owner), name) in done:
+                    continue
+                done.add((id(owner), name))
+                original = owner.__dict__[name]
+                wrapped = _wrap(original, functools.partial(around, recorder), recorder)
+                setattr(owner, name, wrapped)
+                stack.callback(setattr, owner, name, original)
+
+        watch(_watched())
+        recorder.watch_late = lambda: watch(late_saving_calls())
+        recorder.watch_late()
         yield
 
 
@@ -135,6 +145,7 @@ def _around_backward(recorder: Recorder, roots: list[Tensor], run: Callable[[], 
             fresh=[],
             products=[],
         )
+    recorder.backward_line = event.line if event is not None else None
     recorder.before_backward(roots)
     recorder.in_backward += 1
     try:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 if TYPE_CHECKING:
     from precision_lab.auditing.recorder import Recorder
@@ -26,9 +26,18 @@ def saving_calls() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         yield safetensors.torch, "save_file", _save_file
 
 
+def late_saving_calls() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    """Yields those of modules that scripts import when they need them: they are not imported for an audit."""
+    for name in ("torch.distributed.checkpoint", "torch.distributed.checkpoint.state_dict_saver"):
+        if (module := sys.modules.get(name)) is not None and hasattr(module, "async_save"):
+            yield module, "save", _save_folder
+            yield module, "async_save", _save_folder
+
+
 def _save(recorder: Recorder, original: Any, obj: Any, f: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(obj, f, *args, **kwargs)
-    _note_saved(recorder, obj, f)
+    if not recorder.in_save:  # else a tensor of a folder
+        _note_saved(recorder, obj, f)
     return result
 
 
@@ -36,6 +45,16 @@ def _save_file(recorder: Recorder, original: Any, tensors: Any, filename: Any, *
     result = original(tensors, filename, *args, **kwargs)
     _note_saved(recorder, tensors, filename)
     return result
+
+
+def _save_folder(recorder: Recorder, original: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+    if not recorder.in_save:
+        _note_saved(recorder, state_dict, kwargs.get("checkpoint_id") or (args[0] if args else None))
+    recorder.in_save += 1
+    try:
+        return original(state_dict, *args, **kwargs)
+    finally:
+        recorder.in_save -= 1
 
 
 def _note_saved(recorder: Recorder, obj: Any, file: Any) -> None:
@@ -47,7 +66,7 @@ def _note_saved(recorder: Recorder, obj: Any, file: Any) -> None:
         nonlocal has_scaler, has_optimizer
         if isinstance(value, torch.amp.GradScaler):
             has_scaler = True
-        elif isinstance(value, (nn.Module, Optimizer)):
+        elif hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
             walk(value.state_dict(), path, depth + 1)
         elif isinstance(value, Tensor):
             tensors[path] = value.dtype

@@ -47,10 +47,16 @@ def _get_scale(recorder: Recorder, original: Any, self: Any) -> Any:
 
 
 def _unscale(recorder: Recorder, original: Any, self: Any, optimizer: Any) -> Any:
-    if self.is_enabled():
-        recorder.gradients.settle()
-        recorder.note("unscale", scaler=recorder.keep(self), optimizer=recorder.keep(optimizer), **state_of(optimizer))
-    return original(self, optimizer)
+    if not self.is_enabled():
+        return original(self, optimizer)
+    recorder.gradients.settle()
+    scaler, within = recorder.keep(self), bool(recorder.scaler_steps)
+    event = recorder.note(
+        "unscale", scaler=scaler, optimizer=recorder.keep(optimizer), within=within, ran=None, **state_of(optimizer)
+    )
+    result = original(self, optimizer)
+    event.data["ran"] = True
+    return result
 
 
 def _scaler_step(recorder: Recorder, original: Any, self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -74,9 +80,12 @@ def _scaler_step(recorder: Recorder, original: Any, self: Any, optimizer: Any, *
 
 
 def _scaler_update(recorder: Recorder, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    if self.is_enabled():
-        recorder.note("scaler_update", scaler=recorder.keep(self))
-    return original(self, *args, **kwargs)
+    if not self.is_enabled():
+        return original(self, *args, **kwargs)
+    event = recorder.note("scaler_update", scaler=recorder.keep(self), ran=None)
+    result = original(self, *args, **kwargs)
+    event.data["ran"] = True
+    return result
 
 
 def _scheduler(recorder: Recorder, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:

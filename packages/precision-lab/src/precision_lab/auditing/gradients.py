@@ -8,16 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
 
 from precision_lab.auditing.record import Event
 from precision_lab.auditing.sample import local
+
+_MANY = 1000
 
 
 @dataclass
 class _Derived:
     """A tensor that was computed from gradients."""
 
+    memory: StorageWeakRef
     ids: list[int]
+    degree: float  # it grows with this power of the gradients' scale
     events: list[Event] = field(default_factory=list)  # the changes to gradients that it would be, were it assigned
 
 
@@ -36,26 +42,50 @@ class Gradients:
 
     def computed_from(self, tensor: Tensor) -> list[int]:
         """Returns the ids of the parameters from whose gradients the tensor was computed, or whose gradient it is."""
-        found = self._derived.get(storage(tensor))
+        found = self._made_of(tensor)
         return found.ids if found is not None else self.find(tensor)
 
-    def follow(self, inputs: list[Tensor], result: Any, event: Callable[[list[int]], Event | None]) -> None:
+    def degree(self, tensor: Tensor) -> float:
+        """Returns with which power of the gradients' scale a tensor grows: 1 for gradients, 0 for all others."""
+        found = self._made_of(tensor)
+        return found.degree if found is not None else 1.0 if self.find(tensor) else 0.0
+
+    def follow(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        inputs: list[Tensor],
+        result: Any,
+        event: Callable[[list[int]], Event | None],
+    ) -> None:
         """Called after an operation that may have read gradients; `event` makes what it is if it becomes a gradient."""
         if not self._known():
             return
         ids, events = dict[int, None](), list[Event]()
         for each in inputs:
-            derived = self._derived.get(storage(each))
+            derived = self._made_of(each)
             ids.update(dict.fromkeys(self.find(each) if derived is None else derived.ids))
-            events += [] if derived is None else derived.events
+            # What a number was computed by is no change of the gradients that it is multiplied with.
+            events += derived.events if derived is not None and each.dim() else []
+        degree = degree_of(name, args, [self.degree(each) for each in inputs]) if ids else 0.0
         for each in _flat(result):
             where = storage(each)
             if self._found(where):  # a view of one, or one that was written
                 continue
             self._derived.pop(where, None)
-            if ids:
+            if ids and where > 0:
                 change = event(list(ids)) if each.dim() else None
-                self._derived[where] = _Derived(list(ids), [*events, *([change] if change is not None else [])])
+                memory = StorageWeakRef(local(each).untyped_storage())
+                self._derived[where] = _Derived(
+                    memory, list(ids), degree, [*events, *([change] if change is not None else [])]
+                )
+
+    def copied(self, into: Any, values: Any) -> None:
+        """Called where tensors were copied into gradients: what was computed from gradients counts as changed."""
+        for target, value in zip(_flat(into), _flat(values), strict=False):
+            derived = self._made_of(value)
+            for event in derived.events if derived is not None else ():
+                event.ids.extend(each for each in self.find(target) if each not in event.ids)
 
     def settle(self) -> None:
         """Called before gradients are used: one that was replaced by what was computed from it counts as changed."""
@@ -64,7 +94,7 @@ class Gradients:
         for param in self._params():
             if param.grad is None:
                 continue
-            derived = self._derived.get(storage(param.grad))
+            derived = self._made_of(param.grad)
             for event in derived.events if derived is not None else ():
                 if id(param) not in event.ids:
                     event.ids.append(id(param))
@@ -73,14 +103,15 @@ class Gradients:
     def forget(self) -> None:
         """Called where gradients are other tensors than before."""
         self._storages = None
-        self._derived.clear()
+        if len(self._derived) > _MANY:
+            self._derived = {key: each for key, each in self._derived.items() if not each.memory.expired()}
 
     def before_backward(self) -> None:
         """Notes each gradient that is there, and its version."""
         self._before = {
             id(param): (id(local(param.grad)), local(param.grad)._version)
             for param in self._params()
-            if param.grad is not None
+            if param.grad is not None and _says_something(local(param.grad))
         }
 
     def after_backward(self) -> tuple[list[int], list[int]]:
@@ -97,6 +128,10 @@ class Gradients:
                     fresh.append(id(param))
         return written, fresh
 
+    def _made_of(self, tensor: Tensor) -> _Derived | None:
+        found = self._derived.get(storage(tensor)) if self._derived else None
+        return found if found is not None and not found.memory.expired() else None
+
     def _known(self) -> dict[int, list[nn.Parameter]]:
         if self._storages is None:
             self._storages = {}
@@ -109,6 +144,39 @@ class Gradients:
         # Memory of a gradient that was freed is that of something else now.
         found = self._known().get(where, ())
         return [param for param in found if param.grad is not None and storage(param.grad) == where]
+
+
+def _says_something(gradient: Tensor) -> bool:
+    """Whether a gradient is there, that was not set to zero."""
+    with _disable_current_modes():
+        return gradient.is_meta or bool(torch.count_nonzero(gradient.detach()))
+
+
+_PRODUCTS = frozenset(["mul", "mm", "bmm", "dot", "vdot", "mv", "addmm", "addcmul", "multiply"])
+_COMPARES = frozenset(
+    ["lt", "le", "gt", "ge", "eq", "ne", "sign", "argmax", "isfinite", "isnan", "isinf", "any", "all"]
+)
+
+
+def degree_of(name: str, args: tuple[Any, ...], degrees: list[float]) -> float:
+    """Returns the degree of an operation's result, by those of the tensors among its arguments."""
+    base = name.removeprefix("_foreach_").removesuffix("_")
+    first = degrees[0] if degrees else 0.0
+    if base in _COMPARES:
+        return 0.0
+    if base in _PRODUCTS and not name.startswith("_foreach_"):
+        return sum(degrees)
+    if base in ("div", "divide", "true_divide") and len(args) > 1 and isinstance(args[1], Tensor):
+        return first - degrees[1]
+    if base == "reciprocal":
+        return -first
+    if base in ("sqrt", "rsqrt"):
+        return first / 2 if base == "sqrt" else -first / 2
+    if base in ("square", "var"):
+        return 2 * first
+    if base == "pow" and len(args) > 1 and isinstance(args[1], (int, float)):
+        return first * args[1]
+    return max(degrees, key=abs, default=0.0)
 
 
 def storage(tensor: Tensor) -> int:
@@ -138,7 +206,8 @@ def factor_of(name: str, args: tuple[Any, ...]) -> tuple[float | None, list[Tens
 def _values(operand: Any) -> Iterator[float | None]:
     for each in operand if isinstance(operand, (list, tuple)) else [operand]:
         if isinstance(each, Tensor):
-            yield float(each) if each.numel() == 1 and not each.is_meta else None
+            value = local(each)
+            yield float(value) if value.numel() == 1 and not value.is_meta else None
         else:
             yield float(each) if isinstance(each, (int, float)) else None
 

@@ -39,7 +39,7 @@ def loss_scale(roots: list[Tensor], scaled: dict[int, tuple[int, float]]) -> Los
         node, factor, depth = waiting.pop()
         if node._sequence_nr() in scaled:
             scaler, scale = scaled[node._sequence_nr()]
-            ends.append((scale, scaler))
+            ends.append((scale * _scaled_before(node, scaled), scaler))
             continue
         name = node.name()
         following = [each for each, _ in node.next_functions if each is not None]
@@ -56,6 +56,18 @@ def loss_scale(roots: list[Tensor], scaled: dict[int, tuple[int, float]]) -> Los
         factor, scaler = max(by_scaler)
         return LossScale(factor, scaler, partly=len(by_scaler) < len(ends))
     return LossScale(min((factor for factor, _ in ends), key=abs, default=1.0))
+
+
+def _scaled_before(node: Any, scaled: dict[int, tuple[int, float]]) -> float:
+    """Returns what a scaled loss had been multiplied with by scalers before: 1 but for a mistake."""
+    factor = 1.0
+    for _ in range(8):
+        following = [each for each, _ in node.next_functions if each is not None]
+        if len(following) != 1:
+            break
+        node = following[0]
+        factor *= scaled.get(node._sequence_nr(), (0, 1.0))[1]
+    return factor
 
 
 def _constant(node: Any) -> float:

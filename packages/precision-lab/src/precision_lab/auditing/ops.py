@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _UNSCALING = "_amp_foreach_non_finite_check_and_unscale_"
 _ARITHMETIC = frozenset(["add", "sub", "mul", "div", "rsub", "pow", "remainder"])
+_ACCUMULATES = "torch::autograd::AccumulateGrad"
+_COPYING = frozenset(["copy_", "_foreach_copy_"])
 _CLEARING = frozenset(["zero_", "_foreach_zero_"])
 _CHANGING = frozenset(["mul", "div", "add", "sub", "clamp", "clip", "clamp_min", "clamp_max", "nan_to_num", "where"])
 _MAKING = ("empty_like", "zeros_like", "ones_like", "rand", "full_like", "new_", "is_", "_has_")
@@ -42,7 +44,7 @@ class Ops(TorchDispatchMode):
     """
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
         self._rows: dict[Any, Op] = {}
         self._kinds: dict[Any, tuple[str, str, bool]] = {}  # operation -> name, kind, whether it writes an argument
@@ -108,10 +110,12 @@ class Ops(TorchDispatchMode):
                     if each not in self._origin:
                         self._origin[each] = module, line
                         self._under |= {each} if autocast else set()
-        if phase == LOOP:
+        if phase == LOOP and not recorder.in_backward:  # else: an engine's hooks after backward
             self._note_gradients(name, writes, args, inputs, result, line)
         elif phase == BACKWARD and kind in PRODUCTS and inputs:
             recorder.backward_dtypes.add(inputs[-1].dtype)
+        elif phase == BACKWARD and name.removesuffix("_") in _CHANGING and node.name() == _ACCUMULATES:
+            self._note_hook(name, args, getattr(node, "variable"))  # noqa: B009  # torch does not declare it
         if kind is REDUCE and inputs and inputs[0].is_floating_point():
             elements = sum(each.numel() for each in inputs[:1])
             recorder.note("reduce", line, op=name, dtype=inputs[0].dtype, elements=elements, phase=phase)
@@ -178,6 +182,8 @@ class Ops(TorchDispatchMode):
             recorder.note("cleared", line, ids=written)
         if name == _UNSCALING and written:
             recorder.note("unscaled", line, ids=written, inverse=float(args[2]), found=bool(args[1]))
+        elif written and name in _COPYING:
+            gradients.copied(args[0], args[1])
         elif written and name not in _SETTING:
             self._changed(name, args, written, line)
         elif name == "_local_scalar_dense" and (read := gradients.computed_from(inputs[0])):
@@ -185,16 +191,27 @@ class Ops(TorchDispatchMode):
         elif inputs and not name.startswith(_MAKING):
             in_loop = "clip_grad" not in "".join(recorder.where.functions(4))
             changes = in_loop and name.removeprefix("_foreach_") in _CHANGING
-            gradients.follow(inputs, result, lambda ids: self._changed(name, args, [], line) if changes else None)
+            event = (lambda ids: self._changed(name, args, [], line)) if changes else lambda ids: None
+            gradients.follow(name, args, inputs, result, event)
+
+    def _note_hook(self, name: str, args: tuple[Any, ...], param: Any) -> None:
+        """Notes what a hook of the user's does to a parameter's gradient within backward."""
+        line = self._recorder.where.line(4)
+        if line != self._recorder.backward_line:
+            self._recorder.gradients.forget()
+            self._changed(name, args, [id(param)], line)
 
     def _changed(self, name: str, args: tuple[Any, ...], ids: list[int], line: Line | None) -> Event:
         recorder = self._recorder
+        if "mul" in name and isinstance(args[0], Tensor) and not args[0].dim():  # a number times gradients
+            args = (args[1], args[0], *args[2:])
         by, others = factor_of(name, args)
-        computed = any(recorder.gradients.computed_from(each) for each in others)
+        computed = [each for each in others if recorder.gradients.computed_from(each)]
+        degree = max((recorder.gradients.degree(each) for each in computed), key=abs, default=0.0)
         functions, limit = recorder.where.functions(5), recorder.where.value_in("clip_grad", ("max_norm", "clip_value"))
         return recorder.note(
-            "gradients", line, how=name, functions=functions, ids=ids, by=by, computed=computed, limit=limit,
-            others=len(others),
+            "gradients", line, how=name, functions=functions, ids=ids, by=by, computed=bool(computed), degree=degree,
+            limit=limit, others=len(others),
         )  # fmt: skip
 
     def _note_rounded(

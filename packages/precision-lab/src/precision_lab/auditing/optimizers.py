@@ -65,9 +65,14 @@ def state_of(optimizer: Any) -> dict[str, Any]:
 def note_step(recorder: Recorder, optimizer: Optimizer, closure: bool) -> None:
     """Notes that a step begins."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
+    trained, recast = recorder.record.trained, []
     for param in params:
-        if (name := recorder.names.param(param)) is not None:
-            recorder.record.trained[name] = param.dtype
+        name = recorder.names.param(param)
+        if name is not None and (old := trained.setdefault(name, param.dtype)) is not param.dtype:
+            recast.append((name, old, param.dtype))
+            trained[name] = param.dtype
+    if recast:
+        recorder.note("recast", names=[name for name, _, _ in recast], old=recast[0][1], new=recast[0][2])
     scale = getattr(optimizer, "grad_scale", None)
     recorder.note(
         "step",

@@ -71,18 +71,21 @@ class Event:
     scale           scaler, scale
     scale_read      scaler: scaler.get_scale()
     scaler_off      a scaler that is not enabled was asked to scale
-    unscale         scaler, optimizer, ids, without, dtypes (of its parameters that train)
+    unscale         scaler, optimizer, within (scaler.step, which unscales if nobody did), ran (None: it raised), ids,
+                    without, dtypes (of its parameters that train)
     unscaled        ids (of parameters whose gradients torch's unscaling wrote), inverse, found (inf or NaN)
     gradients       ids, how (the operation), functions (the callers' names): gradients changed, by clipping mostly;
                     by (the number they were multiplied with, or None), computed (whether an operand was computed from
-                    gradients), others (tensors among the operands), limit (of a clip_grad_ function of torch)
+                    gradients), degree (its power of their scale), others (tensors among the operands),
+                    limit (of a clip_grad_ function of torch)
     gradients_read  ids: a number that was computed from gradients was read
     cleared         ids: gradients set to zero; those set to None are `fresh` at the next backward
     scaler_step     scaler, optimizer, ran (None: it raised), ids, without, dtypes
-    scaler_update   scaler
+    scaler_update   scaler, ran (None: it raised)
     step            optimizer, name (of its class), ids (of its parameters), without (those that train and have no
                     gradient), dtypes, closure, scaler (whose step made this one), grad_scale (left to a fused step),
                     cache
+    recast          names (of parameters), old and new dtype: they had another one at the step before
     scheduler       scheduler, optimizer
     saved           file, tensors (key path -> dtype), scaler and optimizer: whether their state is in it, numbers
     reduce          op, dtype, elements, phase

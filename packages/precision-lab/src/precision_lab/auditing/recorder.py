@@ -55,7 +55,10 @@ class Recorder:
         self.counted = Steps()
         self.gradients = Gradients(self.params)
         self.scaled: dict[int, tuple[int, float]] = {}  # number of an autograd node -> scaler that made it, scale
+        self.watch_late: Callable[[], None] = lambda: None
+        self.in_save = 0
         self.scaler_steps: list[int] = []  # scalers whose step runs
+        self.backward_line: Line | None = None
         self.backward_dtypes: set[torch.dtype] = set()  # of products in the backward that runs
         self.asked = WeakKeyDictionary[Any, bool]()  # autocast contexts -> whether enabled=True was asked for
         self.cache = 0  # number of the weight cache of autocast that is in use
@@ -252,6 +255,7 @@ class Recorder:
         self.attempted(optimizer)
         self.in_step += 1
         self.gradients.settle()
+        self.watch_late()
         note_step(self, optimizer, closure=any(callable(each) for each in (*args, *kwargs.values())))
         for param in self.params():
             name = self.names.param(param)

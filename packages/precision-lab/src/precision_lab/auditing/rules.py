@@ -15,6 +15,7 @@ from precision_lab.auditing import (
     rules_scaler,
     rules_state,
     rules_switches,
+    rules_update,
     rules_values,
 )
 from precision_lab.auditing.finding import Finding, worst_first
@@ -24,6 +25,7 @@ Rule = Callable[[Record], Iterator[Finding]]
 
 RULES: tuple[Rule, ...] = (
     *rules_scaler.RULES,
+    *rules_update.RULES,
     *rules_loss.RULES,
     *rules_loop.RULES,
     *rules_autocast.RULES,

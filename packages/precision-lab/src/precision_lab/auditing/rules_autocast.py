@@ -9,7 +9,8 @@ import torch
 from precision_lab.auditing.finding import Finding, Remedy
 from precision_lab.auditing.kinds import PRODUCTS
 from precision_lab.auditing.ledger import short
-from precision_lab.auditing.record import FORWARD, Context, Event, Record
+from precision_lab.auditing.ops import HALVES
+from precision_lab.auditing.record import FORWARD, LOOP, Context, Event, Record
 from precision_lab.auditing.replay import ENGINES, name_of
 
 _OURS = 'Fabric(precision="bf16-mixed") enters autocast for the device that it moves the model to, around forward alone'
@@ -55,6 +56,33 @@ def _does_nothing(record: Record, context: Context, what: str, cause: str) -> Fi
         ),
         line=entered[0].line if entered else None,
     )
+
+
+def around_nothing(record: Record) -> Iterator[Finding]:
+    """Autocast is entered, and all that it could speed up runs outside of it."""
+    entered = [
+        event
+        for event in record.of("autocast")
+        if event.enabled and not event.inside and event.library not in ENGINES and event.device in record.devices
+    ]
+    forwards = _forwards(record)
+    if not entered or not forwards or any(_under(event) for event in record.of("forward")):
+        return
+    products = [op for op in record.ops if op.kind in PRODUCTS and op.inputs and op.phase in (FORWARD, LOOP)]
+    if products and not any(op.inputs[-1] in HALVES or op.autocast for op in products):
+        yield Finding(
+            "autocast-around-nothing",
+            "warning",
+            f"autocast is entered here, and no product runs in it: the model runs outside, {forwards[0].line}",
+            "autocast speeds up matrix products and convolutions; around a loss alone it does nothing",
+            Remedy(
+                torch="enter torch.autocast around the call of the model, and the loss",
+                ours=_OURS,
+                lightning=_LIGHTNING,
+                accelerate=_ACCELERATE,
+            ),
+            line=entered[0].line,
+        )
 
 
 def mode_without_effect(record: Record) -> Iterator[Finding]:
@@ -204,4 +232,12 @@ def _forwards(record: Record) -> list[Event]:
     ]
 
 
-RULES = (other_device, mode_without_effect, around_backward, forward_outside, stale_casts, cast_without_gradients)
+RULES = (
+    other_device,
+    around_nothing,
+    mode_without_effect,
+    around_backward,
+    forward_outside,
+    stale_casts,
+    cast_without_gradients,
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from precision_lab.auditing.finding import Finding, Remedy
+from precision_lab.auditing.ledger import short
 from precision_lab.auditing.record import Event, Record
 from precision_lab.auditing.replay import ENGINES, Moment, name_of, replay
 
@@ -82,6 +83,27 @@ def stepped_without_gradients(record: Record) -> Iterator[Finding]:
             ),
             line=event.line,
             module=name_of(record, trains) if known else "",
+        )
+
+
+def recast_while_training(record: Record) -> Iterator[Finding]:
+    """Parameters have another dtype than at the step before."""
+    for event in record.of("recast"):
+        saved = [each for each in record.of("saved") if each.step == event.step or each.step == event.step - 1]
+        yield Finding(
+            "recast-while-training",
+            "error" if event.new.itemsize < event.old.itemsize else "warning",
+            f"{len(event.names)} parameters are {short(event.new)} at this step, and were {short(event.old)} before",
+            "model.half(), model.to(dtype) and the like change the model itself: training goes on with rounded "
+            "parameters, and the optimizer's state is of another dtype than they"
+            + (f"; {saved[-1].line} saved the model in between" if saved else ""),
+            Remedy(
+                torch="cast a copy: copy.deepcopy(model).half(), or {k: v.half() for k, v in "
+                "model.state_dict().items()}",
+                ours="cast a copy of the model that fabric.setup returned",
+            ),
+            line=event.line,
+            module=event.names[0].rpartition(".")[0] if len(event.names) == 1 else "",
         )
 
 
@@ -164,6 +186,6 @@ def _after_backward(record: Record, event: Event) -> bool:
 
 
 RULES = (
-    *(gradients_kept, cleared_before_step, stepped_without_gradients),
+    *(gradients_kept, cleared_before_step, stepped_without_gradients, recast_while_training),
     *(scheduler_on_skipped_step, scheduler_before_optimizer),
 )

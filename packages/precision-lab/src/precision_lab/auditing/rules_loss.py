@@ -83,31 +83,51 @@ def never_scaled(record: Record) -> Iterator[Finding]:
 
 
 def stepped_while_scaled(record: Record) -> Iterator[Finding]:
-    """An optimizer steps with gradients that still carry the scale."""
+    """An optimizer steps with gradients that still carry a scale, or without a look at what overflowed."""
     for moment in replay(record):
         event = moment.event
-        if event.kind != "step" or event.closure or event.scaler is not None or event.grad_scale:
+        if event.kind != "step" or event.closure:
             continue
-        if ids := moment.scaled():
-            factor = max(moment.carried[each].factor for each in ids)
+        taken = event.grad_scale or 1.0  # by a fused step
+        ids = [each for each in moment.scaled() if moment.carried[each].factor / taken >= 2]
+        if event.scaler is not None:  # what another scaler left is a finding of its own
+            ids = [each for each in ids if moment.carried[each].scaler == event.scaler]
+        if ids:
+            factor = max(moment.carried[each].factor for each in ids) / taken
             yield Finding(
                 "stepped-while-scaled",
                 "error",
-                f"{event.name} stepped with gradients that were {factor:,.0f} times too large",
+                f"{event.name} stepped with gradients that were {factor:,.0f} times too large"
+                + (": their loss was scaled twice" if event.scaler is not None else ""),
                 "SGD's updates are that many times too large; Adam hides it, but its epsilon, weight decay and "
-                "clipping "
-                "act otherwise than they should, and steps that overflowed are taken",
-                Remedy(
-                    torch="call scaler.step(optimizer) and scaler.update() in place of optimizer.step(); without a "
-                    "scaler "
-                    "divide the gradients by the scale before",
-                    ours='fabric.backward(loss) and optimizer.step() under Fabric(precision="16-mixed") unscale by '
-                    "themselves",
-                    accelerate="step the optimizer that accelerator.prepare returned",
-                    lightning="step the optimizer that fabric.setup returned",
-                ),
+                "clipping act otherwise than they should, and steps that overflowed are taken",
+                _STEP,
+                line=event.line,
+                module=name_of(record, ids),
+            )
+        unscaled = [moment.carried[each].by for each in event.ids if each in moment.carried]
+        checked = [each for each in unscaled if each is not None and each.kind == "unscaled"]
+        if not ids and event.scaler is None and checked:
+            taken_inf = any(each.found for each in checked)
+            yield Finding(
+                "overflow-unchecked",
+                "error" if taken_inf else "warning",
+                f"{event.name} stepped by itself, behind the scaler's unscale_"
+                + (", with gradients that are inf or NaN" if taken_inf else ""),
+                "scaler.step is what leaves out a step whose gradients overflowed: optimizer.step() takes it, and the "
+                "parameters are NaN from then on",
+                _STEP,
                 line=event.line,
             )
+
+
+_STEP = Remedy(
+    torch="call scaler.step(optimizer) and scaler.update() in place of optimizer.step(), and scale each loss once; "
+    "without a scaler divide the gradients by the scale before",
+    ours='fabric.backward(loss) and optimizer.step() under Fabric(precision="16-mixed") unscale by themselves',
+    accelerate="step the optimizer that accelerator.prepare returned",
+    lightning="step the optimizer that fabric.setup returned",
+)
 
 
 def half_under_scaler(record: Record) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from precision_lab.auditing.finding import Finding, Remedy
 from precision_lab.auditing.record import Event, Record
-from precision_lab.auditing.replay import Moment, near, replay
+from precision_lab.auditing.replay import near, replay
 
 _OURS = 'fabric.clip_gradients(model, optimizer, max_norm=1.0) under Fabric(precision="16-mixed") unscales first'
 CLIP = Remedy(
@@ -71,7 +71,7 @@ def _clips(event: Event, read: set[int]) -> str:
     if name not in ("mul", "div"):
         return ""
     if event.computed:
-        return "certain"
+        return "certain" if event.degree else ""  # one that is the same at each scale does no harm
     if event.by is None or not 0 < event.by < 0.99 or not set(event.ids) & read:
         return ""
     inverse = 1 / event.by
@@ -100,13 +100,15 @@ def changed_while_scaled(record: Record) -> Iterator[Finding]:
 
 def unscaled_twice(record: Record) -> Iterator[Finding]:
     """Gradients without a scale are divided by one: they were unscaled before, or never scaled."""
-    last: dict[tuple[int, int], Event] = {}  # scaler and optimizer -> the unscale since the scaler's update
+    last: dict[tuple[int, int], Event] = {}  # scaler and optimizer -> the unscale since its step or update
     for moment in replay(record):
         event = moment.event
-        if event.kind == "unscale":
-            if (event.scaler, event.optimizer) in last:
+        if event.kind == "unscale" and not event.within:
+            if event.ran is None and (event.scaler, event.optimizer) in last:
                 yield _twice(event, last[event.scaler, event.optimizer], "torch raises a RuntimeError here")
             last[event.scaler, event.optimizer] = event
+        elif event.kind == "scaler_step" and event.ran is not None:
+            last.pop((event.scaler, event.optimizer), None)
         elif event.kind == "scaler_update":
             last = {key: value for key, value in last.items() if key[0] != event.scaler}
         inverse = _inverse(event)
@@ -149,41 +151,4 @@ def _twice(event: Event, before: Event | None, effect: str) -> Finding:
     )
 
 
-def updated_per_optimizer(record: Record) -> Iterator[Finding]:
-    """The scaler was updated between the backward of a gradient and its step."""
-    updates: dict[int, list[Event]] = {}
-    for moment in replay(record):
-        event = moment.event
-        if event.kind == "scaler_update":
-            updates.setdefault(event.scaler, []).append(event)
-        if event.kind not in ("unscale", "scaler_step"):
-            continue
-        if found := _updated_since(moment, len(updates.get(event.scaler, ()))):
-            before = updates[event.scaler][found - 1]
-            yield Finding(
-                "update-per-optimizer",
-                "error",
-                "scaler.update() ran after the backward of these gradients and before their step"
-                + (f": {event.line} steps with the scale of another step" if event.line else ""),
-                "update changes the scale when gradients overflowed and every growth_interval steps; gradients that "
-                "were "
-                "scaled before it are then divided by another scale, unscaled ones once more",
-                Remedy(
-                    torch="call scaler.update() once in an iteration, after the last scaler.step",
-                    ours="optimizer.step() under Fabric updates the scaler by itself, each optimizer with its own "
-                    "record",
-                ),
-                line=before.line,
-            )
-
-
-def _updated_since(moment: Moment, updates: int) -> int:
-    """Returns the number of the scaler's update after the backward of the event's gradients; 0: there was none."""
-    for each in moment.event.ids:
-        carried = moment.carried.get(each)
-        if carried is not None and carried.scaler == moment.event.scaler and not carried.used:
-            return carried.updates + 1 if carried.updates < updates else 0
-    return 0
-
-
-RULES = (clipped_while_scaled, changed_while_scaled, unscaled_twice, updated_per_optimizer)
+RULES = (clipped_while_scaled, changed_while_scaled, unscaled_twice)
