@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from precision_lab.auditing.by_hand import ByHand
 from precision_lab.auditing.flow import Flow
 from precision_lab.auditing.gradients import factor_of
-from precision_lab.auditing.holds import HALVES
+from precision_lab.auditing.holds import HALVES as HALVES
 from precision_lab.auditing.kinds import CAST, LOSS, OTHER, PRODUCTS, REDUCE, SOFTMAX, SUM, kind_of
 from precision_lab.auditing.record import BACKWARD, FORWARD, LOOP, STEP, Event, Op
 from precision_lab.auditing.values import Values
