@@ -82,6 +82,22 @@ class Llama(nn.Module):
         return x + self.out(mixed.transpose(1, 2).flatten(-2))
 
 
+class Vision(nn.Module):
+    """Patches by a convolution, a table of sines that is added, an encoder: residuals are float32 from there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        angles = torch.outer(torch.arange(9.0), 1 / 10000 ** (torch.arange(0, 16, 2) / 16))
+        self.register_buffer("pe", torch.cat([angles.sin(), angles.cos()], -1))
+        self.patches, self.drop, self.head = nn.Conv2d(3, 16, 4, 4), nn.Dropout(0.1), nn.Linear(16, 4)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+        self.body = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.patches(x).flatten(2).transpose(1, 2) + self.pe)
+        return self.head(self.body(x).mean(1))
+
+
 def convolutions() -> nn.Module:
     body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
     return nn.Sequential(body, nn.Flatten(), nn.Linear(8, 4))
@@ -93,6 +109,7 @@ LOOPS: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
     "llama": (lambda: Language(Llama()), next_token),
     "lstm": (lambda: Language(nn.LSTM(16, 16, batch_first=True)), next_token),
     "convolutions": (convolutions, lambda model: F.cross_entropy(model(IMAGES), Y[:4])),
+    "vision": (Vision, lambda model: F.cross_entropy(model(IMAGES), Y[:4])),
     "regression": (lambda: mlp(out=1), lambda model: F.mse_loss(model(X)[:, 0], Y.float())),
 }
 

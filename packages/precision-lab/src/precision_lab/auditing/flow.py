@@ -64,6 +64,9 @@ class Flow:
                 )
                 constant = left or all(self._is_constant(each) for each in wide)
                 row.promoted = "constant" if constant else row.promoted or "other"
+                for each in wide:  # half is added to it: it is the stream of residuals, which is float32 under autocast
+                    if row.name.startswith("add") and each in self._origin:
+                        self._origin[each].meant = True
                 if row.promoted == "constant":
                     self._pass_on(row, outputs)
                 return

@@ -42,6 +42,7 @@ def _asked(root: nn.Module) -> str:
 
 def _untied_by_config(names: Names, root: nn.Module) -> list[tuple[str, str, str]]:
     found = []
+    module: Any
     for module in root.modules():
         if not getattr(getattr(module, "config", None), "tie_word_embeddings", False):
             continue

@@ -13,15 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from precision_lab.auditing.by_hand import ByHand
 from precision_lab.auditing.flow import Flow
 from precision_lab.auditing.gradients import factor_of
+from precision_lab.auditing.holds import HALVES as HALVES
 from precision_lab.auditing.kinds import CAST, LOSS, OTHER, PRODUCTS, REDUCE, SOFTMAX, SUM, kind_of
 from precision_lab.auditing.record import BACKWARD, FORWARD, LOOP, STEP, Event, Op
+from precision_lab.auditing.values import Values
 from precision_lab.auditing.where import Line
 
 if TYPE_CHECKING:
     from precision_lab.auditing.recorder import Recorder
 
 _UNSCALING = "_amp_foreach_non_finite_check_and_unscale_"
-_ARITHMETIC = frozenset(["add", "sub", "mul", "div", "rsub", "pow", "remainder"])
 _VIEWS = frozenset(
     [
         "t",
@@ -55,11 +56,6 @@ _MAKING = ("empty_like", "zeros_like", "ones_like", "rand", "full_like", "new_",
 """Names of operations that take of a gradient its shape alone, or begin so."""
 _SETTING = frozenset(["zero_", "_foreach_zero_", "copy_", "set_", "detach_", "resize_", "fill_"])
 """Operations that write a gradient without changing what it says of this step: clearing, moving."""
-HALVES = (torch.bfloat16, torch.float16)
-_EXACT = {torch.bfloat16: 2**8, torch.float16: 2**11}
-"""The largest integer up to which every integer is a number of the dtype."""
-_SEVERAL = 1 << 22
-"""No tensor with more elements is looked at by value."""
 
 
 class Ops(TorchDispatchMode):
@@ -77,6 +73,7 @@ class Ops(TorchDispatchMode):
         self._under: set[int] = set()  # numbers of those made under autocast
         self.flow = Flow()
         self._by_hand = ByHand()
+        self._values = Values(recorder)
         self._pid = os.getpid()
 
     @classmethod
@@ -121,7 +118,10 @@ class Ops(TorchDispatchMode):
         outputs = list(_tensors((result,)))
         output = outputs[0] if outputs else None
         if not inputs and kind is OTHER:
-            self._note_made(name, outputs)
+            if recorder.stack:
+                self.flow.made(outputs)
+            if name == "arange" and outputs:
+                self._values.made(outputs[0], recorder.where.line(3))
             return
         node = torch._C._current_autograd_node()
         if recorder.stack:
@@ -174,37 +174,12 @@ class Ops(TorchDispatchMode):
             row.width = max(row.width, inputs[0].numel() // output.numel())
         if phase in (FORWARD, LOOP):
             self._by_hand.follow(row, inputs, outputs)
+            self._values.see(row, inputs, output)
         if phase == FORWARD:
             self.flow.follow(func, row, inputs, outputs)
-            if name in ("cos", "sin") and inputs[0].dtype in HALVES and not inputs[0].requires_grad:
-                self._note_angles(name, line, module, inputs[0])
-        if output is not None and output.dtype in HALVES and phase in (FORWARD, LOOP):
-            if kind is CAST or name in _ARITHMETIC:
-                self._note_rounded(kind is CAST, inputs, output.dtype, module, line)
-            elif name == "copy_":
-                self._note_rounded(True, inputs[1:], output.dtype, module, line)
-            if kind is CAST and not torch.is_grad_enabled() and recorder.is_trained(inputs[0]):
-                recorder.note("cast_without_gradients", line, name=recorder.names.param(inputs[0]))
-
-    def _note_made(self, name: str, outputs: list[Tensor]) -> None:
-        """Looks at what an operation without operands made: constants, and whole numbers that were rounded at once."""
-        recorder = self._recorder
-        if recorder.stack:
-            self.flow.made(outputs)
-        if name == "arange" and outputs and outputs[0].dtype in HALVES and 0 < outputs[0].numel() <= _SEVERAL:
-            largest, exact = float(outputs[0].abs().max()), _EXACT[outputs[0].dtype]
-            line = recorder.where.line(4)
-            if largest > exact:
-                recorder.note_rounded(
-                    line, module=recorder.module_path(), of=torch.int64, to=outputs[0].dtype, largest=largest
-                )
-
-    def _note_angles(self, name: str, line: Line | None, module: str, value: Tensor) -> None:
-        angles = self._recorder.record.angles
-        if all((each.line, each.module) != (line, module) for each in angles) and 1 < value.numel() <= _SEVERAL:
-            largest = float(value.detach().abs().max())
-            data = {"module": module, "of": value.dtype, "largest": largest}
-            angles.append(Event(name, line, "", self._recorder.steps, data))
+        to_half = kind is CAST and out in HALVES and phase in (FORWARD, LOOP)
+        if to_half and not torch.is_grad_enabled() and recorder.is_trained(inputs[0]):
+            recorder.note("cast_without_gradients", line, name=recorder.names.param(inputs[0]))
 
     def _note_gradients(
         self, name: str, writes: bool, args: tuple[Any, ...], inputs: list[Tensor], result: Any, line: Line | None
@@ -247,34 +222,6 @@ class Ops(TorchDispatchMode):
             "gradients", line, how=name, functions=functions, ids=ids, by=by, computed=bool(computed), degree=degree,
             limit=limit, others=len(others),
         )  # fmt: skip
-
-    def _note_rounded(
-        self, is_cast: bool, inputs: list[Tensor], dtype: torch.dtype, module: str, line: Line | None
-    ) -> None:
-        """Notes integers, and whole numbers among the inputs, that the half dtype rounds to others."""
-        for each in inputs[:2]:
-            if type(each) is not Tensor or not 0 < each.numel() <= _SEVERAL or not each.dim():
-                continue
-            whole = not each.is_floating_point() and not each.is_complex() and each.dtype is not torch.bool
-            if not whole and not (is_cast and each.dtype in (torch.float32, torch.float64)):
-                continue
-            if not whole and (each.requires_grad or self._recorder.is_stored(each)):
-                continue
-            value = each.detach()
-            largest = float(value.abs().max())
-            if not _EXACT[dtype] < largest < float("inf"):
-                continue
-            if not whole and not bool((value == value.round()).all()):
-                continue
-            other = value.to(dtype).to(torch.float64) != value.to(torch.float64)
-            if float(other.double().mean()) > 0.1 and _are_several(value[other]):
-                self._recorder.note_rounded(line, module=module, of=each.dtype, to=dtype, largest=largest)
-
-
-def _are_several(numbers: Tensor) -> bool:
-    """Whether they look like ids or times, not like what masks add, which is one large negative number."""
-    different = torch.unique(numbers).numel()
-    return different > 2 or (different == numbers.numel() and bool((numbers > 0).all()))
 
 
 def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:

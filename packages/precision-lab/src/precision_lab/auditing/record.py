@@ -36,7 +36,7 @@ class Op:
     promoted: str = ""  # why half inputs gave a float32 output: "constant" (made in forward, or a buffer), "other";
     # of a cast: "quantised", where weights that are stored in 8 bits or less were cast, and "cast", where activations
     # were cast to float32 and used
-    meant: bool = False  # of a cast to float32: a norm, sum, product or the like needed it
+    meant: bool = False  # of a float32 result: a norm, sum, product or the like needed it, or residuals are added to it
     after_bytes: int = 0  # what was computed in float32 from such outputs, or from casts, until a cast, norm or loss
     after_modules: set[str] = field(default_factory=set)
     by_hand: str = ""  # "norm", "softmax": what a square, or an exponential, in half became

@@ -128,7 +128,7 @@ def promoted_by_constant(record: Record) -> Iterator[Finding]:
         after = {name for each in here for name in each.after_modules} - {module}
         if count < 0.01 * total:
             continue
-        by_user = not op.via and not is_asked(record)
+        by_user = not op.via and not is_asked(record) and not op.meant
         what = "constant" if op.autocast else "constant, input or parameter"
         by = f"a float32 {what} ({op.name}) makes" if op.promoted == "constant" else "a cast makes"
         spread = (
@@ -146,7 +146,8 @@ def promoted_by_constant(record: Record) -> Iterator[Finding]:
                 torch="make the constant in the activation's dtype: constant.to(x.dtype), or torch.tensor(..., "
                 "dtype=x.dtype, device=x.device)"
                 if op.promoted == "constant"
-                else "drop the .float(), or cast back to the input's dtype before the next module: .to(x.dtype)",
+                else "drop the .float(), or cast back to the input's dtype before the next module: .to(x.dtype); in an "
+                "autograd.Function say the dtype with torch.amp.custom_fwd(device_type, cast_inputs=torch.bfloat16)",
                 ours='the same; Fabric(precision="bf16-true") casts registered buffers with the model, so register it',
             ),
             line=line,
