@@ -76,7 +76,7 @@ def ledger_of(record: Record) -> Ledger:
     for dtype, count in counted.items():
         ledger.add("loss", "", dtype, count * dtype.itemsize)
     for event in record.of("forward"):
-        if event.training and event.params:
+        if event.grad and event.params:  # a pretrained model may be in eval mode while it is trained
             for dtype in event.outputs:
                 if dtype.is_floating_point:
                     ledger.add("outputs", event.root, dtype, dtype.itemsize)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from precision_core import MODES
+from precision_core import MODES, Policy
 from precision_lab.auditing.kinds import PRODUCTS
 from precision_lab.auditing.ledger import short
 from precision_lab.auditing.record import FORWARD, Record
@@ -47,7 +47,7 @@ def observed(record: Record) -> dict[str, list[str]]:
         if event.phase != FORWARD and event.elements > 1:  # engines reduce in backward, after it, or in the step
             add("reduce", event.dtype, event.elements * event.dtype.itemsize)
     for event in record.of("forward"):
-        if event.training and event.params:
+        if event.grad and event.params:
             for dtype in event.outputs:
                 if dtype.is_floating_point:
                     add("output", dtype, 1.0)
@@ -71,9 +71,15 @@ def _total(row: dict[str, float]) -> float:
 def named(fields: dict[str, list[str]]) -> str | None:
     """Returns the mode of ours that keeps and computes all fields in the same dtypes; None: no mode does."""
     for name, policy in MODES.items():
-        if fields and all(seen == [_value(getattr(policy, field))] for field, seen in fields.items()):
+        if fields and all(_is(field, seen, policy) for field, seen in fields.items()):
             return name
     return None
+
+
+def _is(field: str, seen: list[str], policy: Policy) -> bool:
+    expected = _value(getattr(policy, field))
+    # Tables of positions and running statistics stay float32 in our half modes, too.
+    return set(seen) <= {expected, "float32"} if field == "buffers" else seen == [expected]
 
 
 def _value(value: torch.dtype | bool | None) -> str:

@@ -29,6 +29,9 @@ from precision_lab.auditing.stored import read_stored
 from precision_lab.auditing.switches import switches
 from precision_lab.auditing.where import Line, Where
 
+_DRIVING = ("backward", "step", "scaler_step")
+"""Calls by which a library runs the loop; a model's own code, of whatever library, makes others."""
+
 
 class Recorder:
     """Context in which a training loop is observed; `record` then has what was seen.
@@ -130,7 +133,7 @@ class Recorder:
         library = self.where.library(2)
         event = Event(kind, line or self.where.line(2), library, self.steps, data)
         self.record.events.append(event)
-        if library and library not in self.record.libraries:
+        if kind in _DRIVING and library and library not in self.record.libraries:
             self.record.libraries.append(library)
         return event
 
