@@ -153,6 +153,19 @@ def test_autocast_that_does_nothing_is_found(step: Step) -> None:
     assert said in finding.what
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cpu", []), ("xla", ["autocast-does-nothing"])])
+def test_a_loop_without_modules_has_a_device_too(device: str, expected: list[str]) -> None:
+    weight = nn.Parameter(torch.randn(8, 2))
+    optimizer = torch.optim.SGD([weight], lr=0.01)
+    with audit() as report:
+        for _ in range(2):
+            optimizer.zero_grad()
+            with torch.autocast(device, torch.bfloat16):
+                value = nn.functional.cross_entropy(torch.randn(4, 8) @ weight, torch.tensor([0, 1, 0, 1]))
+            end(value, optimizer)
+    assert [each.code for each in report.at("warning")] == expected
+
+
 def test_a_decorator_that_does_nothing_is_found() -> None:
     assert [each.code for each in found(as_decorator)] == ["autocast-does-nothing"]
 

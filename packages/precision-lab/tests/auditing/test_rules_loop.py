@@ -181,6 +181,24 @@ def test_gradients_that_are_cleared_before_a_scaler_steps_are_found_where_torch_
 
 
 @pytest.mark.parametrize("right", [False, True])
+def test_a_part_that_was_replaced_after_the_optimizer_was_made_is_found(right: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    if right:
+        model[1] = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if not right:
+        model[1] = nn.Linear(4, 3)
+    with audit(model, optimizer) as report:
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+    found = [(each.code, each.level, each.module) for each in report.at("warning")]
+    assert found == ([] if right else [("replaced-parameters", "error", "1")])
+
+
+@pytest.mark.parametrize("right", [False, True])
 def test_a_model_that_is_cast_while_it_trains_is_found(right: bool) -> None:
     def step(t: Any) -> None:
         dtype = next(t.model.parameters()).dtype

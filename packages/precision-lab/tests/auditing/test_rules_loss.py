@@ -203,6 +203,23 @@ def test_a_loss_that_is_scaled_twice_is_found(kind: type[torch.optim.Optimizer])
     assert finding.line.text.endswith("# here")
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, lambda params, lr: torch.optim.LBFGS(params, lr, max_iter=2)])
+def test_a_closure_that_scales_is_found(kind: type[torch.optim.Optimizer]) -> None:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model)
+            scaler.scale(loss).backward()
+            return loss
+
+        optimizer.step(closure)  # here
+
+    (finding,) = watched(step, kind).at("warning")
+    assert (finding.code, finding.level) == ("stepped-while-scaled", "error")
+    assert finding.line is not None
+    assert finding.line.text.endswith("# here")
+
+
 @pytest.mark.parametrize(("factor", "level"), [(1.0, "warning"), (2.0**60, "error")])
 def test_a_step_by_itself_behind_unscale_is_found(factor: float, level: str) -> None:
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:

@@ -169,6 +169,15 @@ def adaptive(t: Training) -> None:
     t.end()
 
 
+def assigned(t: Training) -> None:
+    """Gradients that torch.autograd.grad returned."""
+    params = list(t.model.parameters())
+    for param, gradient in zip(params, torch.autograd.grad(t.scaler.scale(t.loss()), params), strict=True):
+        param.grad = gradient
+    nn.utils.clip_grad_norm_(params, 1.0)  # here
+    t.end()
+
+
 def in_a_hook(t: Training) -> None:
     hooks = [
         param.register_hook(lambda grad: grad.clamp(-1, 1))  # here
@@ -193,7 +202,7 @@ def in_a_hook_after(t: Training) -> None:
 
 CLIPPED = [
     *(plain, not_foreach, values, handwritten, handwritten_number, normalised, clamped, one_of_two, of_the_other),
-    *(accumulated, manual_scale, adaptive, in_a_hook, in_a_hook_after),
+    *(accumulated, manual_scale, adaptive, assigned, in_a_hook, in_a_hook_after),
 ]
 
 
@@ -284,6 +293,15 @@ def projected(t: Training) -> None:
     t.end()
 
 
+def assigned_right(t: Training) -> None:
+    params = list(t.model.parameters())
+    for param, gradient in zip(params, torch.autograd.grad(t.scaler.scale(t.loss()), params), strict=True):
+        param.grad = gradient
+    t.scaler.unscale_(t.optimizer)
+    nn.utils.clip_grad_norm_(params, 1.0)
+    t.end()
+
+
 def hook_right(t: Training) -> None:
     hooks = [param.register_hook(lambda grad: grad * 0.5) for param in t.model.parameters()]
     t.backward()
@@ -295,6 +313,7 @@ def hook_right(t: Training) -> None:
 @pytest.mark.parametrize(
     "loop",
     [
+        assigned_right,
         projected,
         hook_right,
         clip,

@@ -113,6 +113,15 @@ def _grad(recorder: Recorder, original: Any, *args: Any, **kwargs: Any) -> Any:
     if not recorder.in_backward:
         create = bool(kwargs.get("create_graph", len(args) > 4 and args[4]))
         recorder.note("autograd_grad", recorder.where.line(3), create_graph=create)
+        result = original(*args, **kwargs)
+        outputs = args[0] if args else kwargs["outputs"]
+        inputs = args[1] if len(args) > 1 else kwargs["inputs"]
+        roots = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        found = loss_scale([each for each in roots if isinstance(each, Tensor)], recorder.scaled)
+        line = recorder.where.line(3)
+        event = recorder.note("assigned", line, ids=[], factor=found.factor, scaler=found.scaler)
+        recorder.gradients.returned(inputs, result, event)
+        return result
     return original(*args, **kwargs)
 
 
@@ -136,6 +145,7 @@ def _around_backward(recorder: Recorder, roots: list[Tensor], run: Callable[[], 
             "backward",
             recorder.where.line(4),
             dtype=roots[0].dtype,
+            device=roots[0].device.type,
             factor=found.factor,
             scaler=found.scaler,
             partly=found.partly,

@@ -87,6 +87,13 @@ class Gradients:
             for event in derived.events if derived is not None else ():
                 event.ids.extend(each for each in self.find(target) if each not in event.ids)
 
+    def returned(self, inputs: Any, result: Any, event: Event) -> None:
+        """Called with what torch.autograd.grad returned for the inputs: gradients, if parameters get them."""
+        for given, each in zip(_flat(inputs), result, strict=False):
+            if isinstance(given, nn.Parameter) and isinstance(each, Tensor) and storage(each) > 0:
+                memory = StorageWeakRef(local(each).untyped_storage())
+                self._derived[storage(each)] = _Derived(memory, [id(given)], 1.0, [event])
+
     def settle(self) -> None:
         """Called before gradients are used: one that was replaced by what was computed from it counts as changed."""
         if not self._derived:
@@ -142,7 +149,10 @@ class Gradients:
 
     def _found(self, where: int) -> list[nn.Parameter]:
         # Memory of a gradient that was freed is that of something else now.
-        found = self._known().get(where, ())
+        found = self._known().get(where, [])
+        derived = self._derived.get(where)
+        if not found and derived is not None and not derived.memory.expired():  # one that was assigned since
+            found = [param for param in self._params() if id(param) in derived.ids]
         return [param for param in found if param.grad is not None and storage(param.grad) == where]
 
 

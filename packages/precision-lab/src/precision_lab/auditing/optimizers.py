@@ -84,3 +84,17 @@ def note_step(recorder: Recorder, optimizer: Optimizer, closure: bool) -> None:
         grad_scale=float(scale) if scale is not None else None,
         cache=recorder.open_cache(),
     )
+
+
+def has_closure(args: Any, kwargs: Any) -> bool:
+    """Whether a step was called with a closure, which computes the loss within it."""
+    return any(callable(each) for each in (*args, *kwargs.values()))
+
+
+def note_stepped(recorder: Recorder, optimizer: Optimizer) -> None:
+    """Notes that a step with a closure has ended: its gradients are those that the update took."""
+    name, scaler = type(optimizer).__name__, recorder.scaler_steps[-1] if recorder.scaler_steps else None
+    kept = recorder.keep(optimizer)
+    recorder.note(
+        "stepped", optimizer=kept, name=name, **state_of(optimizer), closure=False, scaler=scaler, grad_scale=None
+    )

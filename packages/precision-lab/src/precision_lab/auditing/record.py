@@ -64,10 +64,11 @@ class Event:
                     weight cache in use, or None)
     autocast        device, dtype, enabled, asked (False where enabled=False was), cache, inside: a context was entered,
                     in that module's forward
-    backward        dtype, factor (what the loss was multiplied with), scaler (whose scale that is), partly (scaled),
-                    autocast (device types), graph, ids (of parameters that got a gradient), fresh (of those that had
-                    none before), products (dtypes of backward's products)
+    backward        dtype, device, factor (what the loss was multiplied with), scaler (whose scale that is), partly
+                    (scaled), autocast (device types), graph, ids (of parameters that got a gradient), fresh (of those
+                    that had none before), products (dtypes of backward's products)
     autograd_grad   torch.autograd.grad was called, create_graph
+    assigned        ids (of parameters whose gradient is what torch.autograd.grad returned), factor, scaler
     scale           scaler, scale
     scale_read      scaler: scaler.get_scale()
     scaler_off      a scaler that is not enabled was asked to scale
@@ -85,6 +86,7 @@ class Event:
     step            optimizer, name (of its class), ids (of its parameters), without (those that train and have no
                     gradient), dtypes, closure, scaler (whose step made this one), grad_scale (left to a fused step),
                     cache
+    stepped         as step, of one with a closure, when it has ended
     recast          names (of parameters), old and new dtype: they had another one at the step before
     scheduler       scheduler, optimizer
     saved           file, tensors (key path -> dtype), scaler and optimizer: whether their state is in it, numbers

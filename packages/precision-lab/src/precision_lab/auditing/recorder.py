@@ -20,7 +20,7 @@ from precision_lab.auditing.graph import saved_activations
 from precision_lab.auditing.models import read_model
 from precision_lab.auditing.names import Names
 from precision_lab.auditing.ops import Ops
-from precision_lab.auditing.optimizers import Steps, ids_of, note_step
+from precision_lab.auditing.optimizers import Steps, has_closure, ids_of, note_step, note_stepped
 from precision_lab.auditing.record import Context, Event, Record
 from precision_lab.auditing.sample import Sample
 from precision_lab.auditing.stored import read_stored
@@ -100,7 +100,7 @@ class Recorder:
         record.backends = switches()
         record.asked = asked_precision()
         record.params = {id(param): self.names.param(param) or "" for param in self.params()}
-        record.events = [event for event in record.events if event.kind != "gradients" or event.ids]
+        record.events = [event for event in record.events if event.kind not in ("gradients", "assigned") or event.ids]
         if not record.of("forward"):
             self.note_unseen(
                 "no module was called in this process. Where the script starts processes of its own, "
@@ -256,7 +256,7 @@ class Recorder:
         self.in_step += 1
         self.gradients.settle()
         self.watch_late()
-        note_step(self, optimizer, closure=any(callable(each) for each in (*args, *kwargs.values())))
+        note_step(self, optimizer, closure=has_closure(args, kwargs))
         for param in self.params():
             name = self.names.param(param)
             count = self._backwards.get(id(param), 0)
@@ -268,6 +268,8 @@ class Recorder:
         if not self.running or not self.in_step:
             return
         self.in_step -= 1
+        if has_closure(args, kwargs):
+            note_stepped(self, optimizer)
         self._samples.pop(id(optimizer)).compare()
         for identity in ids_of(optimizer):
             self._backwards.pop(identity, None)

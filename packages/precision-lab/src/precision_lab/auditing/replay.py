@@ -56,6 +56,11 @@ def replay(record: Record) -> Iterator[Moment]:
             given |= set(event.ids)
             for each in event.ids:
                 _give(carried, each, each in event.fresh, scale, event.scaler, updates.get(event.scaler, 0))
+        elif event.kind == "assigned":
+            given |= set(event.ids)
+            scale = event.factor if event.scaler is not None or event.factor in by_hand else 1.0
+            for each in event.ids:
+                carried[each] = Carried(scale, scale, event.scaler, updates.get(event.scaler, 0))
         elif event.kind == "cleared":
             for each in event.ids:
                 carried.pop(each, None)
@@ -69,17 +74,24 @@ def replay(record: Record) -> Iterator[Moment]:
                     carried[each].used = False  # who changes gradients after the step means to keep them
         elif event.kind == "scaler_update":
             updates[event.scaler] = updates.get(event.scaler, 0) + 1
-        elif event.kind in ("step", "scaler_step"):
-            if event.kind == "step" or event.ran is False:
-                given -= set(event.ids)
+        elif _takes(event):
+            given -= set(event.ids)
             for each in event.ids:
-                if each in carried and (event.kind == "step" or event.ran is False):
+                if each in carried:
                     carried[each].used = True
+
+
+def _takes(event: Event) -> bool:
+    """Whether an event is a step that took the gradients, or was left out with them."""
+    if event.kind == "scaler_step":
+        return event.ran is False
+    return event.kind in ("step", "stepped") and not event.closure
 
 
 _ABOUT_GRADIENTS = frozenset(
     [
         "backward",
+        "stepped",
         "cleared",
         "unscale",
         "unscaled",

@@ -36,6 +36,11 @@ def other_device(record: Record) -> Iterator[Finding]:
             last = event.contexts[-1]
             said = f'autocast is for "{last.device}", and the parameters are on "{event.device}"'
             yield _does_nothing(record, last, said, "the device")
+    computed = {event.device for event in record.of("backward")}
+    entered = [event for event in record.of("autocast") if event.asked and event.library not in ENGINES]
+    if not _forwards(record) and computed and entered and not computed & {event.device for event in entered}:
+        said = f'autocast is for "{entered[0].device}", and the loss is on "{min(computed)}"'  # a loop without modules
+        yield _does_nothing(record, Context(entered[0].device, entered[0].dtype, True, False), said, "the device")
 
 
 def _does_nothing(record: Record, context: Context, what: str, cause: str) -> Finding:

@@ -57,12 +57,12 @@ def stepped_without_gradients(record: Record) -> Iterator[Finding]:
     for moment in replay(record):
         event = moment.event
         backwards += event.kind == "backward"
-        if event.kind not in ("step", "scaler_step"):
+        if event.kind not in ("step", "stepped", "scaler_step") or event.data.get("closure"):
             continue
         seen, backwards = backwards, 0
         trains = [each for each in event.ids if each in event.without]
         missed = bool(trains) and not any(each in moment.given or each in moment.carried for each in event.ids)
-        if not seen or not missed or event.data.get("closure"):
+        if not seen or not missed:
             continue
         known = [each for each in event.ids if record.params.get(each)]
         yield Finding(
@@ -84,6 +84,31 @@ def stepped_without_gradients(record: Record) -> Iterator[Finding]:
             line=event.line,
             module=name_of(record, trains) if known else "",
         )
+
+
+def replaced_parameters(record: Record) -> Iterator[Finding]:
+    """An optimizer steps parameters that no model has, and the model has others that no optimizer steps."""
+    steps = record.of("step")
+    stepped = {each for event in steps for each in event.ids}
+    given = {each for event in record.of("backward") for each in event.ids}
+    missed = [each for each in given - stepped if record.params.get(each)]
+    for event in steps:
+        gone = [each for each in event.without if not record.params.get(each) and each not in given]
+        if gone and missed and len(gone) < len(event.ids):
+            names = ", ".join(sorted(record.params[each] for each in missed)[:3])
+            yield Finding(
+                "replaced-parameters",
+                "error",
+                f"{event.name} has {len(gone)} parameters that no model has, and steps none of {names}",
+                "a part of the model was replaced after the optimizer was made: its new parameters get gradients, and "
+                "never change",
+                Remedy(
+                    torch="make the optimizer last, from the parameters of the model that runs",
+                    ours="change the model before fabric.setup(model, optimizer), and make the optimizer after that",
+                ),
+                line=event.line,
+                module=name_of(record, sorted(missed)),
+            )
 
 
 def recast_while_training(record: Record) -> Iterator[Finding]:
@@ -110,7 +135,7 @@ def recast_while_training(record: Record) -> Iterator[Finding]:
 def _steps(record: Record) -> Iterator[Moment]:
     for moment in replay(record):
         # With a closure backward is yet to come.
-        if moment.event.kind in ("step", "scaler_step") and not moment.event.data.get("closure"):
+        if moment.event.kind in ("step", "stepped", "scaler_step") and not moment.event.data.get("closure"):
             yield moment
 
 
@@ -121,7 +146,7 @@ def _taker(event: Event) -> str:
 _AFTER = Remedy(
     torch="step the scheduler only where the optimizer stepped: before = scaler.get_scale(); scaler.step(optimizer); "
     "scaler.update(); if scaler.get_scale() >= before: scheduler.step()",
-    ours="loss scaling by Fabric counts its skipped steps: step the scheduler where optimizer.step() did not skip",
+    ours="scheduler = fabric.setup_schedulers(scheduler): its steps do nothing after a skipped optimizer step",
     accelerate="scheduler = accelerator.prepare(scheduler) skips with the optimizer",
 )
 
@@ -186,6 +211,6 @@ def _after_backward(record: Record, event: Event) -> bool:
 
 
 RULES = (
-    *(gradients_kept, cleared_before_step, stepped_without_gradients, recast_while_training),
+    *(gradients_kept, cleared_before_step, stepped_without_gradients, replaced_parameters, recast_while_training),
     *(scheduler_on_skipped_step, scheduler_before_optimizer),
 )

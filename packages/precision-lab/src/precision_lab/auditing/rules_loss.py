@@ -86,7 +86,7 @@ def stepped_while_scaled(record: Record) -> Iterator[Finding]:
     """An optimizer steps with gradients that still carry a scale, or without a look at what overflowed."""
     for moment in replay(record):
         event = moment.event
-        if event.kind != "step" or event.closure:
+        if event.kind not in ("step", "stepped") or event.closure:
             continue
         taken = event.grad_scale or 1.0  # by a fused step
         ids = [each for each in moment.scaled() if moment.carried[each].factor / taken >= 2]
