@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from planted import AUTOCAST, audited, found, mlp, train
@@ -91,6 +93,19 @@ def test_a_cast_of_one_of_two_names() -> None:
 @pytest.mark.parametrize("tied", ["tied", "never"])
 def test_tied_weights_and_others_are_right(tied: str) -> None:
     assert audited(lambda: train(Language(tied), IDS)).findings == []
+
+
+def test_a_network_and_its_copy_are_right() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.online = Language("never")
+            self.target = copy.deepcopy(self.online)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.online(ids) - self.target(ids)
+
+    assert codes(audited(lambda: train(Both(), IDS))) == []
 
 
 def test_weights_that_all_are_zero_are_right() -> None:

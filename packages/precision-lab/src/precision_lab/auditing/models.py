@@ -62,7 +62,9 @@ def _untied_by_config(names: Names, root: nn.Module) -> list[tuple[str, str, str
 
 def _untied_by_value(names: Names, root: nn.Module) -> list[tuple[str, str, str]]:
     found = []
-    trained = [each for each in root.parameters() if each.requires_grad and each.dim() == 2]
+    # Embeddings alike are those of a network and its copy, as target networks and teachers are.
+    tables = {id(module.weight) for module in root.modules() if isinstance(module, nn.Embedding)}
+    trained = [each for each in root.parameters() if each.requires_grad and each.dim() == 2 and id(each) not in tables]
     for module in root.modules():
         weight = getattr(module, "weight", None)
         if not isinstance(module, nn.Embedding) or not isinstance(weight, nn.Parameter) or not weight.requires_grad:
