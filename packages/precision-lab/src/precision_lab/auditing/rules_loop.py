@@ -146,7 +146,8 @@ def _taker(event: Event) -> str:
 _AFTER = Remedy(
     torch="step the scheduler only where the optimizer stepped: before = scaler.get_scale(); scaler.step(optimizer); "
     "scaler.update(); if scaler.get_scale() >= before: scheduler.step()",
-    ours="scheduler = fabric.setup_schedulers(scheduler): its steps do nothing after an optimizer step that was skipped",
+    ours="scheduler = fabric.setup_schedulers(scheduler): its steps do nothing after an optimizer step that was "
+    "skipped",
     accelerate="scheduler = accelerator.prepare(scheduler) skips with the optimizer",
 )
 
