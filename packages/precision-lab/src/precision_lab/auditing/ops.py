@@ -109,8 +109,7 @@ class Ops(TorchDispatchMode):
         name, kind, writes = known
         recorder = self._recorder
         if kind is OTHER and recorder.in_step and not recorder.in_backward:  # what an optimizer computes: its names
-            row = self._rows.setdefault(func, Op(name, kind, "", STEP, (), None, None, False))
-            row.count += 1
+            self._rows.setdefault(func, Op(name, kind, "", STEP, (), None, None, False)).count += 1
             return
         if kind is OTHER and recorder.in_backward and not recorder.stack and name in _VIEWS:
             return
