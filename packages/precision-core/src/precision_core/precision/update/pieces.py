@@ -2,8 +2,8 @@
 
 torch's optimizers walk through `self.param_groups` once a step. Here that walk gets copies of the groups that hold
 placeholders, float32 tensors with slices of parameters, or with small ones as they are, their gradients and state; when
-the optimizer asks for the next, what it did to the last ones is written back. So counters, hooks, schedulers and closures
-are the user's own, once a step, and the arithmetic is torch's, on float32.
+the optimizer asks for the next, what it did to the last ones is written back. So counters, hooks, schedulers and
+closures are the user's own, once a step, and the arithmetic is torch's, on float32.
 """
 
 from __future__ import annotations
