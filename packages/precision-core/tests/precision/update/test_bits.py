@@ -100,3 +100,17 @@ def test_a_truncated_weight_would_be_seen() -> None:
     values = values[values.abs() <= torch.finfo(torch.bfloat16).max]
     truncated = (values.view(torch.int32) & -0x10000).view(torch.float32)
     assert not torch.equal(truncated.bfloat16().view(torch.int16), round_trip(values)[0].view(torch.int16))
+
+
+def test_values_without_inf_and_nan_are_rounded_alike_the_other_way() -> None:
+    """Where all are finite, and so is their sum, the weight is torch's own cast, of a value that is no tie."""
+    values = every_high_half([*EDGES, 0x1234, 0x8765])
+    values = values[values.abs() < 1e30]
+    small, special = round_trip(values), round_trip(torch.cat([values, torch.tensor([math.inf])]))
+    assert torch.isfinite(values.sum()) and len(values) > 500_000
+    for one, other in zip(small, special, strict=True):
+        assert torch.equal(one.view(torch.int16), other[:-1].view(torch.int16))
+    is_subnormal = (small[0] != 0) & (small[0].abs() < 2.0**-126)
+    assert is_subnormal.any()
+    ties = values[(values.view(torch.int32) & 0xFFFF) == 0x8000]
+    assert (ties.bfloat16().view(torch.int16) != round_trip(ties)[0].view(torch.int16)).any()  # torch's, to even

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from precision_core import HalfPrecision
-from precision_core.precision.update import pieces
 from precision_core.testing.stored import FORMS, OPTIMIZERS, Model, equal, give_gradients, masters
 
 
@@ -121,10 +120,6 @@ def test_pieces_are_multiples_of_64_and_small() -> None:
     ends = {param.numel() % 64 for param in half.values}
     sizes = [size for batch in seen for size in batch]
     assert {size % 64 for size in sizes} <= {0, *ends} and len(sizes) > len(half.values)
-
-
-def test_the_largest_piece_has_a_bound() -> None:
-    assert pieces._limit(2**27) == 2**18 and pieces._limit(0) == 64
 
 
 def test_parameters_in_float32_and_without_gradients_are_the_optimizers_own() -> None:

@@ -76,6 +76,6 @@ def check_optimizer(optimizer: Optimizer, mode: str) -> None:
 
 def is_moment(key: object, value: object, param: Tensor) -> bool:
     """Whether a value in an optimizer's state is a moment of `param`, not a counter (or a scale of the whole)."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or key in COUNTERS:
+    if key in COUNTERS or not isinstance(value, Tensor) or not value.is_floating_point():
         return False
     return bool(value.dim()) or not param.dim()

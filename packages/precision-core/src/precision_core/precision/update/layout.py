@@ -13,6 +13,8 @@ from torch import Tensor
 
 def local(tensor: Tensor) -> Tensor:
     """Returns this rank's shard of a DTensor, any other tensor detached; it shares memory and version with `tensor`."""
+    if type(tensor) is Tensor and not tensor.requires_grad:
+        return tensor
     value: Any = tensor.detach()
     return value.to_local() if hasattr(value, "to_local") else value
 

@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 
 from precision_core.precision.update.bits import may_hold_nan
 from precision_core.precision.update.layout import local_part
+from precision_core.precision.update.rows import LARGEST
 
 _MASK = 2**64 - 1
-_KEPT = 1 << 18
-"""Elements, as many as a piece has at most."""
+_SPREAD = 0x9E3779B9
 
 
 class Place(NamedTuple):
@@ -46,7 +46,8 @@ class Noise:
         self._models = models
         self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._loaded: list[int] = []
-        self._counts: Tensor | None = None
+        self._kept: Tensor | None = None
+        """For pieces, while a step lasts: multiples of `_SPREAD`, which take longer than the mixing, and memory."""
 
     def register(self, optimizer: Optimizer) -> None:
         """Counts the steps of `optimizer` from now on, or from what a state has for the one in its place."""
@@ -61,7 +62,7 @@ class Noise:
 
     def end(self) -> None:
         """Ends the step: nothing is kept in memory between steps."""
-        self._counts = None
+        self._kept = None
 
     def numbers(self, optimizer: Optimizer) -> dict[int, int]:
         """Returns id of a parameter -> its number: by its name in the models, else by its place in the optimizer."""
@@ -73,30 +74,33 @@ class Noise:
                     numbers[id(param)] = zlib.crc32(name.replace("_orig_mod.", "").encode())
         return numbers
 
-    def bits(self, place: Place, count: int, what: str, device: torch.device) -> Tensor:
-        """Returns int32 (count,), uniform from 0 to 65,535."""
+    def bits(self, place: Place, count: int, what: str, device: torch.device, out: Tensor | None = None) -> Tensor:
+        """Returns int32 (count,), uniform from 0 to 65,535; in the memory of `out`, float32, where it is given."""
         if self.seed is None:
             self.seed = torch.initial_seed() & (2**63 - 1)
         key = 0
         for part in (self.seed, self.step, place.number, zlib.crc32(what.encode()), place.first >> 32):
             key = _mixed(key ^ part)
-        first = place.first & 0xFFFFFFFF
-        if place.indices is None:
-            x = self._counted(count, device).add(_signed(first))
+        spread, shifted = self._memory(count, device)
+        x = torch.empty_like(spread) if out is None else out.view(torch.int32)
+        if place.indices is None:  # (first + n) * _SPREAD
+            torch.add(spread, _signed(place.first * _SPREAD + key), out=x)
         else:
-            x = place.indices[place.first : place.first + count].clone()
-        x.mul_(_signed(0x9E3779B9)).add_(_signed(key))
-        x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(0x7FEB352D))
-        x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).add_(_signed(key >> 32)).mul_(_signed(0x846CA68B))
+            torch.mul(place.indices[place.first : place.first + count], _signed(_SPREAD), out=x).add_(_signed(key))
+        _fold(x, 16, shifted).mul_(_signed(0x7FEB352D))
+        _fold(x, 15, shifted).add_(_signed(key >> 32)).mul_(_signed(0x846CA68B))
         return x.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
-    def _counted(self, count: int, device: torch.device) -> Tensor:
-        """Returns 0, 1, 2, ... (int32): the same tensor for pieces, as counting takes longer than all of the mixing."""
-        if count > _KEPT:
-            return torch.arange(count, dtype=torch.int32, device=device)
-        if self._counts is None or self._counts.device != device or len(self._counts) < count:
-            self._counts = torch.arange(count, dtype=torch.int32, device=device)
-        return self._counts[:count]
+    def _memory(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns 0, 1, 2, ... times `_SPREAD` (int32), and as much memory: the same for pieces."""
+        kept = self._kept
+        if kept is None or kept.device != device or kept.shape[1] < count:
+            kept = torch.empty(2, count, dtype=torch.int32, device=device)
+            torch.arange(count, out=kept[0]).mul_(_signed(_SPREAD))
+            if count <= LARGEST:
+                self._kept = kept
+        spread, shifted = kept.unbind()
+        return spread[:count], shifted[:count]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the seed, and the steps of each optimizer in the order in which they were set up."""
@@ -153,6 +157,12 @@ def _mixed(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
+
+
+def _fold(x: Tensor, shift: int, scratch: Tensor) -> Tensor:
+    """Makes of int32 `x`, which counts as unsigned here, `x ^ (x >> shift)`; returns it."""
+    torch.bitwise_right_shift(x, shift, out=scratch).bitwise_and_(2 ** (32 - shift) - 1)
+    return x.bitwise_xor_(scratch)
 
 
 def _signed(word: int) -> int:

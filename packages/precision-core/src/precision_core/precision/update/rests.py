@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from precision_core.precision.update.bits import split
 from precision_core.precision.update.layout import local
+from precision_core.precision.update.rows import Row, copy_all
 
 
 class Rests:
@@ -48,23 +49,26 @@ def split_off(value: Tensor) -> tuple[Tensor, Tensor]:
     return weight, rest
 
 
-def reconcile(master: Tensor, weight: Tensor, scratch: Tensor | None = None) -> None:
-    """Gives `master` (float32) the value of `weight` (a half dtype), in place, wherever it does not round to that.
+def reconcile(master: Tensor, weight: Tensor) -> None:
+    """Gives `master` (float32) the value of `weight` (float16), in place, wherever it does not round to that.
 
-    Somebody wrote the weight there in a way that torch does not count. Reads no value from the device. `scratch` is
-    float32 memory of one dimension and as many elements, which is overwritten.
+    Somebody wrote the weight there in a way that torch does not count. Reads no value from the device.
     """
-    differ = torch.empty_like(weight) if scratch is None else scratch.view(weight.dtype)[: weight.numel()]
-    differ.copy_(master)
-    is_even = weight.dim() == 1 and not any(
-        n % 4 for n in (weight.numel(), weight.storage_offset(), differ.storage_offset())
-    )
-    bits = torch.int64 if is_even else torch.int16  # float16 is slow to compare on a CPU
-    differ.view(bits).bitwise_xor_(weight.view(bits))
-    if master.is_cpu and not bool(differ.view(bits).any()):  # no wait there, and one pass less
+    memory = torch.empty(master.numel(), device=master.device)
+    reconcile_all([master], [weight], Row(memory, [memory.view(master.shape)]))
+
+
+def reconcile_all(masters: Sequence[Tensor], weights: Sequence[Tensor], scratch: Row) -> None:
+    """Does what `reconcile` does with each; `scratch` is overwritten."""
+    differ = scratch.halves
+    copy_all(differ.parts, masters)
+    for part, weight in zip(differ.parts, weights, strict=True):
+        part.view(torch.int16).bitwise_xor_(weight.view(torch.int16))  # float16 is slow to compare on a CPU
+    if differ.flat.is_cpu and not bool(differ.flat.view(torch.uint8).any()):  # no wait there, and one pass less
         return
-    master.copy_(torch.where(differ.view(torch.int16) == 0, master, weight))
+    for part, master, weight in zip(differ.parts, masters, weights, strict=True):
+        master.copy_(torch.where(part.view(torch.int16) == 0, master, weight))
 
 
 def _version(param: Tensor) -> int:
-    return local(param)._version
+    return (param if type(param) is nn.Parameter else local(param))._version

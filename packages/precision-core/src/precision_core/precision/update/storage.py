@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from precision_core.policy.policy import Policy
 from precision_core.precision.masters import MASTER, REST
-from precision_core.precision.update.bits import combine, split
+from precision_core.precision.update.bits import combine_all, split_all
 from precision_core.precision.update.kinds import is_moment
 from precision_core.precision.update.layout import alike, dense, flat, local, same_memory
 from precision_core.precision.update.noise import Noise, Place, round_stochastically
-from precision_core.precision.update.rests import Rests, reconcile, split_off
+from precision_core.precision.update.rests import Rests, reconcile_all, split_off
+from precision_core.precision.update.rows import Row, copy_all, row_of
 
 
 class Storage:
@@ -49,13 +50,20 @@ class Storage:
         """Returns what is stored beside the weight, of its shape and sharding, for a step to change."""
         return None
 
-    def read(self, weight: Tensor, beside: Tensor | None, out: Tensor) -> Tensor:
-        """Returns float32 values of slices of one dimension, in `out` or in memory of their own that lasts."""
-        return out.copy_(weight)
+    def read(self, weights: Sequence[Tensor], besides: Sequence[Tensor], values: Row, scratch: Row) -> Row:
+        """Returns float32 values of slices: `values`, or a row whose parts are `besides`; uses both rows."""
+        copy_all(values.parts, weights)
+        return values
 
-    def write(self, value: Tensor, weight: Tensor, beside: Tensor | None, place: Place) -> None:
-        """Stores stepped values, which lie at `place`; `value` is used up."""
-        self._round(value, weight, "", place)
+    def write(
+        self, values: Row, weights: Sequence[Tensor], besides: Sequence[Tensor], places: Sequence[Place], scratch: Row
+    ) -> None:
+        """Stores stepped values, of the row that `read` returned; with noise they lie at `places`; uses both rows."""
+        if self.noise is None:
+            copy_all(weights, values.parts)
+            return
+        for value, weight, place, part in zip(values.parts, weights, places, scratch.parts, strict=True):
+            self._round(value, weight, "", place, part)
 
     def written(self, param: Tensor, beside: Tensor | None) -> None:
         """Takes note that all of `param` is written."""
@@ -72,16 +80,18 @@ class Storage:
         is_kept = key == self.key or key in self.fixed
         return self.state if not is_kept and is_moment(key, value, param) else None
 
-    def write_state(self, key: str, value: Tensor, out: Tensor, place: Place) -> None:
-        """Stores a moment that was stepped; `value` is used up."""
-        self._round(value, out, key, place)
+    def write_state(self, key: str, value: Tensor, out: Tensor, place: Place, scratch: Tensor | None = None) -> None:
+        """Stores a moment that was stepped; `value` is used up, and `scratch`, float32 of as many elements."""
+        self._round(value, out, key, place, scratch)
 
-    def _round(self, value: Tensor, out: Tensor, what: str, place: Place) -> None:
+    def _round(self, value: Tensor, out: Tensor, what: str, place: Place, scratch: Tensor | None) -> None:
         if self.noise is None or out.dtype is not torch.bfloat16:
             out.copy_(value)
             return
         values, rounded = flat(dense(value)), dense(out)
-        round_stochastically(values, self.noise.bits(place, values.numel(), what, out.device), flat(rounded))
+        memory = None if scratch is None else flat(scratch)
+        bits = self.noise.bits(place, values.numel(), what, out.device, memory)
+        round_stochastically(values, bits, flat(rounded))
         if rounded is not out:
             out.copy_(rounded)
 
@@ -143,12 +153,14 @@ class RestStorage(MasterStorage):
     def _of_weight(self, param: Tensor) -> Tensor:
         return torch.zeros_like(param, dtype=torch.int16)
 
-    def read(self, weight: Tensor, beside: Tensor | None, out: Tensor) -> Tensor:
-        return combine(weight, beside, out)
+    def read(self, weights: Sequence[Tensor], besides: Sequence[Tensor], values: Row, scratch: Row) -> Row:
+        combine_all(weights, besides, values, scratch)
+        return values
 
-    def write(self, value: Tensor, weight: Tensor, beside: Tensor | None, place: Place) -> None:
-        assert beside is not None
-        split(value, weight, beside)
+    def write(
+        self, values: Row, weights: Sequence[Tensor], besides: Sequence[Tensor], places: Sequence[Place], scratch: Row
+    ) -> None:
+        split_all(values, weights, besides)
 
 
 class FullStorage(MasterStorage):
@@ -177,16 +189,17 @@ class FullStorage(MasterStorage):
         local(master).copy_(local(param))
         return master
 
-    def read(self, weight: Tensor, beside: Tensor | None, out: Tensor) -> Tensor:
-        assert beside is not None
-        reconcile(beside, weight, scratch=out)  # memory of its own for each piece would leave holes
-        return beside
+    def read(self, weights: Sequence[Tensor], besides: Sequence[Tensor], values: Row, scratch: Row) -> Row:
+        reconcile_all(besides, weights, scratch)
+        return Row(values.flat, besides)
 
-    def write(self, value: Tensor, weight: Tensor, beside: Tensor | None, place: Place) -> None:
-        assert beside is not None
-        if not same_memory(value, beside):
-            beside.copy_(value)
-        weight.copy_(value)
+    def write(
+        self, values: Row, weights: Sequence[Tensor], besides: Sequence[Tensor], places: Sequence[Place], scratch: Row
+    ) -> None:
+        for value, master in zip(values.parts, besides, strict=True):
+            if not same_memory(value, master):
+                master.copy_(value)
+        copy_all(weights, besides)
 
 
 def make_storage(policy: Policy, models: Collection[nn.Module]) -> Storage:
@@ -200,8 +213,8 @@ def wide_copy(storage: Storage, param: Tensor) -> Tensor:
     """Returns the float32 values of a full parameter or of a DTensor, a new tensor."""
     wide, beside = torch.empty_like(param, dtype=torch.float32), storage.beside(param)
     out, weight = flat(local(wide)), dense(local(param))
-    rest = None if beside is None else flat(alike(local(beside), weight))
-    values = storage.read(flat(weight), rest, out)
-    if values is not out:
-        out.copy_(values)
+    rests = [] if beside is None else [flat(alike(local(beside), weight))]
+    values = storage.read([flat(weight)], rests, row_of(out), row_of(torch.empty_like(out)))
+    if values.parts[0] is not out:
+        out.copy_(values.parts[0])
     return wide

@@ -20,8 +20,9 @@ from precision_core.precision.update.gradients import check_widened, narrow, wid
 from precision_core.precision.update.kinds import Kind, check_optimizer, kind_of
 from precision_core.precision.update.layout import sharded_like
 from precision_core.precision.update.loading import Handle, Loading
-from precision_core.precision.update.pieces import Groups, narrowed, widened
+from precision_core.precision.update.pieces import Groups
 from precision_core.precision.update.storage import Storage, make_storage, wide_copy
+from precision_core.precision.update.whole import narrowed, widened
 from precision_core.scaling.gradients import params_of
 from precision_core.scaling.scaler import NO_SCALER, Scaler, Unscale
 
