@@ -56,7 +56,8 @@ def test_amounts_of_memory(text, number):
     [
         (["--fit", "much"], "is no amount of memory"),
         (["--fit", "1.2.3GB"], "is no amount of memory"),
-        (["--devices", "8"], "single_device has one"),
+        (["--devices", "8"], "devices=8 needs a strategy that says how they share the work: ddp, fsdp"),
+        (["--strategy", "ddp"], "'ddp' is for several devices"),
         (["--strategy", "pipeline", "--devices", "8"], "cannot be estimated"),
         (["--modes", "bf16-mixd"], "bf16-mixd"),
         (["--size", "2m"], "expected one of 1m"),

@@ -17,20 +17,10 @@ def test_the_kinds_add_up_and_say_that_they_are_a_formula(strategy):
     assert (found.strategy, found.devices, found.activations) == (strategy, 8, 70)
 
 
-def test_one_device_is_as_it_was_traced():
-    assert sharded(ONE, "single_device", 1) is ONE
+def test_what_was_traced_is_as_it_was_and_so_is_what_could_not_be():
+    assert sharded(ONE, "single_device", 1) is sharded(ONE, "fsdp", 8) is ONE
     failed = Footprint("nf4", reason="why")
-    assert sharded(failed, "fsdp", 8) is failed
-
-
-def test_ddp_keeps_all_and_has_buckets():
-    assert sharded(ONE, "ddp", 8).peak == ONE.peak + 800
-
-
-def test_fsdp_divides_all_but_activations():
-    eight = sharded(ONE, "fsdp", 8)
-    assert (eight.params, eight.grads, eight.master, eight.optimizer) == (100, 100, 1, {"exp_avg": 100, "step": 1})
-    assert eight.temporary == 30 + 80
+    assert sharded(failed, "deepspeed", 8) is failed
 
 
 @pytest.mark.parametrize(("params", "optimizer"), [(800, 800), (400, 400)])

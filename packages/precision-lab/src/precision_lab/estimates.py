@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from precision_lab.footprint import KINDS, Footprint, trace
+from precision_core.support import resolve_strategy
+from precision_lab.footprint import KINDS, TRACED, Footprint, trace
 from precision_lab.formulas import FORMULAS, sharded
 from precision_lab.modes import modes_to_run, parse_modes
 from precision_lab.shown import Shown
@@ -70,30 +71,39 @@ def estimate(
     Args:
         task: as for `compare`; its code runs with tensors that have no values.
         modes: as for `compare`.
-        strategy: "single_device", which is traced; "ddp", "fsdp", "deepspeed" (stage 2) or "xla" over `devices`, by a
-            formula on what was traced.
+        strategy: "single_device", "ddp" or "fsdp" (which needs precision-fsdp), which are traced; "deepspeed" (stage 2)
+            or "xla", by a formula on what was traced on one device.
+        devices: how many of them; each gets batches like those of the task.
         fit: what there is room for, "24GB" or bytes.
         hf: a Hugging Face config.json, or its folder: that causal language model with AdamW, in place of a task.
         batch: of `hf`, sequences x tokens.
         size: of the built-in GPT, where there is neither.
 
     Raises:
-        ValueError: an unknown mode, strategy, size, batch or amount of memory, or no such file.
+        ValueError: an unknown mode, strategy, size, batch or amount of memory, a package that is not installed, or no
+            such file.
         TaskError: the user's code raised.
     """
-    known = strategy == "single_device" or strategy in FORMULAS
-    if not known or devices < 1 or (devices > 1) != (strategy != "single_device"):
-        raise ValueError(
-            f"strategy={strategy!r} with devices={devices}: single_device has one, {', '.join(FORMULAS)} have several; "
-            "others cannot be estimated"
-        )
+    _check_strategy(strategy, devices)
     room = None if fit is None else parse_bytes(fit)
     named = modes not in (None, "all")
     text = modes if modes is None or isinstance(modes, str) else ",".join(modes)
     listed = parse_modes(str(text)) if named else modes_to_run(None if text is None else str(text))
     make = _maker(task, hf, batch, size)
-    rows = [sharded(_traced(mode, make), strategy, devices) for mode in listed]
+    rows = [sharded(_traced(mode, make, strategy, devices), strategy, devices) for mode in listed]
     return Estimates(rows, room)
+
+
+def _check_strategy(strategy: str, devices: int) -> None:
+    several = [*(name for name in TRACED if name != "single_device"), *FORMULAS]
+    if strategy not in several and strategy != "single_device":
+        raise ValueError(f"strategy {strategy!r} cannot be estimated: single_device and {', '.join(several)} can")
+    if strategy in several and devices < 2:
+        raise ValueError(f"strategy {strategy!r} is for several devices: say how many, 2 or more, by devices")
+    if strategy not in several and devices != 1:
+        raise ValueError(f"devices={devices} needs a strategy that says how they share the work: {', '.join(several)}")
+    if strategy == "fsdp":
+        resolve_strategy(strategy, "cpu", 1, 1)  # says what to install
 
 
 def _maker(task: Any, hf: Any, batch: str, size: str) -> Callable[[], Task]:
@@ -106,9 +116,11 @@ def _maker(task: Any, hf: Any, batch: str, size: str) -> Callable[[], Task]:
     return guarded(task) if callable(task) else load_make(str(task))
 
 
-def _traced(mode: str, make: Callable[[], Task]) -> Footprint:
+def _traced(mode: str, make: Callable[[], Task], strategy: str = "single_device", devices: int = 1) -> Footprint:
     try:
-        return trace(mode, make)
+        if strategy in FORMULAS:
+            strategy, devices = "single_device", 1
+        return trace(mode, make, strategy=strategy, devices=devices)
     except TaskError:
         raise
     except Exception as error:  # a mode that cannot run here, a kernel that needs values: the others go on
