@@ -28,6 +28,8 @@ def test_a_function_is_estimated_in_each_mode_and_said_to_fit_or_not():
     assert found.verdict()[0].startswith("32-true does not fit in 14.3 MiB: it needs ")
     assert found.verdict()[1] == "bf16-true fits in 14.3 MiB"
     assert json.loads(json.dumps(found.as_dict()))["modes"][1]["params"] == 2_000_000
+    assert [mode["accelerate"] for mode in found.as_dict()["modes"]] == [16_000_000, 8_000_000]
+    assert "accelerate estimate-memory, without activations, says 15.3 MiB for 32-true; 7.63 MiB for" in repr(found)
     assert "bf16-true" in repr(found) and "<td>bf16-true</td>" in found._repr_html_()
 
 
@@ -97,3 +99,41 @@ def test_a_config_of_hugging_face_is_a_model(tmp_path):
     attention, mlp, norms = 4 * 64 * 64, 3 * 64 * 128, 2 * 64
     assert row["params"] == 4 * (2 * 1000 * 64 + 2 * (attention + mlp + norms) + 64)
     assert row["optimizer"]["exp_avg"] == row["params"] and row["activations"] > 4 * 2 * 32 * 1000
+
+
+TASK = """
+import torch
+from transformers import AutoModelForCausalLM
+
+def load(**options):
+    model = AutoModelForCausalLM.from_pretrained("saved", **options)
+    ids = torch.zeros(2, 32, dtype=torch.int64)
+    return model, torch.optim.AdamW(model.parameters()), [{"input_ids": ids, "labels": ids}]
+
+def plain():
+    return load()
+
+def placed():
+    return load(device_map="cpu", dtype=torch.bfloat16)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.slow_start
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+def test_a_model_from_pretrained_is_as_large_as_that_of_its_config(tmp_path):
+    (tmp_path / "task.py").write_text(TASK)
+    make = "import transformers as t, json; c = t.LlamaConfig(**json.loads({0!r})); "
+    make = make.format(json.dumps(CONFIG)) + 't.LlamaForCausalLM(c).save_pretrained("saved")'
+    subprocess.run([sys.executable, "-c", make], check=True, capture_output=True, cwd=tmp_path, timeout=600)
+    peaks = {}
+    for what in (["task.py:plain"], ["task.py:placed"], ["--hf", "saved", "--batch", "2x32"]):
+        command = [sys.executable, "-m", "precision_lab.cli", "estimate", "--modes", "32-true,bf16-true", "--json"]
+        finished = subprocess.run([*command, *what], capture_output=True, text=True, cwd=tmp_path, timeout=600)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        for row in json.loads(finished.stdout)["modes"]:
+            size = 4 if what == ["task.py:plain"] else 2
+            assert not row["reason"] and row["loaded"] >= (what[0] != "--hf") * size * row["numbers"]
+            peaks.setdefault(row["mode"], []).append(row["peak"])
+    for several in peaks.values():
+        assert max(several) == pytest.approx(min(several), rel=0.001)

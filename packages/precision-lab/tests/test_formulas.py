@@ -1,9 +1,13 @@
 """Formulas for several processes: what is divided, what is added, and beside DeepSpeed's own tensors."""
 
+import subprocess
+import sys
+from importlib.util import find_spec
+
 import pytest
 
 from precision_lab.footprint import KINDS, Footprint, trace
-from precision_lab.formulas import FORMULAS, REDUCE_BUCKET, sharded
+from precision_lab.formulas import FORMULAS, REDUCE_BUCKET, accelerate_says, sharded
 from precision_lab.train import gpt_maker
 
 ONE = Footprint("32-true", 800, 800, 8, {"exp_avg": 800, "step": 4}, 5, 70, 30, 2517, numbers=200, trained=200)
@@ -41,3 +45,30 @@ def test_of_two_engines_each_has_what_the_formula_says():
         found = sharded(trace(mode, gpt_maker(torch.device("cpu"))), "deepspeed", 2)
         moments = found.optimizer["exp_avg"] + found.optimizer["exp_avg_sq"]
         assert found.params == params and moments == 5_090_560
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"),
+    [
+        ("32-true", 16_000),
+        ("bf16-mixed", 8000),
+        ("16-true", 8000),
+        ("bf16-master", 8000),
+        ("64-true", None),
+        ("nf4", None),
+    ],
+)
+def test_accelerates_formula_has_four_times_the_float32_model_or_twice(mode, says):
+    assert accelerate_says(1000, mode) == says
+
+
+@pytest.mark.full
+@pytest.mark.slow_start
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed")
+def test_accelerate_says_so_itself():
+    code = "import accelerate.commands.estimate as e; " + (
+        "print([max(e.estimate_training_usage(4000, x).values()) for x in ('float32', 'bfloat16', 'float16')])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300).stdout
+    expected = [accelerate_says(1000, mode) for mode in ("32-true", "bf16-mixed", "16-mixed")]
+    assert said.splitlines()[-1] == str(expected)

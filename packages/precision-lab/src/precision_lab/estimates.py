@@ -14,7 +14,7 @@ import torch
 
 from precision_core.support import resolve_strategy
 from precision_lab.footprint import KINDS, TRACED, Footprint, trace
-from precision_lab.formulas import FORMULAS, sharded
+from precision_lab.formulas import FORMULAS, accelerate_says, sharded
 from precision_lab.modes import modes_to_run, parse_modes
 from precision_lab.shown import Shown
 from precision_lab.table import human_bytes
@@ -36,7 +36,20 @@ class Estimates(Shown):
         done = [row for row in self.rows if not row.reason]
         cells = [[row.mode, *(human_bytes(row.of(kind)) for kind in (*KINDS, "peak")), row.how] for row in done]
         why = [f"{row.mode}: no estimate: {row.reason}" for row in self.rows if row.reason]
-        return ["mode", *KINDS, "peak", "how"], cells, [*self.verdict(), *why]
+        return ["mode", *KINDS, "peak", "how"], cells, [*self.verdict(), *self.beside(), *why]
+
+    def beside(self) -> list[str]:
+        """Returns in sentences what was done with values all the same, and what Accelerate's formula says."""
+        done = [row for row in self.rows if not row.reason]
+        loaded = max((row.loaded for row in done), default=0)
+        lines = [f"make() had the model's values in memory for that, {human_bytes(loaded)}"] * bool(loaded)
+        says = {row.mode: accelerate_says(row.numbers, row.mode) for row in done}
+        sizes: dict[int, list[str]] = {}
+        for mode, size in says.items():
+            if size is not None:
+                sizes.setdefault(size, []).append(mode)
+        listed = "; ".join(f"{human_bytes(size)} for {', '.join(modes)}" for size, modes in sizes.items())
+        return [*lines, *([f"accelerate estimate-memory, without activations, says {listed}"] * bool(listed))]
 
     def verdict(self) -> list[str]:
         """Returns in sentences which modes fit."""
@@ -52,7 +65,8 @@ class Estimates(Shown):
 
     def as_dict(self) -> dict[str, Any]:
         """Returns everything as plain values for JSON."""
-        return {"version": 1, "fit": self.fit, "verdict": self.verdict(), "modes": [asdict(row) for row in self.rows]}
+        modes = [{**asdict(row), "accelerate": accelerate_says(row.numbers, row.mode)} for row in self.rows]
+        return {"version": 1, "fit": self.fit, "verdict": self.verdict(), "modes": modes}
 
 
 def estimate(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from precision_core import Fabric
 from precision_lab.buckets import Buckets
+from precision_lab.made import fake_batch, made
 from precision_lab.pretended import pretended
 from precision_lab.task import Task
 from precision_lab.tracker import Tracker, fake_mode, key_of
@@ -45,12 +46,14 @@ class Footprint:
     """Each of the optimizer's states."""
     buffers: int = 0
     activations: int = 0
-    """Whatever the forward made, inputs and casts of weights included."""
+    """Whatever the forward made, inputs and casts of weights included, and the task's own data."""
     temporary: int = 0
     """Whatever backward and the optimizer made and is no gradient yet."""
     peak: int = 0
     resident: int = 0
     """Between two steps, once gradients are dropped: parameters, optimizer, buffers."""
+    loaded: int = 0
+    """Values of the model that the task's own code had in memory; 0 where it made it without."""
     numbers: int = 0
     """Of the model: elements of its parameters, and of those which train."""
     trained: int = 0
@@ -100,7 +103,9 @@ def _trace(mode: str, make: Callable[[], Task], fabric: Fabric, strategy: str, d
     tracker = Tracker()
     with fake_mode(), tracker, tracker.resizes():
         fabric.seed_everything(0)
-        task = make()
+        tracker.phase = "task"
+        task, found.loaded = made(make)
+        tracker.phase = ""
         # Everything is on the device, and fake parameters, of which there are weak references, cannot be swapped.
         vars(task.model)["to"] = lambda *args, **kwargs: task.model
         with _not_fused(task.optimizer):
@@ -111,7 +116,7 @@ def _trace(mode: str, make: Callable[[], Task], fabric: Fabric, strategy: str, d
         optimizer.zero_grad()
         tracker.phase = "buckets"
         buckets = Buckets(model, fabric.precision_plugin.policy) if strategy == "ddp" else None
-        kept = {number for _, phase, number in tracker.alive.values() if phase != tracker.phase}
+        kept = {number for _, phase, number in tracker.alive.values() if phase not in ("task", "buckets")}
         params = [param for group in optimizer.param_groups for param in group["params"]]
         params += list(model.parameters())  # those of FSDP2 are shards now, and gathered in a step
         different = {id(param): param for param in params}.values()
@@ -143,7 +148,7 @@ def _step(fabric: Fabric, task: Task, tracker: Tracker, batch: Any, buckets: Buc
     model, optimizer = task.model, task.optimizer
     optimizer.zero_grad()
     tracker.phase = "forward"
-    loss = task.compute_loss(model, fabric.to_device(batch))
+    loss = task.compute_loss(model, fabric.to_device(fake_batch(batch)))
     tracker.phase = "backward"
     fabric.backward(loss)
     if buckets is not None:
@@ -176,5 +181,5 @@ def _look(
     rest = list(alive.values())
     found.master = masters + sum(size for size, _, number in rest if number in kept)
     found.resident = sum(found.of(kind) for kind in ("params", "master", "optimizer", "buffers"))
-    found.activations = sum(size for size, phase, number in rest if number not in kept and phase == "forward")
+    found.activations = sum(size for size, phase, number in rest if number not in kept and phase in ("forward", "task"))
     found.temporary = sum(size for size, *_ in rest) - (found.master - masters) - found.activations

@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
+from precision_core import Policy
+from precision_core.support import is_core_mode
 from precision_lab.footprint import KINDS, Footprint
 
 REDUCE_BUCKET = 500_000_000
@@ -28,6 +32,19 @@ def sharded(one: Footprint, strategy: str, devices: int) -> Footprint:
 
 def _resident(found: Footprint) -> int:
     return sum(found.of(kind) for kind in ("params", "master", "optimizer", "buffers"))
+
+
+def accelerate_says(numbers: int, mode: str) -> int | None:
+    """Returns what `accelerate estimate-memory` says of training a model of so many parameters with Adam.
+
+    Its column is the largest of `estimate_training_usage` (accelerate 1.15.0, commands/estimate.py): in float32 four
+    times the float32 parameters (they, their gradients and two moments); in float16 and bfloat16 twice, the moments,
+    since it takes these for kept in turn. It has no activations and no strategies. None: it has no such dtype.
+    """
+    if not is_core_mode(mode):
+        return None
+    compute = Policy.parse(mode).compute
+    return None if compute is torch.float64 else 4 * numbers * (4 if compute is torch.float32 else 2)
 
 
 def _deepspeed(one: Footprint, devices: int) -> Footprint:
