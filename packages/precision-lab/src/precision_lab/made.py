@@ -8,6 +8,7 @@ What is real in the end is replaced by tensors of the same shapes without values
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ def made(make: Callable[[], Task]) -> tuple[Task, int]:
         TaskError: the user's code raised, with values too.
         ValueError: the model has parameters of a class of their own, such as packed weights.
     """
-    try:
+    task = None
+    with suppress(TaskError):
         task = make()
-    except TaskError:
+    if task is None:  # outside of the error, which would be shown as the reason of this one
         with _disable_current_modes():
             task = make()
     return task, _without_values(task)
