@@ -111,11 +111,12 @@ def witnessed(mode, make):
 
 @pytest.mark.parametrize(
     ("mode", "make"),
-    # a convolution of bfloat16 has a workspace on a CPU, which no operation shows
+    # products of bfloat16 have a workspace on a CPU, which no operation shows
     [
         *(("32-true", make) for make in (gpt, conv, residual, bag, names)),
         *(("bf16-mixed", make) for make in (gpt, residual, bag, names)),
         *(pytest.param(mode, gpt, marks=pytest.mark.full) for mode in ("bf16-master", "16-master", "bf16-stochastic")),
+        *(pytest.param("bf16-true", make, marks=pytest.mark.full) for make in (gpt, bag)),
     ],
 )
 def test_the_peak_is_what_a_real_run_allocates(mode, make):

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from precision_fsdp.fake import is_fake
+
 _CHUNK = 2**22
 """Words of 8 bytes that are hashed at a time: their copies are freed before the next ones."""
 
@@ -21,12 +23,12 @@ _CHUNK = 2**22
 def send(tensors: Iterable[Tensor], device: torch.device) -> None:
     """Moves tensors to the device in place, and broadcasts rank zero's values of those that are not alike on all ranks.
 
-    Those on meta are left out.
+    Those on meta are left out; fake ones have no values to send.
     """
     moved = [tensor for tensor in tensors if not tensor.is_meta and tensor.numel()]
     for tensor in moved:
         tensor.data = tensor.detach().to(device)  # packed weights show less of themselves as `data`
-    if dist.get_world_size() == 1 or not moved:
+    if dist.get_world_size() == 1 or not moved or is_fake(moved[0]):
         return
     values = [_unexpanded(tensor.detach()) for tensor in moved]
     for each, differs in zip(values, _differing([_bytes(each) for each in values]), strict=True):

@@ -32,6 +32,7 @@ from precision_core.override import override, uncompiled
 from precision_core.strategies import Ranks, TorchGroup, join
 from precision_fsdp.arguments import check_arguments, check_reshard, make_mesh
 from precision_fsdp.copies import refuse_copies
+from precision_fsdp.fake import outside_of_modes
 from precision_fsdp.from_file import Empty, check_filled, expect, leave_empty
 from precision_fsdp.groups import make_groups
 from precision_fsdp.limits import check_can_shard
@@ -338,7 +339,8 @@ class FSDPStrategy(Strategy):
 
     def _get_mesh(self) -> DeviceMesh:
         if self._device_mesh is None:
-            self._device_mesh = make_mesh(self._mesh, self.device, self.group.world_size)
+            with outside_of_modes():
+                self._device_mesh = make_mesh(self._mesh, self.device, self.group.world_size)
         return self._device_mesh
 
 

@@ -1,6 +1,6 @@
-"""What a process of several keeps, by a formula on what one device was traced to: those devices are not here.
+"""What a process of several keeps where its engine cannot be traced: by a formula on what one device was traced to.
 
-What is added to a trace stands in the table of formulas; `Footprint.how` says so wherever such a figure is shown.
+`Footprint.how` says so wherever such a figure is shown.
 """
 
 from __future__ import annotations
@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
+from precision_core import Policy
+from precision_core.support import is_core_mode
 from precision_lab.footprint import KINDS, Footprint
 
 REDUCE_BUCKET = 500_000_000
@@ -18,9 +22,9 @@ def sharded(one: Footprint, strategy: str, devices: int) -> Footprint:
     """Returns the footprint of one of `devices` processes, by the strategy's formula on that of a single one.
 
     Args:
-        strategy: "single_device", for which `one` is returned, or one of `FORMULAS`.
+        strategy: one of `FORMULAS`; of another that was traced `one` is returned.
     """
-    if strategy == "single_device" or one.reason:
+    if strategy not in FORMULAS or one.reason:
         return one
     found = replace(FORMULAS[strategy](one, devices), strategy=strategy, devices=devices)
     return replace(found, peak=sum(found.of(kind) for kind in KINDS), resident=_resident(found))
@@ -30,22 +34,17 @@ def _resident(found: Footprint) -> int:
     return sum(found.of(kind) for kind in ("params", "master", "optimizer", "buffers"))
 
 
-def _ddp(one: Footprint, _devices: int) -> Footprint:
-    how = "formula: traced on one device, and gradient buckets"
-    return replace(one, temporary=one.temporary + one.params, how=how)
+def accelerate_says(numbers: int, mode: str) -> int | None:
+    """Returns what `accelerate estimate-memory` says of training a model of so many parameters with Adam.
 
-
-def _fsdp(one: Footprint, devices: int) -> Footprint:
-    """Two layers are gathered at a time: counted as a tenth of the parameters."""
-    return replace(
-        one,
-        params=_part(one.params, devices),
-        grads=_part(one.grads, devices),
-        master=_part(one.master, devices),
-        optimizer={name: _part(size, devices) for name, size in one.optimizer.items()},
-        temporary=one.temporary + one.params // 10,
-        how=f"formula: traced on one device, sharded over {devices}",
-    )
+    Its column is the largest of `estimate_training_usage` (accelerate 1.15.0, commands/estimate.py): in float32 four
+    times the float32 parameters (they, their gradients and two moments); in float16 and bfloat16 twice, the moments,
+    since it takes these for kept in turn. It has no activations and no strategies. None: it has no such dtype.
+    """
+    if not is_core_mode(mode):
+        return None
+    compute = Policy.parse(mode).compute
+    return None if compute is torch.float64 else 4 * numbers * (4 if compute is torch.float32 else 2)
 
 
 def _deepspeed(one: Footprint, devices: int) -> Footprint:
@@ -72,8 +71,6 @@ def _part(size: int, devices: int) -> int:
 
 
 FORMULAS: dict[str, Callable[[Footprint, int], Footprint]] = {
-    "ddp": _ddp,
-    "fsdp": _fsdp,
     "deepspeed": _deepspeed,
     "xla": _xla,
 }

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+GATHERED = "gathered"
+"""The phase of a storage that was resized, whenever that was."""
 
 
 class Tracker(TorchDispatchMode):
@@ -42,6 +46,8 @@ class Tracker(TorchDispatchMode):
         self._watch, self._at_peak = watch, at_peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(each, "__tensor_flatten__") for each in types):
+            return NotImplemented  # a DTensor computes with its shard, and that is seen here
         if func is torch.ops.aten._local_scalar_dense.default:  # `.item()`: no tensor has a value here
             dtype = args[0].dtype
             if key_of(args[0]) in self._flags:
@@ -71,6 +77,28 @@ class Tracker(TorchDispatchMode):
         self.alive[key] = size, self.phase, next(self._numbers)
         self.current += size
         self._refs[key] = weakref.ref(storage, lambda _: self._remove(key))
+
+    @contextmanager
+    def resizes(self) -> Iterator[None]:
+        """Context in which storages that are resized in place are seen to be: FSDP2 frees gathered weights like that.
+
+        No operation shows it, so torch's method is another one meanwhile.
+        """
+        resize = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            resize(storage, size)
+            if (key := storage._cdata) in self.alive:
+                before, *_ = self.alive[key]
+                self.alive[key] = size, GATHERED, next(self._numbers)
+                self.current += size - before
+            return storage
+
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
 
     def _remove(self, key: int) -> None:
         size, *_ = self.alive.pop(key)

@@ -186,8 +186,7 @@ def _set_reduction(engine: DistributedDataParallel, params: torch.dtype, reduce:
     def average(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         gradients = bucket.buffer()
         sent = gradients.to(reduce if gradients.dtype is params else gradients.dtype)
-        sent = sent.div_(world_size) if sent is gradients else sent / world_size
-        future = dist.all_reduce(sent, async_op=True).get_future()
+        future = dist.all_reduce(sent.div_(world_size), async_op=True).get_future()  # a copy, or DDP's own bucket
         return future.then(lambda done: gradients.copy_(done.value()[0]))
 
     average.__annotations__ = {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}  # DDP compares these
