@@ -32,8 +32,9 @@ def main() -> None:
 @click.option(
     "--modes",
     metavar="MODE,...",
-    help="Precisions to compare: core's modes, policies such as params=float32,compute=bfloat16, modes of packages; "
-    "those that are named run even where they are slow. all: every mode that is installed. [default: all of core's]",
+    help="Precisions to compare: core's modes, policies such as params=float32,compute=bfloat16, modes of packages, with "
+    "+lora or +adam8bit behind one to change the task, too; those that are named run even where they are slow. all: "
+    "every mode that is installed. [default: all of core's]",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31 - 2), default=0, show_default=True, help="Of weights and batches.")
 @click.option(
@@ -297,10 +298,10 @@ def _bad(option: str) -> Iterator[None]:
 
 
 def _modes(modes: str | None) -> list[str]:
-    from precision_lab.modes import modes_to_run
+    from precision_lab.modes import modes_to_compare
 
     with _bad("--modes"):
-        return modes_to_run(modes)
+        return modes_to_compare(modes)
 
 
 def _device_type(accelerator: str) -> str:

@@ -25,6 +25,7 @@ from precision_lab.memory import PeakMemory
 from precision_lab.results import policy_as_dict
 from precision_lab.task import Task, share
 from precision_lab.updates import Unchanged
+from precision_lab.variants import split_variants, varied
 
 Event = dict[str, Any]
 
@@ -51,6 +52,10 @@ class Job:
     round to nothing."""
 
 
+class Refused(Exception):
+    """The mode, or a variant, does not go with this task: nothing was trained. The message says why."""
+
+
 class Training:
     """One run of a job: `start`, `advance` as often as wanted, `finish`; each yields figures as plain values.
 
@@ -63,22 +68,31 @@ class Training:
 
     def __init__(self, job: Job, prepare: Callable[[torch.device], Callable[[], Task]]) -> None:
         self.job = job
-        self.fabric = Fabric(job.accelerator, job.strategy, job.devices, job.mode)
-        self.make = prepare(self.fabric.device)
+        precision, variants = split_variants(job.mode)
+        self.fabric = Fabric(job.accelerator, job.strategy, job.devices, precision)
+        self.make = varied(prepare(self.fabric.device), variants)
         self.step = 0
         # One thread's CPU time is what its step takes on an idle machine, however many others share this one.
         self._alone = self.fabric.device.type == "cpu" and torch.get_num_threads() == 1 and job.devices == 1
         self._clock = time.process_time if self._alone else time.perf_counter
 
     def start(self) -> Iterator[Event]:
-        """Makes the task and sets it up; yields what runs where, and the policy."""
+        """Makes the task and sets it up; yields what runs where, and the policy.
+
+        Raises:
+            Refused: it cannot be set up so.
+        """
         fabric, job = self.fabric, self.job
         self._memory = PeakMemory(fabric.device)
         fabric.seed_everything(job.seed)
-        self.task = task = self.make()
-        self._rates = [float(group["lr"]) for group in task.optimizer.param_groups]
-        description = run_metadata(fabric.device, task.model)  # of the whole model, which setup may shard
-        self.model, self.optimizer = fabric.setup(task.model, task.optimizer)
+        try:
+            self.task = task = self.make()
+            self._rates = [float(group["lr"]) for group in task.optimizer.param_groups]
+            description = run_metadata(fabric.device, task.model)  # of the whole model, which setup may shard or pack
+            self.model, self.optimizer = fabric.setup(task.model, task.optimizer)
+        except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+            raise Refused(str(error) or type(error).__name__) from error
+        trained = sum(param.numel() for param in self.model.parameters() if param.requires_grad)
         watched = job.steps if job.look == "updates" else 0
         self._unchanged = Unchanged(self.model, fabric.precision_plugin.policy, watched) if watched else None
         fabric.seed_everything(job.seed)
@@ -87,6 +101,7 @@ class Training:
         self._batches = itertools.islice(task.stream(job.seed), self.step, None)
         yield description | {"devices": fabric.world_size, "clock": "cpu" if self._alone else "wall"}
         yield {"policy": policy_as_dict(fabric.precision_plugin.policy)}
+        yield {"trains": trained / max(1, description["parameters"])}
 
     def advance(self, steps: int) -> Iterator[Event]:
         """Trains for so many steps, to the job's last one at most; yields each one's loss and seconds.
@@ -173,9 +188,10 @@ def run_metadata(device: torch.device, model: nn.Module) -> dict[str, Any]:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Returns the bytes of all tensors in the optimizer's state that are in this process."""
+    """Returns the bytes of all tensors in the optimizer's state that are in this process; those of shared ones once."""
     values = (value for state in optimizer.state.values() for value in state.values())
-    return sum(local_shard(value).nbytes for value in values if isinstance(value, Tensor))
+    tensors = {id(value): value for value in values if isinstance(value, Tensor)}
+    return sum(local_shard(tensor).nbytes for tensor in tensors.values())
 
 
 def local_shard(tensor: Tensor) -> Tensor:

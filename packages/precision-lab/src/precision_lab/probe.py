@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from precision_core import Fabric
 from precision_lab.loop import Job
 from precision_lab.task import Task
+from precision_lab.variants import split_variants
 
 SAMPLE = 2**16
 """Elements of an output that are compared, evenly spread: a large model's would not fit beside it."""
@@ -31,7 +32,7 @@ Samples = dict[str, Tensor]
 def noise(job: Job, make: Callable[[], Task]) -> list[tuple[str, float | None, float | None]]:
     """Returns (module, decibels of its output, of the gradient) in the order of the forward; None: not comparable."""
     outputs, gradients = _run(job, make, "64-true")
-    mine, my_gradients = _run(job, make, job.mode)
+    mine, my_gradients = _run(job, make, split_variants(job.mode)[0])
     return [
         (name, decibels(mine[name], outputs[name]), decibels(my_gradients.get(name), gradients.get(name)))
         for name in outputs

@@ -14,7 +14,7 @@ from precision_lab.charts import Bar, Line, bar_rows, line_chart
 from precision_lab.curves import curve, drift
 from precision_lab.probe import first_excess
 from precision_lab.results import REFERENCE, Comparison, Row
-from precision_lab.table import comparison_texts, footnotes, human_bytes
+from precision_lab.table import comparison_texts, footnotes, human_bytes, notes
 from precision_lab.verdict import Verdict, judge
 
 _COLOURS = 8
@@ -82,7 +82,10 @@ def _table(comparison: Comparison, verdict: Verdict) -> str:
         f"{html.escape(row.reason)}</p>"
         for row in others
     )
-    return f'{table if rows else ""}{reasons}<p class="soft"><small>{html.escape(footnotes(comparison))}</small></p>'
+    below = "".join(
+        f'<p class="soft"><small>{html.escape(line)}</small></p>' for line in [*notes(comparison), footnotes(comparison)]
+    )
+    return f"{table if rows else ''}{reasons}{below}"
 
 
 def _curves(comparison: Comparison) -> str:

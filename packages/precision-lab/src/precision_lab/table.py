@@ -7,12 +7,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from precision_lab.results import BASELINE, REFERENCE, Comparison, Row, last_tenth
+from precision_lab.results import BASELINE, REFERENCE, Comparison, Row, last_tenth, percent
+from precision_lab.variants import VARIANTS, split_variants
 from precision_lab.verdict import judge
 
 _LOSSES = ("train", "held-out", "spreads", "drift")
 _TIMES = ("ms/step", "x 32-true", "quartiles")
-_COLUMNS = (*_LOSSES, *_TIMES, "params", "grads", "optimizer", "peak", "skipped")
+_COLUMNS = (*_LOSSES, *_TIMES, "trains", "params", "grads", "optimizer", "peak", "skipped")
 _MODE_WIDTH = 30
 """Longer modes, policies that are written out, are folded to this width."""
 
@@ -20,15 +21,15 @@ _MODE_WIDTH = 30
 def print_table(comparison: Comparison, console: Console) -> None:
     """Prints a row for each mode: its figures, or why there are none."""
     width = min(_MODE_WIDTH, max(len(row.mode) for row in comparison.rows))
-    finished = [row for row in comparison.rows if row.status == "done"]
-    if finished:
+    columns, finished, _ = comparison_texts(comparison)
+    for some in _side_by_side(columns, finished, console.width if console.is_terminal else None):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("mode", width=width, overflow="fold")
-        for name in _COLUMNS:
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in finished:
-            table.add_row(escape(row.mode), *_cells(row, comparison))
-        # Rich cuts what does not fit the terminal. Too long a line is the terminal's to wrap: no figure is lost.
+        for index in some:
+            table.add_column(columns[index], justify="right", no_wrap=True)
+        for row_texts in finished:
+            table.add_row(escape(row_texts[0]), *(row_texts[index] for index in some))
+        # Rich cuts what does not fit. Too long a line of a log is its reader's to wrap: no figure is lost.
         Console(file=console.file, width=1000, highlight=False).print(table)
     for row in comparison.rows:  # a reason needs the width of all columns, which rich's tables cannot give it
         if row.status != "done":
@@ -37,7 +38,25 @@ def print_table(comparison: Comparison, console: Console) -> None:
             console.print(line, soft_wrap=True, highlight=False)
     if finished:
         console.print()
-        console.print(footnotes(comparison), style="dim", markup=False, highlight=False)
+        for line in [*notes(comparison), footnotes(comparison)]:
+            console.print(line, style="dim", markup=False, highlight=False)
+
+
+def _side_by_side(columns: list[str], rows: list[list[str]], room: int | None) -> list[list[int]]:
+    """Returns which columns go into one table: all of them, or, where there is less room, as many as fit."""
+    if not rows:
+        return []
+    widths = [max(map(len, column)) + 1 for column in zip(columns, *rows, strict=True)]
+    first = min(widths[0], _MODE_WIDTH + 1)
+    tables: list[list[int]] = [[]]
+    used = first
+    for index in range(1, len(columns)):
+        if room is not None and used + widths[index] > room and tables[-1]:
+            tables.append([])
+            used = first
+        tables[-1].append(index)
+        used += widths[index]
+    return tables
 
 
 def _cells(row: Row, comparison: Comparison) -> list[str]:
@@ -52,6 +71,7 @@ def _cells(row: Row, comparison: Comparison) -> list[str]:
         "-" if seconds is None else f"{1000 * seconds:.1f}",
         "-" if ratio is None else f"{ratio:.2f}",
         "-" if quartiles is None else f"{quartiles[0]:.2f}-{quartiles[1]:.2f}",
+        "-" if row.trains is None else percent(row.trains),
         human_bytes(row.parameter_bytes),
         human_bytes(row.gradient_bytes),
         human_bytes(row.optimizer_bytes),
@@ -89,10 +109,26 @@ def footnotes(comparison: Comparison) -> str:
     whose = "tensors' memory on the device" if on_cuda else "the process's memory"
     kernels = ", of deterministic kernels: attention's backward is slower than by default" if on_cuda else ""
     clock = "median of CPU time" if comparison.environment.get("clock") == "cpu" else "median"
+    trains = "trains: share of the parameters; " if _some_are_frozen(comparison) else ""
     return (
         f"{unit}train: mean of the last {tenth} step{'s' if tenth > 1 else ''}; {spreads}; drift: {drift}; "
-        f"ms/step: {clock}{kernels}{ratio}; peak: growth of {whose} from before the model was built"
+        f"ms/step: {clock}{kernels}{ratio}; {trains}peak: growth of {whose} from before the model was built"
     )
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """Returns what to know of some rows: what a variant does to the task, and of which modes the time says nothing."""
+    done = [row for row in comparison.rows if row.status == "done"]
+    used = {name for row in done for name in split_variants(row.mode)[1]}
+    lines = [f"+{name}: {what}" for name, what in VARIANTS.items() if name in used]
+    for note in dict.fromkeys(row.note for row in done if row.note):
+        lines.append(f"{', '.join(row.mode for row in done if row.note == note)}: {note}")
+    return lines
+
+
+def _some_are_frozen(comparison: Comparison) -> bool:
+    """Whether a row trains fewer parameters than the task does."""
+    return len({row.trains for row in comparison.rows if row.status == "done"}) > 1
 
 
 def print_verdict(comparison: Comparison, console: Console) -> None:
@@ -108,11 +144,15 @@ def print_verdict(comparison: Comparison, console: Console) -> None:
 def comparison_texts(comparison: Comparison) -> tuple[list[str], list[list[str]], list[str]]:
     """Returns columns, rows of texts, and the lines below them: the verdict, and why modes have no figures."""
     rows = [[row.mode, *_cells(row, comparison)] for row in comparison.rows if row.status == "done"]
+    columns = ["mode", *_COLUMNS]
+    if not _some_are_frozen(comparison):
+        for cells in (columns, *rows):
+            del cells[_COLUMNS.index("trains") + 1]
     lines = [f"{row.mode} {row.status}: {row.reason}" for row in comparison.rows if row.status != "done"]
     if rows:
         verdict = judge(comparison)
-        lines = [f"{verdict.headline}.", *verdict.sentences, *lines]
-    return ["mode", *_COLUMNS], rows, lines
+        lines = [f"{verdict.headline}.", *verdict.sentences, *lines, *notes(comparison)]
+    return columns, rows, lines
 
 
 def print_texts(columns: list[str], rows: list[list[str]], lines: list[str], console: Console) -> None:

@@ -16,7 +16,7 @@ from precision_lab.interrupts import Interrupts
 from precision_lab.loop import Job
 from precision_lab.process import Child, ChildFailed
 from precision_lab.progress import Progress
-from precision_lab.results import WARM_UP, Comparison, Row
+from precision_lab.results import WARM_UP, Comparison, Row, Status
 from precision_lab.resume import Saved
 
 _FIGURES = {f.name for f in fields(Row)} - {"mode", "seed", "repeat"}
@@ -177,16 +177,20 @@ class _Runner:
                 _take(event, lane.row, self._comparison)
                 self._progress.update(lane.row)
         except ChildFailed as failure:
-            if lane.row.held_out_loss is None:
-                lane.row.status, lane.row.reason = "failed", _explained(str(failure), lane.alone)
-            else:  # it trained; what failed is the look at its layers
-                lane.row.no_noise = str(failure)
-            self._end(lane)
+            row = lane.row
+            if row.held_out_loss is not None:  # it trained; what failed is the look at its layers
+                row.no_noise = str(failure)
+                self._end(lane)
+            elif row.reason:  # the task does not go with the mode
+                self._end(lane, "failed" if self._comparison.named else "not run")
+            else:
+                row.reason = _explained(str(failure), lane.alone)
+                self._end(lane, "failed")
 
-    def _end(self, lane: _Lane) -> None:
+    def _end(self, lane: _Lane, status: Status = "done") -> None:
         if lane not in self._lanes:
             return
-        lane.row.status = "done" if lane.row.status != "failed" else "failed"
+        lane.row.status = status
         self._lanes.remove(lane)
         lane.child.close()
         self._progress.end(lane.row)
@@ -216,6 +220,8 @@ def _take(event: dict[str, Any], row: Row, comparison: Comparison) -> None:
         row.step_seconds.append(event["seconds"])
     elif "traceback" in event:
         comparison.tracebacks[row.mode] = event["traceback"]
+    elif "refused" in event:
+        row.reason = event["refused"]
     elif "device" in event:
         comparison.environment = comparison.environment or event
     for name in event.keys() & _FIGURES:

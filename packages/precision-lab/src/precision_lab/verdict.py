@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from precision_lab.results import BASELINE, REFERENCE, Comparison, Row
+from precision_lab.results import BASELINE, REFERENCE, Comparison, Row, percent
+from precision_lab.variants import spelled, split_variants
 
 SAFE = 1.0
 """Standard deviations of 32-true's held-out loss over seeds by which a mode may be worse."""
@@ -48,7 +49,7 @@ def judge(comparison: Comparison) -> Verdict:
         if judged[row.mode] == "worse":
             sentences.append(
                 f"Worse: {row.mode}, held-out {comparison.difference(row):+.4f}, {comparison.in_spreads(row):.1f} "
-                "standard deviations of 32-true over seeds."
+                f"standard deviations of 32-true over seeds{_beside_its_own(comparison, row)}."
             )
     sentences.append(
         f"From seed to seed 32-true itself differs by {spread:.2g} (standard deviation of {seeds}): smaller "
@@ -65,6 +66,16 @@ def _judgement(comparison: Comparison, row: Row) -> Judgement:
     return "unknown" if spreads is None else "safe" if spreads <= SAFE else "worse"
 
 
+def _beside_its_own(comparison: Comparison, row: Row) -> str:
+    """Returns what the precision alone costs a variant: the difference from 32-true's with the same change of the task."""
+    precision, variants = split_variants(row.mode)
+    base = comparison.find(spelled(BASELINE, variants))
+    mine, its = comparison.difference(row), None if base is None else comparison.difference(base)
+    if base is None or not variants or precision == BASELINE or mine is None or its is None:
+        return ""
+    return f" ({mine - its:+.4f} beside {base.mode})"
+
+
 def _bytes(row: Row) -> int:
     kinds = (row.parameter_bytes, row.gradient_bytes, row.optimizer_bytes)
     return sum(kind or 0 for kind in kinds)
@@ -74,6 +85,8 @@ def _sentence(comparison: Comparison, row: Row) -> str:
     spreads, ratio, baseline = comparison.in_spreads(row), comparison.time_ratio(row), comparison.find(BASELINE)
     text = f"{row.mode} trains as 32-true does: held-out {comparison.difference(row):+.4f}"
     text += f", {abs(spreads or 0.0):.1f} standard deviations of 32-true over seeds"
+    if row.trains is not None and baseline is not None and row.trains != baseline.trains:
+        text += f"; it trains {percent(row.trains)} of the parameters"
     if ratio is not None:
         text += f"; {ratio:.2f} x its time"
     if baseline is not None and _bytes(baseline):
