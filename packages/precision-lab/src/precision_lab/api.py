@@ -46,8 +46,8 @@ def compare(
 
     Args:
         task: "task.py:make", or the function itself, which then runs in forks of this process; None: the built-in GPT.
-        modes: a list, or its text, or "all"; None: core's. Modes that are named run even where they are slow. A mode may
-            have variants, which change the task: "nf4+lora".
+        modes: a list, or its text, or "all"; None: core's. Modes that are named run even where they are slow. A mode
+            may have variants, which change the task: "nf4+lora".
         seeds: train every mode with so many seeds; None: 32-true with 3, the others with one.
         size: of the GPT: "1m", "25m", "85m", "300m", "1b" parameters.
         sequential: one mode after another, where all do not fit into memory at once.

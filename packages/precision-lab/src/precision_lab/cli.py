@@ -32,9 +32,9 @@ def main() -> None:
 @click.option(
     "--modes",
     metavar="MODE,...",
-    help="Precisions to compare: core's modes, policies such as params=float32,compute=bfloat16, modes of packages, with "
-    "+lora or +adam8bit behind one to change the task, too; those that are named run even where they are slow. all: "
-    "every mode that is installed. [default: all of core's]",
+    help="Precisions to compare: core's modes, policies such as params=float32,compute=bfloat16, modes of packages; "
+    "+lora or +adam8bit behind one changes the task, too. Those that are named run even where they are slow. all: all "
+    "that are installed. [default: all of core's]",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31 - 2), default=0, show_default=True, help="Of weights and batches.")
 @click.option(

@@ -48,8 +48,8 @@ class Job:
     resume: str = ""
     """A checkpoint to go on from."""
     look: str = "layers"
-    """What else to find out: "layers", the signal to noise of each, when it has trained; "updates", how many of them
-    round to nothing."""
+    """What else to find out: "updates", how many of them round to nothing; "layers", that, and the signal to noise of
+    each when it has trained; "": nothing."""
 
 
 class Refused(Exception):
@@ -93,11 +93,14 @@ class Training:
         except (ValueError, TypeError, ImportError, NotImplementedError) as error:
             raise Refused(str(error) or type(error).__name__) from error
         trained = sum(param.numel() for param in self.model.parameters() if param.requires_grad)
-        watched = job.steps if job.look == "updates" else 0
+        watched = job.steps if job.look and job.devices == 1 and job.strategy == "auto" else 0
         self._unchanged = Unchanged(self.model, fabric.precision_plugin.policy, watched) if watched else None
         fabric.seed_everything(job.seed)
         if job.resume:
-            self.step = fabric.load(job.resume, {"model": self.model, "optimizer": self.optimizer})["step"]
+            rest = fabric.load(job.resume, {"model": self.model, "optimizer": self.optimizer})
+            self.step = rest["step"]
+            if self._unchanged is not None:
+                self._unchanged.sums = rest["unchanged"]
         self._batches = itertools.islice(task.stream(job.seed), self.step, None)
         yield description | {"devices": fabric.world_size, "clock": "cpu" if self._alone else "wall"}
         yield {"policy": policy_as_dict(fabric.precision_plugin.policy)}
@@ -136,7 +139,8 @@ class Training:
 
     def save(self, path: str) -> None:
         """Writes what `Job.resume` needs."""
-        self.fabric.save(path, {"model": self.model, "optimizer": self.optimizer, "step": self.step})
+        state = {"model": self.model, "optimizer": self.optimizer, "step": self.step}
+        self.fabric.save(path, state | {"unchanged": {} if self._unchanged is None else self._unchanged.sums})
 
     def finish(self) -> Iterator[Event]:
         """Yields bytes, skipped steps, and the held-out loss.

@@ -72,7 +72,7 @@ def _table(comparison: Comparison, verdict: Verdict) -> str:
     body = ""
     for mode, *cells in rows:
         kind = verdict.modes.get(mode, "unknown")
-        said = {"worse": " ✗", "safe": " ✓"}.get(kind, "")
+        said = {"worse": " ✗", "swallows": " ✗ swallows updates", "safe": " ✓"}.get(kind, "")
         shown = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         body += f'<tr><td class="long">{html.escape(mode)}<span class="{kind}">{said}</span></td>{shown}</tr>'
     table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -82,9 +82,8 @@ def _table(comparison: Comparison, verdict: Verdict) -> str:
         f"{html.escape(row.reason)}</p>"
         for row in others
     )
-    below = "".join(
-        f'<p class="soft"><small>{html.escape(line)}</small></p>' for line in [*notes(comparison), footnotes(comparison)]
-    )
+    lines = [*notes(comparison), footnotes(comparison)]
+    below = "".join(f'<p class="soft"><small>{html.escape(line)}</small></p>' for line in lines)
     return f"{table if rows else ''}{reasons}{below}"
 
 

@@ -48,7 +48,7 @@ class Row:
     no_noise: str = ""
     """Why there are none."""
     unchanged: list[tuple[str, int, int]] = field(default_factory=list)
-    """Each half parameter, where it was asked for (`Job.look`): elements whose updates changed nothing, of so many."""
+    """Each half parameter: elements whose updates changed nothing, of so many."""
     trains: float | None = None
     """The share of the model's parameters that train, adapters included."""
     note: str = ""

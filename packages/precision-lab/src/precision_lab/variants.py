@@ -19,8 +19,8 @@ from precision_lab.task import Task
 VARIANTS: dict[str, str] = {
     "lora": f"adapters of rank {RANK} (scaled by {ALPHA / RANK:g}) on every linear layer train, at the task's learning "
     "rate; all else is frozen as make() built it, so that it is for models that are trained already",
-    "adam8bit": "Adam's states in blocks of 8 bits by bitsandbytes, float32 for tensors of fewer than 4096 elements; on "
-    "a CPU its first step is compiled, and the peak has what that takes",
+    "adam8bit": "Adam's states in blocks of 8 bits by bitsandbytes, float32 for tensors of fewer than 4096 elements; "
+    "on a CPU its first step is compiled, and the peak has what that takes",
 }
 """Name -> what is done to the task."""
 

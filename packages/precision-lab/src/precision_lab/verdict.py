@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from precision_lab.exceptions import TOO_MANY
 from precision_lab.results import BASELINE, REFERENCE, Comparison, Row, percent
 from precision_lab.variants import spelled, split_variants
 
 SAFE = 1.0
 """Standard deviations of 32-true's held-out loss over seeds by which a mode may be worse."""
 
-Judgement = Literal["safe", "worse", "unknown"]
+Judgement = Literal["safe", "worse", "swallows", "unknown"]
+"""Swallows: the loss is as good, but too many updates round to nothing for a longer run."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,18 @@ def judge(comparison: Comparison) -> Verdict:
             None,
         )
     safe = [row for row in done if judged[row.mode] == "safe" and row.mode != REFERENCE]
+    swallows = [row for row in done if judged[row.mode] == "swallows"]
     best = min(safe, key=lambda row: (_bytes(row), comparison.time_ratio(row) or 1.0))
     sentences = [_sentence(comparison, best)] if best.mode != BASELINE else []
     fastest = min(safe, key=lambda row: comparison.time_ratio(row) or 1.0)
     gain = (comparison.time_ratio(fastest) or 1.0) / (comparison.time_ratio(best) or 1.0)
     if fastest.mode not in (best.mode, BASELINE) and gain < 0.97:
         sentences.append(f"Faster: {_sentence(comparison, fastest)}")
+    for row in swallows:
+        sentences.append(
+            f"Not taken: {row.mode}, held-out {comparison.difference(row):+.4f} in these steps, but "
+            f"{row.unchanged_share:.0%} of its updates round to nothing: longer runs fall behind."
+        )
     for row in done:
         if judged[row.mode] == "worse":
             sentences.append(
@@ -63,11 +71,13 @@ def _judgement(comparison: Comparison, row: Row) -> Judgement:
     if row.mode in (BASELINE, REFERENCE):
         return "safe"
     spreads = comparison.in_spreads(row)
-    return "unknown" if spreads is None else "safe" if spreads <= SAFE else "worse"
+    if spreads is None or spreads > SAFE:
+        return "unknown" if spreads is None else "worse"
+    return "swallows" if row.unchanged_share > TOO_MANY else "safe"
 
 
 def _beside_its_own(comparison: Comparison, row: Row) -> str:
-    """Returns what the precision alone costs a variant: the difference from 32-true's with the same change of the task."""
+    """Returns what the precision alone costs a variant: the difference from 32-true with the same variant."""
     precision, variants = split_variants(row.mode)
     base = comparison.find(spelled(BASELINE, variants))
     mine, its = comparison.difference(row), None if base is None else comparison.difference(base)
