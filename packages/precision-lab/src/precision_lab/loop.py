@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from precision_core import Fabric
-from precision_core.support import model_fingerprint
+from precision_core import Fabric, Precision
+from precision_core.support import is_core_mode, model_fingerprint
 from precision_lab.memory import PeakMemory
 from precision_lab.results import policy_as_dict
 from precision_lab.task import Task, share
@@ -93,7 +94,9 @@ class Training:
         except (ValueError, TypeError, ImportError, NotImplementedError) as error:
             raise Refused(str(error) or type(error).__name__) from error
         trained = sum(param.numel() for param in self.model.parameters() if param.requires_grad)
-        watched = job.steps if job.look and job.devices == 1 and job.strategy == "auto" else 0
+        # A package's mode may keep elsewhere what rounding takes; and an engine's parameters are not the model's.
+        looked_at = job.look and is_core_mode(split_variants(job.mode)[0])
+        watched = job.steps if looked_at and job.devices == 1 and job.strategy == "auto" else 0
         self._unchanged = Unchanged(self.model, fabric.precision_plugin.policy, watched) if watched else None
         fabric.seed_everything(job.seed)
         if job.resume:
@@ -171,7 +174,7 @@ class Training:
         return {  # of this process; None where an engine does not show what it holds
             "parameter_bytes": sum(param.nbytes for param in params) or None,
             "gradient_bytes": sum(gradient.nbytes for gradient in gradients) or None,
-            "optimizer_bytes": optimizer_bytes(self.optimizer),
+            "optimizer_bytes": optimizer_bytes(self.optimizer) + plugin_bytes(self.fabric.precision_plugin),
             "peak_memory_bytes": self._memory.read(),
             "skipped_steps": self.fabric.precision_plugin.skipped_steps,
         }
@@ -196,6 +199,11 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     values = (value for state in optimizer.state.values() for value in state.values())
     tensors = {id(value): value for value in values if isinstance(value, Tensor)}
     return sum(local_shard(tensor).nbytes for tensor in tensors.values())
+
+
+def plugin_bytes(precision: Precision) -> int:
+    """Returns the bytes of the tensors that a plugin keeps for its steps besides: compensations, for example."""
+    return sum(leaf.nbytes for leaf in tree_leaves(precision.state_dict()) if isinstance(leaf, Tensor))
 
 
 def local_shard(tensor: Tensor) -> Tensor:

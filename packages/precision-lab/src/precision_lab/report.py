@@ -14,7 +14,8 @@ from precision_lab.charts import Bar, Line, bar_rows, line_chart
 from precision_lab.curves import curve, drift
 from precision_lab.probe import first_excess
 from precision_lab.results import REFERENCE, Comparison, Row
-from precision_lab.table import comparison_texts, footnotes, human_bytes, notes
+from precision_lab.shown import human_bytes
+from precision_lab.table import comparison_texts, footnotes, notes
 from precision_lab.verdict import Verdict, judge
 
 _COLOURS = 8

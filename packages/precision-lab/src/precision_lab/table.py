@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from precision_lab.results import BASELINE, REFERENCE, Comparison, Row, last_tenth, percent
+from precision_lab.shown import human_bytes as human_bytes
 from precision_lab.variants import VARIANTS, split_variants
 from precision_lab.verdict import judge
 
@@ -78,18 +79,6 @@ def _cells(row: Row, comparison: Comparison) -> list[str]:
         human_bytes(row.peak_memory_bytes),
         "-" if row.skipped_steps is None else str(row.skipped_steps),
     ]
-
-
-def human_bytes(number: int | None) -> str:
-    """Returns `number` with three digits and a binary unit, "-" for None."""
-    if number is None:
-        return "-"
-    value = float(number)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:.3g} GiB"
 
 
 def footnotes(comparison: Comparison) -> str:

@@ -17,6 +17,8 @@ SAMPLES = 16
 """Steps of a run that are looked at, evenly spread."""
 ELEMENTS = 256
 """Of each parameter."""
+TOO_MANY = 0.2
+"""Share of updates that round to nothing, from which on a mode, or a module in it, is not trusted for longer runs."""
 HALF = (torch.float16, torch.bfloat16)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from precision_lab.exceptions import TOO_MANY
 from precision_lab.results import BASELINE, REFERENCE, Comparison, Row, percent
+from precision_lab.updates import TOO_MANY
 from precision_lab.variants import spelled, split_variants
 
 SAFE = 1.0
