@@ -73,7 +73,7 @@ def _table(comparison: Comparison, verdict: Verdict) -> str:
     body = ""
     for mode, *cells in rows:
         kind = verdict.modes.get(mode, "unknown")
-        said = {"worse": " ✗", "swallows": " ✗ swallows updates", "safe": " ✓"}.get(kind, "")
+        said = {"worse": " ✗", "swallows": " ✗ swallows", "safe": " ✓"}.get(kind, "")
         shown = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         body += f'<tr><td class="long">{html.escape(mode)}<span class="{kind}">{said}</span></td>{shown}</tr>'
     table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -23,15 +23,7 @@ def print_table(comparison: Comparison, console: Console) -> None:
     """Prints a row for each mode: its figures, or why there are none."""
     width = min(_MODE_WIDTH, max(len(row.mode) for row in comparison.rows))
     columns, finished, _ = comparison_texts(comparison)
-    for some in _side_by_side(columns, finished, console.width if console.is_terminal else None):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        table.add_column("mode", width=width, overflow="fold")
-        for index in some:
-            table.add_column(columns[index], justify="right", no_wrap=True)
-        for row_texts in finished:
-            table.add_row(escape(row_texts[0]), *(row_texts[index] for index in some))
-        # Rich cuts what does not fit. Too long a line of a log is its reader's to wrap: no figure is lost.
-        Console(file=console.file, width=1000, highlight=False).print(table)
+    _print_columns(columns, finished, console, width, gap=1)
     for row in comparison.rows:  # a reason needs the width of all columns, which rich's tables cannot give it
         if row.status != "done":
             style = "red" if row.status == "failed" else "yellow"
@@ -43,20 +35,31 @@ def print_table(comparison: Comparison, console: Console) -> None:
             console.print(line, style="dim", markup=False, highlight=False)
 
 
-def _side_by_side(columns: list[str], rows: list[list[str]], room: int | None) -> list[list[int]]:
-    """Returns which columns go into one table: all of them, or, where there is less room, as many as fit."""
-    if not rows:
-        return []
-    widths = [max(map(len, column)) + 1 for column in zip(columns, *rows, strict=True)]
-    first = min(widths[0], _MODE_WIDTH + 1)
+def _print_columns(columns: list[str], rows: list[list[str]], console: Console, first: int, gap: int) -> None:
+    """Prints a table, `first` the width of its first column; a terminal that is narrower gets several tables."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    widths[0] = max(first, len(columns[0]))
+    for some in _side_by_side(widths, gap + 1, console.width if console.is_terminal else None) if rows else ():
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0))
+        table.add_column(columns[0], width=widths[0], overflow="fold")
+        for index in some:
+            table.add_column(columns[index], justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(escape(row[0]), *(escape(row[index]) for index in some))
+        # Rich cuts what does not fit. Too long a line of a log is its reader's to wrap: no figure is lost.
+        Console(file=console.file, width=1000, highlight=False).print(table)
+
+
+def _side_by_side(widths: list[int], gap: int, room: int | None) -> list[list[int]]:
+    """Returns which columns go into one table, beside the first: all of them, or as many as there is room for."""
     tables: list[list[int]] = [[]]
-    used = first
-    for index in range(1, len(columns)):
-        if room is not None and used + widths[index] > room and tables[-1]:
+    used = widths[0] + gap
+    for index, width in enumerate(widths[1:], 1):
+        if room is not None and used + width + gap > room and tables[-1]:
             tables.append([])
-            used = first
+            used = widths[0] + gap
         tables[-1].append(index)
-        used += widths[index]
+        used += width + gap
     return tables
 
 
@@ -146,12 +149,7 @@ def comparison_texts(comparison: Comparison) -> tuple[list[str], list[list[str]]
 
 def print_texts(columns: list[str], rows: list[list[str]], lines: list[str], console: Console) -> None:
     """Prints a table of texts, uncut, and the lines below it."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left", no_wrap=bool(index), overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    if rows:
-        Console(file=console.file, width=1000, highlight=False).print(table)
+    longest = max((len(row[0]) for row in rows), default=0)
+    _print_columns(columns, rows, console, min(longest, _MODE_WIDTH) if console.is_terminal else longest, gap=2)
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
