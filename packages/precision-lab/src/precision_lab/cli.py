@@ -117,8 +117,10 @@ def compare(
     except TaskError as error:
         click.echo(str(error), err=True)
         context.exit(2)
-    for mode, text in comparison.tracebacks.items():
-        console.print(f"{mode}:\n{text}\n", markup=False, soft_wrap=True)
+    for text in dict.fromkeys(comparison.tracebacks.values()):
+        if "\n" in text:  # else its one line is the row's reason
+            modes = ", ".join(mode for mode, other in comparison.tracebacks.items() if other == text)
+            console.print(f"{modes}:\n{text}\n", markup=False, soft_wrap=True)
     print_table(comparison, console)
     print_verdict(comparison, console)
     if old is not None:

@@ -43,7 +43,8 @@ class Contest:
             KeyboardInterrupt: Ctrl-C; what was trained is kept by the runs.
         """
         choice = self._choice
-        choice.untested += [f"{row.mode}: {row.reason}" for row in rows if row.reason]
+        for reason in dict.fromkeys(row.reason for row in rows if row.reason):
+            choice.untested.append(f"{', '.join(row.mode for row in rows if row.reason == reason)}: {reason}")
         modes = [row.mode for row in rows if not row.reason and row.mode not in (BASELINE, REFERENCE)]
         base = Candidate(BASELINE, judged="reference")
         found = [Candidate(mode) for mode in modes]

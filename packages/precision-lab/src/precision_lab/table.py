@@ -24,11 +24,10 @@ def print_table(comparison: Comparison, console: Console) -> None:
     width = min(_MODE_WIDTH, max(len(row.mode) for row in comparison.rows))
     columns, finished, _ = comparison_texts(comparison)
     _print_columns(columns, finished, console, width, gap=1)
-    for row in comparison.rows:  # a reason needs the width of all columns, which rich's tables cannot give it
-        if row.status != "done":
-            style = "red" if row.status == "failed" else "yellow"
-            line = f" {escape(row.mode):<{width}}  [{style}]{row.status}: {escape(row.reason)}"
-            console.print(line, soft_wrap=True, highlight=False)
+    for modes, status, reason in _without_figures(comparison):  # needs the width of all columns, no cell has that
+        style = "red" if status == "failed" else "yellow"
+        line = f" {escape(modes):<{width}}  [{style}]{status}: {escape(reason)}"
+        console.print(line, soft_wrap=True, highlight=False)
     if finished:
         console.print()
         for line in [*notes(comparison), footnotes(comparison)]:
@@ -108,6 +107,15 @@ def footnotes(comparison: Comparison) -> str:
     )
 
 
+def _without_figures(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """Returns (modes, status, reason) of those that did not finish; the same reason once."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in comparison.rows:
+        if row.status != "done":
+            found.setdefault((row.status, row.reason), []).append(row.mode)
+    return [(", ".join(modes), status, reason) for (status, reason), modes in found.items()]
+
+
 def notes(comparison: Comparison) -> list[str]:
     """Returns what to know of some rows: what a variant does to the task, and of which modes the time says nothing."""
     done = [row for row in comparison.rows if row.status == "done"]
@@ -140,7 +148,7 @@ def comparison_texts(comparison: Comparison) -> tuple[list[str], list[list[str]]
     if not _some_are_frozen(comparison):
         for cells in (columns, *rows):
             del cells[_COLUMNS.index("trains") + 1]
-    lines = [f"{row.mode} {row.status}: {row.reason}" for row in comparison.rows if row.status != "done"]
+    lines = [f"{modes} {status}: {reason}" for modes, status, reason in _without_figures(comparison)]
     if rows:
         verdict = judge(comparison)
         lines = [f"{verdict.headline}.", *verdict.sentences, *lines, *notes(comparison)]
