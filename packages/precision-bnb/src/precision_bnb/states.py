@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import bitsandbytes
 import torch
 from torch.optim import Optimizer
@@ -36,7 +38,8 @@ def with_8bit_states(optimizer: Optimizer) -> Optimizer:
                 f"{name}(weight_decay={group['weight_decay']}): bitsandbytes takes the decay off the weights, as AdamW "
                 "does, where torch's Adam adds it to the gradients; use AdamW"
             )
-    kind = bitsandbytes.optim.AdamW8bit if isinstance(optimizer, torch.optim.AdamW) else bitsandbytes.optim.Adam8bit
+    theirs: Any = bitsandbytes.optim
+    kind = theirs.AdamW8bit if isinstance(optimizer, torch.optim.AdamW) else theirs.Adam8bit
     groups = [
         {"params": group["params"]} | {key: _number(group[key]) for key in _KEPT} for group in optimizer.param_groups
     ]

@@ -52,7 +52,7 @@ def add_adapters(task: Task) -> None:
     # The fused kernel of nn.TransformerEncoderLayer reads its layers' weights, past their adapters.
     torch.backends.mha.set_fastpath_enabled(False)
     model.requires_grad_(False)
-    params: list[list[nn.Parameter]] = [[] for _ in optimizer.param_groups]
+    params: list[list[Tensor]] = [[] for _ in optimizer.param_groups]
     for name, layer in taken.items():
         sizes = _sizes(layer)
         assert sizes is not None
@@ -70,7 +70,8 @@ def _sizes(layer: nn.Module) -> tuple[int, int] | None:
     """Returns inputs and outputs of a linear layer, None for anything else; a subclass may not call its own forward."""
     if type(layer) is nn.Linear:
         return layer.in_features, layer.out_features
-    if type(layer).__name__ == "Conv1D" and isinstance(getattr(layer, "weight", None), nn.Parameter):  # GPT-2's
-        inputs, outputs = layer.weight.shape
+    weight = getattr(layer, "weight", None)
+    if type(layer).__name__ == "Conv1D" and isinstance(weight, nn.Parameter):  # GPT-2's
+        inputs, outputs = weight.shape
         return inputs, outputs
     return None
