@@ -57,3 +57,7 @@ def test_what_is_tried_follows_the_trouble():
 def test_spelled_is_a_policy(mode):
     text = spelled(mode, {"*.norm": "", "head": ""})
     assert text == f"{mode}; *.norm: 32-true; head: 32-true" and str(Policy.parse(text)) == text
+
+
+def test_a_packages_mode_has_ways_of_its_own():
+    assert propose("nf4", "worse", [layer("a", outputs=1e9), layer("b")], {}) == []

@@ -1,7 +1,8 @@
+import pytest
 import torch
 
 from precision_core.testing import run_in_ranks
-from precision_lab.memory import PeakMemory
+from precision_lab.memory import PeakMemory, explain_full
 
 MIB = 2**20
 
@@ -33,3 +34,18 @@ def test_on_cuda_what_was_there_before_does_not_count(monkeypatch):
     assert memory.read() == 0
     allocated["peak"] = 10 * MIB
     assert memory.read() == 7 * MIB
+
+
+@pytest.mark.parametrize(
+    ("allocate", "said"),
+    [
+        (lambda: torch.empty(10**15), "out of memory: it asked for another 3.73e+06 GiB"),
+        (lambda: [0] * 10**15, "out of memory: MemoryError: "),
+        (lambda: torch.empty(-1), None),
+    ],
+)
+def test_what_runs_out_of_memory_is_told_from_other_errors(allocate, said):
+    with pytest.raises((RuntimeError, MemoryError)) as error:
+        allocate()
+    reason = f"{error.type.__name__}: {error.value}"
+    assert explain_full(reason) == ((reason, False) if said is None else (said, True))

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from precision_lab.results import Comparison, Row
-from precision_lab.table import human_bytes, print_table
+from precision_lab.table import human_bytes, print_table, print_texts
 
 LONG = "ValueError: " + "why " * 60 + "[red]really[/red]"
 
@@ -60,3 +60,14 @@ def test_a_table_without_a_finished_mode():
 )
 def test_human_bytes(number, text):
     assert human_bytes(number) == text
+
+
+def test_a_narrow_terminal_has_all_figures_in_tables_that_fit():
+    text = io.StringIO()
+    rows = [[f"mode-{index}", *(f"{column}{index}" * 3 for column in "abcdefgh")] for index in range(2)]
+    print_texts(
+        ["mode", *"abcdefgh"], rows, ["end"], Console(file=text, width=40, force_terminal=True, color_system=None)
+    )
+    lines = text.getvalue().splitlines()
+    assert max(map(len, lines)) <= 40 and sum(line.split()[:1] == ["mode-1"] for line in lines) == 3
+    assert all(cell in text.getvalue() for row in rows for cell in row)

@@ -101,7 +101,7 @@ def test_held_out_is_the_mean_over_batches_of_a_seed_that_is_not_trained_on():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: nn.Linear(1, 1), "returned a Linear: expected precision_lab.Task"),
+        (lambda: nn.Linear(1, 1), "returned an object of type Linear: expected precision_lab.Task"),
         (lambda: (1, 2), "returned 2 values"),
         (lambda: (parts()[1], parts()[1], batches), "model=...\\): expected a torch Module, got a SGD"),
         (lambda: (*parts(), iter([1])), "an iterator can be run through once only"),
@@ -144,3 +144,12 @@ def test_the_template_is_a_task_that_learns():
 def test_importing_the_package_imports_no_torch():
     code = "import precision_lab, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("value", "what"), [(torch.ones(3), r"a tensor of shape \(3,\)"), (None, "None"), ("low", "an object of type str")]
+)
+def test_an_evaluation_is_one_number(value, what):
+    task = Task(nn.Linear(1, 1), torch.optim.SGD(nn.Linear(1, 1).parameters()), [1], lambda m, b: b, lambda m: value)
+    with pytest.raises(TypeError, match=rf"evaluate\(model\) returned {what}: expected one number"):
+        task.held_out(task.model)

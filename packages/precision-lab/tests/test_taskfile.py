@@ -80,7 +80,7 @@ def test_an_error_shows_the_users_traceback_and_nothing_of_ours(path):
         ("import nowhere_at_all", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("def make(:", "SyntaxError: "),
         ("def other(): pass", "mine.py has no function 'make'; it has other"),
-        ("def make(): return 3", "TypeError: make() returned a int: expected precision_lab.Task"),
+        ("def make(): return 3", "TypeError: make() returned an object of type int: expected precision_lab.Task"),
     ],
 )
 def test_each_mistake_is_the_users_and_is_named(path, text, words):

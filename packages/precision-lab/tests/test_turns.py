@@ -1,5 +1,6 @@
 import io
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,13 +80,45 @@ def test_one_after_another_where_that_is_asked_for():
 
 
 def test_what_fails_is_a_row_and_the_others_go_on():
-    comparison, _ = compared(["fails", "32-true", "full"])
-    fails, good, full = comparison.rows
+    comparison, _ = compared(["fails", "32-true"])
+    fails, good = comparison.rows
     assert (fails.status, fails.reason, len(fails.losses)) == ("failed", "ValueError: no", 3)
     assert (good.status, len(good.losses)) == ("done", 20)
-    way_out = "all modes are in memory at once: --sequential runs one after another"
-    assert full.reason == f"CUDA out of memory; {way_out}"
-    assert "--sequential" not in compared(["full"])[0].rows[0].reason  # it was alone
+
+
+def test_a_mode_for_which_there_is_no_memory_beside_the_others_is_tried_again_alone():
+    class Crowded(Fake):
+        """Has no memory only where 32-true is in it."""
+
+        def events(self, until=None):
+            if ("32-true", 0, "close", "") in self.log:
+                self.job = replace(self.job, mode="64-true")
+            yield from super().events(until)
+
+    comparison, log = compared(["full", "32-true"])
+    full = comparison.rows[0]
+    assert (full.status, full.reason, len(full.losses)) == ("failed", "CUDA out of memory", 3)
+    assert sum(entry[:3] == ("full", 0, "starts") for entry in log) == 2
+    log = []
+    comparison, _ = compared(["full", "32-true"], start=lambda job, told: Crowded(job, told, log))
+    full = comparison.rows[0]
+    assert (full.status, len(full.losses), full.reason) == ("done", 20, "")
+    assert full.note == "trained alone, there was no memory for all modes at once"
+    assert sum(entry[2] == "starts" for entry in compared(["full"])[1]) == 1  # it was alone
+
+
+@pytest.mark.parametrize(("named", "status"), [(True, "failed"), (False, "not run")])
+def test_what_the_task_does_not_allow_has_failed_only_where_it_was_named(named, status):
+    class Refuses(Fake):
+        def events(self, until=None):
+            yield {"refused": "no linear layer"}
+            raise ChildFailed("precision_lab.loop.Refused: no linear layer")
+
+    row = Row("32-true")
+    comparison = Comparison(1, 0, [row], named=named)
+    with make_progress(Console(file=io.StringIO()), [row], 1) as progress:
+        run(comparison, "cpu", progress, start=lambda job, told: Refuses(job, told, []))
+    assert (row.status, row.reason) == (status, "no linear layer")
 
 
 def test_other_seeds_follow_one_by_one_if_the_first_finished():

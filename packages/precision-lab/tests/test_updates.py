@@ -20,11 +20,12 @@ class Two(nn.Module):
         return (self.small.sum() + self.large.sum()) * x
 
 
-def counts(mode, look="updates"):
-    def make():
-        model = Two()
-        return Task(model, torch.optim.SGD(model.parameters(), lr=2**-10), lambda s: [torch.ones(1)], lambda m, b: m(b))
+def make():
+    model = Two()
+    return Task(model, torch.optim.SGD(model.parameters(), lr=2**-10), lambda s: [torch.ones(1)], lambda m, b: m(b))
 
+
+def counts(mode, look="updates"):
     training = Training(Job(mode, 3, 0, "cpu", look=look), lambda device: make)
     events = [*training.start(), *training.advance(3), *training.finish()]
     return next((event["unchanged"] for event in events if "unchanged" in event), None)
@@ -53,3 +54,16 @@ def test_large_parameters_are_sampled_and_their_share_is_of_all():
         model.weight.data[:25] += 1
     (name, same, seen) = watch.counts()[0]
     assert (name, seen) == ("weight", 10000) and same == pytest.approx(5000, abs=10000 / ELEMENTS * 4)
+
+
+def test_a_run_that_goes_on_counts_those_before_too(tmp_path):
+    def training(resume=""):
+        return Training(Job("bf16-true", 3, 0, "cpu", resume=resume), lambda device: make)
+
+    first = training()
+    list(first.start())
+    list(first.advance(2))
+    first.save(str(tmp_path / "half.ckpt"))
+    second = training(str(tmp_path / "half.ckpt"))
+    list(second.start())
+    assert second._unchanged.counts() == [("small", 0, 30), ("large", 10, 10)]

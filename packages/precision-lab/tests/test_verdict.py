@@ -42,6 +42,27 @@ def test_a_mode_that_is_worse_by_more_than_the_spread_is_not_taken():
     assert verdict.headline == "Stay with 32-true" and verdict.modes["bf16-true"] == "worse"
 
 
+def test_a_mode_whose_updates_round_to_nothing_is_not_taken_although_its_loss_is_as_good():
+    half = row("bf16-true", 1.9, 50)
+    half.unchanged = [("weight", 21, 100)]
+    verdict = judge(compared(half))
+    assert verdict.headline == "Stay with 32-true" and verdict.modes["bf16-true"] == "swallows"
+    assert any(
+        each.startswith("Not taken: bf16-true, held-out +0.0000 in these steps, but 21%") for each in verdict.sentences
+    )
+    half.unchanged = [("weight", 20, 100)]
+    assert judge(compared(half)).take == "bf16-true"
+
+
+def test_a_variant_says_what_its_precision_alone_costs_and_how_much_trains():
+    comparison = compared(row("32-true+lora", 2.4, 30), row("nf4+lora", 2.45, 20), row("nf4", 1.92, 15))
+    for each in comparison.rows:
+        each.trains = 0.0625 if each.mode.startswith("nf4") else 1.0
+    verdict = judge(comparison)
+    assert verdict.take == "nf4" and "it trains 6.2% of the parameters" in verdict.sentences[0]
+    assert verdict.sentences[2].endswith("5.5 standard deviations of 32-true over seeds (+0.0500 beside 32-true+lora).")
+
+
 def test_a_mode_with_several_seeds_is_judged_by_their_mean():
     comparison = compared(row("bf16-true", 1.8, 50))
     comparison.repeats += [row("bf16-true", 2.3, 50, seed=1), row("bf16-true", 2.4, 50, seed=2)]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from precision_bnb.layers import QuantizedEmbedding as QuantizedEmbedding
     from precision_bnb.layers import QuantizedLinear as QuantizedLinear
     from precision_bnb.plugin import BitsandbytesPrecision as BitsandbytesPrecision
+    from precision_bnb.states import with_8bit_states as with_8bit_states
 
 _LATER = {
     "dequantize": "convert",
@@ -27,6 +28,7 @@ _LATER = {
     "QuantizedLinear": "layers",
     "BitsandbytesPrecision": "plugin",
     "bitsandbytes_state_dict": "export",
+    "with_8bit_states": "states",
 }
 """Public name -> the module that has it, and imports bitsandbytes."""
 

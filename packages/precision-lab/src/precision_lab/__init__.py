@@ -35,6 +35,7 @@
     gpt.py        its model
     text.py       its text
     memory.py     what it took
+    variants.py   changes of the task that a mode may come with; lora.py: adapters
 
     chooser.py    precision choose
     contest.py    its candidates: a race, a judgement, exceptions

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from precision_lab.table import human_bytes
+from precision_lab.shown import human_bytes
 
 _FIGURES = {
     "held-out": ("held_out_loss", "{:.4f}".format),

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from precision_core import Fabric
 from precision_lab import turns
-from precision_lab.modes import modes_to_run, parse_modes
+from precision_lab.modes import modes_to_compare
 from precision_lab.process import Child, Fork
 from precision_lab.progress import make_progress
 from precision_lab.results import BASELINE, Comparison, Row
@@ -46,7 +46,8 @@ def compare(
 
     Args:
         task: "task.py:make", or the function itself, which then runs in forks of this process; None: the built-in GPT.
-        modes: a list, or its text, or "all"; None: core's. Modes that are named run even where they are slow.
+        modes: a list, or its text, or "all"; None: core's. Modes that are named run even where they are slow. A mode
+            may have variants, which change the task: "nf4+lora".
         seeds: train every mode with so many seeds; None: 32-true with 3, the others with one.
         size: of the GPT: "1m", "25m", "85m", "300m", "1b" parameters.
         sequential: one mode after another, where all do not fit into memory at once.
@@ -61,7 +62,7 @@ def compare(
     text = modes if modes is None or isinstance(modes, str) else ",".join(modes)
     comparison = prepare(
         task if task is None or callable(task) else str(task),
-        modes_to_run(text) if not named else parse_modes(str(text)),
+        modes_to_compare(None if text is None else str(text)),
         named=named,
         steps=steps,
         seed=seed,
@@ -113,7 +114,7 @@ def prepare(
     more = [seed + n for n in range(1, SEEDS if seeds is None else seeds)]
     repeats = [Row(row.mode, policy=row.policy, seed=other, repeat=True) for row in repeated for other in more]
     name = getattr(task, "__name__", "make") if callable(task) else task or ""
-    return Comparison(steps, seed, rows, strategy, name, size, repeats)
+    return Comparison(steps, seed, rows, strategy, name, size, repeats, named=named)
 
 
 def execute(

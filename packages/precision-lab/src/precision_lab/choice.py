@@ -10,8 +10,7 @@ from typing import Any, Literal
 from precision_core.support import Chosen, write_chosen
 from precision_lab.evidence import Evidence
 from precision_lab.results import BASELINE
-from precision_lab.shown import Shown
-from precision_lab.table import human_bytes
+from precision_lab.shown import Shown, human_bytes
 
 Judged = Literal["safe", "worse", "undecided", "swallows", "failed", "not run", "reference"]
 """Swallows: too many updates round to nothing, which a longer run may stall on whatever the loss of this one is."""

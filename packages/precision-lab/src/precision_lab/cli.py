@@ -33,7 +33,8 @@ def main() -> None:
     "--modes",
     metavar="MODE,...",
     help="Precisions to compare: core's modes, policies such as params=float32,compute=bfloat16, modes of packages; "
-    "those that are named run even where they are slow. all: every mode that is installed. [default: all of core's]",
+    "+lora or +adam8bit behind one changes the task, too. Those that are named run even where they are slow. all: all "
+    "that are installed. [default: all of core's]",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31 - 2), default=0, show_default=True, help="Of weights and batches.")
 @click.option(
@@ -116,8 +117,10 @@ def compare(
     except TaskError as error:
         click.echo(str(error), err=True)
         context.exit(2)
-    for mode, text in comparison.tracebacks.items():
-        console.print(f"{mode}:\n{text}\n", markup=False, soft_wrap=True)
+    for text in dict.fromkeys(comparison.tracebacks.values()):
+        if "\n" in text:  # else its one line is the row's reason
+            modes = ", ".join(mode for mode, other in comparison.tracebacks.items() if other == text)
+            console.print(f"{modes}:\n{text}\n", markup=False, soft_wrap=True)
     print_table(comparison, console)
     print_verdict(comparison, console)
     if old is not None:
@@ -337,10 +340,10 @@ def _bad(option: str) -> Iterator[None]:
 
 
 def _modes(modes: str | None) -> list[str]:
-    from precision_lab.modes import modes_to_run
+    from precision_lab.modes import modes_to_compare
 
     with _bad("--modes"):
-        return modes_to_run(modes)
+        return modes_to_compare(modes)
 
 
 def _device_type(accelerator: str) -> str:

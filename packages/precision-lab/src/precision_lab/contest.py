@@ -11,7 +11,7 @@ from precision_lab.evidence import LOOKS, weigh
 from precision_lab.exceptions import Trouble, propose, spelled
 from precision_lab.machine import describe_machine
 from precision_lab.process import ChildFailed
-from precision_lab.results import BASELINE, REFERENCE, Comparison, Row
+from precision_lab.results import BASELINE, REFERENCE, Comparison, Row, percent
 from precision_lab.runs import Runs
 from precision_lab.sensitivity import Layer
 from precision_lab.taskfile import TaskError
@@ -32,6 +32,7 @@ class Contest:
         self._seed, self._limit = seed, limit
         self._base_bytes = 0.0
         self._measured = False
+        self._unknown: list[str] = []
         self._layers: list[Layer] = []
 
     def run(self, rows: Sequence[Row]) -> None:
@@ -42,7 +43,8 @@ class Contest:
             KeyboardInterrupt: Ctrl-C; what was trained is kept by the runs.
         """
         choice = self._choice
-        choice.untested += [f"{row.mode}: {row.reason}" for row in rows if row.reason]
+        for reason in dict.fromkeys(row.reason for row in rows if row.reason):
+            choice.untested.append(f"{', '.join(row.mode for row in rows if row.reason == reason)}: {reason}")
         modes = [row.mode for row in rows if not row.reason and row.mode not in (BASELINE, REFERENCE)]
         base = Candidate(BASELINE, judged="reference")
         found = [Candidate(mode) for mode in modes]
@@ -57,7 +59,7 @@ class Contest:
             base.judged, base.reason = "failed", f"{row.reason}: nothing to measure the others by"
             choice.candidates = [base, *found]
             return
-        self._after_race(race, base, runners)
+        self._after_race(race, base, runners, found)
         choice.candidates = [each for each in found if each not in runners]
         out = [each for each in runners if each.reason]
         choice.candidates += out
@@ -77,7 +79,7 @@ class Contest:
         for each, row in zip(candidates, rows, strict=True):
             each.bytes = None if row.reason else row.peak
             if row.reason and not each.reasons:
-                self._choice.untested.append(f"the memory of {each.precision}, which cannot be estimated: {row.reason}")
+                self._unknown.append(each.precision)
 
     def _is_cheaper(self, each: Candidate, base: Candidate) -> bool:
         """Whether it may be the answer, as far as bytes say; one that may not has its reason."""
@@ -102,11 +104,15 @@ class Contest:
 
     # ---------------------------------------------------------------- 3. race
 
-    def _after_race(self, race: Comparison, base: Candidate, runners: Sequence[Candidate]) -> None:
+    def _after_race(
+        self, race: Comparison, base: Candidate, runners: Sequence[Candidate], found: Sequence[Candidate]
+    ) -> None:
         base.time_ratio = 1.0
         self._measured = any(each.bytes is None for each in (base, *runners))
         if self._measured:  # some code needs values: what was measured counts, for all of them
             self._choice.bytes_are = "parameters', gradients' and optimizer's"
+            for each in found:
+                each.bytes = None
         for each in (base, *runners):
             row = race.find(each.precision)
             if row is None:
@@ -153,7 +159,7 @@ class Contest:
 
     def _confirm(self, each: Candidate) -> list[Row]:
         """Trains and judges: more seeds while it is undecided."""
-        rows: list[Row] = []
+        rows, base = list[Row](), list[Row]()
         for count in (look for look in LOOKS if look <= self._limit):
             seeds = [self._seed + FRESH + n for n in range(count)]
             rows = self._runs.single(each.precision, self._choice.steps, seeds)
@@ -178,7 +184,7 @@ class Contest:
         if evidence is not None and each.judged != "safe":
             each.reason = (
                 f"held-out {evidence.difference:+.3g} +- {evidence.margin:.2g} with {evidence.seeds} seeds, where "
-                f"32-true's standard deviation is {evidence.spread:.2g}"
+                f"32-true's standard deviation is {evidence.spread:.2g}{_frozen(rows[0], base[0])}"
             )
         return rows
 
@@ -211,6 +217,10 @@ class Contest:
 
     def _untested(self) -> None:
         steps = self._choice.steps
+        if self._unknown:
+            self._choice.untested.append(
+                f"the peak memory of {', '.join(self._unknown)}: `precision estimate` says why it cannot trace it"
+            )
         self._choice.untested += [
             f"more than {steps} steps: what overflows or stalls later is not seen",
             "other devices, several processes, torch.compile",
@@ -221,6 +231,13 @@ def _is_tight(candidates: Sequence[Candidate]) -> bool:
     """Whether all of them at once take more than half of this machine's memory."""
     memory = describe_machine().memory_bytes
     return memory is not None and sum(each.bytes or 0 for each in candidates) > memory / 2
+
+
+def _frozen(row: Row, base: Row) -> str:
+    """Returns how much of the model trains, where the mode freezes some of it, to be added to a reason."""
+    if row.trains is None or base.trains is None or row.trains >= base.trains:
+        return ""
+    return f"; it trains {percent(row.trains)} of the parameters, 32-true {percent(base.trains)}"
 
 
 def _kept_bytes(row: Row) -> int:

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 
 from precision_lab.choice import Candidate
-from precision_lab.exceptions import TOO_MANY
 from precision_lab.results import BASELINE, Comparison, Row
+from precision_lab.updates import TOO_MANY
 
 HOPELESS = 10.0
 """Standard deviations of 32-true by which a mode has to be worse in the race with every seed, to be out: that of three

@@ -9,13 +9,13 @@ import torch
 
 from precision_core import Policy
 from precision_core.policy import dtype_name
+from precision_core.support import is_core_mode
 from precision_lab.sensitivity import Layer
+from precision_lab.updates import TOO_MANY
 
 Trouble = Literal["not finite", "swallowed", "worse"]
 """What became of a mode: losses or gradients that are inf or NaN, updates that round to nothing, a worse loss."""
 
-TOO_MANY = 0.2
-"""Share of updates that round to nothing, from which on a mode, or a module in it, is not trusted for longer runs."""
 MOST = 0.8
 """Share of the rounding error that the modules of an exception have to hold together..."""
 FEW = 0.3
@@ -32,6 +32,8 @@ def propose(mode: str, trouble: Trouble, layers: Sequence[Layer], measured: dict
 
     `measured` has the share of updates that rounded to nothing by module, where training has counted them.
     """
+    if not is_core_mode(mode):  # a package's, which has ways of its own to leave modules alone
+        return []
     policy = Policy.parse(mode)
     if policy.exceptions or policy.compute not in (torch.bfloat16, torch.float16):
         return []

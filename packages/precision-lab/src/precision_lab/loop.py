@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from precision_core import Fabric
-from precision_core.support import model_fingerprint
+from precision_core import Fabric, Precision
+from precision_core.support import is_core_mode, model_fingerprint
 from precision_lab.memory import PeakMemory
 from precision_lab.results import policy_as_dict
 from precision_lab.task import Task, share
 from precision_lab.updates import Unchanged
+from precision_lab.variants import split_variants, varied
 
 Event = dict[str, Any]
 
@@ -47,8 +49,12 @@ class Job:
     resume: str = ""
     """A checkpoint to go on from."""
     look: str = "layers"
-    """What else to find out: "layers", the signal to noise of each, when it has trained; "updates", how many of them
-    round to nothing."""
+    """What else to find out: "updates", how many of them round to nothing; "layers", that, and the signal to noise of
+    each when it has trained; "": nothing."""
+
+
+class Refused(Exception):
+    """The mode, or a variant, does not go with this task: nothing was trained. The message says why."""
 
 
 class Training:
@@ -63,30 +69,45 @@ class Training:
 
     def __init__(self, job: Job, prepare: Callable[[torch.device], Callable[[], Task]]) -> None:
         self.job = job
-        self.fabric = Fabric(job.accelerator, job.strategy, job.devices, job.mode)
-        self.make = prepare(self.fabric.device)
+        precision, variants = split_variants(job.mode)
+        self.fabric = Fabric(job.accelerator, job.strategy, job.devices, precision)
+        self.make = varied(prepare(self.fabric.device), variants)
         self.step = 0
         # One thread's CPU time is what its step takes on an idle machine, however many others share this one.
         self._alone = self.fabric.device.type == "cpu" and torch.get_num_threads() == 1 and job.devices == 1
         self._clock = time.process_time if self._alone else time.perf_counter
 
     def start(self) -> Iterator[Event]:
-        """Makes the task and sets it up; yields what runs where, and the policy."""
+        """Makes the task and sets it up; yields what runs where, and the policy.
+
+        Raises:
+            Refused: it cannot be set up so.
+        """
         fabric, job = self.fabric, self.job
         self._memory = PeakMemory(fabric.device)
         fabric.seed_everything(job.seed)
-        self.task = task = self.make()
-        self._rates = [float(group["lr"]) for group in task.optimizer.param_groups]
-        description = run_metadata(fabric.device, task.model)  # of the whole model, which setup may shard
-        self.model, self.optimizer = fabric.setup(task.model, task.optimizer)
-        watched = job.steps if job.look == "updates" else 0
+        try:
+            self.task = task = self.make()
+            self._rates = [float(group["lr"]) for group in task.optimizer.param_groups]
+            description = run_metadata(fabric.device, task.model)  # of the whole model, which setup may shard or pack
+            self.model, self.optimizer = fabric.setup(task.model, task.optimizer)
+        except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+            raise Refused(str(error) or type(error).__name__) from error
+        trained = sum(param.numel() for param in self.model.parameters() if param.requires_grad)
+        # A package's mode may keep elsewhere what rounding takes; and an engine's parameters are not the model's.
+        looked_at = job.look and is_core_mode(split_variants(job.mode)[0])
+        watched = job.steps if looked_at and job.devices == 1 and job.strategy == "auto" else 0
         self._unchanged = Unchanged(self.model, fabric.precision_plugin.policy, watched) if watched else None
         fabric.seed_everything(job.seed)
         if job.resume:
-            self.step = fabric.load(job.resume, {"model": self.model, "optimizer": self.optimizer})["step"]
+            rest = fabric.load(job.resume, {"model": self.model, "optimizer": self.optimizer})
+            self.step = rest["step"]
+            if self._unchanged is not None:
+                self._unchanged.sums = rest["unchanged"]
         self._batches = itertools.islice(task.stream(job.seed), self.step, None)
         yield description | {"devices": fabric.world_size, "clock": "cpu" if self._alone else "wall"}
         yield {"policy": policy_as_dict(fabric.precision_plugin.policy)}
+        yield {"trains": trained / max(1, description["parameters"])}
 
     def advance(self, steps: int) -> Iterator[Event]:
         """Trains for so many steps, to the job's last one at most; yields each one's loss and seconds.
@@ -121,7 +142,8 @@ class Training:
 
     def save(self, path: str) -> None:
         """Writes what `Job.resume` needs."""
-        self.fabric.save(path, {"model": self.model, "optimizer": self.optimizer, "step": self.step})
+        state = {"model": self.model, "optimizer": self.optimizer, "step": self.step}
+        self.fabric.save(path, state | {"unchanged": {} if self._unchanged is None else self._unchanged.sums})
 
     def finish(self) -> Iterator[Event]:
         """Yields bytes, skipped steps, and the held-out loss.
@@ -152,7 +174,7 @@ class Training:
         return {  # of this process; None where an engine does not show what it holds
             "parameter_bytes": sum(param.nbytes for param in params) or None,
             "gradient_bytes": sum(gradient.nbytes for gradient in gradients) or None,
-            "optimizer_bytes": optimizer_bytes(self.optimizer),
+            "optimizer_bytes": optimizer_bytes(self.optimizer) + plugin_bytes(self.fabric.precision_plugin),
             "peak_memory_bytes": self._memory.read(),
             "skipped_steps": self.fabric.precision_plugin.skipped_steps,
         }
@@ -173,9 +195,15 @@ def run_metadata(device: torch.device, model: nn.Module) -> dict[str, Any]:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Returns the bytes of all tensors in the optimizer's state that are in this process."""
+    """Returns the bytes of all tensors in the optimizer's state that are in this process; those of shared ones once."""
     values = (value for state in optimizer.state.values() for value in state.values())
-    return sum(local_shard(value).nbytes for value in values if isinstance(value, Tensor))
+    tensors = {id(value): value for value in values if isinstance(value, Tensor)}
+    return sum(local_shard(tensor).nbytes for tensor in tensors.values())
+
+
+def plugin_bytes(precision: Precision) -> int:
+    """Returns the bytes of the tensors that a plugin keeps for its steps besides: compensations, for example."""
+    return sum(leaf.nbytes for leaf in tree_leaves(precision.state_dict()) if isinstance(leaf, Tensor))
 
 
 def local_shard(tensor: Tensor) -> Tensor:

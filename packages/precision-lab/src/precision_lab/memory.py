@@ -11,10 +11,13 @@ its parent's peak, as exec does not reset it.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import torch
+
+from precision_lab.shown import human_bytes
 
 _STATUS = Path("/proc/self/status")
 
@@ -48,3 +51,12 @@ def _resident(field: str) -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def explain_full(reason: str) -> tuple[str, bool]:
+    """Returns why a process failed, in words where memory ran out, and whether that may be the reason."""
+    if asked := re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", reason):
+        reason = f"out of memory: it asked for another {human_bytes(int(asked[1]))}"
+    elif "MemoryError" in reason:
+        reason = f"out of memory: {reason}"
+    return reason, "out of memory" in reason.lower() or "memory full" in reason

@@ -14,6 +14,7 @@ import re
 
 from precision_core import MODES, Policy
 from precision_core.support import PLUGINS, base_of, find, is_core_mode, load_plugin, names
+from precision_lab.variants import ROWS, spelled, split_variants
 
 
 def default_modes() -> list[str]:
@@ -32,15 +33,36 @@ def modes_to_run(text: str | None) -> list[str]:
     return default_modes() if text is None else parse_modes(text)
 
 
-def parse_modes(text: str) -> list[str]:
-    """Returns the modes that `text` lists: core's in the policy's spelling, those of packages by registered names.
+def modes_to_compare(text: str | None) -> list[str]:
+    """Returns what `modes_to_run` does, where "all" has variants as well (`variants.ROWS`), and a list may name some.
 
     Raises:
-        ValueError: an unknown mode, or one whose package is not installed, with core's message; a mode given twice.
+        ValueError: as `parse_modes`.
+    """
+    if text is None or text != "all":
+        return default_modes() if text is None else parse_modes(text, variants=True)
+    modes = modes_to_run(text)
+    return [*modes, *(row for row in ROWS if split_variants(row)[0] in modes)]
+
+
+def parse_modes(text: str, *, variants: bool = False) -> list[str]:
+    """Returns the modes that `text` lists: core's in the policy's spelling, those of packages by registered names.
+
+    Args:
+        variants: whether a mode may have some, as in "nf4+lora".
+
+    Raises:
+        ValueError: an unknown mode or variant, or one whose package is not installed, with core's message; a mode given
+            twice.
     """
     modes: list[str] = []
     for given in split_modes(text):
-        mode = _checked(given)
+        mode, changes = split_variants(given) if "+" in given else (given, ())
+        if changes and not variants:
+            raise ValueError(
+                f"{given!r} changes the task, which only `precision compare` does: make the task so, and say {mode!r}"
+            )
+        mode = spelled(_checked(mode), changes)
         if mode in modes:
             raise ValueError(f"{given!r} is given twice" + (f": it means {mode}" if mode != given else ""))
         modes.append(mode)

@@ -8,7 +8,7 @@ as much noise as signal. The weights are those of the start, where all modes hav
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from precision_core import Fabric
 from precision_lab.loop import Job
+from precision_lab.lora import LoRA
 from precision_lab.task import Task
+from precision_lab.variants import split_variants
 
 SAMPLE = 2**16
 """Elements of an output that are compared, evenly spread: a large model's would not fit beside it."""
@@ -31,7 +33,7 @@ Samples = dict[str, Tensor]
 def noise(job: Job, make: Callable[[], Task]) -> list[tuple[str, float | None, float | None]]:
     """Returns (module, decibels of its output, of the gradient) in the order of the forward; None: not comparable."""
     outputs, gradients = _run(job, make, "64-true")
-    mine, my_gradients = _run(job, make, job.mode)
+    mine, my_gradients = _run(job, make, split_variants(job.mode)[0])
     return [
         (name, decibels(mine[name], outputs[name]), decibels(my_gradients.get(name), gradients.get(name)))
         for name in outputs
@@ -97,8 +99,7 @@ def _run(job: Job, make: Callable[[], Task], mode: str) -> tuple[Samples, Sample
 
         return hook
 
-    leaves = [(name, module) for name, module in model.named_modules() if not any(True for _ in module.children())]
-    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
+    handles = [module.register_forward_hook(watch(name)) for name, module in leaves_of(model)]
     try:
         fabric.seed_everything(job.seed)
         batch = fabric.to_device(next(task.stream(job.seed)))
@@ -108,6 +109,15 @@ def _run(job: Job, make: Callable[[], Task], mode: str) -> tuple[Samples, Sample
         for handle in handles:
             handle.remove()
     return outputs, gradients
+
+
+def leaves_of(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules without others inside, by name; a layer with its adapter is one, as it is without."""
+    children = [] if isinstance(model, LoRA) else list(model.named_children())
+    if not children:
+        yield prefix, model
+    for name, child in children:
+        yield from leaves_of(child, f"{prefix}.{name}" if prefix else name)
 
 
 def sampled(tensor: Tensor) -> Tensor:

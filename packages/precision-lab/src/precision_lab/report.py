@@ -14,7 +14,8 @@ from precision_lab.charts import Bar, Line, bar_rows, line_chart
 from precision_lab.curves import curve, drift
 from precision_lab.probe import first_excess
 from precision_lab.results import REFERENCE, Comparison, Row
-from precision_lab.table import comparison_texts, footnotes, human_bytes
+from precision_lab.shown import human_bytes
+from precision_lab.table import comparison_texts, footnotes, notes
 from precision_lab.verdict import Verdict, judge
 
 _COLOURS = 8
@@ -72,7 +73,7 @@ def _table(comparison: Comparison, verdict: Verdict) -> str:
     body = ""
     for mode, *cells in rows:
         kind = verdict.modes.get(mode, "unknown")
-        said = {"worse": " ✗", "safe": " ✓"}.get(kind, "")
+        said = {"worse": " ✗", "swallows": " ✗ swallows", "safe": " ✓"}.get(kind, "")
         shown = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         body += f'<tr><td class="long">{html.escape(mode)}<span class="{kind}">{said}</span></td>{shown}</tr>'
     table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -82,7 +83,9 @@ def _table(comparison: Comparison, verdict: Verdict) -> str:
         f"{html.escape(row.reason)}</p>"
         for row in others
     )
-    return f'{table if rows else ""}{reasons}<p class="soft"><small>{html.escape(footnotes(comparison))}</small></p>'
+    lines = [*notes(comparison), footnotes(comparison)]
+    below = "".join(f'<p class="soft"><small>{html.escape(line)}</small></p>' for line in lines)
+    return f"{table if rows else ''}{reasons}{below}"
 
 
 def _curves(comparison: Comparison) -> str:

@@ -48,7 +48,11 @@ class Row:
     no_noise: str = ""
     """Why there are none."""
     unchanged: list[tuple[str, int, int]] = field(default_factory=list)
-    """Each half parameter, where it was asked for (`Job.look`): elements whose updates changed nothing, of so many."""
+    """Each half parameter: elements whose updates changed nothing, of so many."""
+    trains: float | None = None
+    """The share of the model's parameters that train, adapters included."""
+    note: str = ""
+    """What to know of its figures."""
     seed: int = 0
     repeat: bool = False
     """Whether it is a run of another seed, for the spread."""
@@ -95,6 +99,8 @@ class Comparison(Shown):
     """Steps that each mode takes in its turn, after `WARM_UP`; None: one mode after another."""
     environment: dict[str, Any] = field(default_factory=dict)
     """Device, versions and the like, from the first child that started."""
+    named: bool = True
+    """Whether the modes were named: one that the task or the machine does not allow has failed then."""
     tracebacks: dict[str, str] = field(default_factory=dict)
     """Mode -> the user's traceback, of a mode that failed in the user's code. Holds paths: it is in no record."""
 
@@ -214,6 +220,11 @@ class Comparison(Shown):
 def last_tenth(steps: int) -> int:
     """Returns how many steps the train loss is averaged over."""
     return max(1, steps // 10)
+
+
+def percent(share: float) -> str:
+    """Returns a share as a percentage, with a digit behind the point where it is small."""
+    return f"{share:.0%}" if share >= 0.1 or not share else f"{share:.1%}"
 
 
 def policy_as_dict(policy: Policy) -> dict[str, Any]:

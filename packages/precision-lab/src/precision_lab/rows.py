@@ -18,6 +18,7 @@ from precision_core import Policy, Support, supports
 from precision_core.support import is_core_mode, refusal, resolve_precision, resolve_strategy
 from precision_lab.process import ChildFailed, last_line
 from precision_lab.results import Row, Status, policy_as_dict
+from precision_lab.variants import split_variants
 
 
 def ask_for_rows(modes: Sequence[str], device_type: str, **options: Any) -> list[Row]:
@@ -61,13 +62,20 @@ def make_rows(
     """
     rows = []
     for mode in modes:
-        policy = policy_as_dict(Policy.parse(mode)) if is_core_mode(mode) else None
-        answer = _supports(mode, device_type, strategy)
-        if answer and (refused := refusal_of(mode, device_type, strategy, devices)):
+        precision, variants = split_variants(mode)
+        is_core = is_core_mode(precision)
+        policy = policy_as_dict(Policy.parse(precision)) if is_core else None
+        answer = _supports(precision, device_type, strategy)
+        if answer and (refused := refusal_of(precision, device_type, strategy, devices)):
             answer = Support("no", refused)
+        if answer and variants and strategy not in ("auto", "ddp"):
+            answer = Support("no", f"+{variants[0]} has not been tried under {strategy}: one device, or ddp")
         status: Status = "failed" if named and not answer else "not run"
-        reasons = {"slow": "" if named or run_slow else f"{answer.reason}; --all runs it", "no": answer.reason}
-        rows.append(Row(mode, status, reasons.get(answer.level, ""), policy=policy))
+        # A package's mode that is slow is one that computes in plain torch what other hardware would: that is its use.
+        runs = named or run_slow or not is_core
+        reasons = {"slow": "" if runs else f"{answer.reason}; --all runs it", "no": answer.reason}
+        note = answer.reason if answer.level == "slow" and runs else ""
+        rows.append(Row(mode, status, reasons.get(answer.level, ""), policy=policy, note=note))
     return rows
 
 

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import torch
 
-from precision_lab.loop import Job, Training
+from precision_lab.loop import Job, Refused, Training
 from precision_lab.task import Task
 from precision_lab.taskfile import TaskError, users_traceback
 
@@ -48,6 +48,9 @@ def _reported(job: Job, prepare: Prepare, commands: Iterator[str]) -> Iterator[d
         yield from _events(Training(job, prepare), prepare, commands)
     except TaskError as error:
         yield {"task_error": str(error)}
+        raise
+    except Refused as error:
+        yield {"refused": " ".join(str(error).split())}
         raise
     except Exception as error:
         if job.task:

@@ -37,5 +37,17 @@ class Shown:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"
 
 
+def human_bytes(number: int | None) -> str:
+    """Returns `number` with three digits and a binary unit, "-" for None."""
+    if number is None:
+        return "-"
+    value = float(number)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} GiB"
+
+
 def _escaped(rows: list[list[str]]) -> list[list[str]]:
     return [[cell.replace("|", "\\|") for cell in row] for row in rows]

@@ -89,8 +89,9 @@ class Task:
         assert self.loss is not None
         loss = self.loss(model, batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise TypeError(f"loss(model, batch) returned {got}: expected a tensor of one value, such as a mean")
+            raise TypeError(
+                f"loss(model, batch) returned {_what(loss)}: expected a tensor of one value, such as a mean"
+            )
         return loss
 
     def held_out(self, model: nn.Module, moved: Callable[[Any], Any] = lambda batch: batch) -> float:
@@ -100,7 +101,7 @@ class Task:
         try:
             with torch.no_grad():
                 if self.evaluate is not None:
-                    return float(self.evaluate(model))
+                    return _number(self.evaluate(model))
                 batches = itertools.islice(self.batches(HELD_OUT_SEED), HELD_OUT_BATCHES)
                 losses = [self.compute_loss(model, moved(batch)).item() for batch in batches]
                 return sum(losses) / len(losses)
@@ -118,11 +119,27 @@ def understood(made: Any) -> Task:
         return made
     if isinstance(made, (tuple, list)) and 3 <= len(made) <= 5:
         return Task(*made)
-    what = f"{len(made)} values" if isinstance(made, (tuple, list)) else f"a {type(made).__name__}"
+    what = f"{len(made)} values" if isinstance(made, (tuple, list)) else _what(made)
     raise TypeError(
         f"make() returned {what}: expected precision_lab.Task(model, optimizer, batches, loss, evaluate), or a tuple "
         "of these; transformers models need no loss"
     )
+
+
+def _number(value: Any) -> float:
+    """Returns what `evaluate` returned as a float; raises `TypeError` where it is no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"evaluate(model) returned {_what(value)}: expected one number, lower is better, such as a mean loss"
+        ) from None
+
+
+def _what(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return "None" if value is None else f"an object of type {type(value).__name__}"
 
 
 def share(batch: Any, rank: int, ranks: int) -> Any:

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 from precision_lab.interrupts import Interrupts
 from precision_lab.loop import Job
+from precision_lab.memory import explain_full
 from precision_lab.process import Child, ChildFailed
 from precision_lab.progress import Progress
-from precision_lab.results import WARM_UP, Comparison, Row
+from precision_lab.results import WARM_UP, Comparison, Row, Status
 from precision_lab.resume import Saved
 
 _FIGURES = {f.name for f in fields(Row)} - {"mode", "seed", "repeat"}
@@ -61,7 +62,8 @@ def run(
 ) -> None:
     """Trains the mode of each row without a `reason`, and fills the row in; after a failure the others go on.
 
-    Several processes a mode, or `sequential`: one mode after another. Runs of other seeds, of which no time counts,
+    Several processes a mode, or `sequential`: one mode after another. One that runs out of memory beside the others is
+    tried again alone. Runs of other seeds, of which no time counts,
     always are; those of a mode that did not finish are left out.
 
     Raises:
@@ -73,6 +75,11 @@ def run(
     in_turns = devices == 1 and not sequential
     for group in [rows] if in_turns else [[row] for row in rows]:
         runner.run(group, in_turns)
+    for row in runner.crowded:
+        row.status, row.reason, row.losses, row.step_seconds = "not run", "", [], []
+        comparison.tracebacks.pop(row.mode, None)
+        row.note = "; ".join(filter(None, [row.note, "trained alone, there was no memory for all modes at once"]))
+        runner.run([row], in_turns=False)
     for row in comparison.repeats:
         if row.status == "done":
             continue
@@ -95,6 +102,8 @@ class _Runner:
         self._comparison, self._progress, self._start, self._saved = comparison, progress, start, saved
         self._accelerator, self._devices = accelerator, devices
         self._lanes: list[_Lane] = []
+        self.crowded: list[Row] = []
+        """Those that ran out of memory while others were in it."""
         self._interrupts = Interrupts()
         self._told = devices == 1
         self._next_save = time.monotonic() + SAVE_EVERY
@@ -160,7 +169,8 @@ class _Runner:
         if in_turns and self._comparison.block is not None:
             return self._comparison.block
         slowest = max(lane.row.step_seconds[-1] for lane in lanes)
-        block = max(SHORTEST, min(LONGEST, round(TURN / max(slowest, 1e-6))))
+        rest = self._comparison.steps - WARM_UP
+        block = max(SHORTEST, min(LONGEST, rest, round(TURN / max(slowest, 1e-6))))
         if in_turns:
             self._comparison.block = block
         return block
@@ -177,16 +187,23 @@ class _Runner:
                 _take(event, lane.row, self._comparison)
                 self._progress.update(lane.row)
         except ChildFailed as failure:
-            if lane.row.held_out_loss is None:
-                lane.row.status, lane.row.reason = "failed", _explained(str(failure), lane.alone)
-            else:  # it trained; what failed is the look at its layers
-                lane.row.no_noise = str(failure)
-            self._end(lane)
+            row = lane.row
+            if row.held_out_loss is not None:  # it trained; what failed is the look at its layers
+                row.no_noise = str(failure)
+                self._end(lane)
+            elif row.reason:  # the task does not go with the mode
+                self._end(lane, "failed" if self._comparison.named else "not run")
+            else:
+                row.reason, is_full = explain_full(str(failure))
+                if is_full and not lane.alone:
+                    row.reason += "; it is tried again alone"
+                    self.crowded.append(row)
+                self._end(lane, "failed")
 
-    def _end(self, lane: _Lane) -> None:
+    def _end(self, lane: _Lane, status: Status = "done") -> None:
         if lane not in self._lanes:
             return
-        lane.row.status = "done" if lane.row.status != "failed" else "failed"
+        lane.row.status = status
         self._lanes.remove(lane)
         lane.child.close()
         self._progress.end(lane.row)
@@ -216,14 +233,9 @@ def _take(event: dict[str, Any], row: Row, comparison: Comparison) -> None:
         row.step_seconds.append(event["seconds"])
     elif "traceback" in event:
         comparison.tracebacks[row.mode] = event["traceback"]
+    elif "refused" in event:
+        row.reason = event["refused"]
     elif "device" in event:
         comparison.environment = comparison.environment or event
     for name in event.keys() & _FIGURES:
         setattr(row, name, event[name])
-
-
-def _explained(reason: str, alone: bool) -> str:
-    """Returns the reason, and where memory may have run out while all modes were alive, the way out."""
-    full = "out of memory" in reason.lower() or "memory full" in reason or "can't allocate memory" in reason
-    way_out = "; all modes are in memory at once: --sequential runs one after another"
-    return f"{reason}{way_out}" if full and not alone else reason

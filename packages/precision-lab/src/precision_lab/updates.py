@@ -17,6 +17,8 @@ SAMPLES = 16
 """Steps of a run that are looked at, evenly spread."""
 ELEMENTS = 256
 """Of each parameter."""
+TOO_MANY = 0.2
+"""Share of updates that round to nothing, from which on a mode, or a module in it, is not trusted for longer runs."""
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -27,7 +29,8 @@ class Unchanged:
         rounds = policy.master is None and policy.rounding == "nearest"
         self._params = [(n, p) for n, p in model.named_parameters() if rounds and p.dtype in HALF and p.requires_grad]
         self._every = max(1, steps // SAMPLES)
-        self._counts: dict[str, list[Tensor]] = {}
+        self.sums: dict[str, Tensor] = {}
+        """Parameter -> sampled elements that did not change, and all that were sampled: what a run goes on from."""
 
     @contextmanager
     def sampling(self, step: int) -> Iterator[None]:
@@ -43,12 +46,13 @@ class Unchanged:
         yield
         for name, param, old, counts in before:
             same = (_part(param) == old) & counts
-            self._counts.setdefault(name, []).append(torch.stack([same.sum(), counts.sum()]))
+            found = torch.stack([same.sum(), counts.sum()])
+            self.sums[name] = self.sums[name] + found if name in self.sums else found
 
     def counts(self) -> list[tuple[str, int, int]]:
         """Returns (parameter, elements whose updates change nothing, all of them), as the sample says."""
         sizes = {name: param.numel() for name, param in self._params}
-        sums = {name: torch.stack(each).sum(0).tolist() for name, each in self._counts.items()}
+        sums = {name: found.tolist() for name, found in self.sums.items()}
         return [(name, round(sizes[name] * same / seen), sizes[name]) for name, (same, seen) in sums.items() if seen]
 
 
