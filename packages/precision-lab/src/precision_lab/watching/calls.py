@@ -115,7 +115,7 @@ def _own_step(watch: Watch, optimizer: Optimizer) -> Callable[[], None]:
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         if not watch.running:
             return before(*args, **kwargs)
-        return watch.around_step(self, lambda: before(*args, **kwargs), watch.is_scaled)
+        return watch.around_step(self, lambda: before(*args, **kwargs), watch.current.is_scaled)
 
     mine = MethodType(step, optimizer)
     vars(optimizer)["step"] = mine

@@ -34,7 +34,7 @@ def watch(
     Args:
         watched: models and optimizers, as the loop uses them. Optimizers of the models' parameters are found by
             themselves; those of an engine, and ours, are to be given.
-        every: a sampled step in so many, from the first on.
+        every: each so many-th step is sampled.
         file: lines are added where it is there. Under DDP rank zero writes it; alarms of other ranks have their own.
         on_alarm: called with each alarm. What it raises ends the loop.
         tensorboard: a folder for the same values, by torch's SummaryWriter.

@@ -42,3 +42,14 @@ def described(
 def ended(error: BaseException | None) -> dict[str, Any]:
     """Returns with what the loop ended, for the last line."""
     return {"error": f"{type(error).__name__}: {error}" if error is not None else None}
+
+
+def unseen_of(steps: int, forwards: int, models: list[nn.Module]) -> list[str]:
+    """Returns what a whole run did not show, as sentences."""
+    found = []
+    if not steps:
+        found.append("no step of an optimizer of the model was seen: give the optimizer that the loop steps")
+    if not forwards:
+        name = type(models[0]).__name__
+        found.append(f"no training forward of {name} was seen: give what the loop calls (torch.compile's result, say)")
+    return found

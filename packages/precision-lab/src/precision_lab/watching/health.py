@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,10 @@ class Health:
         for model in watch.models:
             self._names.add(model)
         self._hooks: list[RemovableHandle] = []
+        self._armed = False
         self._sampled = Sampled()
         self._updates: dict[int, Unchanged] = {}
-        self._seen: set[int] = set()  # ids of tensors that a module inside has given already
-        self._alive: list[Tensor] = []  # whose ids those are
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # tensors that a module inside gave, and versions
         self._done: deque[Sampled] = deque()
         self.unseen: list[str] = []
 
@@ -42,43 +43,50 @@ class Health:
 
     def arm(self) -> None:
         """Puts hooks on the modules. Not inside of compiled ones, which would not run them."""
-        if self._hooks:
+        if self._armed:
             return
+        self._armed = True
         for model in self._watch.models:
             for module in self._open(model):
-                name = self._names.path(module)
-                self._hooks.append(module.register_forward_hook(functools.partial(self._after_forward, name)))
+                if module is not model:  # whose own hook calls `after_forward`: compiled code may not see it change
+                    self._hooks.append(module.register_forward_hook(self.after_forward))
 
     def disarm(self) -> None:
         """Takes them off."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._armed = False
         self._seen.clear()
-        self._alive.clear()
 
     def _open(self, module: nn.Module, path: str = "") -> list[nn.Module]:
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             inside = clean(path) or type(module).__name__
             self.note_unseen(f"inside of {inside}: it is compiled; its own output and gradients of parameters are seen")
-            return [module] if module._compiled_call_impl is None else []
+            return [module] if module._compiled_call_impl is None or not path else []
         found = [module] if not isinstance(module, torch.jit.ScriptModule) else []
         for name, child in module.named_children():
             found += self._open(child, f"{path}.{name}")
         return found
 
-    def _after_forward(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not self._watch.running or not torch.is_grad_enabled():
+    def after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Looks at what a module gave."""
+        if torch.compiler.is_compiling() or not self._armed:
+            return
+        if not self._watch.running or not torch.is_grad_enabled():
             return
         if not any(model.training for model in self._watch.models):
             return
         if not self._watch.in_backward:
             self._watch.begin()
+        name = self._names.path(module)
         tensor = _first(output)
-        if tensor is None or self._sampled.has(name, "output") or id(tensor) in self._seen:
+        if tensor is None or self._sampled.has(name, "output"):
             return
-        self._seen.add(id(tensor))
-        self._alive.append(tensor)
+        seen = self._seen.get(id(tensor))
+        if seen is not None and seen[0]() is tensor and seen[1] == tensor._version:
+            return
+        self._seen[id(tensor)] = weakref.ref(tensor), tensor._version
         self._sampled.take(name, "output", tensor)
         if tensor.requires_grad:
             tensor.register_hook(functools.partial(self._gradient, name, self._sampled))

@@ -67,6 +67,11 @@ class Step:
         return [*found, *([(last, self.batch)] if last is not None else [])]
 
     @property
+    def factor(self) -> float:
+        """The loss scale, 1 without."""
+        return 1.0 if self.scale is None else self.scale.read()
+
+    @property
     def skipped(self) -> bool:
         """Whether a scaler left out an optimizer's step."""
         return any(value.read() != 0 for value in self.skips)
@@ -83,6 +88,6 @@ class Step:
             found["norm"] = self.norm
         if self.is_scaled:
             found["skipped"] = self.skipped
-            found["scale"] = self.scale.read() if self.scale is not None else None
+            found["scale"] = self.factor if self.scale is not None else None
         found["seconds"] = round(self.seconds, 6)
         return found

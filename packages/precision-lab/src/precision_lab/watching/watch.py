@@ -18,7 +18,8 @@ from precision_lab.auditing.where import Where
 from precision_lab.watching.alarms import SKIPS, Alarm, Alarms
 from precision_lab.watching.batch import Batch
 from precision_lab.watching.calls import replaced
-from precision_lab.watching.described import described, ended
+from precision_lab.watching.described import described, ended, unseen_of
+from precision_lab.watching.forwards import follow
 from precision_lab.watching.health import Health
 from precision_lab.watching.ours import Ours
 from precision_lab.watching.output import Output
@@ -38,6 +39,7 @@ class Watch:
         self, models: list[nn.Module], optimizers: list[Optimizer], every: int, make_output: Callable[[], Output]
     ) -> None:
         self.models, self.optimizers = models, optimizers
+        self._optimizer = next(iter(optimizers), None)
         self.steps = 0
         self.running = False
         self.in_backward = 0
@@ -48,21 +50,19 @@ class Watch:
         self._late: deque[Step] = deque()
         self._batch: Batch | None = None  # whose forward runs
         self._scaled: tuple[weakref.ref[Tensor], Tensor] | None = None  # a scaled loss, and the loss
+        self._insides: dict[int, list[int]] = {}
         self._stepping: set[int] = set()  # optimizers whose step runs
         self._stepped = 0  # steps of torch's optimizers
         self._around = 0
+        self._forwards = 0
         self._ours = Ours(models, optimizers)
-        self._device = next((param.device for model in models for param in model.parameters()), torch.device("cpu"))
+        devices = (param.device for model in models for param in model.parameters())
+        self._device = next(devices, torch.device("cpu"))
 
     @property
     def alarms(self) -> list[Alarm]:
         """Those so far."""
         return self._output.alarms
-
-    @property
-    def path(self) -> str:
-        """The file that this process writes."""
-        return self._output.path
 
     # ---------------------------------------------------------------- begin and end
 
@@ -74,17 +74,17 @@ class Watch:
                 "optimizers: watch(generator, discriminator, optimizer_g, optimizer_d)"
             )
         output = self._output = self._make_output()
+        self.path = output.path
         output.run(described(self.models, self.optimizers, self._every, output.rank, output.ranks))
         self._health = Health(self)
         for model in self.models:
-            self._exit.callback(model.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
-            self._exit.callback(model.register_forward_hook(self._after_forward).remove)
+            self._exit.callback(follow(model, self._before_forward, self._after_forward))
         self._exit.callback(register_optimizer_step_pre_hook(self._before_step).remove)
         self._exit.callback(register_optimizer_step_post_hook(self._after_step).remove)
         self._exit.enter_context(replaced(self))
         self._exit.callback(self._health.disarm)
         self._began = time.perf_counter()
-        self._step = self._new_step()
+        self.current = self._new_step()
         self.running, _active = True, self
         return self
 
@@ -93,16 +93,13 @@ class Watch:
         self.running, _active = False, None
         self._exit.close()
         try:
-            if self._step.optimizers:
+            if self.current.optimizers:
                 self._close()
             self._write_late(wait=True)
         finally:
-            if not self.steps:
-                self._health.note_unseen(
-                    "no step of an optimizer of the model was seen: give that which the loop steps"
-                )
+            unseen = unseen_of(self.steps, self._forwards, self.models) + self._health.unseen
             seconds = round(time.perf_counter() - self._began, 3)
-            self._output.end({"end": self.steps, "seconds": seconds, **ended(error)}, self._health.unseen)
+            self._output.end({"end": self.steps, "seconds": seconds, **ended(error)}, unseen)
 
     # ---------------------------------------------------------------- what the loop does
 
@@ -112,17 +109,20 @@ class Watch:
         if not module.training or not torch.is_grad_enabled():
             return
         self.begin()
-        self._batch = self._step.batch = Batch(args, kwargs, self._device, module)
+        self._forwards += 1
+        self._batch = self.current.batch = Batch(args, kwargs, self._device, module)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or self._batch is None or self._batch.model is not module:
+        if torch.compiler.is_compiling():
             return
-        self._batch.follow(output)
-        self._batch = None
+        if self._batch is not None and self._batch.model is module:
+            self._batch.follow(output, self._insides)
+            self._batch = None
+        self._health.after_forward(module, args, output)
 
     def begin(self) -> None:
         """Called where a training forward or a backward begins: after an optimizer's step it is of the next one."""
-        if self._step.optimizers and not self._stepping:
+        if self.current.optimizers and not self._stepping:
             self._close()
 
     def before_backward(self, loss: Tensor | None) -> None:
@@ -130,12 +130,12 @@ class Watch:
         self.begin()
         if loss is None or loss.numel() != 1:
             return
-        batch = self._step.batch
+        batch = self.current.batch
         if batch is not None:
             batch.loss = loss
         if self._scaled is not None and self._scaled[0]() is loss:
             loss = self._scaled[1]
-        self._step.waiting.append(Loss(Value(loss.detach()), self._where.line(3), batch))
+        self.current.waiting.append(Loss(Value(loss.detach()), self._where.line(3), batch))
         self._look()
         if batch is not None:
             batch.loss = None  # its graph has hooks that hold the batch
@@ -145,7 +145,7 @@ class Watch:
     def scaled(self, scaler: Any, outputs: Any, result: Any) -> None:
         """Called where a loss was scaled."""
         self.begin()
-        step = self._step
+        step = self.current
         step.is_scaled = True
         scale = getattr(scaler, "_scale", None)  # torch's name for it: `get_scale` waits for the device
         if scale is not None:
@@ -153,15 +153,10 @@ class Watch:
         if isinstance(outputs, Tensor) and isinstance(result, Tensor):
             self._scaled = weakref.ref(result), outputs.detach()
 
-    @property
-    def is_scaled(self) -> bool:
-        """Whether a loss of this step was scaled."""
-        return self._step.is_scaled
-
     def clipped(self, norm: Tensor) -> None:
         """Called with a norm that the loop has computed."""
-        if type(norm) is Tensor and norm.numel() == 1 and not self._step.optimizers:
-            self._step.norms.append(Value(norm))
+        if type(norm) is Tensor and norm.numel() == 1 and not self.current.optimizers:
+            self.current.norms.append(Value(norm))
             self._look()
 
     def around_step(self, optimizer: Optimizer, run: Callable[[], Any], scaled: bool) -> Any:
@@ -174,7 +169,7 @@ class Watch:
             self._around -= 1
         if scaled and self._stepped == before and not self._around:
             self._begin_step(optimizer)
-            self._step.skips.append(Value(1.0))
+            self.current.skips.append(Value(1.0))
             self._end_step(optimizer)
         return result
 
@@ -185,34 +180,34 @@ class Watch:
         self._begin_step(optimizer)
         found = kwargs.get("found_inf", getattr(optimizer, "found_inf", None))
         if isinstance(found, Tensor):
-            self._step.skips.append(Value(found))
+            self.current.skips.append(Value(found))
         self._look()
-        if self._step.sampled:
-            self._health.before_step(optimizer, self._step)
+        if self.current.sampled:
+            self._health.before_step(optimizer, self.current)
         self._stepping.add(id(optimizer))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.running and id(optimizer) in self._stepping:
-            if self._step.sampled:
+            if self.current.sampled:
                 self._health.after_step(optimizer)
             self._end_step(optimizer)
 
     def _begin_step(self, optimizer: Optimizer) -> None:
         self._stepping.discard(id(optimizer))  # left there by a step that raised
-        if id(optimizer) in self._step.optimizers and not self._stepping:
+        if id(optimizer) in self.current.optimizers and not self._stepping:
             self._close()
-        self._step.optimizers.append(id(optimizer))
+        self.current.optimizers.append(id(optimizer))
 
     def _end_step(self, optimizer: Optimizer) -> None:
         self._stepping.discard(id(optimizer))
         self._health.disarm()
-        if self._is_sampled(self._step.number + 1):
+        if self._is_sampled(self.current.number + 1):
             self._health.arm()
 
     # ---------------------------------------------------------------- steps end
 
     def _is_sampled(self, number: int) -> bool:
-        return (number - 1) % self._every == 0
+        return number % self._every == 0  # not the first: what compiles there would do so with the hooks
 
     def _new_step(self) -> Step:
         step = Step(self.steps + 1, self._is_sampled(self.steps + 1))
@@ -221,17 +216,17 @@ class Watch:
         return step
 
     def _close(self) -> None:
-        step = self._step
+        step = self.current
         step.seconds = time.perf_counter() - step.started
         self.steps = step.number
         if step.sampled:
             self._health.close(step)
         self._late.append(step)
-        self._step = self._new_step()
+        self.current = self._new_step()
         self._write_late()
 
     def _look(self) -> None:
-        for step in (*self._late, self._step):
+        for step in (*self._late, self.current):
             self._tell(step, step.look(self._judge))
 
     def _write_late(self, wait: bool = False) -> None:
@@ -245,10 +240,10 @@ class Watch:
 
     def _tell(self, step: Step, found: list[tuple[Alarm, Batch | None]]) -> None:
         for alarm, batch in found:
-            alarm.before_step = (step is self._step and not step.optimizers) or alarm.kind == SKIPS
+            alarm.before_step = (step is self.current and not step.optimizers) or alarm.kind == SKIPS
             was, self.running = self.running, False  # what a replay calls is none of the loop's
             try:
-                alarm.explanation, alarm.unexplained = explained(batch)
+                alarm.explanation, alarm.unexplained = explained(alarm.kind, batch, step.factor, self._optimizer)
             finally:
                 self.running = was
             self._output.alarm(alarm)
