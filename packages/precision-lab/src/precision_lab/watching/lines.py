@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+_STRICT = json.JSONEncoder(allow_nan=False)
 _UNWRITTEN = 256
 """Lines that wait to be written together."""
 
@@ -23,9 +24,9 @@ class Lines:
     def write(self, record: dict[str, Any], flush: bool = False) -> None:
         """Adds a line. Numbers that are not finite become "nan", "inf", "-inf": JSON has none."""
         try:
-            text = json.dumps(record, allow_nan=False)
+            text = _STRICT.encode(record)
         except ValueError:
-            text = json.dumps(_plain(record), allow_nan=False)
+            text = _STRICT.encode(_plain(record))
         self._waiting.append(text + "\n")
         if flush or len(self._waiting) >= _UNWRITTEN:
             self.flush()
