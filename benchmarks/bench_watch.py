@@ -5,7 +5,7 @@ autocast, backward, clipping, AdamW. One thread, garbage collection off; blocks 
 is the median of the ratios pair by pair, with its quartiles, over the half of the pairs that other work on the machine
 disturbed least. Rows: a step that is not sampled; in all, with a sampled step in each 50; beside them torch's
 `detect_anomaly`. Both loops start from the same weights and see the same batches; that they end with the same ones is
-checked. The last row is an MLP whose step takes next to no time: what a step takes more there is what it takes anywhere.
+checked. The last row is an MLP whose step takes next to no time: what is added there is what a step takes anywhere.
 
 Target: unsampled steps at most 1.00 as rounded to two places, in all at most 1.01.
 """
