@@ -11,6 +11,14 @@ from torch import Tensor
 from precision_lab.auditing.sample import local
 
 
+def whole(tensor: Tensor) -> Tensor | None:
+    """Returns a tensor of one value that this rank has all of; of a DTensor that is spread over ranks None."""
+    if tensor.numel() != 1:
+        return None
+    placements = getattr(tensor, "placements", None)
+    return tensor if placements is None else local(tensor) if all(p.is_replicate() for p in placements) else None
+
+
 class Value:
     """A number. On a CPU it is read at once; CUDA copies it into pinned memory, and it is read when it has come."""
 
@@ -20,7 +28,7 @@ class Value:
         if isinstance(source, Tensor) and source.device.type != "cpu":
             self._copy = Copies([source.detach()])
         else:
-            self._number = float(source)
+            self._number = float(source.detach()) if isinstance(source, Tensor) else float(source)
 
     @property
     def ready(self) -> bool:

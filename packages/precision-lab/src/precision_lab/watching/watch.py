@@ -25,7 +25,7 @@ from precision_lab.watching.ours import Ours
 from precision_lab.watching.output import Output
 from precision_lab.watching.replay import explained
 from precision_lab.watching.steps import Loss, Step
-from precision_lab.watching.values import Value
+from precision_lab.watching.values import Value, whole
 
 _LATE = 8
 """Steps that wait for their values at most."""
@@ -128,19 +128,16 @@ class Watch:
     def before_backward(self, loss: Tensor | None) -> None:
         """Called with what backward is called on."""
         self.begin()
-        if loss is None or loss.numel() != 1:
-            return
         batch = self.current.batch
         if batch is not None:
             batch.loss = loss
-        if self._scaled is not None and self._scaled[0]() is loss:
-            loss = self._scaled[1]
-        self.current.waiting.append(Loss(Value(loss.detach()), self._where.line(3), batch))
-        self._look()
+        known = self._scaled is not None and self._scaled[0]() is loss
+        value = None if loss is None else whole(self._scaled[1] if self._scaled and known else loss.detach())
+        if value is not None:
+            self.current.waiting.append(Loss(Value(value), self._where.line(3), batch))
+            self._look()
         if batch is not None:
             batch.loss = None  # its graph has hooks that hold the batch
-        if batch is not None:
-            batch.loss = None  # which has the graph
 
     def scaled(self, scaler: Any, outputs: Any, result: Any) -> None:
         """Called where a loss was scaled."""
@@ -155,8 +152,9 @@ class Watch:
 
     def clipped(self, norm: Tensor) -> None:
         """Called with a norm that the loop has computed."""
-        if type(norm) is Tensor and norm.numel() == 1 and not self.current.optimizers:
-            self.current.norms.append(Value(norm))
+        value = whole(norm.detach())
+        if value is not None and not self.current.optimizers:
+            self.current.norms.append(Value(value))
             self._look()
 
     def around_step(self, optimizer: Optimizer, run: Callable[[], Any], scaled: bool) -> Any:
