@@ -52,6 +52,7 @@
     tracker.py    bytes of tensors that have no memory
 
     auditing/     precision audit: what a training loop of anybody's really computes and keeps
+    watching/     precision watch: the same loop, always: alarms, and samples of what its formats do
 
 Nothing is imported here before it is asked for, so that `precision --help` need not wait for torch.
 """
@@ -70,8 +71,9 @@ if TYPE_CHECKING:
     from precision_lab.results import Comparison
     from precision_lab.task import Task
     from precision_lab.taskfile import TaskError
+    from precision_lab.watching.context import watch
 
-__all__ = ["Choice", "Comparison", "Task", "TaskError", "audit", "choose", "compare", "estimate"]
+__all__ = ["Choice", "Comparison", "Task", "TaskError", "audit", "choose", "compare", "estimate", "watch"]
 
 _HOMES = {
     "Choice": "choice",
@@ -82,6 +84,7 @@ _HOMES = {
     "choose": "chooser",
     "compare": "api",
     "estimate": "estimates",
+    "watch": "watching.context",
 }
 
 

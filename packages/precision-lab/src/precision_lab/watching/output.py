@@ -1,0 +1,86 @@
+"""Where everything that is heard goes: the file, boards, the log, the user's own function."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from precision_lab.watching.alarms import Alarm
+from precision_lab.watching.boards import Board
+from precision_lab.watching.lines import Lines
+
+_log = logging.getLogger("precision_lab.watch")
+
+
+class Output:
+    """Rank zero writes all. Other ranks write alarms alone, into a file of their own that is not there without one."""
+
+    def __init__(
+        self, path: str | os.PathLike[str], boards: list[Board], on_alarm: Callable[[Alarm], object] | None
+    ) -> None:
+        self.alarms: list[Alarm] = []
+        self.rank, self.ranks = ranks()
+        self._lines = Lines(path if self.rank == 0 else _of_rank(path, self.rank))
+        self._boards, self._on_alarm = boards if self.rank == 0 else [], on_alarm
+        self._run: dict[str, Any] = {}
+
+    @property
+    def path(self) -> str:
+        """The file."""
+        return str(self._lines.path)
+
+    def run(self, line: dict[str, Any]) -> None:
+        """Takes the first line. A path that cannot be written to is an error now."""
+        self._run = line
+        if self.rank == 0:
+            self._lines.write(line, flush=True)
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Takes a step's line."""
+        if self.rank == 0:
+            self._lines.write(line)
+        for board in self._boards:
+            board.step(line)
+
+    def sample(self, line: dict[str, Any]) -> None:
+        """Takes a sample's line."""
+        if self.rank == 0:
+            self._lines.write(line)
+        for board in self._boards:
+            board.sample(line)
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Takes an alarm; what the user's function raises is raised."""
+        self.alarms.append(alarm)
+        if self.rank and len(self.alarms) == 1:
+            self._lines.write(self._run)
+        self._lines.write(alarm.as_dict(), flush=True)
+        _log.warning("%s", alarm.text if not self.rank else f"rank {self.rank}: {alarm.text}")
+        for board in self._boards:
+            board.alarm(alarm)
+        if self._on_alarm is not None:
+            self._on_alarm(alarm)
+
+    def end(self, line: dict[str, Any], unseen: list[str]) -> None:
+        """Takes the last line, with what could not be seen, and closes."""
+        if self.rank == 0:
+            self._lines.write({**line, "alarms": len(self.alarms), "unseen": unseen})
+        self._lines.close()
+        for board in self._boards:
+            board.close()
+
+
+def ranks() -> tuple[int, int]:
+    """Returns this process's rank, and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _of_rank(path: str | os.PathLike[str], rank: int) -> str:
+    root, extension = os.path.splitext(os.fspath(path))
+    return f"{root}.rank{rank}{extension}"
