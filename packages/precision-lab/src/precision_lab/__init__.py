@@ -50,6 +50,7 @@
     footprint.py  of one training step, by kind
     tracker.py    bytes of tensors that have no memory
 
+    explaining/   precision why: the operation by which a step first goes wrong, and what mends it
     auditing/     precision audit: what a training loop of anybody's really computes and keeps
 
 Nothing is imported here before it is asked for, so that `precision --help` need not wait for torch.
@@ -66,11 +67,12 @@ if TYPE_CHECKING:
     from precision_lab.choice import Choice
     from precision_lab.chooser import choose
     from precision_lab.estimates import estimate
+    from precision_lab.explaining.explain import explain
     from precision_lab.results import Comparison
     from precision_lab.task import Task
     from precision_lab.taskfile import TaskError
 
-__all__ = ["Choice", "Comparison", "Task", "TaskError", "audit", "choose", "compare", "estimate"]
+__all__ = ["Choice", "Comparison", "Task", "TaskError", "audit", "choose", "compare", "estimate", "explain"]
 
 _HOMES = {
     "Choice": "choice",
@@ -81,6 +83,7 @@ _HOMES = {
     "choose": "chooser",
     "compare": "api",
     "estimate": "estimates",
+    "explain": "explaining.explain",
 }
 
 

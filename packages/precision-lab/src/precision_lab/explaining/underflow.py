@@ -1,0 +1,90 @@
+"""Gradients of modules that are zero in the format of the step, and are not in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from precision_lab.explaining.explanation import Explanation, Remedy
+from precision_lab.explaining.numbers import numbers_of
+from precision_lab.explaining.remedies import result
+from precision_lab.explaining.replay import Outcome, Step, run
+from precision_lab.explaining.watched import Modules
+from precision_lab.explaining.wide import Wide
+
+_SHARE = 0.9
+"""Share of a parameter's gradient that is zero and would not be in float64, from which on it underflowed."""
+
+
+def explain_underflow(step: Step, outcome: Outcome, remedies: bool) -> Explanation | None:
+    """Returns the explanation where gradients of whole parameters underflowed; None where none did."""
+    suspects = [name for name, each in outcome.gradients.items() if each is not None and _zeros(each) > _SHARE]
+    if not suspects:
+        return None
+    exact = _in_float64(step)
+    lost = [name for name in suspects if _lost(outcome.gradients[name], exact.get(name)) > _SHARE]
+    if not lost:
+        return None
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in lost))
+    # Backward reaches the last module first: what is lost there is lost before it.
+    module = modules[-1]
+    name = next(each for each in reversed(lost) if each.rpartition(".")[0] == module)
+    gradient, true = outcome.gradients[name], exact[name]
+    assert gradient is not None and true is not None
+    numbers = numbers_of(true)
+    found = Explanation(
+        "gradient underflow",
+        f"the gradient of {name} is zero ({numbers_of(gradient)}), and reaches {numbers.largest:.3g} in float64. So it "
+        f"is with {len(lost)} of {len(outcome.gradients)} parameters.",
+        "backward",
+        module=module,
+        name=name,
+        operands=[numbers_of(gradient)],
+        output=numbers,
+        reached=f"the gradient of {name}",
+    )
+    if remedies:
+        found.remedies = [each for each in (_scaled(step, lost), _wider(step, modules, lost)) if each is not None]
+    return found
+
+
+def _scaled(step: Step, names: list[str]) -> Remedy | None:
+    for power in (8, 12, 16, 20, 24):
+        gradients = step.output_gradients
+        if gradients is not None:
+            gradients = [each if each is None else each.float() * 2.0**power for each in gradients]
+        outcome = run(replace(step, output_gradients=gradients, scale=step.scale * 2.0**power), Modules(step.model))
+        if outcome.finite and all(_zeros(outcome.gradients[name]) < _SHARE for name in names):
+            return Remedy(
+                "scale",
+                f'a loss scale of {2**power:,} times this one: precision="16-mixed" has one',
+                f"torch.amp.GradScaler(init_scale=2.0**{power}), and scaler.scale(loss).backward()",
+                "finite",
+            )
+    return None
+
+
+def _wider(step: Step, paths: list[str], names: list[str]) -> Remedy | None:
+    modules = Modules(step.model)
+    outcome = run(step, modules, wide=Wide(modules, [""], torch.float32, leaves=True))
+    if outcome.finite and any(_zeros(outcome.gradients[name]) >= _SHARE for name in names):
+        return None
+    text = 'precision="bf16-mixed", whose range is float32\'s'
+    return Remedy("exception", text, "torch.autocast(device_type, torch.bfloat16)", result(outcome))
+
+
+def _in_float64(step: Step) -> dict[str, Tensor | None]:
+    modules = Modules(step.model)
+    return run(step, modules, wide=Wide(modules, [""], torch.float64, leaves=True)).gradients
+
+
+def _zeros(gradient: Tensor | None) -> float:
+    return 0.0 if gradient is None or not gradient.numel() else float((gradient == 0).double().mean())
+
+
+def _lost(gradient: Tensor | None, true: Tensor | None) -> float:
+    if gradient is None or true is None or not gradient.numel():
+        return 0.0
+    return float(((gradient == 0) & (true != 0)).double().mean())
