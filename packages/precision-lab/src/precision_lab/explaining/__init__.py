@@ -4,6 +4,7 @@ explain.py      runs the step once more and draws the conclusion
 replay.py       forward and backward of the model, which is afterwards as it was
 watched.py      every operation of them: which first gave inf or NaN, and of what
 numbers.py      what the values of a tensor are like
+stored.py       a batch, a parameter, a buffer that was not finite before
 trace.py        from a result that is not finite back to where that began
 causes.py       which kind of mistake an operation made
 loss.py         the graph of a loss that was computed outside of the model
@@ -11,7 +12,7 @@ underflow.py    gradients that are zero in the format and are not in float64
 optimizers.py   what an optimizer holds that is not finite, or will not be
 
 wide.py         runs modules in a wider dtype, or one operation with its operands mended
-remedies.py     tries what mends it
+remedies.py     tries what mends it; mends.py: operands that make an operation finite
 
 explanation.py  what was found; shown.py: on a terminal
 symptoms.py     the same question to a file of `precision watch`, command.py: from the command line

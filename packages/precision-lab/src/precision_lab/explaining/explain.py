@@ -49,7 +49,7 @@ def explain(
         kwargs: the same by name.
         loss: what computes the loss from the model's output, as a function; or the loss itself, of which the graph is
             read as far as backward has not freed it. None: the output is the loss, or `output_gradients` are given.
-        output_gradients: the gradients that reached the outputs, in order, None for an output without.
+        output_gradients: the gradient that reached each tensor of the output, in order, None for one without.
         scale: what the loss was multiplied with before backward.
         optimizer: looked at where forward and backward are finite.
         context: what the loop calls the model in, made by a function, or as {"cuda": torch.float16} for autocast. None:
@@ -93,8 +93,8 @@ def _explain(step: Step, loss: Tensor | None, optimizer: Optimizer | None, remed
         return _first(watched, outcome, masks)[1]
 
     reached, origin = _first(watched, outcome, masks)
-    if origin is None and outcome.error and watched.went:
-        reached, origin = "an error", watched.went[0]
+    if outcome.error and not outcome.outputs and (origin is not None or watched.went):
+        reached, origin = "an error", origin or watched.went[0]
     if isinstance(origin, str):
         found = explain_leaf(step, origin)
     elif origin is not None:
@@ -108,6 +108,8 @@ def _explain(step: Step, loss: Tensor | None, optimizer: Optimizer | None, remed
         )
     if remedies and origin is not None:
         found.remedies = _tried(step, origin, find)
+        if not outcome.went_backward:
+            found.notes.append("the gradients of the outputs are not known: remedies were tried in the forward alone")
     found.reached = found.reached or reached
     if outcome.error:
         found.notes.append(f"the step ended with {outcome.error}")

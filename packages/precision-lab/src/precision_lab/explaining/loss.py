@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from precision_lab.explaining.explanation import Explanation
+from precision_lab.explaining.explanation import Explanation, Remedy
 from precision_lab.explaining.numbers import is_finite, numbers_of
 
 _NODES = 2000
+_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "MseLoss": functional.mse_loss,
+    "SmoothL1Loss": functional.smooth_l1_loss,
+    "HuberLoss": functional.huber_loss,
+    "SoftMarginLoss": functional.soft_margin_loss,
+    "BinaryCrossEntropyWithLogits": functional.binary_cross_entropy_with_logits,
+}
 _INPUTS = ("_saved_self", "_saved_other", "_saved_target", "_saved_weight", "_saved_exponent")
 
 
@@ -31,6 +40,7 @@ def explain_loss(loss: Tensor, outputs: list[Tensor]) -> Explanation | None:
             if key == "_saved_target":
                 found.kind, found.name = "bad data", "the labels"
                 found.what = f"{finite}: {name} was given labels that are not finite ({numbers_of(value)})."
+                found.remedies = _without(name, saved)
                 return _with(found, node, name, saved)
         if (text := _trouble(name, saved)) is not None:
             found.what = f"{finite}: {name}: {text}"
@@ -46,6 +56,16 @@ def explain_loss(loss: Tensor, outputs: list[Tensor]) -> Explanation | None:
     found.what = f"{finite}: {name} is where it first shows. Give loss= as a function to know more."
     found.operation = name if lowest is not None else ""
     return found
+
+
+def _without(name: str, saved: dict[str, Tensor]) -> list[Remedy]:
+    text = "leave such batches out: if not torch.isfinite(labels).all(): continue"
+    remedy = Remedy("data", text, text)
+    function, own = _LOSSES.get(name), saved.get("_saved_self")
+    if function is not None and own is not None:
+        labels = torch.nan_to_num(saved["_saved_target"], 0.0, 0.0, 0.0)
+        remedy.outcome = "finite" if is_finite(function(own, labels.to(own.dtype))) else "not finite"
+    return [remedy]
 
 
 def _with(found: Explanation, node: Any, name: str, saved: dict[str, Tensor]) -> Explanation:

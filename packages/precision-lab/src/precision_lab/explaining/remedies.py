@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,13 +11,17 @@ from torch import Tensor
 
 from precision_lab.explaining.causes import cause_of
 from precision_lab.explaining.explanation import Remedy
-from precision_lab.explaining.numbers import is_finite, words
+from precision_lab.explaining.mends import MENDS
+from precision_lab.explaining.numbers import is_finite
 from precision_lab.explaining.replay import Outcome, Step, run
 from precision_lab.explaining.trace import Origin
 from precision_lab.explaining.watched import IN_LOSS, Modules, Watched, Went
 from precision_lab.explaining.wide import Patch, Wide
 
-_RUNS = 10
+_RUNS = 12
+_MODULES = 4
+"""With more exceptions it is the whole model."""
+_FLOAT32 = torch.finfo(torch.float32).max
 _BATCHES = "leave such batches out: if not torch.isfinite(x).all(): continue"
 _WEIGHTS = (
     "load a checkpoint from before, and skip steps whose gradients are not finite: by a GradScaler, or by "
@@ -37,41 +40,44 @@ class Fixes:
     patches: list[Patch] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)  # of patches and clean values
     replaced: dict[int, Tensor] = field(default_factory=dict)
-    kind: str = ""
 
     def add(self, step: Step, origin: Origin) -> Step | None:
         """Adds what mends the origin; returns the step to try, None where there is nothing to add."""
         if isinstance(origin, str):
             return self._add_clean(step, origin)
         remedy = cause_of(origin).remedy
-        overflow = origin.wide is not None and origin.wide.finite
-        if overflow and origin.output.dtype in ("float16", "bfloat16"):
+        wide = origin.wide if origin.wide is not None and origin.wide.finite else None
+        if wide is not None and origin.output.dtype in ("float16", "bfloat16") and wide.largest < _FLOAT32:
             return step if self._add_path(origin.module) else None
-        if remedy in _MENDS and self._add_patch(origin, remedy):
+        if remedy in MENDS and self._add_patch(origin, remedy):
             return step
-        if not overflow:
+        if wide is None:
             return None
-        if self.dtype == torch.float32:
-            self.dtype, self.paths = torch.float64, []
-        return step if self._add_path(origin.module) else None
+        if self.dtype == torch.float64:
+            return step if self._add_path(origin.module) else None
+        self.dtype, self.paths = torch.float64, [IN_LOSS if origin.module == IN_LOSS else ""]  # no mode mixes float64
+        return step
 
     def _add_path(self, module: str) -> bool:
-        self.kind = self.kind or "exception"
+        if module == IN_LOSS and IN_LOSS not in self.paths:
+            self.paths.append(IN_LOSS)
+            return True
         if "" in self.paths:
             return False
         if any(module == each or module.startswith(f"{each}.") for each in self.paths):
-            module = "" if module == IN_LOSS else module.rpartition(".")[0]
+            module = module.rpartition(".")[0]
         paths = [*self.paths, module]
         self.paths = [each for each in paths if not any(each != of and each.startswith(f"{of}.") for of in paths if of)]
+        if len(self.paths) > _MODULES:
+            self.paths = ["", *(each for each in self.paths if each == IN_LOSS)]
         return True
 
     def _add_patch(self, went: Went, remedy: str) -> bool:
-        functions, text, mend = _MENDS[remedy]
+        functions, text, mend = MENDS[remedy]
         if any(
             (each.functions, each.module, each.line) == (functions, went.module, went.line) for each in self.patches
         ):
             return False
-        self.kind = self.kind or "code"
         self.patches.append(Patch(functions, went.module, went.line, mend))
         if text not in self.texts:
             self.texts.append(text)
@@ -81,13 +87,11 @@ class Fixes:
         what = name.partition(" ")[0]
         if what == "input":
             self.texts.append(_BATCHES)
-            self.kind = self.kind or "data"
             return replace(step, args=_clean(step.args), kwargs=_clean(step.kwargs))
         bad = {id(each): _clean(each) for each in step.model.parameters() if not is_finite(each)}
         if what != "parameter" or not bad or bad.keys() <= self.replaced.keys():
             return None
         self.texts.append(_WEIGHTS)
-        self.kind = self.kind or "weights"
         self.replaced.update(bad)
         return step
 
@@ -111,10 +115,11 @@ class Fixes:
             ours.insert(0, f'"{"; ".join(f"{each}: {mode}" for each in modules)}"')
             under = f"run {' and '.join(modules)} under torch.autocast(device_type, enabled=False)"
             plain.insert(0, f"{under}, its parameters and inputs in .{cast}")
-        if IN_LOSS in self.paths and "" not in self.paths:
+        if IN_LOSS in self.paths:
             ours.append(f"the loss of output.{cast}, outside of autocast")
             plain.append(ours[-1])
-        return Remedy(self.kind, ", and ".join(ours), ", and ".join(plain), outcome)
+        kind = "exception" if not self.texts else "code" if self.patches else "weights" if self.replaced else "data"
+        return Remedy(kind, ", and ".join(ours), ", and ".join(plain), outcome)
 
 
 def try_fixes(step: Step, origin: Origin, find: Find) -> Remedy | None:
@@ -165,77 +170,3 @@ def result(outcome: Outcome) -> str:
     if outcome.error:
         return outcome.error[:200]
     return "finite" if outcome.finite else "not finite"
-
-
-def _eps(value: Tensor) -> float:
-    return torch.finfo(value.dtype).eps
-
-
-def _first(change: Callable[[Tensor], Tensor]) -> Callable[[Any, Any], Any]:
-    def mend(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
-            return (change(args[0]), *args[1:]), kwargs
-        return args, kwargs
-
-    return mend
-
-
-def _denominator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tensors = [number for number, each in enumerate(args) if isinstance(each, Tensor) and each.is_floating_point()]
-    if not tensors:
-        return args, kwargs
-    # The last operand is divided by; Python's reflected 1 / x has x first, and a number last.
-    at = tensors[-1]
-    value = args[at]
-    mended = torch.where(value.abs() < _eps(value), _eps(value), value)
-    return (*args[:at], mended, *args[at + 1 :]), kwargs
-
-
-def _below_the_end(value: Tensor) -> Tensor:
-    return value.clamp_max(math.log(torch.finfo(value.dtype).max) / 2)
-
-
-_MENDS: dict[str, tuple[frozenset[str], str, Any]] = {
-    "log": (
-        frozenset(["log", "log2", "log10", "log_"]),
-        "torch.log(x.clamp_min(torch.finfo(x.dtype).eps))",
-        _first(lambda value: value.clamp_min(_eps(value))),
-    ),
-    "division": (
-        frozenset(
-            [
-                "div",
-                "div_",
-                "divide",
-                "true_divide",
-                "__truediv__",
-                "__rtruediv__",
-                "__itruediv__",
-                "__rdiv__",
-                "reciprocal",
-            ]
-        ),
-        "a denominator that is not zero: a / (b + eps), or b.clamp_min(eps)",
-        _denominator,
-    ),
-    "root": (
-        words("sqrt rsqrt sqrt_ pow __pow__ float_power norm linalg_norm vector_norm"),
-        "eps within the root: torch.sqrt(x + eps), torch.rsqrt(x + eps)",
-        _first(lambda value: value.clamp_min(0) + _eps(value)),
-    ),
-    "exp": (
-        frozenset(["exp", "exp_", "expm1", "cosh", "sinh"]),
-        "exp of differences: torch.exp(x - x.amax(-1, keepdim=True)), or torch.logsumexp; or clamp x",
-        _first(_below_the_end),
-    ),
-    "softmax": (
-        frozenset(["softmax", "log_softmax"]),
-        "torch.finfo(x.dtype).min in place of -inf in the mask, or no row that is masked entirely",
-        _first(lambda value: value.clamp_min(torch.finfo(value.dtype).min)),
-    ),
-}
-_MENDS["slope"] = (
-    _MENDS["root"][0] | _MENDS["log"][0] | _MENDS["division"][0],
-    "eps within the root, the logarithm or the denominator",
-    _first(lambda value: value.clamp_min(0) + _eps(value)),
-)

@@ -36,7 +36,8 @@ class Step:
 class Outcome:
     """What came of it."""
 
-    outputs: list[Tensor] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)  # of the outputs, in order
+    outputs: list[Tensor] = field(default_factory=list)  # those of numbers with a fraction
     loss: Tensor | None = None
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
     error: str = ""
@@ -84,7 +85,8 @@ def run(
         try:
             with step.context():
                 made = step.model(*args, **kwargs)
-                outcome.outputs = [each for each in tensors(made) if each.is_floating_point()]
+                outcome.tensors = list(tensors(made))
+                outcome.outputs = [each for each in outcome.tensors if each.is_floating_point()]
                 modules.outside = IN_LOSS
                 if watched is not None:
                     watched.phase, watched.forward_ended = LOSS, watched.number
@@ -103,9 +105,11 @@ def _backward(step: Step, outcome: Outcome, wide: Wide | None) -> None:
     if outcome.loss is not None:
         roots, given = [outcome.loss], [torch.full_like(outcome.loss, step.scale)]
     elif step.output_gradients is not None:
-        reached = [each for each in outcome.outputs if each.requires_grad]
+        reached = outcome.tensors
+        if len(reached) != len(step.output_gradients):
+            reached = [each for each in outcome.outputs if each.requires_grad]
         for output, gradient in zip(reached, step.output_gradients, strict=False):
-            if gradient is not None:
+            if gradient is not None and output.requires_grad:
                 roots.append(output)
                 given.append(gradient.to(output.dtype))
     elif len(outcome.outputs) == 1 and outcome.outputs[0].numel() == 1:
@@ -117,29 +121,41 @@ def _backward(step: Step, outcome: Outcome, wide: Wide | None) -> None:
     if not targets:
         return
     outcome.went_backward = True
-    try:
-        found = torch.autograd.grad(roots, targets, given, allow_unused=True)
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
+    if _checkpoints(roots):
         found = _accumulated(roots, given, targets)
+    else:
+        found = torch.autograd.grad(roots, targets, given, allow_unused=True)
     outcome.gradients = dict(zip(params, found, strict=True))
 
 
+def _checkpoints(roots: list[Tensor]) -> bool:
+    """Whether a checkpoint with use_reentrant=True is in the graph: `grad` would pass over what is in it."""
+    seen: set[Any] = set()
+    waiting = [root.grad_fn for root in roots]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            if node.name() == "CheckpointFunctionBackward":
+                return True
+            seen.add(node)
+            waiting += [each for each, _ in node.next_functions]
+    return False
+
+
 def _accumulated(roots: list[Tensor], given: list[Tensor | None], targets: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """The same by `backward`, which checkpoints with use_reentrant=True want; no hook of a parameter runs."""
-    hooks = [(each, each._post_accumulate_grad_hooks) for each in targets]  # type: ignore[attr-defined]
+    """Returns the gradients, by `backward`, without the hooks of parameters."""
+    hooks = [(each, each._post_accumulate_grad_hooks) for each in targets]
     before = [each.grad for each in targets]
     try:
         for each in targets:
             each.grad = None
-            each._post_accumulate_grad_hooks = None  # type: ignore[attr-defined]
+            each._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         torch.autograd.backward(roots, given)
         return tuple(each.grad for each in targets)
     finally:
         for (each, hook), gradient in zip(hooks, before, strict=True):
             each.grad = gradient
-            each._post_accumulate_grad_hooks = hook  # type: ignore[attr-defined]
+            each._post_accumulate_grad_hooks = hook
 
 
 @contextmanager

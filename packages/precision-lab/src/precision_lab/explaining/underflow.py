@@ -3,19 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from precision_lab.explaining.explanation import Explanation, Remedy
-from precision_lab.explaining.numbers import numbers_of
+from precision_lab.explaining.numbers import numbers_of, tensors
 from precision_lab.explaining.remedies import result
 from precision_lab.explaining.replay import Outcome, Step, run
-from precision_lab.explaining.watched import Modules
+from precision_lab.explaining.watched import BACKWARD, IN_LOSS, Modules, Watched, Went, in_float64
 from precision_lab.explaining.wide import Wide
 
 _SHARE = 0.9
 """Share of a parameter's gradient that is zero and would not be in float64, from which on it underflowed."""
+
+
+class Vanishing(Watched):
+    """The mode in which operations of backward are noted that give zeros, and would not in float64."""
+
+    def _note(self, func: Any, name: str, args: Any, before: Any, kwargs: Any, result: Any, node: Any) -> None:
+        if node is None or self.modules.stack:
+            return
+        output = next((each for each in tensors(result) if each.is_floating_point() and each.itemsize < 8), None)
+        if output is None or _zeros(output) <= _SHARE:
+            return
+        wide = in_float64(func, before, kwargs)
+        if wide is None or wide.zeros > 1 - _SHARE or not wide.largest:
+            return
+        _, forward, module, line = self.place(node)
+        shown = [numbers_of(each) for each in tensors((before, kwargs)) if each.is_floating_point()]
+        went = Went(self.number, name, module, BACKWARD, line, forward, shown, numbers_of(output))
+        went.wide = wide
+        self.went.append(went)
+
+
+def _first(step: Step) -> Went | None:
+    modules = Modules(step.model)
+    watched = Vanishing(modules)
+    run(step, modules, watched)
+    return watched.went[0] if watched.went else None
 
 
 def explain_underflow(step: Step, outcome: Outcome, remedies: bool) -> Explanation | None:
@@ -45,6 +72,16 @@ def explain_underflow(step: Step, outcome: Outcome, remedies: bool) -> Explanati
         output=numbers,
         reached=f"the gradient of {name}",
     )
+    if (went := _first(step)) is not None and went.wide is not None:
+        found.operation, found.forward, found.line, found.operands = went.name, went.forward, went.line, went.inputs
+        found.module = "" if went.module == IN_LOSS else went.module
+        found.output = went.output
+        of = f" in the backward of {went.forward}" if went.forward else ""
+        found.what = (
+            f"{went.name}{of} gives zeros, and in float64 {went.wide.smallest:.3g} to {went.wide.largest:.3g}: "
+            f"{went.output.dtype} ends at {torch.finfo(getattr(torch, went.output.dtype)).smallest_normal:.3g}. "
+            f"{found.what[0].upper()}{found.what[1:]}"
+        )
     if remedies:
         found.remedies = [each for each in (_scaled(step, lost), _wider(step, modules, lost)) if each is not None]
     return found

@@ -120,6 +120,12 @@ class Watched(TorchDispatchMode):
         key = storage_of(tensor)
         return self._writers.get(key) or self.leaves.get(key)
 
+    def place(self, node: Any) -> tuple[str, str, str, Line | None]:
+        """Returns the phase, in backward the forward operation, the module and the line of what runs now."""
+        if node is not None and not self.modules.stack:  # else a checkpoint runs its forward once more
+            return BACKWARD, *self._nodes.get(node._sequence_nr(), (_plain(node.name()), "", None))
+        return self.phase, "", self.modules.path, self._where.line(4)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -127,9 +133,10 @@ class Watched(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and not isinstance(args[0], Tensor):
             return args[0]
         self.number += 1
-        before = _with_clones(args) if func._schema.is_mutable else args
-        result = func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
+        # Batch norm's operation writes its statistics, which its schema does not say.
+        before = _with_clones(args) if func._schema.is_mutable or "batch_norm" in name else args
+        result = func(*args, **kwargs)
         node = torch._C._current_autograd_node()
         if node is None or self.modules.stack:
             made = torch._C._autograd._get_sequence_nr() - 1  # by this operation, or the one before
@@ -158,26 +165,20 @@ class Watched(TorchDispatchMode):
             for each in bad:
                 self._writers[storage_of(each)] = known[0]
             return
-        forward, module, line = "", self.modules.path, None
-        phase = self.phase
-        if node is not None and not self.modules.stack:
-            forward, module, line = self._nodes.get(node._sequence_nr(), (_plain(node.name()), "", None))
-            phase = BACKWARD
-        else:
-            line = self._where.line(3)
+        phase, forward, module, line = self.place(node)
         shown = [numbers_of(each) for each in operands if each.is_floating_point() or each.is_complex()]
         went = Went(self.number, name, module, phase, line, forward, shown, numbers_of(bad[0]), known)
         went.kind = kind_of(func)
         went.same = len(given) > 1 and given[0].data_ptr() == given[1].data_ptr() and given[0].shape == given[1].shape
         went.scalars = tuple(float(each) for each in args if isinstance(each, (int, float)))
         if not parents:
-            went.wide = _in_float64(func, before, kwargs)
+            went.wide = in_float64(func, before, kwargs)
         for each in bad:
             self._writers[storage_of(each)] = went
         self.went.append(went)
 
 
-def _in_float64(func: Any, args: Any, kwargs: Any) -> Numbers | None:
+def in_float64(func: Any, args: Any, kwargs: Any) -> Numbers | None:
     """Returns what the operation gives on the same operands in float64; None where it does not run so."""
 
     def widen(value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from precision_lab.auditing.where import Line, Where
-from precision_lab.explaining.watched import Modules
+from precision_lab.explaining.watched import IN_LOSS, Modules
 
 _AS_THEY_ARE = frozenset(
     [
@@ -64,7 +64,7 @@ class Patch:
 class Wide(TorchFunctionMode):
     """The mode under which torch's functions, within the modules `paths`, take and give `dtype`, without autocast.
 
-    "" is all, loss and model. What comes out of such a module stays wide; outside of autocast, functions around that
+    "" is the whole model. What comes out of such a module stays wide; outside of autocast, functions around that
     take a narrow parameter cast it, as layers of core's `-true` modes do. With `leaves`, gradients of wide copies of
     the parameters are to be asked for: they are not rounded to the parameters' dtype. `replaced` has other tensors for
     some, by id.
@@ -142,6 +142,8 @@ class Wide(TorchFunctionMode):
 
     def _here(self) -> bool:
         path = self.modules.path
+        if path == IN_LOSS:
+            return IN_LOSS in self.paths
         return any(not each or path == each or path.startswith(f"{each}.") for each in self.paths)
 
     def _is_narrow(self, dtype: torch.dtype) -> bool:
