@@ -38,6 +38,8 @@ class Cause:
 
 def cause_of(went: Went) -> Cause:
     """Returns what an operation did wrong that gave a value that is not finite."""
+    if went.took_labels:
+        return Cause("bad data", "labels, or something else that the loss was given, were not finite.", "labels")
     wide = went.wide
     if wide is not None and wide.finite:
         return _overflow(went)

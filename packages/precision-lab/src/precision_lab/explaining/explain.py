@@ -150,6 +150,7 @@ def _operation(went: Went) -> Explanation:
         went.line,
         operands=went.inputs,
         output=went.output,
+        name="the labels" if went.took_labels else "",
         notes=["the model's outputs are finite: it is in what computes the loss"] if went.phase == LOSS else [],
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from precision_lab.explaining.explanation import Explanation, Remedy
+from precision_lab.explaining.mends import LABELS
 from precision_lab.explaining.numbers import is_finite, numbers_of
 
 _NODES = 2000
@@ -59,8 +60,7 @@ def explain_loss(loss: Tensor, outputs: list[Tensor]) -> Explanation | None:
 
 
 def _without(name: str, saved: dict[str, Tensor]) -> list[Remedy]:
-    text = "leave such batches out: if not torch.isfinite(labels).all(): continue"
-    remedy = Remedy("data", text, text)
+    remedy = Remedy("data", LABELS, LABELS)
     function, own = _LOSSES.get(name), saved.get("_saved_self")
     if function is not None and own is not None:
         labels = torch.nan_to_num(saved["_saved_target"], 0.0, 0.0, 0.0)
@@ -86,6 +86,8 @@ def _trouble(name: str, saved: dict[str, Tensor]) -> str | None:
     if name == "Sqrt" and (result := saved.get("_saved_result")) is not None and bool(result.isnan().any()):
         return "root of a negative number: its result is NaN"
     result = saved.get("_saved_result")
+    if name == "Reciprocal" and result is not None and bool(result.isinf().any()):
+        return "division by zero: its result is inf"
     if name in ("Exp", "Expm1") and result is not None and not is_finite(result):
         return f"overflow in exp: the result ends at {torch.finfo(result.dtype).max:.4g}"
     if own is not None and own.is_floating_point() and name in ("Pow", "Mul", "MseLoss", "SmoothL1Loss", "HuberLoss"):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from precision_lab.explaining.numbers import words
 
+LABELS = "leave such batches out: if not torch.isfinite(labels).all(): continue"
+
 
 def _eps(value: Tensor) -> float:
     return torch.finfo(value.dtype).eps
@@ -38,6 +40,14 @@ def _denominator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _below_the_end(value: Tensor) -> Tensor:
     return value.clamp_max(math.log(torch.finfo(value.dtype).max) / 2)
+
+
+def _cleaned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def clean(value: Any) -> Any:
+        given = isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad
+        return torch.nan_to_num(value, 0.0, 0.0, 0.0) if given else value
+
+    return tuple(map(clean, args)), {key: clean(value) for key, value in kwargs.items()}
 
 
 MENDS: dict[str, tuple[frozenset[str], str, Any]] = {
@@ -84,3 +94,4 @@ MENDS["slope"] = (
     "eps within the root, the logarithm or the denominator",
     _first(lambda value: value.clamp_min(0) + _eps(value)),
 )
+MENDS["labels"] = (frozenset(), LABELS, _cleaned)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from precision_lab.explaining.causes import cause_of
 from precision_lab.explaining.explanation import Remedy
-from precision_lab.explaining.mends import MENDS
+from precision_lab.explaining.mends import LABELS, MENDS
 from precision_lab.explaining.numbers import is_finite
 from precision_lab.explaining.replay import Outcome, Step, run
 from precision_lab.explaining.trace import Origin
@@ -118,7 +118,8 @@ class Fixes:
         if IN_LOSS in self.paths:
             ours.append(f"the loss of output.{cast}, outside of autocast")
             plain.append(ours[-1])
-        kind = "exception" if not self.texts else "code" if self.patches else "weights" if self.replaced else "data"
+        kind = "code" if self.patches else "weights" if self.replaced else "data"
+        kind = "exception" if not self.texts else "data" if LABELS in self.texts else kind
         return Remedy(kind, ", and ".join(ours), ", and ".join(plain), outcome)
 
 

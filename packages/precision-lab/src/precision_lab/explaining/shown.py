@@ -10,6 +10,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from precision_lab.explaining.explanation import Explanation
+    from precision_lab.explaining.symptoms import Symptoms
 
 
 def shown(found: Explanation) -> RenderableType:
@@ -41,5 +42,23 @@ def _notes(found: Explanation) -> list[RenderableType]:
     return [_in(Text(f"note: {each}")) for each in found.notes]
 
 
-def _in(text: Text, by: int = 2) -> RenderableType:
+def _in(text: RenderableType, by: int = 2) -> RenderableType:
     return Padding(text, (0, 0, 0, by))
+
+
+def shown_symptoms(found: Symptoms) -> RenderableType:
+    """Returns what a file tells, for rich."""
+    parts: list[RenderableType] = []
+    count = len(found.alarms)
+    parts.append(Text(f"{found.path}: {found.steps} steps, {count or 'no'} alarm{'s' * (count != 1)}"))
+    explained = iter(found.explanations)
+    for alarm in found.alarms:
+        what = alarm.get("text") or alarm.get("what") or alarm.get("alarm") or ""
+        parts += [Text(), Text(f"step {alarm.get('step', '?')}: {what}", style="bold")]
+        if alarm.get("explanation"):
+            parts.append(_in(shown(next(explained))))
+    if found.signs:
+        parts += [Text(), Text("Signs:"), *(_in(Text(each)) for each in found.signs)]
+    if found.type:
+        parts += [Text(), Text("To find out, type:"), *(_in(Text(each, no_wrap=False), 4) for each in found.type)]
+    return Group(*parts)

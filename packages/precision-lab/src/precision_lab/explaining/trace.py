@@ -7,7 +7,7 @@ from collections.abc import Collection
 from torch import Tensor
 
 from precision_lab.auditing.kinds import CAST
-from precision_lab.explaining.watched import BACKWARD, Watched, Went
+from precision_lab.explaining.watched import BACKWARD, LOSS, Watched, Went
 
 _CONSTANTS = frozenset(
     [
@@ -50,6 +50,8 @@ def origin_of(tensor: Tensor, watched: Watched, masks: Collection[str], forward_
                 found += culprits.get(parent.number, [])
             elif parent and parent not in masks:
                 found.append(parent)
+            elif not parent and went.phase == LOSS:  # labels, by all likelihood
+                found.append(went)
         only_infinities = went.output.infs and not went.output.nans
         meant = only_infinities and (went.parents or (went.name in _CONSTANTS and _given_infinite(went)))
         if not found and not meant:

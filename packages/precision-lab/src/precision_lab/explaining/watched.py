@@ -62,6 +62,11 @@ class Went:
     kind: str = ""  # of auditing's kinds
     same: bool = False  # whether its two operands are one tensor, as in x * x
 
+    @property
+    def took_labels(self) -> bool:
+        """Whether it is of the loss, and was given something else than the model's output that was not finite."""
+        return self.phase == LOSS and "" in self.parents
+
 
 class Modules:
     """The module whose forward runs, by hooks on all modules."""

@@ -53,7 +53,7 @@ Mend = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[s
 
 @dataclass(frozen=True)
 class Patch:
-    """Operands of one call, found by its name, module and line, are mended."""
+    """Operands of one call, found by its name (no names: of any), module and line, are mended."""
 
     functions: frozenset[str]
     module: str
@@ -104,7 +104,8 @@ class Wide(TorchFunctionMode):
         if self._replaced:
             args, kwargs = self._exchanged(args), {key: self._exchanged(value) for key, value in kwargs.items()}
         for patch in self._patches:
-            if name in patch.functions and patch.module == self.modules.path and self._where.line(2) == patch.line:
+            named = name in patch.functions or not patch.functions
+            if named and patch.module == self.modules.path and self._where.line(2) == patch.line:
                 args, kwargs = patch.mend(args, kwargs)
                 self.patched += 1
         if not self._here():
