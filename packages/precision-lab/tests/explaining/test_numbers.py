@@ -14,7 +14,7 @@ def test_numbers_of_a_tensor() -> None:
     assert (numbers.smallest, numbers.largest) == (3.0, 3.0)
     assert (numbers.zeros, numbers.infs, numbers.nans, numbers.finite) == (0.25, 0.25, 0.25, False)
     assert str(numbers) == "float16 2x2, |x| 3 to 3, 25 % zero, 25 % inf, 25 % NaN"
-    assert numbers_of(torch.empty(0)).finite and str(numbers_of(torch.tensor(0.0))) == "float32 one value, 100% zero"
+    assert numbers_of(torch.empty(0)).finite and str(numbers_of(torch.tensor(0.0))) == "float32 one value, 100 % zero"
 
 
 def test_what_is_finite() -> None:
@@ -36,9 +36,9 @@ def test_tensors_in_anything() -> None:
 
 def test_shares_are_not_rounded_to_none_or_all() -> None:
     assert [percent(each) for each in (0.0, 1e-6, 0.125, 0.9999, 1.0)] == [
-        "0%",
+        "0 %",
         "under 0.1 %",
         "12.5 %",
         "over 99.9 %",
-        "100%",
+        "100 %",
     ]

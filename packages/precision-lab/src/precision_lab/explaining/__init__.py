@@ -9,6 +9,7 @@ trace.py        from a result that is not finite back to where that began
 causes.py       which kind of mistake an operation made
 loss.py         the graph of a loss that was computed outside of the model
 underflow.py    gradients that are zero in the format and are not in float64
+rounding.py     outputs that are far from what float64 gives
 optimizers.py   what an optimizer holds that is not finite, or will not be
 
 wide.py         runs modules in a wider dtype, or one operation with its operands mended

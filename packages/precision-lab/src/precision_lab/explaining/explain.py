@@ -18,6 +18,7 @@ from precision_lab.explaining.numbers import is_finite
 from precision_lab.explaining.optimizers import explain_optimizer
 from precision_lab.explaining.remedies import try_fixes, try_scale
 from precision_lab.explaining.replay import Context, Outcome, Step, inner, run
+from precision_lab.explaining.rounding import explain_rounding
 from precision_lab.explaining.stored import explain_leaf, masks_of
 from precision_lab.explaining.trace import Origin, hidden_overflow, origin_of
 from precision_lab.explaining.underflow import explain_underflow
@@ -104,6 +105,7 @@ def _explain(step: Step, loss: Tensor | None, optimizer: Optimizer | None, remed
             (explain_loss(loss, outcome.outputs) if loss is not None else None)
             or (explain_optimizer(step, optimizer) if optimizer is not None else None)
             or explain_underflow(step, outcome, remedies)
+            or explain_rounding(step, remedies)
             or Explanation("nothing", _all_finite(outcome))
         )
     if remedies and origin is not None:

@@ -46,7 +46,7 @@ class Numbers:
 def percent(share: float) -> str:
     """Returns a share as a percentage that is neither 0 nor 100 where the share is not."""
     if share in (0.0, 1.0):
-        return f"{share:.0%}"
+        return f"{share * 100:.0f} %"
     return "under 0.1 %" if share < 0.001 else "over 99.9 %" if share > 0.999 else f"{share * 100:.3g} %"
 
 

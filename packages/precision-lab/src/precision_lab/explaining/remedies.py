@@ -142,6 +142,13 @@ def try_fixes(step: Step, origin: Origin, find: Find) -> Remedy | None:
     return fixes.remedy(outcome.error[:200] or ("finite" if following is None else "not finite"))
 
 
+def try_paths(step: Step, paths: list[str]) -> tuple[Remedy, list[Tensor]]:
+    """Tries modules in float32; returns the outputs, too."""
+    fixes = Fixes(paths=paths)
+    outcome = fixes.run(step)[1]
+    return fixes.remedy(result(outcome)), outcome.outputs
+
+
 def try_scale(step: Step) -> Remedy | None:
     """Tries gradients that are scaled less: by 2**4, 2**8, ... less."""
     for power in (4, 8, 12, 16):

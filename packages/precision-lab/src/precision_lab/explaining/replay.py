@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
 from precision_lab.explaining.numbers import is_finite, tensors
@@ -30,6 +31,7 @@ class Step:
     output_gradients: list[Tensor | None] | None = None
     loss: Callable[[Any], Tensor] | None = None
     scale: float = 1.0
+    dropout: bool = True  # False: its modules let all through
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Outcome:
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
     error: str = ""
     went_backward: bool = False
+    random: bool = False  # whether random numbers were drawn
 
     def bad(self) -> tuple[str, Tensor] | None:
         """Returns the first of outputs, loss and gradients that is not finite."""
@@ -72,6 +75,10 @@ def run(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(modules.followed())
         modules.outside = ""
+        for module in step.model.modules():
+            if not step.dropout and isinstance(module, _DropoutNd):
+                module.training = False
+        state = torch.get_rng_state()
         for device in ("cpu", "cuda"):  # that this is called in: the step's own is the step's
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
@@ -96,6 +103,7 @@ def run(
                 _backward(step, outcome, wide)
         except Exception as error:  # the user's code, on values that are not finite
             outcome.error = f"{type(error).__name__}: {error}"
+        outcome.random = not torch.equal(state, torch.get_rng_state())
     return outcome
 
 

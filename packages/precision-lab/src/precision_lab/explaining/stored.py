@@ -50,12 +50,15 @@ def explain_leaf(step: Step, leaf: str) -> Explanation:
         step.model.named_parameters() if what == "parameter" else step.model.named_buffers()
     )
     bad = [each for each, tensor in stored.items() if not is_finite(tensor)]
-    others = f" So are {len(bad) - 1} others of {len(stored)}." if bad[1:] else ""
     value = stored[name]
+    beyond = numbers_of(value)
+    narrow = value.dtype.itemsize < 4 and not beyond.nans
+    cast = f", or it was beyond {beyond.dtype}'s range when the model was cast" if narrow else ""
+    others = f" So are {len(bad) - 1} others of {len(stored)}." if bad[1:] else ""
     return Explanation(
         f"a {what} that was not finite",
         f"{name} was not finite before this forward ({numbers_of(value)}): an earlier step made it so, or what was "
-        f"loaded.{others}",
+        f"loaded{cast}.{others}",
         "weights",
         module=name.rpartition(".")[0],
         name=name,

@@ -17,6 +17,8 @@ from precision_lab.explaining.wide import Wide
 
 _SHARE = 0.9
 """Share of a parameter's gradient that is zero and would not be in float64, from which on it underflowed."""
+_NOISE = 1e-12
+"""Of the operands: what is smaller is float64's own rounding, of a gradient that is zero."""
 
 
 class Vanishing(Watched):
@@ -29,11 +31,13 @@ class Vanishing(Watched):
         if output is None or _zeros(output) <= _SHARE:
             return
         wide = in_float64(func, before, kwargs)
-        if wide is None or wide.zeros > 1 - _SHARE or not wide.largest:
+        if wide is None or wide.zeros > 1 - _SHARE or wide.largest > torch.finfo(output.dtype).smallest_normal:
+            return
+        operands = [numbers_of(each) for each in tensors((before, kwargs)) if each.is_floating_point()]
+        if wide.largest < _NOISE * max((each.largest for each in operands), default=0.0):
             return
         _, forward, module, line = self.place(node)
-        shown = [numbers_of(each) for each in tensors((before, kwargs)) if each.is_floating_point()]
-        went = Went(self.number, name, module, BACKWARD, line, forward, shown, numbers_of(output))
+        went = Went(self.number, name, module, BACKWARD, line, forward, operands, numbers_of(output))
         went.wide = wide
         self.went.append(went)
 
@@ -54,34 +58,31 @@ def explain_underflow(step: Step, outcome: Outcome, remedies: bool) -> Explanati
     lost = [name for name in suspects if _lost(outcome.gradients[name], exact.get(name)) > _SHARE]
     if not lost:
         return None
+    went = _first(step)
+    if went is None or went.wide is None:
+        return None
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in lost))
-    # Backward reaches the last module first: what is lost there is lost before it.
-    module = modules[-1]
-    name = next(each for each in reversed(lost) if each.rpartition(".")[0] == module)
+    # Backward reaches the last module first.
+    name = next(each for each in reversed(lost) if each.rpartition(".")[0] == modules[-1])
     gradient, true = outcome.gradients[name], exact[name]
     assert gradient is not None and true is not None
-    numbers = numbers_of(true)
+    of = f" in the backward of {went.forward}" if went.forward else ""
+    end = torch.finfo(getattr(torch, went.output.dtype)).smallest_normal
     found = Explanation(
         "gradient underflow",
-        f"the gradient of {name} is zero ({numbers_of(gradient)}), and reaches {numbers.largest:.3g} in float64. So it "
-        f"is with {len(lost)} of {len(outcome.gradients)} parameters.",
+        f"{went.name}{of} gives zeros, and in float64 {went.wide.smallest:.3g} to {went.wide.largest:.3g}: "
+        f"{went.output.dtype} ends at {end:.3g}. The gradient of {name} is zero ({numbers_of(gradient)}), and reaches "
+        f"{numbers_of(true).largest:.3g} in float64; so it is with {len(lost)} of {len(outcome.gradients)} parameters.",
         "backward",
-        module=module,
+        went.name,
+        went.forward,
+        "" if went.module == IN_LOSS else went.module,
+        went.line,
         name=name,
-        operands=[numbers_of(gradient)],
-        output=numbers,
+        operands=went.inputs,
+        output=went.output,
         reached=f"the gradient of {name}",
     )
-    if (went := _first(step)) is not None and went.wide is not None:
-        found.operation, found.forward, found.line, found.operands = went.name, went.forward, went.line, went.inputs
-        found.module = "" if went.module == IN_LOSS else went.module
-        found.output = went.output
-        of = f" in the backward of {went.forward}" if went.forward else ""
-        found.what = (
-            f"{went.name}{of} gives zeros, and in float64 {went.wide.smallest:.3g} to {went.wide.largest:.3g}: "
-            f"{went.output.dtype} ends at {torch.finfo(getattr(torch, went.output.dtype)).smallest_normal:.3g}. "
-            f"{found.what[0].upper()}{found.what[1:]}"
-        )
     if remedies:
         found.remedies = [each for each in (_scaled(step, lost), _wider(step, modules, lost)) if each is not None]
     return found

@@ -128,7 +128,9 @@ class Watched(TorchDispatchMode):
     def place(self, node: Any) -> tuple[str, str, str, Line | None]:
         """Returns the phase, in backward the forward operation, the module and the line of what runs now."""
         if node is not None and not self.modules.stack:  # else a checkpoint runs its forward once more
-            return BACKWARD, *self._nodes.get(node._sequence_nr(), (_plain(node.name()), "", None))
+            forward, module, line = self._nodes.get(node._sequence_nr(), ("", "", None))
+            own = not node.name()[-1].isdigit()  # a Function of Python: what its forward called is not what runs
+            return BACKWARD, _plain(node.name()) if own or not forward else forward, module, line
         return self.phase, "", self.modules.path, self._where.line(4)
 
     def __torch_dispatch__(
