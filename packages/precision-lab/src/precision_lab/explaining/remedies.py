@@ -113,8 +113,8 @@ class Fixes:
             plain.insert(0, f"no autocast, and model.{cast}")
         elif modules:
             ours.insert(0, f'"{"; ".join(f"{each}: {mode}" for each in modules)}"')
-            under = f"run {' and '.join(modules)} under torch.autocast(device_type, enabled=False)"
-            plain.insert(0, f"{under}, its parameters and inputs in .{cast}")
+            under = "under torch.autocast(device_type, enabled=False), parameters and inputs in"
+            plain.insert(0, f"call {' and '.join(modules)} {under} .{cast}")
         if IN_LOSS in self.paths:
             ours.append(f"the loss of output.{cast}, outside of autocast")
             plain.append(ours[-1])

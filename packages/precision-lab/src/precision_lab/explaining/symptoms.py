@@ -75,13 +75,14 @@ def symptoms(path: str) -> Symptoms:
     """Returns what a file tells. Raises as `read` does."""
     lines = read(path)
     steps = [each for each in lines if "step" in each and not _is_alarm(each)]
-    found = Symptoms(path, max((int(each["step"]) for each in steps), default=-1) + 1)
+    found = Symptoms(path, len(steps))
     found.alarms = [each for each in lines if _is_alarm(each)]
     found.explanations = [
         Explanation.from_dict(each["explanation"]) for each in found.alarms if each.get("explanation")
     ]
     first = int(found.alarms[0].get("step", 0)) if found.alarms else _first_broken(steps)
-    until = [each for each in lines if "modules" in each and _number(each) <= (math.inf if first is None else first)]
+    until = [each for each in lines if "sample" in each and isinstance(each.get("modules"), dict)]
+    until = [each for each in until if first is None or _number(each) <= first]
     found.signs = [*_of_steps(steps, first), *_of_samples(until)]
     if first is not None and not found.explanations:
         found.type = [
