@@ -43,6 +43,16 @@ def test_the_operation_of_a_loss(of: Callable[[Tensor], Tensor], operation: str,
     assert named.remedy is not None
 
 
+def test_the_line_of_a_loss_by_its_text() -> None:
+    model = nn.Linear(2, 1)
+    x = torch.ones(2, 2)
+    wrong = functional.mse_loss(model(x), LABELS)
+    scaled = wrong * 2
+    found = precision_lab.explain(model, x, loss=scaled)
+    assert found.line is not None and found.line.text == "wrong = functional.mse_loss(model(x), LABELS)"
+    assert any("keeps no lines" in each for each in found.notes)
+
+
 def test_a_loss_that_backward_has_freed_says_what_to_give() -> None:
     model = nn.Linear(2, 1)
     x = torch.ones(2, 2)

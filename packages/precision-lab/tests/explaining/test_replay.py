@@ -127,3 +127,8 @@ def test_an_error_of_the_model_is_part_of_the_answer() -> None:
     found = precision_lab.explain(model, torch.full((1, 2), 4.0), loss=torch.sum)
     assert (found.module, found.kind, found.reached) == ("0", "overflow in a product", "an error")
     assert "the step ended with ArithmeticError: not finite" in found.notes
+
+
+def test_a_step_that_cannot_run_is_not_said_to_be_right() -> None:
+    found = precision_lab.explain(nn.Linear(3, 1), torch.ones(2, 2), loss=torch.sum)
+    assert found.kind == "an error" and "shapes cannot be multiplied" in found.what

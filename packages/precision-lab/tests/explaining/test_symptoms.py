@@ -51,7 +51,9 @@ def test_an_alarm_that_was_replayed_shows_its_explanation(tmp_path: Path) -> Non
 def test_one_that_was_not_says_what_was_near_the_end_and_what_to_type(tmp_path: Path) -> None:
     alarm = {"kind": "alarm", "step": 20, "what": "the loss of step 20 is inf", "unexplained": "no forward was seen"}
     first = {"watch": 1, "models": ["Model"], "modules": 12, "rank": 0}  # there "modules" is their number
-    path = written(tmp_path, first, sample(0, 3.0), *map(step, range(20)), sample(10, 5e4, 0.75), step(20, "inf"), alarm)
+    path = written(
+        tmp_path, first, sample(0, 3.0), *map(step, range(20)), sample(10, 5e4, 0.75), step(20, "inf"), alarm
+    )
     found = symptoms(path)
     assert "blocks.1.down's output reached 5e+04 in step 10: float16 ends at 6.55e+04." in found.signs
     assert "75 % of blocks.1.down's gradient is zero or subnormal in step 10." in found.signs

@@ -100,6 +100,10 @@ def _explain(step: Step, loss: Tensor | None, optimizer: Optimizer | None, remed
         found = explain_leaf(step, origin)
     elif origin is not None:
         found = _operation(origin)
+    elif outcome.error:
+        found = Explanation(
+            "an error", f"run once more it ends with {outcome.error}; all before is finite.", name="error"
+        )
     else:
         found = (
             (explain_loss(loss, outcome.outputs) if loss is not None else None)
@@ -113,7 +117,7 @@ def _explain(step: Step, loss: Tensor | None, optimizer: Optimizer | None, remed
         if not outcome.went_backward:
             found.notes.append("the gradients of the outputs are not known: remedies were tried in the forward alone")
     found.reached = found.reached or reached
-    if outcome.error:
+    if outcome.error and origin is not None:
         found.notes.append(f"the step ended with {outcome.error}")
     found.notes += [f"not seen: {each}" for each in dict.fromkeys(watched.unseen)]
     return found

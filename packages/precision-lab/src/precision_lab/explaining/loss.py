@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from precision_lab.auditing.where import Line, Where
 from precision_lab.explaining.explanation import Explanation, Remedy
 from precision_lab.explaining.mends import LABELS
 from precision_lab.explaining.numbers import is_finite, numbers_of
@@ -21,16 +23,31 @@ _LOSSES: dict[str, Callable[..., Tensor]] = {
     "SoftMarginLoss": functional.soft_margin_loss,
     "BinaryCrossEntropyWithLogits": functional.binary_cross_entropy_with_logits,
 }
+_LINES = 60
+_TEXTS = {
+    "Div": r"/|\bdiv",
+    "Reciprocal": r"/|reciprocal",
+    "Mul": r"\*|\bmul",
+    "Pow": r"\*\*|\bpow|square",
+    "MseLoss": r"mse_?loss",
+}
+"""What the text of a line has where an operation is called, for those that have signs or several names."""
 _INPUTS = ("_saved_self", "_saved_other", "_saved_target", "_saved_weight", "_saved_exponent")
 
 
 def explain_loss(loss: Tensor, outputs: list[Tensor]) -> Explanation | None:
-    """Returns the explanation for a loss that is not finite while the model's outputs are; None where it is finite.
-
-    Walks from the loss down to the lowest operation with a saved value that is not finite, or that makes one.
-    """
+    """Returns the explanation for a loss that is not finite while the model's outputs are; None where it is finite."""
     if is_finite(loss):
         return None
+    found = _explain(loss, outputs)
+    found.line = _line(found.operation)
+    if found.line is not None:
+        found.notes.append("the line is the nearest above whose text has the operation: a graph keeps no lines")
+    return found
+
+
+def _explain(loss: Tensor, outputs: list[Tensor]) -> Explanation:
+    """Walks from the loss down to the lowest operation with a saved value that is not finite, or that makes one."""
     nodes = _nodes(loss)
     found = Explanation("in the loss", "", "loss", reached="the loss")
     finite = "the model's outputs are finite, the loss is not" if outputs else "the loss is not finite"
@@ -100,6 +117,20 @@ def _trouble(name: str, saved: dict[str, Tensor]) -> str | None:
                 if name != "Mul"
                 else (f"overflow in a product: it reaches {float(product.abs().max()):.4g}")
             )
+    return None
+
+
+def _line(operation: str) -> Line | None:
+    """Returns the line above the caller's own, at most so many, whose text has the operation; autograd keeps none."""
+    here = Where().line(2)
+    if here is None or not operation:
+        return None
+    snake = re.sub(r"(?<!^)(?=[A-Z])", "_", operation).lower()
+    text = _TEXTS.get(operation, rf"\b{snake}\(|{operation}\(")
+    for number in range(here.number, max(here.number - _LINES, 0), -1):
+        line = Line(here.file, number, here.function)
+        if re.search(text, line.text, re.IGNORECASE) and not line.text.startswith(("#", "def ")):
+            return line
     return None
 
 
