@@ -42,6 +42,12 @@ def test_a_fault_of_each_kind(bench: Any, mode: str, title: str, place: int) -> 
     assert not missed and bites >= 10
 
 
+@pytest.mark.parametrize("mode", ["16-mixed", pytest.param("16-true", marks=pytest.mark.full)])
+def test_right_steps_give_nothing(bench: Any, mode: str) -> None:
+    for title in bench.MODELS:
+        assert bench.right(mode, title, 0).kind == "nothing"
+
+
 @pytest.mark.full
 @pytest.mark.slow_start  # all 1,500 faults: minutes
 def test_all_faults(bench: Any) -> None:
