@@ -218,7 +218,9 @@ def judged(found: Explanation, fault: str, path: str, where: str) -> tuple[bool,
     if fault == "batch":
         return (found.kind == "bad data" and found.name == "input 0",) * 2
     if fault == "label":
-        return (found.kind == "bad data" and found.name == "the labels" and found.operation == "MseLoss",) * 2
+        return (
+            found.kind == "bad data" and found.name == "the labels" and found.operation in ("MseLoss", "mse_loss"),
+        ) * 2
     in_place = found.module == path or found.module.startswith(f"{path}.")
     if fault == "parameter":
         return found.name == f"{path}.linear.weight", in_place
