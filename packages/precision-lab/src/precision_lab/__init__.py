@@ -51,6 +51,7 @@
     footprint.py  of one training step, by kind
     tracker.py    bytes of tensors that have no memory
 
+    explaining/   precision why: the operation by which a step first goes wrong, and what mends it
     auditing/     precision audit: what a training loop of anybody's really computes and keeps
     watching/     precision watch: the same loop, always: alarms, and samples of what its formats do
 
@@ -68,12 +69,13 @@ if TYPE_CHECKING:
     from precision_lab.choice import Choice
     from precision_lab.chooser import choose
     from precision_lab.estimates import estimate
+    from precision_lab.explaining.explain import explain
     from precision_lab.results import Comparison
     from precision_lab.task import Task
     from precision_lab.taskfile import TaskError
     from precision_lab.watching.context import watch
 
-__all__ = ["Choice", "Comparison", "Task", "TaskError", "audit", "choose", "compare", "estimate", "watch"]
+__all__ = ["Choice", "Comparison", "Task", "TaskError", "audit", "choose", "compare", "estimate", "explain", "watch"]
 
 _HOMES = {
     "Choice": "choice",
@@ -85,6 +87,7 @@ _HOMES = {
     "compare": "api",
     "estimate": "estimates",
     "watch": "watching.context",
+    "explain": "explaining.explain",
 }
 
 

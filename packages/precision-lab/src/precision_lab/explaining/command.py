@@ -1,0 +1,24 @@
+"""precision why, from the command line."""
+
+from __future__ import annotations
+
+import json
+
+import click
+from rich.console import Console
+
+from precision_lab.explaining.symptoms import symptoms
+
+
+def run(path: str, as_json: bool, console: Console) -> int:
+    """Prints what a file of `precision watch` tells, and returns the exit code: 1 where the run went wrong.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    found = symptoms(path)
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=1))
+    else:
+        console.print(found)
+    return 1 if found.alarms or found.type else 0
