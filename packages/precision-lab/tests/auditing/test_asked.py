@@ -8,19 +8,23 @@ import torch
 from torch import nn
 
 from precision_core import Fabric
-from precision_lab.auditing.asked import read_asked
 from precision_lab.auditing.context import audit
 from precision_lab.auditing.record import Asked
 from precision_lab.auditing.rules_asked import asked_and_not_done
-from precision_lab.auditing.where import Where
 
 
 def test_our_own_host_says_what_it_was_asked_for() -> None:
+    """The one whose backward is called, whichever others are alive."""
+    others = [Fabric(accelerator="cpu", precision=mode) for mode in ("32-true", "64-true")]
     fabric = Fabric(accelerator="cpu", precision="bf16-true")
-    assert Asked("precision", 'Fabric(precision="bf16-true")', torch.bfloat16, True) in [
-        replace(each, line=None) for each in read_asked(Where())
-    ]
-    del fabric
+    model = nn.Linear(4, 4)
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with audit() as report:
+        fabric.backward(model(torch.ones(2, 4)).sum())
+        optimizer.step()
+    asked = [replace(each, line=None) for each in report.record.asked]
+    assert asked == [Asked("precision", 'Fabric(precision="bf16-true")', torch.bfloat16, True)] and others
+    assert not report.at("warning")
 
 
 def test_another_dtype_of_products_is_an_error() -> None:
