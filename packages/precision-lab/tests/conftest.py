@@ -33,6 +33,13 @@ SEARCHED = set(sys.path)
 BARE = needed("precision-core", "precision-lab")
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps the first mixed precision of a process; a test of another package may have chosen one."""
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def bare():
     """Lab as it is installed alone: of what is installed here, this process sees core, lab and what they require.
