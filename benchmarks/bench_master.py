@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_master.py
 
 AdamW(fused=True) over 256 tensors of 20 million parameters. Each contender runs in a process of its own. "kept" is what
-parameters, gradients and state take together; "peak" is the most that the process has resident while it steps (VmHWM,
-Linux), over what it had before there was a model. "update" is the median over rounds of the time of one update, over
-that of torch's fused AdamW on float32 parameters in the same round, in turns: another load slows both.
+parameters, gradients and state take together; "between steps" and "at the peak" are what the process has resident
+before a step and the most that it has while it steps (VmRSS and VmHWM, Linux), over what it had before there was a
+model: code and Python's objects are in both. "update" is the median over rounds of the time of one update, over that of
+torch's fused AdamW on float32 parameters in the same round, in turns: another load slows both.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def tensors(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
     return [*state, *model.parameters(), *(param.grad for param in model.parameters() if param.grad is not None)]
 
 
-def memory(contender: str) -> tuple[float, float]:
-    """Returns bytes a parameter: kept, and at the peak of a step."""
+def memory(contender: str) -> tuple[float, float, float]:
+    """Returns bytes a parameter: kept, resident between steps, and resident at the peak of a step."""
     small = AdamW([nn.Parameter(torch.ones(4096))], fused=True)  # what libraries allocate on first use
     small.param_groups[0]["params"][0].grad = torch.ones(4096)
     small.step()
@@ -74,12 +75,14 @@ def memory(contender: str) -> tuple[float, float]:
     fabric, model, optimizer = make(contender)
     optimizer.step()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # of setup nothing is left
+    between = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     for _ in range(3):
         ready(fabric)
         optimizer.step()
     size = TENSORS * ROWS * COLUMNS
-    return sum(tensor.nbytes for tensor in tensors(model, optimizer)) / size, (_resident("VmHWM") - before) / size
+    kept = sum(tensor.nbytes for tensor in tensors(model, optimizer))
+    return kept / size, (between - before) / size, (_resident("VmHWM") - before) / size
 
 
 def _resident(field: str) -> int:
@@ -108,11 +111,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS))
     arguments = parser.parse_args()
-    print("| | kept | at the step's peak | update |\n| --- | --- | --- | --- |")
+    print("| | kept | between steps | at the peak | update |\n| --- | --- | --- | --- | --- |")
     for contender in arguments.contenders:
-        kept, peak = _alone(memory, contender)
+        kept, between, peak = _alone(memory, contender)
         ratio = _alone(update, contender, arguments.rounds)
-        print(f"| {contender} | {kept:.2f} | {peak:.2f} | {ratio:.2f} |", flush=True)
+        print(f"| {contender} | {kept:.2f} | {between:.2f} | {peak:.2f} | {ratio:.2f} |", flush=True)
 
 
 def _alone(function: Any, *args: Any) -> Any:

@@ -13,9 +13,16 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("total", "count", "size"), [(0, 2, 64), (2**27, 2, LARGEST), (2**20, 2, 26_176), (2**20, 6, 8704)]
 )
-def test_rows_take_a_fifth_of_a_byte_for_each_element(total: int, count: int, size: int) -> None:
-    assert row_size(total, count, 64) == size and size % 64 == 0
+def test_rows_take_a_fifth_of_a_byte_for_each_element_beside_an_optimizer_that_allocates(
+    total: int, count: int, size: int
+) -> None:
+    assert row_size(total, count, 64, allocates=True) == size and size % 64 == 0
     assert size == 64 or size * count * 4 <= 0.2 * total
+
+
+def test_rows_take_twice_as_much_beside_a_fused_optimizer() -> None:
+    assert row_size(2**20, 2, 64, allocates=False) == 52_416
+    assert row_size(2**27, 2, 64, allocates=False) == LARGEST
 
 
 def test_the_parts_of_a_row_lie_beside_each_other_and_the_next_batch_has_the_same_memory() -> None:

@@ -87,7 +87,8 @@ class Groups(list[Group]):
             states = [self._optimizer.state.get(param, {}) for param in stored]
             moments = max((sum(_is_half(value) for value in state.values()) for state in states), default=0)
         others = 0 if self._storage.noise is None else 2  # it has two of its own
-        self._limit = row_size(total, 2 + moments + others, STEP)
+        allocates = not all(group.get("fused") for group in self._mine)
+        self._limit = row_size(total, 2 + moments + others, STEP, allocates=allocates)
         self._rows = Rows(2 + moments, min(self._limit, total))
 
     def _batches(self, params: Iterable[nn.Parameter]) -> Iterator[list[Piece]]:

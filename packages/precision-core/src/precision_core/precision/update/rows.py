@@ -11,10 +11,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-LARGEST = 1 << 19
+LARGEST = 1 << 18
 """Elements of a row: what it takes stays in a CPU's cache, and there are enough that calls cost little."""
-_BYTES = 0.2
-"""Of all rows, at most, for each element that is stepped; as much again is left for what an optimizer allocates."""
+_BYTES = 0.4
+"""Of all rows, at most, for each element that is stepped; half of it where the optimizer allocates beside them."""
 
 
 class Row:
@@ -71,6 +71,10 @@ def copy_all(outs: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     torch._foreach_copy_(outs, sources)  # type: ignore[arg-type]  # one call: takes any sequence
 
 
-def row_size(total: int, count: int, step: int) -> int:
-    """Returns how many elements of `total` to step at a time, a multiple of `step`, where each takes `count` rows."""
-    return max(step, min(LARGEST, int(_BYTES / 4 * total / count) // step * step))
+def row_size(total: int, count: int, step: int, *, allocates: bool) -> int:
+    """Returns how many elements of `total` to step at a time, a multiple of `step`, where each takes `count` rows.
+
+    `allocates`: the optimizer has memory of its own for what it steps, as all have but fused ones.
+    """
+    of_rows = _BYTES / 2 if allocates else _BYTES
+    return max(step, min(LARGEST, int(of_rows / 4 * total / count) // step * step))
