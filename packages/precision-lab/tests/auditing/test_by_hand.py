@@ -42,6 +42,9 @@ def masked(x: Tensor) -> Tensor:
         (lambda x: x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6), ("mul", "norm")),
         (lambda x: x * (x.square().mean(-1).unsqueeze(-1) + 1e-6).rsqrt(), ("pow", "norm")),
         (lambda x: (x - 1) / (x.std(0) + 1e-6), ("std", "norm")),
+        (lambda x: x / (x.norm(dim=-1, keepdim=True) + 1e-6), ("linalg_vector_norm", "norm")),
+        (lambda x: x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).reciprocal(), ("linalg_vector_norm", "norm")),
+        (nn.functional.normalize, ("linalg_vector_norm", "norm")),
     ],
 )
 def test_half(function: Callable[[Tensor], Tensor], expected: tuple[str, str]) -> None:
@@ -57,6 +60,7 @@ def test_half(function: Callable[[Tensor], Tensor], expected: tuple[str, str]) -
         lambda x: x.mean(-1).sqrt(),
         lambda x: x.square().mean() / 2,
         lambda x: torch.log(x.exp() + 1),
+        lambda x: x.norm(dim=-1).mean() + x.norm() / 8,
     ],
 )
 def test_others(function: Callable[[Tensor], Tensor]) -> None:

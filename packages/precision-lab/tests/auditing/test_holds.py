@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from precision_lab.auditing.holds import holds
+from precision_lab.auditing.holds import holds, rounded_to
 
 HALF = torch.bfloat16
 FREQUENCIES = 1 / 10000 ** (torch.arange(0, 64, 2) / 64)
@@ -54,3 +54,12 @@ def test_names_tell_of_scaled_frequencies_and_of_statistics() -> None:
     scaled = torch.cat([FREQUENCIES[:16], FREQUENCIES[16:] / 8]).to(HALF)
     assert holds(scaled) == "" and holds(scaled, "rotary.inv_freq") == "frequencies"
     assert holds(torch.rand(8).to(HALF), "bn.running_var") == "statistics" != holds(torch.rand(8), "bn.running_var")
+
+
+def test_what_was_rounded_is_told_from_a_grid() -> None:
+    assert rounded_to(FREQUENCIES.to(HALF).float()) is HALF
+    assert rounded_to(FREQUENCIES.half().float()) is torch.float16
+    assert rounded_to(1 / 10000 ** (torch.arange(0, 8, 2) / 8).half().float()) is None
+    assert rounded_to((1 / 10000 ** (torch.arange(0, 8, 2) / 8)).half().float()) is torch.float16  # of 4 frequencies
+    assert rounded_to(FREQUENCIES) is rounded_to(FREQUENCIES.half()) is None
+    assert rounded_to(torch.arange(0, 100, 0.25)) is rounded_to(torch.linspace(-1, 1, 65)) is None

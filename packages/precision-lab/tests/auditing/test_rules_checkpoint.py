@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,7 +52,16 @@ def nested(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp
         torch.save({"state": [states(model, optimizer)]}, file)  # here
 
 
-@pytest.mark.parametrize("save", [without, nested], ids=lambda save: save.__name__)
+def pickled(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, folder: Path) -> None:
+    with open(folder / "last.pkl", "wb") as file:
+        pickle.dump(states(model, optimizer), file)  # here
+
+
+def of_a_class(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, folder: Path) -> None:
+    torch.save(SimpleNamespace(**states(model, optimizer)), folder / "last.pt")  # here
+
+
+@pytest.mark.parametrize("save", [without, nested, pickled, of_a_class], ids=lambda save: save.__name__)
 def test_a_checkpoint_without_the_scaler_is_found(save: Save, tmp_path: Path) -> None:
     (finding,) = found(save, tmp_path)
     assert (finding.code, finding.level) == ("scaler-not-saved", "warning")

@@ -61,7 +61,15 @@ def by_deviation(x: Tensor) -> Tensor:
     return (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("norm", [rms, rms_of_squares, layer_norm, by_deviation])
+def by_length(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+
+
+def normalised(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1)
+
+
+@pytest.mark.parametrize("norm", [rms, rms_of_squares, layer_norm, by_deviation, by_length, normalised])
 def test_a_norm_by_hand_in_half_is_found(norm: Callable[[Tensor], Tensor]) -> None:
     finding = found(half(norm), "half-norm")
     assert finding.level == "warning" and finding.line is not None and finding.line.function == norm.__name__
@@ -70,6 +78,11 @@ def test_a_norm_by_hand_in_half_is_found(norm: Callable[[Tensor], Tensor]) -> No
 def test_under_autocast_too() -> None:
     report = audited(lambda: train(Layer(rms), X, context=AUTOCAST))
     assert found(report, "half-norm").level == "warning"
+
+
+def test_a_norm_that_autocast_leaves_in_half_is_worth_knowing_alone() -> None:
+    report = audited(lambda: train(Layer(normalised), X, context=AUTOCAST))
+    assert found(report, "half-norm").level == "info" and codes(report) == []
 
 
 def test_a_mode_asked_for_by_name_makes_it_info() -> None:
@@ -89,12 +102,17 @@ def rms_in_float32(x: Tensor) -> Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
+def normalised_wide(x: Tensor) -> Tensor:
+    return F.normalize(x.float(), dim=-1).to(x.dtype)
+
+
 def pooled(x: Tensor) -> Tensor:
     return x.square() + x.mean(-1, keepdim=True) + x.abs().sqrt()
 
 
 @pytest.mark.parametrize(
-    "function", [rms_in_float32, pooled, lambda x: F.rms_norm(x, (16,)), lambda x: F.layer_norm(x, (16,)), F.normalize]
+    "function",
+    [rms_in_float32, pooled, lambda x: F.rms_norm(x, (16,)), lambda x: F.layer_norm(x, (16,)), normalised_wide],
 )
 def test_norms_in_float32_and_what_is_none_are_right(function: Callable[[Tensor], Tensor]) -> None:
     assert "half-norm" not in codes(half(function))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.optim.lr_scheduler import StepLR
 
 from precision_lab.auditing.context import audit
 from precision_lab.auditing.finding import Finding
@@ -229,69 +229,22 @@ def test_an_optimizer_of_parameters_that_no_model_has_is_told() -> None:
     assert "make the optimizer last" in finding.remedy.torch
 
 
-# ---------------------------------------------------------------- schedulers
-
-
-def scaled(t: Any) -> None:
-    t.optimizer.zero_grad()
-    t.scaler.scale(half_loss(t.model)).backward()
-    t.scaler.step(t.optimizer)
-    t.scaler.update()
-    t.scheduler.step()  # here
-
-
-def guarded(t: Any) -> None:
-    t.optimizer.zero_grad()
-    before = t.scaler.get_scale()
-    t.scaler.scale(half_loss(t.model)).backward()
-    t.scaler.step(t.optimizer)
-    t.scaler.update()
-    if t.scaler.get_scale() >= before:
-        t.scheduler.step()
-
-
-@pytest.mark.parametrize("kind", [StepLR, LambdaLR])
-def test_a_scheduler_that_steps_where_the_optimizer_was_skipped_is_found(kind: type) -> None:
+def test_a_model_that_is_cast_to_half_and_back_to_save_it_is_found() -> None:
     def step(t: Any) -> None:
-        if kind is LambdaLR and not hasattr(t, "made"):
-            t.made = t.scheduler = LambdaLR(t.optimizer, lambda step: 0.9**step)
-        scaled(t)
+        right(t)
+        t.model.half()  # here
+        t.model.state_dict()
+        t.model.float()
 
-    (finding,) = found(step, scale=2.0**60)
-    assert (finding.code, finding.level) == ("scheduler-on-skipped-step", "warning")
-    assert finding.line is not None
-    assert finding.line.text.endswith("# here")
+    (finding,) = found(step, steps=1)
+    assert (finding.code, finding.level) == ("recast-while-training", "error")
+    assert "from float32 to float16 and back" in finding.what
+    assert finding.line is not None and finding.line.text.endswith("# here")
 
 
-@pytest.mark.parametrize("step", [scaled, guarded], ids=lambda step: step.__name__)
-def test_a_scheduler_after_steps_that_ran_is_right(step: Step) -> None:
+def test_a_copy_that_is_cast_is_right() -> None:
+    def step(t: Any) -> None:
+        right(t)
+        copy.deepcopy(t.model).half().float()
+
     assert found(step) == []
-    assert [each.code for each in found(step, level="info")] == (["scheduler-unguarded"] if step is scaled else [])
-
-
-def test_a_scheduler_that_is_guarded_waits_for_the_skipped_step() -> None:
-    assert found(guarded, scale=2.0**60) == []
-
-
-def test_a_scheduler_once_an_epoch_is_right_where_a_step_of_it_was_skipped() -> None:
-    def epoch(t: Any) -> None:
-        for number in range(3):
-            t.optimizer.zero_grad()
-            factor = 2.0**60 if number == 0 else 1.0
-            (t.scaler.scale(half_loss(t.model)) * factor).backward()
-            t.scaler.step(t.optimizer)
-            t.scaler.update()
-        t.scheduler.step()
-
-    assert found(epoch, steps=1) == []
-
-
-@pytest.mark.parametrize("first", ["scheduler", "optimizer"])
-def test_a_scheduler_before_the_optimizer_is_found(first: str) -> None:
-    def step(t: Any) -> None:
-        t.optimizer.zero_grad()
-        loss(t.model).backward()
-        (t.scheduler if first == "scheduler" else t.optimizer).step()
-        (t.optimizer if first == "scheduler" else t.scheduler).step()
-
-    assert [each.code for each in found(step)] == (["scheduler-before-optimizer"] if first == "scheduler" else [])

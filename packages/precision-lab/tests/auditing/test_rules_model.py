@@ -57,6 +57,8 @@ class Language(nn.Module):
         self.lm_head = nn.Linear(16, 50, bias=False)
         if tied == "tied":
             self.lm_head.weight = self.embed.weight
+        elif tied == "rounded":
+            self.lm_head.weight = nn.Parameter(self.embed.weight.detach().to(HALF).float())
         elif tied == "copied":
             self.lm_head.weight = nn.Parameter(self.embed.weight.detach().clone())
         elif tied == "data":
@@ -69,7 +71,7 @@ class Language(nn.Module):
 IDS = torch.randint(50, (8, 4))
 
 
-@pytest.mark.parametrize("tied", ["copied", "data"])
+@pytest.mark.parametrize("tied", ["copied", "data", "rounded"])
 def test_weights_that_are_equal_and_two(tied: str) -> None:
     finding = found(audited(lambda: train(Language(tied), IDS)), "untied-weights")
     assert finding.level == "warning" and finding.sure == "likely" and finding.module == "lm_head"

@@ -239,3 +239,58 @@ def test_gradients_reduced_in_half_over_two_ranks_are_found() -> None:
     assert hook[2] == "model.register_comm_hook(None, fp16_compress_hook)"
     assert "although the parameters are float32" in default[1]
     assert results["DDP"] == results["FSDP2, reduce_dtype"] == []
+
+
+# ------------------------------------------------------------------ by hand
+
+
+def test_parameters_that_are_cast_one_by_one_have_that_line() -> None:
+    def run() -> None:
+        model = mlp()
+        for param in model.parameters():
+            param.data = param.data.to(HALF)  # here
+        train(model, batch())
+
+    finding = found(audited(run), "half-optimizer-state")
+    assert finding.line is not None and finding.line.text.endswith("# here")
+
+
+def test_a_default_dtype_that_makes_parameters_half_is_its_line() -> None:
+    def run() -> None:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(HALF)  # here
+        model = mlp()
+        torch.set_default_dtype(before)
+        train(model, batch())
+
+    finding = found(audited(run), "half-optimizer-state")
+    assert finding.line is not None and finding.line.text.endswith("# here")
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_gradients_that_the_loop_sums_itself(dtype: torch.dtype, foreach: bool) -> None:
+    def run() -> None:
+        model = nn.Linear(16, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        params = list(model.parameters())
+        for _ in range(2):
+            sums = [torch.zeros_like(param, dtype=dtype) for param in params]
+            for _ in range(3):
+                gradients = torch.autograd.grad(model(torch.randn(8, 16)).square().mean(), params)
+                if foreach:
+                    torch._foreach_add_(sums, [each.to(dtype) for each in gradients])
+                    continue
+                for total, each in zip(sums, gradients, strict=True):
+                    total += each.to(dtype)
+            for param, total in zip(params, sums, strict=True):
+                param.grad = total.float()
+            optimizer.step()
+
+    report = audited(run)
+    if dtype is torch.float32:
+        quiet(report)
+        return
+    finding = found(report, "half-accumulation")
+    assert finding.level == "warning" and "that the loop sums itself are added up in bfloat16 for 2" in finding.what
+    assert finding.line is not None and ("_foreach_add_" if foreach else "total += ") in finding.line.text

@@ -10,7 +10,7 @@ from torch import nn
 
 from precision_lab.auditing.context import audit
 from precision_lab.auditing.record import Record
-from precision_lab.auditing.rules_switches import switched
+from precision_lab.auditing.rules_switches import differs, switched
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +62,35 @@ def test_the_older_switch_counts_too() -> None:
         assert "torch.backends.cuda.matmul.allow_tf32 = True" in finding.what
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize(
+    ("matmul", "cudnn", "said"),
+    [
+        ("highest", True, "allow_tf32 = True: convolutions run in TF32, and matrix products do not"),
+        ("high", False, "allow_tf32 = False: matrix products run in TF32, and convolutions do not"),
+        ("highest", None, "'highest': convolutions run in TF32, and matrix products do not, which is torch's default"),
+        ("high", True, ""),
+        ("highest", False, ""),
+        (None, None, ""),
+    ],
+)
+def test_convolutions_have_a_switch_of_their_own(matmul: str | None, cudnn: bool | None, said: str) -> None:
+    before = torch.backends.cudnn.allow_tf32
+    model = nn.Conv1d(2, 2, 2)
+    try:
+        with audit(model) as report:
+            if matmul is not None:
+                torch.set_float32_matmul_precision(matmul)
+            if cudnn is not None:
+                torch.backends.cudnn.allow_tf32 = cudnn
+            model(torch.ones(1, 2, 4)).sum().backward()
+        found = [each.what for each in differs(report.record)]
+        assert len(found) == bool(said) and all(said in each for each in found)
+        assert list(switched(report.record)) == []
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def test_without_convolutions_their_switch_does_not_matter() -> None:
+    assert list(differs(run("highest", None))) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -81,7 +82,7 @@ def test_a_table_that_a_cast_of_the_model_rounds(table: str, name: str, what: st
 def test_frequencies_cast_back_to_float32_are_rounded_all_the_same() -> None:
     model = nn.Sequential(Rotary("inv_freq"), nn.Linear(16, 4)).half().bfloat16().float()
     finding = found(audited(lambda: train(model, X)), "rounded-positions")
-    assert "float32, but were rounded to bfloat16 before: 0.inv_freq" in finding.what
+    assert "float32, but were rounded to half before: 0.inv_freq" in finding.what
 
 
 def test_a_table_that_is_no_buffer() -> None:
@@ -106,6 +107,33 @@ def test_angles_that_are_computed_in_half() -> None:
     finding = found(report, "rounded-positions")
     assert finding.module == "0" and finding.line is not None and "angles.cos()" in finding.line.text
     assert "cos of angles up to 11 is computed of bfloat16" in finding.what
+
+
+def sinusoidal(dtype: torch.dtype, of: torch.dtype, rows: int = 512) -> Tensor:
+    positions, steps = torch.arange(rows, dtype=dtype)[:, None], torch.arange(0, 16, 2, dtype=dtype)
+    angles = (positions * torch.exp(steps * (-math.log(10000.0) / 16))).to(of)
+    return torch.stack([torch.sin(angles), torch.cos(angles)], -1).flatten(1)  # here
+
+
+@pytest.mark.parametrize("of", [HALF, torch.float32], ids=["half", "cast back"])
+@pytest.mark.parametrize("dtype", [HALF, torch.float16])
+def test_a_table_that_is_computed_in_half_throughout(dtype: torch.dtype, of: torch.dtype) -> None:
+    def run() -> None:
+        model = nn.Sequential(Rotary("inv_freq"), nn.Linear(16, 4))
+        model.register_buffer("pe", sinusoidal(dtype, dtype if of is HALF else of))
+        train(model, X, context=AUTOCAST)
+
+    found_here = [each for each in audited(run).findings if each.code == "rounded-positions" and each.line is not None]
+    assert any(each.line.text.endswith("# here") and "angles up to 51" in each.what for each in found_here if each.line)
+
+
+@pytest.mark.parametrize("wave", [lambda: torch.arange(0, 100, 0.25).sin(), lambda: torch.randn(64).to(HALF).sin()])
+def test_waves_and_tables_of_a_loop_are_right(wave: Callable[[], Tensor]) -> None:
+    def run() -> None:
+        assert wave().isfinite().all() and sinusoidal(torch.float32, torch.float32).isfinite().all()
+        train(nn.Linear(16, 4), X, context=AUTOCAST)
+
+    assert codes(audited(run)) == []
 
 
 @pytest.mark.parametrize("table", ["inv_freq", "cos and sin", "sinusoidal"])

@@ -1,6 +1,7 @@
 """precision audit: what a training loop really computes and keeps in which dtype.
 
 recorder.py   observes a loop within a `with`
+hooks.py      modules and optimizers
 ops.py        every operation, kinds.py: what kind it is
 calls.py      the calls that matter: backward, autocast, scaler, scheduler, save
 graph.py      what autograd built

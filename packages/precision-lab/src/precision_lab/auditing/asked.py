@@ -23,6 +23,13 @@ def _of_accelerate(accelerator: Any) -> Asked:
     return Asked("Accelerate", f'Accelerator(mixed_precision="{mode}")', _ACCELERATE.get(mode), mode.endswith("-true"))
 
 
+def _of_transformers(trainer: Any) -> Asked:
+    arguments = trainer.args
+    mode = next((name for name in _ACCELERATE if getattr(arguments, name, False)), "")
+    text = f"{type(arguments).__name__}({mode}{'=True' if mode else ''})"
+    return Asked("transformers", text, _ACCELERATE.get(mode), False)
+
+
 def _of_lightning(name: str, plugin: str) -> Callable[[Any], Asked]:
     def read(host: Any) -> Asked:
         mode = str(getattr(getattr(host, plugin), "precision", ""))
@@ -43,6 +50,7 @@ _HOSTS: tuple[tuple[str, str, Callable[[Any], Asked]], ...] = (
     ("lightning.fabric.fabric", "Fabric", _of_lightning("Fabric", "_precision")),
     ("lightning.pytorch.trainer.trainer", "Trainer", _of_lightning("Trainer", "precision_plugin")),
     ("pytorch_lightning.trainer.trainer", "Trainer", _of_lightning("Trainer", "precision_plugin")),
+    ("transformers.trainer", "Trainer", _of_transformers),
     ("precision_core.fabric", "Fabric", _of_ours),
 )
 """Module, class, and how to read what it was asked for. Lightning has no public name for its Fabric's."""
@@ -50,6 +58,7 @@ _HOSTS: tuple[tuple[str, str, Callable[[Any], Asked]], ...] = (
 
 _ARGUMENTS = {
     "Accelerate": ("mixed_precision", "fp16=", "bf16="),
+    "transformers": ("fp16=", "bf16=", "TrainingArguments(", "Config("),
     "Lightning": ("precision=",),
     "precision": ("precision=",),
 }
@@ -77,7 +86,9 @@ def read_asked(where: Where) -> list[Asked]:
         line = next(filter(None, map(where.line_with, texts)), None)
         if (asked := replace(asked, line=line)) not in found:
             found.append(asked)
-    return found
+    # transformers' Trainer makes an Accelerator of its own, by its arguments.
+    theirs = any(each.library == "transformers" for each in found)
+    return [each for each in found if not (theirs and each.library == "Accelerate")]
 
 
 Host = tuple[Any, Callable[[Any], Asked]]

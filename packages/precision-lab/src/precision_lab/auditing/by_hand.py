@@ -18,10 +18,12 @@ _NEXT = {
     ("square", "mean"): "mean", ("square", "sum"): "mean", ("mean", "div"): "mean", ("exp", "sum"): "sum",
     ("exp", "mul"): "exp", ("exp", "cumsum"): "sum", ("mean", "mean"): "mean",
 }  # fmt: skip
+_DIVISORS = {"sum": "softmax", "deviation": "norm", "norm": "norm"}
+"""What a division by it makes."""
 
 
 class ByHand:
-    """What half tensors are: squares, their mean, exponentials, their sum."""
+    """What half tensors are: squares, their mean, norms, exponentials, their sum."""
 
     def __init__(self) -> None:
         self._what: Any = WeakIdKeyDictionary()  # tensor -> what it is, and the row where that began
@@ -37,6 +39,8 @@ class ByHand:
             self._what[output] = ("mean" if name == "var" else "deviation"), row
         elif name == "var_mean":
             self._what[output] = "mean", row
+        elif name == "linalg_vector_norm":
+            self._what[output] = "norm", row
         elif name in ("exp", "exp_"):
             self._what[output] = "exp", row
         else:
@@ -45,16 +49,16 @@ class ByHand:
     def _follow_on(self, row: Op, inputs: list[Tensor], output: Tensor) -> None:
         name = row.name
         divisor = self._what.get(inputs[1]) if name in ("div", "div_") and len(inputs) > 1 else None
-        if divisor is not None and divisor[0] in ("sum", "deviation") and inputs[1].dim():
-            divisor[1].by_hand = "softmax" if divisor[0] == "sum" else "norm"
+        if divisor is not None and divisor[0] in _DIVISORS and inputs[1].dim():
+            divisor[1].by_hand = _DIVISORS[divisor[0]]
             return
         what, began = next((self._what[each] for each in inputs if each in self._what), ("", row))
         if not what:
             return
         if what == "mean" and name in ("rsqrt", "sqrt"):
             began.by_hand = "norm"
-        elif what == "sum" and name in ("log", "reciprocal"):
-            began.by_hand = "softmax"
+        elif (what == "sum" and name in ("log", "reciprocal")) or (what == "norm" and name == "reciprocal"):
+            began.by_hand = _DIVISORS[what]
         elif (what, name) in _NEXT:
             self._what[output] = _NEXT[what, name], began
         elif name in _PASSING and inputs[0] in self._what and what != "square":

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from precision_lab.auditing.calls_model import model_calls
-from precision_lab.auditing.calls_saving import late_saving_calls, saving_calls
+from precision_lab.auditing.calls_saving import WATCHED, late_saving_calls, saving_calls
 from precision_lab.auditing.calls_scaler import scaler_calls
+from precision_lab.auditing.calls_switches import switch_calls
 from precision_lab.auditing.graph import loss_scale
 from precision_lab.auditing.record import Context
 
@@ -33,7 +34,7 @@ def watch_calls(recorder: Recorder) -> Iterator[None]:
                 if (id(owner), name) in done:
                     continue
                 done.add((id(owner), name))
-                original = owner.__dict__[name]
+                original = vars(owner)[name]
                 wrapped = _wrap(original, functools.partial(around, recorder), recorder)
                 setattr(owner, name, wrapped)
                 stack.callback(setattr, owner, name, original)
@@ -50,6 +51,7 @@ def _wrap(original: Any, around: Around, recorder: Recorder) -> Any:
         # One that somebody imported while it was in place does nothing later.
         return around(original, *args, **kwargs) if recorder.running else original(*args, **kwargs)
 
+    setattr(call, WATCHED, True)
     return call
 
 
@@ -65,8 +67,7 @@ def _watched() -> Iterator[tuple[Any, str, Around]]:
     yield torch.autograd.graph.saved_tensors_hooks, "__enter__", _saved_hooks
     yield from scaler_calls()
     yield torch.optim.Optimizer, "__init__", _optimizer_made
-    yield torch, "set_float32_matmul_precision", _matmul_precision
-    yield type(torch.backends.cuda.matmul), "__setattr__", _matmul_switch
+    yield from switch_calls()
     yield from saving_calls()
 
 
@@ -93,7 +94,8 @@ def _autocast(recorder: Recorder, original: Any, self: Any) -> Any:
         recorder.root.data["within"][self.device] = self.fast_dtype
     recorder.autocast.append((self.device, self.fast_dtype) if self._enabled else (self.device, None))
     asked = recorder.asked.get(self, self._enabled)
-    recorder.contexts.append(Context(self.device, self.fast_dtype, asked, self._enabled))
+    library = recorder.where.library(2)
+    recorder.contexts.append(Context(self.device, self.fast_dtype, asked, self._enabled, library))
     return result
 
 
@@ -150,6 +152,7 @@ def _around_backward(recorder: Recorder, roots: list[Tensor], run: Callable[[], 
             scaler=found.scaler,
             partly=found.partly,
             autocast=[each for each in sorted(types) if torch.is_autocast_enabled(each)],
+            contexts=list(recorder.contexts),
             graph=roots[0].requires_grad,
             ids=[],
             fresh=[],
@@ -173,15 +176,3 @@ def _saved_hooks(recorder: Recorder, original: Any, self: Any) -> Any:
 def _optimizer_made(recorder: Recorder, original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     original(self, *args, **kwargs)
     recorder.counted.made(self)
-
-
-def _matmul_precision(recorder: Recorder, original: Any, precision: str) -> None:
-    recorder.note("switches", name="torch.set_float32_matmul_precision", value=precision, tf32=precision != "highest")
-    original(precision)
-
-
-def _matmul_switch(recorder: Recorder, original: Any, self: Any, name: str, value: Any) -> None:
-    if name in ("allow_tf32", "fp32_precision"):
-        tf32 = value in (True, "tf32")
-        recorder.note("switches", name=f"torch.backends.cuda.matmul.{name}", value=value, tf32=tf32)
-    original(self, name, value)

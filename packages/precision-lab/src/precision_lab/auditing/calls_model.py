@@ -25,6 +25,7 @@ def _module_cast(recorder: Recorder, original: Any, self: nn.Module, *args: Any,
     if recorder.in_cast or torch.compiler.is_compiling():
         return original(self, *args, **kwargs)
     recorder.in_cast = True
+    ids = [id(each) for each in self.parameters()]
     try:
         before = [each.dtype for each in (*self.parameters(), *self.buffers())]
         result = original(self, *args, **kwargs)
@@ -32,7 +33,8 @@ def _module_cast(recorder: Recorder, original: Any, self: nn.Module, *args: Any,
         recorder.in_cast = False
     for old, new in zip(before, (*self.parameters(), *self.buffers()), strict=False):
         if old is not new.dtype and (old.is_floating_point or old.is_complex):
-            recorder.note("module_cast", root=type(self).__name__, path=recorder.names.path(self), of=old, to=new.dtype)
+            path = recorder.names.path(self)
+            recorder.note("module_cast", root=type(self).__name__, path=path, ids=ids, of=old, to=new.dtype)
             break
     return result
 

@@ -19,11 +19,17 @@ class Remedy:
     lightning: str = ""
     accelerate: str = ""
     transformers: str = ""
+    trainer: str = ""  # Lightning's Trainer, where that is told otherwise than its Fabric
+    deepspeed: str = ""
 
-    def for_(self, libraries: list[str]) -> str:
-        """Returns the text for the first of the libraries that has one."""
+    def for_(self, libraries: list[str], host: str = "") -> str:
+        """Returns the text for the first of the libraries that has one, by the class that the user made of it."""
+        lightning = self.lightning
+        if host == "Trainer":
+            lightning = self.trainer or lightning.replace("Fabric(", "Trainer(")
         texts = {
-            "Lightning": self.lightning,
+            "Lightning": lightning,
+            "DeepSpeed": self.deepspeed,
             "Accelerate": self.accelerate,
             "transformers": self.transformers,
             "TRL": self.transformers,
@@ -31,7 +37,8 @@ class Remedy:
         }
         # transformers' Trainer trains through Accelerate: the user types transformers' arguments.
         order = sorted(libraries, key=lambda name: name not in ("transformers", "TRL"))
-        return next((texts[name] for name in order if texts.get(name)), self.torch)
+        found = next((texts[name] for name in order if texts.get(name)), self.torch)
+        return found.replace("TrainingArguments(", f"{host}(") if host.endswith(("Config", "Arguments")) else found
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ class Gradients:
         self._derived: dict[int, _Derived] = {}
         self._before: dict[int, tuple[int, int]] = {}
 
+    @property
+    def nothing_known(self) -> bool:
+        """Whether there is no gradient, nor anything that was computed from one."""
+        return not self._derived and not self._known()
+
     def find(self, written: Any) -> list[int]:
         """Returns the ids of the parameters whose gradients are among the tensors."""
         return [id(param) for each in _flat(written) for param in self._found(storage(each))]
@@ -59,7 +64,7 @@ class Gradients:
         event: Callable[[list[int]], Event | None],
     ) -> None:
         """Called after an operation that may have read gradients; `event` makes what it is if it becomes a gradient."""
-        if not self._known():
+        if self.nothing_known:
             return
         ids, events = dict[int, None](), list[Event]()
         for each in inputs:
@@ -68,6 +73,8 @@ class Gradients:
             # What a number was computed by is no change of the gradients that it is multiplied with.
             events += derived.events if derived is not None and each.dim() else []
         degree = degree_of(name, args, [self.degree(each) for each in inputs]) if ids else 0.0
+        if result is None and name.startswith("_foreach_"):  # in place
+            result = args[0]
         for each in _flat(result):
             where = storage(each)
             if self._found(where):  # a view of one, or one that was written

@@ -13,14 +13,14 @@ _STATISTICS = ("running_mean", "running_var")
 def holds(tensor: Tensor, name: str = "") -> str:
     """Returns "frequencies", "positions", "angles" or "statistics" for a tensor whose values are rounded to half.
 
-    That is one of a half dtype, or one of float32 all of whose values are numbers of bfloat16, as a cast and a cast
+    That is one of a half dtype, or one of float32 all of whose values are numbers of one of them, as a cast and a cast
     back leave it. Empty for all others.
     """
     if type(tensor) is not Tensor or not 4 <= tensor.numel() <= _SEVERAL or tensor.device.type == "meta":
         return ""
     if tensor.dtype in HALVES and name.rpartition(".")[2] in _STATISTICS:
         return "statistics"
-    if tensor.dtype not in HALVES and not _was_rounded(tensor):
+    if tensor.dtype not in HALVES and rounded_to(tensor) is None:
         return ""
     value = tensor.detach().double().squeeze()
     if value.dim() == 1:
@@ -30,13 +30,23 @@ def holds(tensor: Tensor, name: str = "") -> str:
     return ""
 
 
-def _was_rounded(tensor: Tensor) -> bool:
+def rounded_to(tensor: Tensor) -> torch.dtype | None:
+    """Returns the half dtype to which all values of a float32 tensor were rounded; None: they were not."""
     if tensor.dtype is not torch.float32:
-        return False
+        return None
     value = tensor.detach()
     fractions = torch.frexp(value).mantissa.abs()
     plain = (fractions == 0.5) | (value == value.round())  # powers of two, whole numbers
-    return bool((value.bfloat16().float() == value).all()) and int((~plain).sum()) >= 4
+    if int((~plain).sum()) < 3 or _is_grid(value):
+        return None
+    return next((dtype for dtype in HALVES if bool((value.to(dtype).float() == value).all())), None)
+
+
+def _is_grid(value: Tensor) -> bool:
+    """Whether all are multiples of what half tells apart at the largest: made so, as steps of 1/4, not rounded."""
+    largest = torch.frexp(value.abs().max())[1]
+    steps = torch.ldexp(value.double(), 11 - largest)
+    return bool((steps == steps.round()).all())
 
 
 def _of_a_row(value: Tensor, dtype: torch.dtype, name: str) -> str:

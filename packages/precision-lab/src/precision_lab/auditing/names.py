@@ -46,6 +46,10 @@ class Names:
         found = self._paths.get(id(module))
         return type(module).__name__ if found is None else found
 
+    def root(self, module: nn.Module) -> nn.Module:
+        """Returns the model that contains the module."""
+        return next((root for root in self.roots if any(each is module for each in root.modules())), module)
+
     def knows(self, module: nn.Module) -> bool:
         """Whether a model that was seen contains it."""
         return id(module) in self._paths

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision_lab.auditing.by_hand import ByHand
 from precision_lab.auditing.flow import Flow
-from precision_lab.auditing.gradients import factor_of
+from precision_lab.auditing.gradients import factor_of, storage
+from precision_lab.auditing.hand_steps import Taken
 from precision_lab.auditing.holds import HALVES as HALVES
 from precision_lab.auditing.kinds import CAST, LOSS, OTHER, PRODUCTS, REDUCE, SOFTMAX, SUM, kind_of
 from precision_lab.auditing.record import BACKWARD, FORWARD, LOOP, STEP, Event, Op
@@ -69,7 +70,7 @@ class Ops(TorchDispatchMode):
         self._recorder = recorder
         self._rows: dict[Any, Op] = {}
         self._kinds: dict[Any, tuple[str, str, bool]] = {}  # operation -> name, kind, whether it writes an argument
-        self._origin: dict[int, tuple[str, Line | None]] = {}  # number of an autograd node -> where it was made
+        self.origin: dict[int, tuple[str, Line | None]] = {}  # number of an autograd node -> where it was made
         self._under: set[int] = set()  # numbers of those made under autocast
         self.flow = Flow()
         self._by_hand = ByHand()
@@ -92,13 +93,30 @@ class Ops(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and not isinstance(args[0], Tensor):
             return args[0]  # a mode is given a number where torch had wrapped it in a tensor
+        watched = self._recorder.running and os.getpid() == self._pid  # not in a DataLoader's forked worker
+        taken = self._before(func, args) if watched else []
         result = func(*args, **kwargs)
-        if self._recorder.running and os.getpid() == self._pid:  # not in a DataLoader's forked worker
+        if watched:
             try:
                 self._note(func, args, kwargs, result)
+                if taken:
+                    self._recorder.hand_steps.after(taken, self._recorder.where.line(3))
             except Exception as error:  # the loop is the user's: it goes on, whatever an operand is
                 self._recorder.note_unseen(f"operations {func}: {type(error).__name__}: {error}")
         return result
+
+    def _before(self, func: Any, args: tuple[Any, ...]) -> Taken:
+        """Looks at an operation of the loop that writes, before it does."""
+        recorder = self._recorder
+        known = self._kinds.get(func)
+        if (known is not None and not known[2]) or recorder.stack or recorder.in_step or recorder.in_backward:
+            return []
+        try:
+            with recorder.quiet():
+                return recorder.hand_steps.before(func._schema.name.partition("::")[2], args)
+        except Exception as error:
+            recorder.note_unseen(f"operations {func}: {type(error).__name__}: {error}")
+            return []
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         known = self._kinds.get(func)
@@ -132,16 +150,16 @@ class Ops(TorchDispatchMode):
         autocast = bool(recorder.autocast and inputs) and recorder.autocast_dtype(inputs[0].device.type) is not None
         under = autocast
         if phase == BACKWARD and node is not None:
-            module, line = self._origin.get(node._sequence_nr(), ("", None))
+            module, line = self.origin.get(node._sequence_nr(), ("", None))
             under = node._sequence_nr() in self._under
         else:
             module, line = recorder.module_path(), recorder.where.line(3)
             number = torch._C._autograd._get_sequence_nr() - 1
-            if phase != STEP and number not in self._origin:  # what runs after it without a node of its own is not it
+            if phase != STEP and number not in self.origin:  # what runs after it without a node of its own is not it
                 # The node of a Function of Python has a number before the operations in its forward.
                 for each in range(max(number - 8, 0), number + 1):
-                    if each not in self._origin:
-                        self._origin[each] = module, line
+                    if each not in self.origin:
+                        self.origin[each] = module, line
                         self._under |= {each} if autocast else set()
         if phase == LOOP:
             self._note_gradients(name, writes, args, inputs, result, line)
@@ -177,6 +195,8 @@ class Ops(TorchDispatchMode):
         if phase == FORWARD:
             self.flow.follow(func, row, inputs, outputs)
         to_half = kind is CAST and out in HALVES and phase in (FORWARD, LOOP)
+        if to_half and phase == LOOP and line is not None and outputs[0].dim() and not inputs[0].dtype.is_complex:
+            recorder.cast_to_half[storage(outputs[0])] = line
         if to_half and not torch.is_grad_enabled() and recorder.is_trained(inputs[0]):
             recorder.note("cast_without_gradients", line, name=recorder.names.param(inputs[0]))
 
@@ -197,10 +217,25 @@ class Ops(TorchDispatchMode):
         elif name == "_local_scalar_dense" and (read := gradients.computed_from(inputs[0])):
             recorder.note("gradients_read", line, ids=list(read))
         elif inputs and not name.startswith(_MAKING):
+            self._note_added(name, inputs, line)
             in_loop = "clip_grad" not in "".join(recorder.where.functions(4))
             changes = in_loop and name.removeprefix("_foreach_") in _CHANGING
             event = (lambda ids: self._changed(name, args, [], line)) if changes else lambda ids: None
             gradients.follow(name, args, inputs, result, event)
+
+    def _note_added(self, name: str, inputs: list[Tensor], line: Line | None) -> None:
+        """Notes that gradients are added up in half, in tensors of the user's own."""
+        if name.removeprefix("_foreach_").rstrip("_") != "add" or len(inputs) < 2 or inputs[0].dtype not in HALVES:
+            return
+        computed_from, half = self._recorder.gradients.computed_from, len(inputs) // 2
+        ids = [
+            each
+            for into, other in zip(inputs[:half], inputs[half:], strict=False)
+            if other.dim()
+            for each in set(computed_from(other)) & set(computed_from(into))
+        ]
+        if ids:
+            self._recorder.note("added", line, ids=ids, dtype=inputs[0].dtype)
 
     def _note_hook(self, name: str, args: tuple[Any, ...], param: Any) -> None:
         """Notes what a hook of the user's does to a parameter's gradient within backward."""

@@ -59,6 +59,11 @@ def state_of(optimizer: Any) -> dict[str, Any]:
         "ids": [id(param) for param in params],
         "without": [id(param) for param in params if param.requires_grad and param.grad is None],
         "dtypes": {param.dtype for param in params if param.requires_grad},
+        "lrs": [
+            float(lr)
+            for group in getattr(optimizer, "param_groups", ())
+            if isinstance(lr := group.get("lr"), (int, float))
+        ],
     }
 
 

@@ -70,7 +70,7 @@ def _head(report: Report, script: str, headline: str, clean: bool) -> str:
 
 
 def _finding(report: Report, finding: Finding, others: list[str]) -> str:
-    remedy = finding.remedy.for_(report.record.libraries)
+    remedy = finding.remedy.for_(report.record.libraries, report.record.host)
     sure = "" if finding.sure == "certain" else f" ({finding.sure})"
     same = html.escape(f"; the same in {listed(others)}") if others else ""
     source = f"<pre>{html.escape(finding.line.text)}</pre>" if finding.line and finding.line.text else ""

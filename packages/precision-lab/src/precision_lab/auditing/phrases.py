@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 import torch
@@ -48,7 +49,8 @@ def is_asked(record: Record) -> bool:
     """
     by_trainer = any(event.library in ("transformers", "TRL") for event in record.of("step"))
     mixed = any(op.autocast for op in record.ops if op.phase == FORWARD)
-    return bool(record.engines) or (by_trainer and mixed)
+    half = any(each.kind in ("params", "frozen") and each.dtype in HALVES for each in record.stored)
+    return bool(record.engines) or (by_trainer and mixed and half)
 
 
 def cast_line(record: Record, to: Iterable[torch.dtype] = HALVES) -> Line | None:
@@ -56,5 +58,15 @@ def cast_line(record: Record, to: Iterable[torch.dtype] = HALVES) -> Line | None
     wanted = set(to)
     casts: list[Event] = [event for event in record.of("module_cast") if event.to in wanted]
     made: list[Event] = [event for event in record.of("made_half") if event.dtype in wanted]
-    found = casts[-1:] or made or record.of("step")
+    if (line := _storage_line(record, wanted)) is not None:
+        return line
+    default = [event for event in record.of("default_dtype") if event.dtype in wanted] if made else []
+    found = casts[-1:] or default or made or record.of("step")
     return found[0].line if found else None
+
+
+def _storage_line(record: Record, wanted: set[torch.dtype]) -> Line | None:
+    """Returns where parameters were cast one by one, as `param.data = param.data.half()` does: of most of them."""
+    halves = [each.name for each in record.stored if each.kind == "params" and each.dtype in wanted]
+    lines = Counter(record.cast_lines[name] for name in halves if name in record.cast_lines)
+    return lines.most_common(1)[0][0] if lines else None

@@ -51,6 +51,7 @@ class Context:
     dtype: torch.dtype
     asked: bool  # False where enabled=False was passed
     enabled: bool  # False also where torch disabled it, with a warning
+    library: str = ""  # that entered it for the user
 
 
 @dataclass
@@ -65,8 +66,8 @@ class Event:
     autocast        device, dtype, enabled, asked (False where enabled=False was), cache, inside: a context was entered,
                     in that module's forward
     backward        dtype, device, factor (what the loss was multiplied with), scaler (whose scale that is), partly
-                    (scaled), autocast (device types), graph, ids (of parameters that got a gradient), fresh (of those
-                    that had none before), products (dtypes of backward's products)
+                    (scaled), autocast (device types), contexts (open ones), graph, ids (of parameters that got a
+                    gradient), fresh (of those that had none before), products (dtypes of backward's products)
     autograd_grad   torch.autograd.grad was called, create_graph
     assigned        ids (of parameters whose gradient is what torch.autograd.grad returned), factor, scaler
     scale           scaler, scale
@@ -84,17 +85,21 @@ class Event:
     scaler_step     scaler, optimizer, ran (None: it raised), ids, without, dtypes
     scaler_update   scaler, ran (None: it raised)
     step            optimizer, name (of its class), ids (of its parameters), without (those that train and have no
-                    gradient), dtypes, closure, scaler (whose step made this one), grad_scale (left to a fused step),
-                    cache
+                    gradient), dtypes, lrs (of its groups), closure, scaler (whose step made this one), grad_scale
+                    (left to a fused step), cache
+    hand_step       ids: parameters were written by the loop itself, with what was computed from their gradients
+    added           ids, dtype: gradients were added up in half, in tensors of the loop's own
     stepped         as step, of one with a closure, when it has ended
     recast          names (of parameters), old and new dtype: they had another one at the step before
     scheduler       scheduler, optimizer
     saved           file, tensors (key path -> dtype), scaler and optimizer: whether their state is in it, numbers
     reduce          op, dtype, elements, phase
-    module_cast     root (class), path, of, to: model.bfloat16(), model.to(...) changed dtypes, the first that changed
+    module_cast     root (class), path, ids (of its parameters), of, to: model.bfloat16(), model.to(...) changed
+                    dtypes, the first that changed
     made_half       dtype: of the first parameter that a module got in half without a cast of a model
     comm_hook       name: a hook of DDP's that reduces gradients in its own way
-    switches        one of torch's switches for float32 products was set: name, value, tf32
+    switches        one of torch's switches for float32 products was set: name, value, tf32, of (matmul, conv, all)
+    default_dtype   dtype: a half one was set as torch's default
     cast_without_gradients  name (of a parameter that was cast to half under no_grad)
 
     Scalers and optimizers are ids, equal for the same object.
@@ -181,7 +186,14 @@ class Record:
     libraries: list[str] = field(default_factory=list)  # that were seen to run the loop
     trained: dict[str, torch.dtype] = field(default_factory=dict)  # name of a parameter -> dtype at its last step
     params: dict[int, str] = field(default_factory=dict)  # id of a parameter -> name, empty where no model has it
+    cast_lines: dict[str, Line] = field(default_factory=dict)  # half parameter -> where what it holds was cast
+    rate_line: Line | None = None  # of the script, that sets a learning rate, as far as its text shows
     backends: dict[str, Any] = field(default_factory=dict)  # torch's own switches: matmul precision, TF32
+
+    @property
+    def host(self) -> str:
+        """The class of the library by which the script asks for its precision: "Trainer", "SFTConfig"."""
+        return self.asked[0].text.partition("(")[0] if self.asked else ""
 
     def count(self, kind: str) -> int:
         """How many events of the kind there are."""

@@ -10,21 +10,20 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import _disable_current_modes
 
 from precision_lab.auditing.asked import read_asked
 from precision_lab.auditing.calls import watch_calls
 from precision_lab.auditing.gradients import Gradients, storage
 from precision_lab.auditing.graph import saved_activations
-from precision_lab.auditing.models import read_model
+from precision_lab.auditing.hand_steps import HandSteps
+from precision_lab.auditing.holds import HALVES
+from precision_lab.auditing.hooks import Hooks
 from precision_lab.auditing.names import Names
 from precision_lab.auditing.ops import Ops
-from precision_lab.auditing.optimizers import Steps, has_closure, ids_of, note_step, note_stepped
+from precision_lab.auditing.optimizers import Steps
 from precision_lab.auditing.record import Context, Event, Record
-from precision_lab.auditing.sample import Sample
 from precision_lab.auditing.stored import read_stored
 from precision_lab.auditing.switches import switches
 from precision_lab.auditing.where import Line, Where
@@ -55,10 +54,11 @@ class Recorder:
         self.in_cast = False  # in a module's `to`, of which each child's is a part
         self.checkpointed = False
         self.optimizers: dict[int, Optimizer] = {}
-        self._on_step = on_step
-        self._ops = Ops(self)
+        self.on_step = on_step
+        self.ops = Ops(self)
         self._exit = ExitStack()
         self.counted = Steps()
+        self.hand_steps = HandSteps(self)
         self.gradients = Gradients(self.params)
         self.scaled: dict[int, tuple[int, float]] = {}  # number of an autograd node -> scaler that made it, scale
         self.watch_late: Callable[[], None] = lambda: None
@@ -68,24 +68,17 @@ class Recorder:
         self.backward_dtypes: set[torch.dtype] = set()  # of products in the backward that runs
         self.asked = WeakKeyDictionary[Any, bool]()  # autocast contexts -> whether enabled=True was asked for
         self.cache = 0  # number of the weight cache of autocast that is in use
-        self._backwards: dict[int, int] = {}
-        self._samples: dict[int, Sample] = {}
+        self.cast_to_half: dict[int, Line] = {}  # memory of a result -> where it was cast to half, outside of models
+        self.backwards: dict[int, int] = {}  # id of a parameter -> backwards since its last step
         self._kept: list[Any] = []  # whose id stands for them in what was seen
 
     # ---------------------------------------------------------------- begin and end
 
     def __enter__(self) -> Recorder:
-        hooks = (
-            register_module_forward_pre_hook(self._before_forward),
-            register_module_forward_hook(self._after_forward, always_call=True),
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
-        )
-        for hook in hooks:
-            self._exit.callback(hook.remove)
+        Hooks(self).register(self._exit)
         self._compiled = _compiled_frames()
         self._exit.enter_context(watch_calls(self))
-        self._exit.enter_context(self._ops)
+        self._exit.enter_context(self.ops)
         self.running = True
         return self
 
@@ -96,7 +89,7 @@ class Recorder:
 
     def _finish(self) -> None:
         record = self.record
-        record.ops = self._ops.rows
+        record.ops = self.ops.rows
         record.steps = self.steps
         self.names.refresh()
         record.modules = {
@@ -104,7 +97,11 @@ class Recorder:
         }
         record.stored += read_stored(self.names, list(self.optimizers.values()))
         record.backends = switches()
+        record.rate_line = self.where.rate_line()
         record.params = {id(param): self.names.param(param) or "" for param in self.params()}
+        for param in self.params():
+            if param.dtype in HALVES and (line := self.cast_to_half.get(storage(param))) is not None:
+                record.cast_lines[record.params[id(param)]] = line
         record.events = [event for event in record.events if event.kind not in ("gradients", "assigned") or event.ids]
         if not record.of("forward"):
             self.note_unseen(
@@ -120,8 +117,8 @@ class Recorder:
 
     @property
     def steps(self) -> int:
-        """Training steps that have begun: of the optimizer that stepped least often."""
-        return self.counted.all
+        """Training steps that have begun: of the optimizer that stepped least often; without one, of those by hand."""
+        return self.counted.all or self.hand_steps.count
 
     @staticmethod
     def quiet() -> AbstractContextManager[None]:
@@ -192,7 +189,8 @@ class Recorder:
             self._asked = True
             self.record.asked = read_asked(self.where)
         if self.steps == 0 and not self.checkpointed and not self.record.saved:
-            self.record.saved = saved_activations(roots, self._ops._origin, {storage(each) for each in self.params()})
+            self.record.saved = saved_activations(roots, self.ops.origin, {storage(each) for each in self.params()})
+        self.hand_steps.before_backward()
         self.gradients.settle()
         self.gradients.before_backward()
         self.backward_dtypes = set()
@@ -204,91 +202,14 @@ class Recorder:
             event.data.update(ids=written, fresh=fresh, products=sorted(self.backward_dtypes, key=str))
         for param in self.params():
             if param.grad is not None:
-                self._backwards[id(param)] = self._backwards.get(id(param), 0) + 1
+                self.backwards[id(param)] = self.backwards.get(id(param), 0) + 1
 
     def attempted(self, optimizer: Optimizer) -> None:
         """Called where a step of the optimizer begins, or was skipped by a scaler."""
-        if self._on_step is not None and self.counted.of(optimizer):
-            self._on_step(self.steps)
+        if self.on_step is not None and self.counted.of(optimizer):
+            self.on_step(self.steps)
         self.optimizers[id(optimizer)] = optimizer
         self.counted.begin(optimizer)
-
-    # ---------------------------------------------------------------- hooks
-
-    def _before_forward(self, module: nn.Module, inputs: Any) -> None:
-        if torch.compiler.is_compiling() or not self.running:
-            return
-        if not self.stack:
-            within = self.in_backward or self.in_step  # a recomputation, a closure
-            if module.training and torch.is_grad_enabled() and self._on_step is not None and not within:
-                self._on_step(self.steps)
-            self.names.add(module)
-        elif not self.names.knows(module):
-            self.names.refresh()
-        path = self.names.path(module)
-        if not self.stack:
-            self._note_root(module, path, inputs)
-            read_model(self.record, self.names, module)
-            self._ops.flow.begin(self.names.roots)
-        self.stack.append(path)
-
-    def _note_root(self, module: nn.Module, path: str, inputs: Any) -> None:
-        device = next((param.device.type for param in module.parameters()), None)
-        if device is not None and device not in self.record.devices:
-            self.record.devices.append(device)
-        types = {"cpu", *self.record.devices}
-        self.root = self.note(
-            "forward",
-            root=path,
-            params=sum(1 for _ in module.parameters()),
-            autocast={each: torch.get_autocast_dtype(each) for each in types if torch.is_autocast_enabled(each)},
-            grad=torch.is_grad_enabled(),
-            training=module.training,
-            recompute=bool(self.in_backward),
-            device=device,
-            contexts=list(self.contexts),
-            within={},
-            cache=self.open_cache(),
-            ids=[id(param) for param in module.parameters() if param.requires_grad],
-            inputs=[each.dtype for each in torch.utils._pytree.tree_leaves(inputs) if isinstance(each, Tensor)],
-            outputs=[],
-        )
-
-    def _after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not self.running or not self.stack:
-            return
-        self.stack.pop()
-        if not self.stack:
-            leaves = torch.utils._pytree.tree_leaves(dict(output) if hasattr(output, "keys") else output)
-            self.root.data["outputs"] = [each.dtype for each in leaves if isinstance(each, Tensor)]
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self.running:
-            return
-        self.attempted(optimizer)
-        self.in_step += 1
-        self.gradients.settle()
-        self.watch_late()
-        note_step(self, optimizer, closure=has_closure(args, kwargs))
-        for param in self.params():
-            name = self.names.param(param)
-            count = self._backwards.get(id(param), 0)
-            if name is not None and param.grad is not None:
-                self.record.micro_batches[name] = max(self.record.micro_batches.get(name, 0), count)
-        with self.quiet():
-            self._samples[id(optimizer)] = Sample(optimizer, self.names, self.record)
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self.running or not self.in_step:
-            return
-        self.in_step -= 1
-        with self.quiet():
-            self._samples.pop(id(optimizer)).compare()
-        if has_closure(args, kwargs):
-            note_stepped(self, optimizer)
-        for identity in ids_of(optimizer):
-            self._backwards.pop(identity, None)
-        self.gradients.forget()
 
 
 def _compiled_frames() -> int:

@@ -55,7 +55,7 @@ class Report:
                     "line": each.line.number if each.line else None,
                     "what": each.what,
                     "why": each.why,
-                    "remedy": each.remedy.for_(self.record.libraries),
+                    "remedy": each.remedy.for_(self.record.libraries, self.record.host),
                     "with_precision": each.remedy.ours,
                 }
                 for each in self.findings

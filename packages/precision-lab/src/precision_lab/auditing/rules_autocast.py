@@ -15,6 +15,7 @@ from precision_lab.auditing.replay import ENGINES, name_of
 
 _OURS = 'Fabric(precision="bf16-mixed") enters autocast for the device that it moves the model to, around forward alone'
 _LIGHTNING = 'leave autocast to Fabric(precision="bf16-mixed"), or enter fabric.autocast()'
+_TRAINER = 'leave autocast to Trainer(precision="bf16-mixed"), which runs training_step under it'
 _ACCELERATE = 'leave autocast to Accelerator(mixed_precision="bf16"), or enter accelerator.autocast()'
 
 
@@ -57,6 +58,7 @@ def _does_nothing(record: Record, context: Context, what: str, cause: str) -> Fi
             torch="torch.autocast(device_type=next(model.parameters()).device.type, dtype=torch.bfloat16)",
             ours=_OURS,
             lightning=_LIGHTNING,
+            trainer=_TRAINER,
             accelerate=_ACCELERATE,
         ),
         line=entered[0].line if entered else None,
@@ -84,6 +86,7 @@ def around_nothing(record: Record) -> Iterator[Finding]:
                 torch="enter torch.autocast around the call of the model, and the loss",
                 ours=_OURS,
                 lightning=_LIGHTNING,
+                trainer=_TRAINER,
                 accelerate=_ACCELERATE,
             ),
             line=entered[0].line,
@@ -93,7 +96,7 @@ def around_nothing(record: Record) -> Iterator[Finding]:
 def around_backward(record: Record) -> Iterator[Finding]:
     """Backward ran inside of an autocast context."""
     for event in record.of("backward"):
-        if event.autocast and event.library not in ENGINES:
+        if event.autocast and event.library not in ENGINES and not _by_trainer(record, event):
             yield Finding(
                 "autocast-around-backward",
                 "warning",
@@ -106,10 +109,17 @@ def around_backward(record: Record) -> Iterator[Finding]:
                     "behind it",
                     ours="fabric.backward(loss), outside of fabric.autocast()",
                     lightning="call fabric.backward(loss) outside of fabric.autocast()",
+                    trainer="return the loss from training_step, or call self.manual_backward(loss) outside of your "
+                    "own torch.autocast",
                     accelerate="call accelerator.backward(loss) outside of accelerator.autocast()",
                 ),
                 line=event.line,
             )
+
+
+def _by_trainer(record: Record, event: Event) -> bool:
+    """Whether all that is open was entered by Lightning's Trainer, which runs the whole training_step under it."""
+    return record.host == "Trainer" and all(each.library == "Lightning" for each in event.contexts)
 
 
 def forward_outside(record: Record) -> Iterator[Finding]:
@@ -138,6 +148,7 @@ def forward_outside(record: Record) -> Iterator[Finding]:
                     "is meant so",
                     ours="call the model that fabric.setup returned: its forward has autocast",
                     lightning="call the model that fabric.setup returned",
+                    trainer="compute it in training_step, without torch.autocast(enabled=False)",
                     accelerate="call the model that accelerator.prepare returned",
                 ),
                 line=event.line,
@@ -167,6 +178,7 @@ def stale_casts(record: Record) -> Iterator[Finding]:
                     torch="enter torch.autocast in each iteration, around forward and loss alone; the step behind it",
                     ours=_OURS,
                     lightning=_LIGHTNING,
+                    trainer=_TRAINER,
                     accelerate=_ACCELERATE,
                 ),
                 line=event.line,
@@ -189,14 +201,40 @@ def cast_without_gradients(record: Record) -> Iterator[Finding]:
                     f"{name} trains, was cast to half under no_grad, and had no gradient at the step",
                     "a half copy that was made under no_grad is a constant to autograd; what is computed with it does "
                     "not reach the parameter, which stays as it is",
-                    Remedy(
-                        torch="cast within the forward that trains; a no_grad forward of the same model gets a "
-                        "torch.autocast context of its own",
-                        ours="evaluate outside of fabric.autocast(): each forward has a context of its own",
-                    ),
+                    _OWN_CONTEXT,
                     line=cast[name].line,
                     module=name.rpartition(".")[0],
                 )
+
+
+def cast_under_no_grad(record: Record) -> Iterator[Finding]:
+    """A forward under no_grad shares autocast's weight cache with one that trains: in older versions of torch the cast
+    weights stay without gradients."""
+    without: dict[int, Event] = {}  # cache -> forward under no_grad in it
+    for event in record.of("forward"):
+        if event.cache is None or event.device not in event.autocast or not event.ids:
+            continue
+        before = without.get(event.cache)
+        if not event.grad:
+            without.setdefault(event.cache, event)
+        elif before is not None and set(before.ids) & set(event.ids):
+            yield Finding(
+                "cast-without-gradients",
+                "info",
+                f"a forward under no_grad runs in the same autocast context as one that trains, {event.line}",
+                "autocast keeps the cast weights until the context ends. In older versions of torch those cast under "
+                "no_grad were used by the forward that trains, whose weights then got no gradients; here they do",
+                _OWN_CONTEXT,
+                line=before.line,
+                module=before.root,
+            )
+
+
+_OWN_CONTEXT = Remedy(
+    torch="cast within the forward that trains; a no_grad forward of the same model gets a torch.autocast context of "
+    "its own",
+    ours="evaluate outside of fabric.autocast(): each forward has a context of its own",
+)
 
 
 def _under(event: Event) -> dict[str, torch.dtype]:
@@ -220,4 +258,5 @@ RULES = (
     forward_outside,
     stale_casts,
     cast_without_gradients,
+    cast_under_no_grad,
 )

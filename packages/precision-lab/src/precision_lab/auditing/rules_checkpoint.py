@@ -16,7 +16,7 @@ _OURS = 'fabric.save("last.ckpt", {"model": model, "optimizer": optimizer}) save
 
 def scaler_not_saved(record: Record) -> Iterator[Finding]:
     """A checkpoint to go on from has the optimizer's state and not the scaler's."""
-    scales = {event.scale for event in record.of("scale") if event.library not in ENGINES}
+    scales = {event.scale for event in record.of("scale")}
     if not scales:
         return
     saved = [event for event in record.of("saved") if event.library not in ENGINES]
@@ -38,7 +38,10 @@ def scaler_not_saved(record: Record) -> Iterator[Finding]:
                     ours=_OURS,
                     lightning='make the scaler yourself, Fabric(plugins=MixedPrecision("16-mixed", device, '
                     "scaler=scaler)), and add scaler.state_dict() to what fabric.save gets: it has none",
+                    trainer="leave checkpoints to ModelCheckpoint, or trainer.save_checkpoint(path): the scaler's "
+                    "state is in them",
                     accelerate="accelerator.save_state(folder) saves the scaler, too",
+                    deepspeed="engine.save_checkpoint(folder) saves the loss scale, too",
                     transformers="leave checkpoints to Trainer, which writes scaler.pt",
                 ),
                 line=event.line,
@@ -104,7 +107,10 @@ def _finding(event: Event, rounded: dict[str, Pair], what: str, level: str) -> F
             "{k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}; model.half() changes the model itself",
             ours=_OURS,
             lightning='fabric.save(path, {"model": model, "optimizer": optimizer})',
+            trainer="leave ModelCheckpoint's file as it is, without a cast in on_save_checkpoint; cast a copy for use",
             accelerate="accelerator.save_state(folder)",
+            transformers="leave checkpoints to Trainer, or trainer.save_model(folder)",
+            deepspeed="engine.save_checkpoint(folder)",
         ),
         line=event.line,
         module=names[0].rpartition(".")[0] if len({name.rpartition(".")[0] for name in names}) == 1 else "",

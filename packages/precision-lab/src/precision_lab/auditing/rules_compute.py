@@ -28,29 +28,41 @@ def _by_module(record: Record, *phases: str) -> dict[str, list[Op]]:
 
 
 def norms_in_half(record: Record) -> Iterator[Finding]:
-    """Squares, their mean and its root in half: a norm written by hand."""
-    found = [op for op in record.ops if op.by_hand == "norm" and op.grad]
-    if not found:
-        return
-    modules = list(dict.fromkeys(op.module for op in found))
-    yield Finding(
-        "half-norm",
-        "info" if is_asked(record) else "warning",
-        f"a norm is computed in {dtypes(op.inputs[0] for op in found)}, by {found[0].name} and what stands "
-        f"before it, in "
-        f"{len(modules)} modules ({listed(modules)})",
-        "squares lose half of their digits in 8 bits of precision (bfloat16), and overflow above 255 in float16; the "
-        "error is the same for the whole row, so it does not average out",
-        Remedy(
-            torch="compute the norm in float32: x = x.float(), and .to(dtype) after it; or torch.nn.RMSNorm, "
-            "LayerNorm, "
-            "F.normalize, which do",
-            ours='the same, or Fabric(precision="bf16-true; *norm*: 32-true"), which keeps modules of that name '
-            "in float32",
-        ),
-        line=found[0].line,
-        module=modules[0],
-    )
+    """A norm that is written by hand: squares, their mean and its root in half, or a division by a norm in half."""
+    every = [op for op in record.ops if op.by_hand == "norm" and op.grad]
+    norms = [op for op in every if op.name == "linalg_vector_norm"]  # of x.norm() and F.normalize
+    squares = [op for op in every if op not in norms]
+    for found, why in ((squares, _SQUARES), (norms, _NORMS)):
+        if not found:
+            continue
+        modules = list(dict.fromkeys(op.module for op in found))
+        # On some devices autocast leaves x.norm() in half: it is torch that decides.
+        by_torch = found is norms and all(op.autocast for op in found)
+        yield Finding(
+            "half-norm",
+            "info" if is_asked(record) or by_torch else "warning",
+            f"a norm is computed in {dtypes(op.inputs[0] for op in found)}, by {found[0].name} and what stands "
+            f"beside it, in {len(modules)} modules ({listed(modules)})",
+            why,
+            Remedy(
+                torch="compute the norm in float32: x = x.float() before it, as in F.normalize(x.float(), dim=-1), and "
+                ".to(dtype) after it; or torch.nn.RMSNorm, LayerNorm, which compute in float32 inside",
+                ours='the same, or Fabric(precision="bf16-true; *norm*: 32-true"), which keeps modules of that name '
+                "in float32",
+            ),
+            line=found[0].line,
+            module=modules[0],
+        )
+
+
+_SQUARES = (
+    "squares lose half of their digits in 8 bits of precision (bfloat16), and overflow above 255 in float16; the "
+    "error is the same for the whole row, so it does not average out"
+)
+_NORMS = (
+    "the norm is rounded to 8 bits of precision (bfloat16), and then divides the whole row: the error does not average "
+    "out, and lengths are 1 but for 1/256; in float16 a small norm is zero"
+)
 
 
 def softmax_by_hand(record: Record) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Rules about a loop's order: zero_grad, backward, step and the scheduler."""
+"""Rules about a loop's order: zero_grad, backward and step, and about parameters that are replaced."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from precision_lab.auditing.finding import Finding, Remedy
 from precision_lab.auditing.ledger import short
 from precision_lab.auditing.record import Event, Record
-from precision_lab.auditing.replay import ENGINES, Moment, name_of, replay
+from precision_lab.auditing.replay import Moment, name_of, replay
 
 _ZERO = Remedy(
     torch="call optimizer.zero_grad() once in an iteration: after optimizer.step(), or before the first backward",
@@ -111,8 +111,16 @@ def replaced_parameters(record: Record) -> Iterator[Finding]:
             )
 
 
+_COPY = Remedy(
+    torch="cast a copy: copy.deepcopy(model).half(), or {k: v.half() for k, v in model.state_dict().items()}",
+    ours="cast a copy of the model that fabric.setup returned",
+    transformers="trainer.save_model(folder), then load and cast what was saved",
+    trainer="cast a copy: copy.deepcopy(self.net).half()",
+)
+
+
 def recast_while_training(record: Record) -> Iterator[Finding]:
-    """Parameters have another dtype than at the step before."""
+    """Parameters have another dtype than at the step before, or had one in between."""
     for event in record.of("recast"):
         saved = [each for each in record.of("saved") if each.step == event.step or each.step == event.step - 1]
         yield Finding(
@@ -122,14 +130,32 @@ def recast_while_training(record: Record) -> Iterator[Finding]:
             "model.half(), model.to(dtype) and the like change the model itself: training goes on with rounded "
             "parameters, and the optimizer's state is of another dtype than they"
             + (f"; {saved[-1].line} saved the model in between" if saved else ""),
-            Remedy(
-                torch="cast a copy: copy.deepcopy(model).half(), or {k: v.half() for k, v in "
-                "model.state_dict().items()}",
-                ours="cast a copy of the model that fabric.setup returned",
-            ),
+            _COPY,
             line=event.line,
             module=event.names[0].rpartition(".")[0] if len(event.names) == 1 else "",
         )
+
+
+def rounded_in_between(record: Record) -> Iterator[Finding]:
+    """A model that trains was cast to half and back between two steps."""
+    stepped = set[int]()
+    for number, event in enumerate(record.events):
+        if event.kind == "step":
+            stepped |= set(event.ids)
+        elif event.kind == "module_cast" and event.to.itemsize < event.of.itemsize and stepped & set(event.ids):
+            after = record.events[number + 1 :]
+            back = next((each for each in after if each.kind in ("step", "recast", "module_cast")), None)
+            if back is not None and back.kind == "module_cast" and set(back.ids) & set(event.ids):
+                yield Finding(
+                    "recast-while-training",
+                    "error" if back.to is event.of else "warning",
+                    f"the model that trains was cast from {short(event.of)} to {short(event.to)} and back",
+                    "model.half(), model.to(dtype) and the like change the model itself: the cast back does not bring "
+                    "back what was rounded, so training goes on from rounded parameters",
+                    _COPY,
+                    line=event.line,
+                    module=event.path,
+                )
 
 
 def _steps(record: Record) -> Iterator[Moment]:
@@ -143,74 +169,11 @@ def _taker(event: Event) -> str:
     return str(event.data.get("name", "scaler.step"))
 
 
-_AFTER = Remedy(
-    torch="step the scheduler only where the optimizer stepped: before = scaler.get_scale(); scaler.step(optimizer); "
-    "scaler.update(); if scaler.get_scale() >= before: scheduler.step()",
-    ours="scheduler = fabric.setup_schedulers(scheduler): its steps do nothing after a skipped optimizer step",
-    accelerate="scheduler = accelerator.prepare(scheduler) skips with the optimizer",
-)
-
-
-def scheduler_on_skipped_step(record: Record) -> Iterator[Finding]:
-    """The learning rate goes on although the scaler skipped the step."""
-    attempts: dict[int, list[Event]] = {}  # optimizer -> steps tried since the scheduler's last step
-    guarded = any(event.library == "" for event in record.of("scale_read"))
-    for event in record.events:
-        if event.kind == "scaler_step" and event.ran is not None:
-            attempts.setdefault(event.optimizer, []).append(event)
-        if event.kind != "scheduler" or event.library in ENGINES:
-            continue
-        tried = attempts.pop(event.optimizer, [])
-        if tried and not any(each.ran for each in tried):
-            yield Finding(
-                "scheduler-on-skipped-step",
-                "info" if event.library == "Lightning" else "warning",
-                "the scheduler stepped after a step that the scaler had skipped",
-                "gradients had overflowed, so the parameters stayed, and the learning rate moved on: warm-up is "
-                "shorter "
-                "than planned, by one step for each skipped one",
-                _AFTER,
-                line=event.line,
-            )
-        elif len(tried) == 1 and not guarded and event.library == "":
-            yield Finding(
-                "scheduler-unguarded",
-                "info",
-                "the scheduler steps after each scaler.step, skipped or not; none was skipped here",
-                "where gradients overflow the scaler skips the optimizer's step alone",
-                _AFTER,
-                line=event.line,
-            )
-
-
-def scheduler_before_optimizer(record: Record) -> Iterator[Finding]:
-    """In each iteration the scheduler steps first, so the first learning rate is never used."""
-    order: dict[int, list[Event]] = {}
-    for event in record.of("scheduler", "step", "scaler_step"):
-        if event.kind != "step" or event.scaler is None:  # a step within scaler.step counts once
-            order.setdefault(event.optimizer, []).append(event)
-    for events in order.values():
-        kinds = "".join("S" if event.kind == "scheduler" else "P" for event in events)
-        first = events[0]
-        if kinds.startswith("SPSP") or (kinds in ("SP", "SPS") and first.step == 0 and _after_backward(record, first)):
-            yield Finding(
-                "scheduler-before-optimizer",
-                "warning",
-                "scheduler.step() runs before the optimizer's step",
-                "the first learning rate of the schedule is skipped, and all others come a step early",
-                Remedy(
-                    torch="call optimizer.step() (or scaler.step(optimizer)), then scheduler.step()",
-                    ours="call optimizer.step(), then scheduler.step()",
-                ),
-                line=first.line,
-            )
-
-
-def _after_backward(record: Record, event: Event) -> bool:
-    return any(each.kind == "backward" for each in record.events[: record.events.index(event)])
-
-
 RULES = (
-    *(gradients_kept, cleared_before_step, stepped_without_gradients, replaced_parameters, recast_while_training),
-    *(scheduler_on_skipped_step, scheduler_before_optimizer),
+    gradients_kept,
+    cleared_before_step,
+    stepped_without_gradients,
+    replaced_parameters,
+    recast_while_training,
+    rounded_in_between,
 )

@@ -18,6 +18,9 @@ _SCALE = Remedy(
     "needs no scale",
     ours='Fabric(precision="16-mixed"): fabric.backward(loss) scales, on every device; or precision="bf16-mixed"',
     lightning='Fabric(precision="16-mixed") and fabric.backward(loss); Trainer(precision="16-mixed") scales by itself',
+    trainer='Trainer(precision="16-mixed") scales by itself; under manual optimization call '
+    "self.manual_backward(loss) in place of loss.backward()",
+    deepspeed='engine.backward(loss) in place of loss.backward(): with "fp16": {"enabled": true} the engine scales',
     accelerate='Accelerator(mixed_precision="fp16") and accelerator.backward(loss) in place of loss.backward()',
     transformers="TrainingArguments(fp16=True) scales by itself; or bf16=True",
 )
@@ -127,6 +130,8 @@ _STEP = Remedy(
     ours='fabric.backward(loss) and optimizer.step() under Fabric(precision="16-mixed") unscale by themselves',
     accelerate="step the optimizer that accelerator.prepare returned",
     lightning="step the optimizer that fabric.setup returned",
+    trainer="step the optimizer that self.optimizers() returns",
+    deepspeed="engine.step() in place of optimizer.step()",
 )
 
 

@@ -13,7 +13,8 @@ from precision_lab.auditing.record import BACKWARD, FORWARD, Op, Record
 def frozen_recast(record: Record) -> Iterator[Finding]:
     """Frozen float32 parameters are cast by autocast in every forward: its cache holds only what trains."""
     found = [op for op in record.ops if op.kind == CAST and op.operand and op.output in HALVES and not op.grad]
-    found = [op for op in found if op.autocast]
+    trained = {record.params.get(each) for event in record.of("backward") for each in event.ids}
+    found = [op for op in found if op.autocast and op.operand not in trained]  # some are frozen for a part of a step
     if not found:
         return
     names = [op.operand for op in found]
@@ -30,6 +31,8 @@ def frozen_recast(record: Record) -> Iterator[Finding]:
             torch="cast the frozen part once: encoder.bfloat16(), with batch norms left in float32",
             ours='Fabric(precision="bf16-mixed; encoder: bf16-true") stores the frozen part in bfloat16',
             lightning="encoder.bfloat16() before fabric.setup",
+            trainer="self.encoder.bfloat16() in __init__ or configure_model",
+            transformers="load the frozen base model with from_pretrained(..., dtype=torch.bfloat16)",
         ),
         line=found[0].line,
         module=module_of(list(dict.fromkeys(names))),

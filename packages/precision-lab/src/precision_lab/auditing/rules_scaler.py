@@ -15,6 +15,9 @@ CLIP = Remedy(
     ours=_OURS,
     lightning="fabric.clip_gradients(model, optimizer, max_norm=1.0) unscales first; "
     "Trainer(gradient_clip_val=1.0) does so by itself",
+    trainer="Trainer(gradient_clip_val=1.0), or clip in configure_gradient_clipping or on_before_optimizer_step: these "
+    "get unscaled gradients, on_after_backward scaled ones",
+    deepspeed='"gradient_clipping": 1.0 in the config of the engine',
     accelerate="accelerator.clip_grad_norm_(model.parameters(), 1.0) unscales first",
     transformers="leave clipping to TrainingArguments(max_grad_norm=1.0)",
 )
@@ -22,6 +25,7 @@ _CHANGE = Remedy(
     torch="call scaler.unscale_(optimizer) after the last backward, then change the gradients",
     ours="fabric.clip_gradients(model, optimizer, max_norm=float('inf')) unscales; change the gradients after it",
     accelerate="call accelerator.unscale_gradients() first",
+    trainer="change the gradients in on_before_optimizer_step: there they are unscaled",
 )
 _REASONS = {
     "nan_to_num": "the scaler skips a step whose gradients are inf or NaN, and now never sees any: steps that should "
@@ -144,6 +148,9 @@ def _twice(event: Event, before: Event | None, effect: str) -> Finding:
             "knows "
             "of it and does not unscale again",
             ours="fabric.clip_gradients and optimizer.step() under Fabric unscale once, whichever comes first",
+            lightning="fabric.clip_gradients and the optimizer that fabric.setup returned unscale once; divide by no "
+            "scale yourself",
+            trainer="the Trainer unscales before on_before_optimizer_step; divide by no scale yourself",
             accelerate="accelerator.clip_grad_norm_ and accelerator.unscale_gradients unscale once; divide by no scale "
             "yourself",
         ),

@@ -8,7 +8,8 @@ import torch
 
 from precision_lab.auditing.finding import Finding, Remedy
 from precision_lab.auditing.phrases import HALVES, cast_line, dtypes, is_asked, listed, module_of, size
-from precision_lab.auditing.record import BACKWARD, LOOP, STEP, Record, Stored
+from precision_lab.auditing.record import BACKWARD, LOOP, STEP, Event, Record, Stored
+from precision_lab.auditing.where import Line
 
 _MASTER = 'Fabric(precision="bf16-master"): bfloat16 weights with a float32 master, state and gradients in float32'
 _FULL = Remedy(
@@ -18,6 +19,8 @@ _FULL = Remedy(
     lightning='Fabric(precision="bf16-mixed") keeps parameters and state in float32',
     accelerate='load the model in float32 and let Accelerator(mixed_precision="bf16") cast what is computed',
     transformers="from_pretrained(..., dtype=torch.float32) with TrainingArguments(bf16=True)",
+    deepspeed='hand a float32 model to deepspeed.initialize, with "bf16": {"enabled": true} in the config: the engine '
+    "keeps float32 master weights and state",
 )
 
 
@@ -104,7 +107,7 @@ def updates_round_to_nothing(record: Record) -> Iterator[Finding]:
         return
     worst = sorted(found, key=lambda each: -each.unchanged / each.seen)
     shares = ", ".join(f"{each.name} {each.unchanged / each.seen:.0%}" for each in worst[:3])
-    steps = record.of("step")
+    steps = record.of("step") or record.of("hand_step")
     yield Finding(
         "updates-round-to-nothing",
         "info" if is_asked(record) else "warning",
@@ -121,31 +124,49 @@ def _compensates(key: str) -> bool:
     return any(word in key.lower() for word in ("comp", "kahan", "residual", "shift"))
 
 
+_ACCUMULATE = Remedy(
+    torch='keep the parameters, and so their gradients, float32 under torch.autocast("cuda", torch.bfloat16); sum '
+    "gradients in float32 tensors",
+    ours='Fabric(precision="bf16-mixed"), or "bf16-master": gradients are accumulated in float32',
+    lightning='Fabric(precision="bf16-mixed") accumulates in float32',
+    deepspeed='"data_types": {"grad_accum_dtype": "fp32"} in the config of the engine',
+    accelerate='load the model in float32, with Accelerator(mixed_precision="bf16")',
+    transformers="from_pretrained(..., dtype=torch.float32) with TrainingArguments(bf16=True)",
+)
+
+
 def half_accumulation(record: Record) -> Iterator[Finding]:
     """Gradients of several micro-batches are added up in half."""
     half = {each.name: each for each in record.stored if each.kind == "grads" and each.dtype in HALVES}
     counts = {name: record.micro_batches.get(name, 1) for name in half}
     names = [name for name, count in counts.items() if count > 1]
-    if not names:
-        return
-    most = max(counts.values())
     backward = record.of("backward")
-    yield Finding(
+    if names:
+        kind = dtypes(half[name].dtype for name in names)
+        line = backward[0].line if backward else None
+        module = module_of(names) if len(names) < len(counts) else ""
+        yield _accumulated(record, f"of {max(counts.values())} micro-batches are", kind, names, line, module)
+    by_hand: dict[Line | None, list[Event]] = {}
+    for event in record.of("added"):
+        by_hand.setdefault(event.line, []).append(event)
+    for line, events in by_hand.items():
+        summed = list(dict.fromkeys(record.params.get(each, "") for event in events for each in event.ids))
+        if not set(summed) <= set(names):
+            yield _accumulated(
+                record, "that the loop sums itself are", dtypes(each.dtype for each in events), summed, line, ""
+            )
+
+
+def _accumulated(record: Record, of: str, kind: str, names: list[str], line: Line | None, module: str) -> Finding:
+    return Finding(
         "half-accumulation",
         "info" if is_asked(record) else "warning",
-        f"gradients of {most} micro-batches are added up in {dtypes(half[name].dtype for name in names)} "
-        f"for {len(names)} parameters ({listed(names)})",
+        f"gradients {of} added up in {kind} for {len(names)} parameters ({listed(names)})",
         "each addition rounds the sum to 8 bits of precision (bfloat16): what a micro-batch adds is lost as soon as "
         "it is below 1/512 of the sum, more with every micro-batch",
-        Remedy(
-            torch='keep the parameters, and so their gradients, float32 under torch.autocast("cuda", torch.bfloat16)',
-            ours='Fabric(precision="bf16-mixed"), or "bf16-master": gradients are accumulated in float32',
-            lightning='Fabric(precision="bf16-mixed") accumulates in float32',
-            accelerate='load the model in float32, with Accelerator(mixed_precision="bf16")',
-            transformers="from_pretrained(..., dtype=torch.float32) with TrainingArguments(bf16=True)",
-        ),
-        line=backward[0].line if backward else None,
-        module=module_of(names) if len(names) < len(counts) else "",
+        _ACCUMULATE,
+        line=line,
+        module=module,
     )
 
 
@@ -173,6 +194,7 @@ def half_reduction(record: Record) -> Iterator[Finding]:
             ours='Fabric(precision="bf16-mixed", strategy="ddp" or "fsdp") reduces in float32; a policy says it: '
             '"params=bfloat16,reduce=float32"',
             lightning='Fabric(precision="bf16-mixed") reduces in float32 under DDP',
+            deepspeed='"communication_data_type": "fp32" in the config of the engine',
             accelerate='Accelerator(mixed_precision="bf16") over a float32 model, with DDPCommunicationHookType.NO',
         ),
         line=hooks[0].line if hooks and compressed else events[0].line,

@@ -68,7 +68,7 @@ def rounded_tables(record: Record) -> Iterator[Finding]:
 
 def _how(found: list[Stored]) -> str:
     half = {each.dtype for each in found} & set(HALVES)
-    return f"stored in {dtypes(half)}" if half else "float32, but were rounded to bfloat16 before"
+    return f"stored in {dtypes(half)}" if half else "float32, but were rounded to half before"
 
 
 def half_statistics(record: Record) -> Iterator[Finding]:

@@ -9,13 +9,22 @@ from torch.optim import Optimizer
 from precision_lab.auditing.names import Names
 from precision_lab.auditing.record import Record, Stored, Updates
 
-_ELEMENTS = 256
+ELEMENTS = 256
 _HALVES = (torch.bfloat16, torch.float16)
 
 
 def local(tensor: Tensor) -> Tensor:
     """Returns this rank's part of a DTensor, any other tensor as it is."""
     return getattr(tensor, "_local_tensor", tensor)
+
+
+def updates_of(record: Record, name: str, dtype: torch.dtype) -> Updates:
+    """Returns the row that counts a parameter's updates."""
+    found = next((each for each in record.updates if each.name == name), None)
+    if found is None:
+        found = Updates(name, dtype)
+        record.updates.append(found)
+    return found
 
 
 class Sample:
@@ -40,16 +49,13 @@ class Sample:
             if value.dtype not in _HALVES or gradient.layout is not torch.strided or not value.numel():
                 continue
             if value.is_contiguous() and gradient.is_contiguous() and value.shape == gradient.shape:
-                here = slice(0, None, max(value.numel() // _ELEMENTS, 1))
+                here = slice(0, None, max(value.numel() // ELEMENTS, 1))
                 part = value.view(-1)[here]
                 self._taken.append((name, part, part.clone(), gradient.view(-1)[here] != 0))
 
     def compare(self) -> None:
         """Called after the step: counts what stayed as it was."""
         for name, part, old, moved in self._taken:
-            found = next((each for each in self._record.updates if each.name == name), None)
-            if found is None:
-                found = Updates(name, part.dtype)
-                self._record.updates.append(found)
+            found = updates_of(self._record, name, part.dtype)
             found.seen += int(moved.sum())
             found.unchanged += int(((part == old) & moved).sum())

@@ -39,8 +39,9 @@ def shown(report: Report) -> RenderableType:
         if finding.line is not None and finding.line.text:
             lines.append(Text(f"    {finding.line.text}", style="cyan", no_wrap=True, overflow="ellipsis"))
         lines.append(Text(f"why: {finding.why}"))
-        lines.append(Text(f"do:  {finding.remedy.for_(record.libraries)}"))
-        if finding.remedy.for_(record.libraries) != finding.remedy.ours:
+        remedy = finding.remedy.for_(record.libraries, record.host)
+        lines.append(Text(f"do:  {remedy}"))
+        if remedy != finding.remedy.ours:
             lines.append(Text(f"or:  {finding.remedy.ours}"))
         parts += [*(Padding(line, (0, 0, 0, 2)) for line in lines), Text()]
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from precision_lab.auditing.holds import HALVES
+from precision_lab.auditing.holds import HALVES, rounded_to
 from precision_lab.auditing.kinds import CAST
 from precision_lab.auditing.record import FORWARD, Event, Op
 from precision_lab.auditing.where import Line
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _ARITHMETIC = frozenset(["add", "sub", "mul", "div", "rsub", "pow", "remainder"])
 _EXACT = {torch.bfloat16: 2**8, torch.float16: 2**11}
 """The largest integer up to which every integer is a number of the dtype."""
+_TURNS = 30.0
+"""An angle from which on a table that is made outside of a model is one of positions, not of a wave."""
 _SEVERAL = 1 << 22
 """No tensor with more elements is looked at by value."""
 
@@ -31,9 +33,8 @@ class Values:
     def see(self, row: Op, inputs: list[Tensor], output: Tensor | None) -> None:
         """Looks at the operands of an operation in forward or in the loop."""
         name = row.name
-        turns = name in ("cos", "sin") and row.phase == FORWARD
-        if turns and inputs[0].dtype in HALVES and not inputs[0].requires_grad:
-            self._angles(name, row.line, row.module, inputs[0])
+        if name in ("cos", "sin") and not inputs[0].requires_grad:
+            self._angles(row, inputs[0])
         if output is None or output.dtype not in HALVES:
             return
         if row.kind is CAST or name in _ARITHMETIC:
@@ -49,12 +50,19 @@ class Values:
         if largest > _EXACT[output.dtype]:
             self._recorder.note_rounded(line, module=module, of=torch.int64, to=output.dtype, largest=largest)
 
-    def _angles(self, name: str, line: Line | None, module: str, value: Tensor) -> None:
+    def _angles(self, row: Op, value: Tensor) -> None:
+        """Notes angles in half, or cast from half; outside of a model those of positions alone, that are large."""
         angles = self._recorder.record.angles
-        if all((each.line, each.module) != (line, module) for each in angles) and 1 < value.numel() <= _SEVERAL:
-            largest = float(value.detach().abs().max())
-            data = {"module": module, "of": value.dtype, "largest": largest}
-            angles.append(Event(name, line, "", self._recorder.steps, data))
+        known = any((each.line, each.module) == (row.line, row.module) for each in angles)
+        if known or type(value) is not Tensor or not 1 < value.numel() <= _SEVERAL:
+            return
+        value = value.detach()
+        least = 0.0 if row.phase == FORWARD and value.dtype in HALVES else _TURNS
+        if value.dtype not in (*HALVES, torch.float32) or (largest := float(value.abs().max())) < least:
+            return
+        if (of := value.dtype if value.dtype in HALVES else rounded_to(value)) is not None:
+            data = {"module": row.module, "of": of, "largest": largest}
+            angles.append(Event(row.name, row.line, "", self._recorder.steps, data))
 
     def _rounded(self, is_cast: bool, inputs: list[Tensor], dtype: torch.dtype, module: str, line: Line | None) -> None:
         """Notes integers, and whole numbers among the inputs, that the half dtype rounds to others."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import linecache
 import os
+import re
 import site
 import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
+
+from torch import nn
 
 import precision_core
 
@@ -103,13 +106,27 @@ class Where:
                     return Line(file, number, "")
         return None
 
+    def rate_line(self) -> Line | None:
+        """Returns the first line of the user's files that sets a learning rate, with the function that it is in."""
+        for file in {code.co_filename: None for code, own in self._is_own.items() if own}:
+            function = ""
+            for number, line in enumerate(linecache.getlines(file), start=1):
+                if found := re.match(r"\s*def (\w+)", line):
+                    function = found[1]
+                if re.search(r"""\[["']lr["']\]\s*[-+*/]?=[^=]""", line):
+                    return Line(file, number, function)
+        return None
+
     def library(self, depth: int = 1) -> str:
-        """Returns which of `LIBRARIES` made the call, the outermost above the user's line; else an empty text."""
+        """Returns which of `LIBRARIES` made the call, the outermost above the user's line; else an empty text.
+
+        TRL's trainers are those of transformers, so that TRL's own code is in between.
+        """
         frame: FrameType | None = sys._getframe(depth)
         found = ""
         while frame is not None and not self._is_own.get(frame.f_code, False):
             package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-            found = LIBRARIES.get(package, found)
+            found = found if found == "TRL" else LIBRARIES.get(package, found)
             frame = frame.f_back
         return found
 
@@ -125,6 +142,21 @@ class Where:
                 return "" if self._is_own[code] else package
             frame = frame.f_back
         return ""
+
+    def owner(self, module: nn.Module, depth: int = 1, limit: int = 60) -> nn.Module:
+        """Returns the outermost module with a method that runs and has `module` in it, as a `training_step` has; else
+        the module itself."""
+        frame: FrameType | None = sys._getframe(depth)
+        found, seen = module, set[int]()
+        for _ in range(limit):
+            if frame is None:
+                break
+            held = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
+            if isinstance(held, nn.Module) and id(held) not in seen:
+                seen.add(id(held))
+                found = held if any(each is found for each in held.modules()) else found
+            frame = frame.f_back
+        return found
 
     def functions(self, depth: int = 1, limit: int = 40) -> list[str]:
         """Returns the names of the functions from the caller up to the user's line, innermost first."""
