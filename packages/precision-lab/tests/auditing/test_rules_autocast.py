@@ -1,4 +1,4 @@
-"""Autocast that does nothing, covers too much or too little, or keeps old casts: each with its right twin."""
+"""Autocast that does nothing, or covers too much or too little: each with its right twin."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from precision_lab.auditing.context import audit
 from precision_lab.auditing.finding import Finding
+from precision_lab.auditing.record import Asked, Context, Event, Record
+from precision_lab.auditing.rules_autocast import around_backward
 
 Step = Callable[[nn.Module, torch.optim.Optimizer], None]
 
@@ -233,64 +235,15 @@ def test_a_forward_outside_of_autocast_is_found(step: Step) -> None:
     assert "bfloat16" in finding.what
 
 
-# ---------------------------------------------------------------- casts that are kept
-
-
-def steps_in_one_context(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        for _ in range(2):
-            optimizer.zero_grad()
-            output = model(torch.randn(4, 8))  # here
-            value = output.float().square().mean()
-            with torch.autocast("cpu", enabled=False):
-                end(value, optimizer)
-
-
-def test_steps_in_one_context_compute_with_old_weights() -> None:
-    (finding,) = found(steps_in_one_context, steps=1)
-    assert (finding.code, finding.level) == ("stale-casts", "error")
-    assert finding.line is not None
-    assert finding.line.text.endswith("# here")
-    assert "4 of its parameters" in finding.what
-
-
-def test_torch_does_compute_with_old_weights() -> None:
-    model, x = nn.Linear(4, 1), torch.ones(2, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        before = model(x)
-        with torch.no_grad():
-            model.weight.add_(1.0)
-        assert torch.equal(model(x), before)
-    assert not torch.equal(model(x), before)
-
-
-class Cached(nn.Module):
-    """Keeps a half copy of its weight that it made without gradients."""
-
-    def __init__(self, right: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(2, 8))
-        self.bias = nn.Parameter(torch.zeros(2))
-        self.right = right
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.set_grad_enabled(self.right):
-            weight = self.weight.to(torch.bfloat16)  # here
-        return nn.functional.linear(x.to(torch.bfloat16), weight).float() + self.bias
-
-
-@pytest.mark.parametrize("right", [False, True])
-def test_a_weight_that_was_cast_under_no_grad_is_found(right: bool) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), Cached(right))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with audit(model, optimizer) as report:
-        for _ in range(2):
-            loss(model).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    findings = [each for each in report.at("warning") if each.code == "cast-without-gradients"]
-    assert [(each.level, each.module) for each in findings] == ([] if right else [("error", "1")])
-    if not right:
-        assert findings[0].line is not None
-        assert findings[0].line.text.endswith("# here")
+@pytest.mark.parametrize(
+    ("host", "by", "expected"), [("Trainer", "Lightning", 0), ("Trainer", "", 1), ("Fabric", "Lightning", 1)]
+)
+def test_what_lightnings_trainer_runs_under_autocast_is_right(host: str, by: str, expected: int) -> None:
+    """It runs all of training_step so; what the user entered there is the user's."""
+    record = Record(asked=[Asked("Lightning", f'{host}(precision="bf16-mixed")', torch.bfloat16, False)])
+    open_ones = [
+        Context("cpu", torch.bfloat16, True, True, "Lightning"),
+        Context("cpu", torch.bfloat16, True, True, by),
+    ]
+    record.events = [Event("backward", None, "Lightning", 0, {"autocast": ["cpu"], "contexts": open_ones})]
+    assert len(list(around_backward(record))) == expected

@@ -12,18 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision_lab.auditing.by_hand import ByHand
 from precision_lab.auditing.flow import Flow
-from precision_lab.auditing.gradients import factor_of, storage
+from precision_lab.auditing.gradients import storage
 from precision_lab.auditing.hand_steps import Taken
 from precision_lab.auditing.holds import HALVES as HALVES
 from precision_lab.auditing.kinds import CAST, LOSS, OTHER, PRODUCTS, REDUCE, SOFTMAX, SUM, kind_of
-from precision_lab.auditing.record import BACKWARD, FORWARD, LOOP, STEP, Event, Op
+from precision_lab.auditing.ops_gradients import CHANGING, GradientOps
+from precision_lab.auditing.record import BACKWARD, FORWARD, LOOP, STEP, Op
 from precision_lab.auditing.values import Values
 from precision_lab.auditing.where import Line
 
 if TYPE_CHECKING:
     from precision_lab.auditing.recorder import Recorder
 
-_UNSCALING = "_amp_foreach_non_finite_check_and_unscale_"
 _VIEWS = frozenset(
     [
         "t",
@@ -50,13 +50,6 @@ _VIEWS = frozenset(
 )
 """Operations that compute nothing: in backward they are passed over, for they are half of all."""
 _ACCUMULATES = "torch::autograd::AccumulateGrad"
-_COPYING = frozenset(["copy_", "_foreach_copy_"])
-_CLEARING = frozenset(["zero_", "_foreach_zero_"])
-_CHANGING = frozenset(["mul", "div", "add", "sub", "clamp", "clip", "clamp_min", "clamp_max", "nan_to_num", "where"])
-_MAKING = ("empty_like", "zeros_like", "ones_like", "rand", "full_like", "new_", "is_", "_has_")
-"""Names of operations that take of a gradient its shape alone, or begin so."""
-_SETTING = frozenset(["zero_", "_foreach_zero_", "copy_", "set_", "detach_", "resize_", "fill_"])
-"""Operations that write a gradient without changing what it says of this step: clearing, moving."""
 
 
 class Ops(TorchDispatchMode):
@@ -75,6 +68,7 @@ class Ops(TorchDispatchMode):
         self.flow = Flow()
         self._by_hand = ByHand()
         self._values = Values(recorder)
+        self._gradients = GradientOps(recorder)
         self._pid = os.getpid()
 
     @classmethod
@@ -162,11 +156,11 @@ class Ops(TorchDispatchMode):
                         self.origin[each] = module, line
                         self._under |= {each} if autocast else set()
         if phase == LOOP:
-            self._note_gradients(name, writes, args, inputs, result, line)
+            self._gradients.note(name, writes, args, inputs, result, line)
         elif phase == BACKWARD and kind in PRODUCTS and inputs:
             recorder.backward_dtypes.add(inputs[-1].dtype)
-        elif node is not None and name.removesuffix("_") in _CHANGING and node.name() == _ACCUMULATES:
-            self._note_hook(name, args, getattr(node, "variable"))  # noqa: B009  # torch does not declare it
+        elif node is not None and name.removesuffix("_") in CHANGING and node.name() == _ACCUMULATES:
+            self._gradients.note_hook(name, args, getattr(node, "variable"))  # noqa: B009  # torch does not declare it
         if kind is REDUCE and inputs and inputs[0].is_floating_point():
             elements = sum(each.numel() for each in inputs[:1])
             recorder.note("reduce", line, op=name, dtype=inputs[0].dtype, elements=elements, phase=phase)
@@ -199,63 +193,6 @@ class Ops(TorchDispatchMode):
             recorder.cast_to_half[storage(outputs[0])] = line
         if to_half and not torch.is_grad_enabled() and recorder.is_trained(inputs[0]):
             recorder.note("cast_without_gradients", line, name=recorder.names.param(inputs[0]))
-
-    def _note_gradients(
-        self, name: str, writes: bool, args: tuple[Any, ...], inputs: list[Tensor], result: Any, line: Line | None
-    ) -> None:
-        recorder = self._recorder
-        gradients = recorder.gradients
-        written = gradients.find(args[0] if args else ()) if writes else []
-        if name in _CLEARING and written:
-            recorder.note("cleared", line, ids=written)
-        if name == _UNSCALING and written:
-            recorder.note("unscaled", line, ids=written, inverse=float(args[2]), found=bool(args[1]))
-        elif written and name in _COPYING:
-            gradients.copied(args[0], args[1])
-        elif written and name not in _SETTING:
-            self._changed(name, args, written, line)
-        elif name == "_local_scalar_dense" and (read := gradients.computed_from(inputs[0])):
-            recorder.note("gradients_read", line, ids=list(read))
-        elif inputs and not name.startswith(_MAKING):
-            self._note_added(name, inputs, line)
-            in_loop = "clip_grad" not in "".join(recorder.where.functions(4))
-            changes = in_loop and name.removeprefix("_foreach_") in _CHANGING
-            event = (lambda ids: self._changed(name, args, [], line)) if changes else lambda ids: None
-            gradients.follow(name, args, inputs, result, event)
-
-    def _note_added(self, name: str, inputs: list[Tensor], line: Line | None) -> None:
-        """Notes that gradients are added up in half, in tensors of the user's own."""
-        if name.removeprefix("_foreach_").rstrip("_") != "add" or len(inputs) < 2 or inputs[0].dtype not in HALVES:
-            return
-        computed_from, half = self._recorder.gradients.computed_from, len(inputs) // 2
-        ids = [
-            each
-            for into, other in zip(inputs[:half], inputs[half:], strict=False)
-            if other.dim()
-            for each in set(computed_from(other)) & set(computed_from(into))
-        ]
-        if ids:
-            self._recorder.note("added", line, ids=ids, dtype=inputs[0].dtype)
-
-    def _note_hook(self, name: str, args: tuple[Any, ...], param: Any) -> None:
-        """Notes what a hook of the user's does to a parameter's gradient within backward."""
-        line = self._recorder.where.line(4)
-        if line != self._recorder.backward_line:
-            self._recorder.gradients.forget()
-            self._changed(name, args, [id(param)], line)
-
-    def _changed(self, name: str, args: tuple[Any, ...], ids: list[int], line: Line | None) -> Event:
-        recorder = self._recorder
-        if "mul" in name and isinstance(args[0], Tensor) and not args[0].dim():  # a number times gradients
-            args = (args[1], args[0], *args[2:])
-        by, others = factor_of(name, args)
-        computed = [each for each in others if recorder.gradients.computed_from(each)]
-        degree = max((recorder.gradients.degree(each) for each in computed), key=abs, default=0.0)
-        functions, limit = recorder.where.functions(5), recorder.where.value_in("clip_grad", ("max_norm", "clip_value"))
-        return recorder.note(
-            "gradients", line, how=name, functions=functions, ids=ids, by=by, computed=bool(computed), degree=degree,
-            limit=limit, others=len(others),
-        )  # fmt: skip
 
 
 def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from precision_lab.auditing import (
     rules_asked,
     rules_autocast,
+    rules_casts,
     rules_checkpoint,
     rules_compute,
     rules_islands,
@@ -33,6 +34,7 @@ RULES: tuple[Rule, ...] = (
     *rules_loop.RULES,
     *rules_schedule.RULES,
     *rules_autocast.RULES,
+    *rules_casts.RULES,
     *rules_checkpoint.RULES,
     *rules_state.RULES,
     *rules_values.RULES,

@@ -11,12 +11,12 @@ from precision_lab.auditing.kinds import PRODUCTS
 from precision_lab.auditing.ledger import short
 from precision_lab.auditing.ops import HALVES
 from precision_lab.auditing.record import FORWARD, LOOP, Context, Event, Record
-from precision_lab.auditing.replay import ENGINES, name_of
+from precision_lab.auditing.replay import ENGINES
 
-_OURS = 'Fabric(precision="bf16-mixed") enters autocast for the device that it moves the model to, around forward alone'
-_LIGHTNING = 'leave autocast to Fabric(precision="bf16-mixed"), or enter fabric.autocast()'
-_TRAINER = 'leave autocast to Trainer(precision="bf16-mixed"), which runs training_step under it'
-_ACCELERATE = 'leave autocast to Accelerator(mixed_precision="bf16"), or enter accelerator.autocast()'
+OURS = 'Fabric(precision="bf16-mixed") enters autocast for the device that it moves the model to, around forward alone'
+LIGHTNING = 'leave autocast to Fabric(precision="bf16-mixed"), or enter fabric.autocast()'
+TRAINER = 'leave autocast to Trainer(precision="bf16-mixed"), which runs training_step under it'
+ACCELERATE = 'leave autocast to Accelerator(mixed_precision="bf16"), or enter accelerator.autocast()'
 
 
 def other_device(record: Record) -> Iterator[Finding]:
@@ -56,10 +56,10 @@ def _does_nothing(record: Record, context: Context, what: str, cause: str) -> Fi
         "another)",
         Remedy(
             torch="torch.autocast(device_type=next(model.parameters()).device.type, dtype=torch.bfloat16)",
-            ours=_OURS,
-            lightning=_LIGHTNING,
-            trainer=_TRAINER,
-            accelerate=_ACCELERATE,
+            ours=OURS,
+            lightning=LIGHTNING,
+            trainer=TRAINER,
+            accelerate=ACCELERATE,
         ),
         line=entered[0].line if entered else None,
     )
@@ -84,10 +84,10 @@ def around_nothing(record: Record) -> Iterator[Finding]:
             "autocast speeds up matrix products and convolutions; around a loss alone it does nothing",
             Remedy(
                 torch="enter torch.autocast around the call of the model, and the loss",
-                ours=_OURS,
-                lightning=_LIGHTNING,
-                trainer=_TRAINER,
-                accelerate=_ACCELERATE,
+                ours=OURS,
+                lightning=LIGHTNING,
+                trainer=TRAINER,
+                accelerate=ACCELERATE,
             ),
             line=entered[0].line,
         )
@@ -157,86 +157,6 @@ def forward_outside(record: Record) -> Iterator[Finding]:
             )
 
 
-def stale_casts(record: Record) -> Iterator[Finding]:
-    """A forward after a step uses the half copies of the parameters that autocast made before it."""
-    stepped: dict[int, set[int]] = {}  # cache -> ids that changed while it was in use
-    for event in record.events:
-        if event.kind == "step" and event.cache is not None:
-            stepped.setdefault(event.cache, set()).update(event.ids)
-        if event.kind != "forward" or not event.grad or event.cache is None or event.device not in event.autocast:
-            continue
-        stale = [each for each in event.ids if each in stepped.get(event.cache, ())]
-        narrower = [each for each in stale if record.trained.get(record.params.get(each, "")) is torch.float32]
-        if narrower:
-            yield Finding(
-                "stale-casts",
-                "error",
-                f"forward ran in the autocast context in which {len(narrower)} of its parameters were stepped before",
-                f"autocast keeps the {short(event.autocast[event.device])} copy of each weight until its outermost "
-                "context ends: this forward computed with the weights of before the step, and so will all that follow",
-                Remedy(
-                    torch="enter torch.autocast in each iteration, around forward and loss alone; the step behind it",
-                    ours=_OURS,
-                    lightning=_LIGHTNING,
-                    trainer=_TRAINER,
-                    accelerate=_ACCELERATE,
-                ),
-                line=event.line,
-                module=event.root or name_of(record, narrower),
-            )
-
-
-def cast_without_gradients(record: Record) -> Iterator[Finding]:
-    """A parameter was cast to half under no_grad, and gets no gradient."""
-    cast = {event.name: event for event in record.of("cast_without_gradients") if event.name}
-    reported = set[str]()
-    for event in record.of("step"):
-        for each in event.without:
-            name = record.params.get(each, "")
-            if name in cast and name not in reported and not event.closure:
-                reported.add(name)
-                yield Finding(
-                    "cast-without-gradients",
-                    "error",
-                    f"{name} trains, was cast to half under no_grad, and had no gradient at the step",
-                    "a half copy that was made under no_grad is a constant to autograd; what is computed with it does "
-                    "not reach the parameter, which stays as it is",
-                    _OWN_CONTEXT,
-                    line=cast[name].line,
-                    module=name.rpartition(".")[0],
-                )
-
-
-def cast_under_no_grad(record: Record) -> Iterator[Finding]:
-    """A forward under no_grad shares autocast's weight cache with one that trains: in older versions of torch the cast
-    weights stay without gradients."""
-    without: dict[int, Event] = {}  # cache -> forward under no_grad in it
-    for event in record.of("forward"):
-        if event.cache is None or event.device not in event.autocast or not event.ids:
-            continue
-        before = without.get(event.cache)
-        if not event.grad:
-            without.setdefault(event.cache, event)
-        elif before is not None and set(before.ids) & set(event.ids):
-            yield Finding(
-                "cast-without-gradients",
-                "info",
-                f"a forward under no_grad runs in the same autocast context as one that trains, {event.line}",
-                "autocast keeps the cast weights until the context ends. In older versions of torch those cast under "
-                "no_grad were used by the forward that trains, whose weights then got no gradients; here they do",
-                _OWN_CONTEXT,
-                line=before.line,
-                module=before.root,
-            )
-
-
-_OWN_CONTEXT = Remedy(
-    torch="cast within the forward that trains; a no_grad forward of the same model gets a torch.autocast context of "
-    "its own",
-    ours="evaluate outside of fabric.autocast(): each forward has a context of its own",
-)
-
-
 def _under(event: Event) -> dict[str, torch.dtype]:
     """Autocast of a forward: around it, or entered in it, as libraries do that wrap it."""
     return {**event.within, **event.autocast}
@@ -256,7 +176,4 @@ RULES = (
     around_nothing,
     around_backward,
     forward_outside,
-    stale_casts,
-    cast_without_gradients,
-    cast_under_no_grad,
 )
