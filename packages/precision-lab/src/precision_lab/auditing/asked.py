@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from precision_lab.auditing.record import Asked
-from precision_lab.auditing.where import Where
+from precision_lab.auditing.where import LIBRARIES, Where
+
+Host = tuple[Any, Callable[[Any], Asked]]
 
 _ACCELERATE = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _LIGHTNING = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
@@ -65,17 +67,27 @@ _ARGUMENTS = {
 """How scripts spell what they ask for."""
 
 
-def read_asked(where: Where) -> list[Asked]:
-    """Returns what the hosts of known libraries were asked for whose backward calls this.
+def read_calling(where: Where) -> list[Asked]:
+    """Returns what the hosts of known libraries were asked for whose backward calls this."""
+    return _read(where, list(_calling(_classes())))
 
-    Where none does, as when the script calls `loss.backward()` itself, it is a library's only host that is alive.
-    """
-    classes: dict[type, Callable[[Any], Asked]] = {}
+
+def read_alive(where: Where, libraries: set[str]) -> list[Asked]:
+    """Returns the same of the libraries' only hosts that are alive, as when a script calls `loss.backward()` itself."""
+    return _read(where, list(_alive(_classes(libraries))))
+
+
+def _classes(libraries: set[str] | None = None) -> dict[type, Callable[[Any], Asked]]:
+    """Returns the hosts' classes that are loaded, of these libraries or of all."""
+    found: dict[type, Callable[[Any], Asked]] = {}
     for module, name, read in _HOSTS:
         kind = getattr(sys.modules.get(module), name, None)
-        if isinstance(kind, type):
-            classes[kind] = read
-    hosts = list(_calling(classes)) or list(_alive(classes)) if classes else []
+        if isinstance(kind, type) and (libraries is None or LIBRARIES.get(module.partition(".")[0]) in libraries):
+            found[kind] = read
+    return found
+
+
+def _read(where: Where, hosts: list[Host]) -> list[Asked]:
     found: list[Asked] = []
     for host, read in hosts:
         try:
@@ -91,15 +103,12 @@ def read_asked(where: Where) -> list[Asked]:
     return [each for each in found if not (theirs and each.library == "Accelerate")]
 
 
-Host = tuple[Any, Callable[[Any], Asked]]
-
-
 def _reader(host: Any, classes: dict[type, Callable[[Any], Asked]]) -> Callable[[Any], Asked] | None:
     return next((classes[base] for base in type.mro(type(host)) if base in classes), None)
 
 
 def _calling(classes: dict[type, Callable[[Any], Asked]]) -> Iterator[Host]:
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1) if classes else None
     while frame is not None:
         host = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
         if host is not None and (read := _reader(host, classes)) is not None:

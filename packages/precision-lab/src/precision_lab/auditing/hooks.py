@@ -96,6 +96,7 @@ class Hooks:
         recorder.gradients.settle()
         recorder.watch_late()
         note_step(recorder, optimizer, closure=has_closure(args, kwargs))
+        recorder.look_for_hosts()
         for param in recorder.params():
             name = recorder.names.param(param)
             count = recorder.backwards.get(id(param), 0)

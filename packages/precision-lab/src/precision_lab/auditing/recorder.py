@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
-from precision_lab.auditing.asked import read_asked
+from precision_lab.auditing.asked import read_alive, read_calling
 from precision_lab.auditing.calls import watch_calls
 from precision_lab.auditing.gradients import Gradients, storage
 from precision_lab.auditing.graph import saved_activations
@@ -48,7 +48,7 @@ class Recorder:
         self.root = Event("forward", None, "", 0)  # the outermost forward that runs, or ran last
         self.autocast: list[tuple[str, torch.dtype | None]] = []  # contexts that are open, innermost last
         self.contexts: list[Context] = []  # the same, and whether enabled=True was asked for
-        self._asked = False
+        self._looked = False  # for hosts that are alive
         self.in_step = 0
         self.in_backward = 0
         self.in_cast = False  # in a module's `to`, of which each child's is a part
@@ -92,6 +92,7 @@ class Recorder:
         record.ops = self.ops.rows
         record.steps = self.steps
         self.names.refresh()
+        self.look_for_hosts()
         record.modules = {
             self.names.path(module): type(module).__name__ for root in self.names.roots for module in root.modules()
         }
@@ -185,15 +186,20 @@ class Recorder:
 
     def before_backward(self, roots: list[Tensor]) -> None:
         """Called before the outermost backward."""
-        if not self._asked:
-            self._asked = True
-            self.record.asked = read_asked(self.where)
+        self.record.asked = self.record.asked or read_calling(self.where)
         if self.steps == 0 and not self.checkpointed and not self.record.saved:
             self.record.saved = saved_activations(roots, self.ops.origin, {storage(each) for each in self.params()})
         self.hand_steps.before_backward()
         self.gradients.settle()
         self.gradients.before_backward()
         self.backward_dtypes = set()
+
+    def look_for_hosts(self) -> None:
+        """Called once a library was seen to take part: its host may call no backward, and be found all the same."""
+        libraries = {event.library for event in self.record.events} - {""}
+        if libraries and not self._looked and not self.record.asked:
+            self._looked = True
+            self.record.asked = read_alive(self.where, libraries)
 
     def after_backward(self, event: Event | None) -> None:
         """Called after the outermost backward: gradients are other ones now."""
