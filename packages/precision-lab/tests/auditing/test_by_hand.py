@@ -41,6 +41,7 @@ def masked(x: Tensor) -> Tensor:
         (lambda x: x.exp() * x.exp().sum(-1, keepdim=True).reciprocal(), ("exp", "softmax")),
         (lambda x: x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6), ("mul", "norm")),
         (lambda x: x * (x.square().mean(-1).unsqueeze(-1) + 1e-6).rsqrt(), ("pow", "norm")),
+        (lambda x: x * ((x**2).mean(-1, keepdim=True) + 1e-6) ** -0.5, ("pow", "norm")),
         (lambda x: (x - 1) / (x.std(0) + 1e-6), ("std", "norm")),
         (lambda x: x / (x.norm(dim=-1, keepdim=True) + 1e-6), ("linalg_vector_norm", "norm")),
         (lambda x: x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).reciprocal(), ("linalg_vector_norm", "norm")),

@@ -59,3 +59,48 @@ def test_a_caller_that_does_not_contain_the_module_is_not_its_model() -> None:
 
     report = audited(Caller().run)
     assert set(report.record.modules) == {""} and set(report.record.params.values()) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_what_a_closure_computes_is_the_loops_own(closure: bool) -> None:
+    """Lightning's Trainer runs training_step within the optimizer's step."""
+    model = nn.Linear(16, 600).bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def compute() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", enabled=False):
+            loss = nn.functional.cross_entropy(model(torch.randn(8, 16).bfloat16()), torch.arange(8))  # here
+        loss.backward()
+        return loss
+
+    def run() -> None:
+        for _ in range(2):
+            if closure:
+                optimizer.step(compute)
+            else:
+                compute()
+                optimizer.step()
+
+    report = audited(run)
+    finding = found(report, "half-loss")
+    assert finding.line is not None and finding.line.text.endswith("# here")
+    assert report.record.count("autocast") == 2 and report.record.steps == 2
+
+
+def test_a_closure_is_given_back_what_it_returns() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    losses: list[float] = []
+
+    def compute() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 2)).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        return loss  # type: ignore[no-any-return]
+
+    def run() -> None:
+        assert optimizer.step(compute).item() == losses[0]
+
+    assert audited(run).findings == [] and len(losses) > 1

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from precision_lab.auditing.context import audit
 from precision_lab.auditing.finding import Finding
+from precision_lab.auditing.record import Event
+from precision_lab.auditing.rules_scaler import _clips
 
 Params = list[nn.Parameter]
 Loop = Callable[["Training"], None]
@@ -201,7 +203,17 @@ def in_a_hook_after(t: Training) -> None:
 
 
 CLIPPED = [
-    *(plain, not_foreach, values, handwritten, handwritten_number, normalised, clamped, one_of_two, of_the_other),
+    *(
+        plain,
+        not_foreach,
+        values,
+        handwritten,
+        handwritten_number,
+        normalised,
+        clamped,
+        one_of_two,
+        of_the_other,
+    ),
     *(accumulated, manual_scale, adaptive, assigned, in_a_hook, in_a_hook_after),
 ]
 
@@ -426,3 +438,12 @@ def test_what_torch_raises_at_is_found() -> None:
     assert finding.line is not None
     assert finding.line.text.endswith("# here")
     assert "RuntimeError" in finding.why
+
+
+@pytest.mark.parametrize(
+    ("by", "read", "sure"), [(0.0, {1}, "likely"), (0.0, set(), ""), (0.5, {1}, ""), (0.3, {1}, "likely")]
+)
+def test_a_factor_after_a_norm_was_read_is_clipping(by: float, read: set[int], sure: str) -> None:
+    """Of a norm that overflowed the factor is zero; one half is a mean over two micro-batches."""
+    data = {"functions": [], "how": "mul_", "computed": False, "by": by, "ids": [1]}
+    assert _clips(Event("gradients", None, "", 0, data), read) == sure

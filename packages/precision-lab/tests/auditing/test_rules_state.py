@@ -294,3 +294,56 @@ def test_gradients_that_the_loop_sums_itself(dtype: torch.dtype, foreach: bool) 
     finding = found(report, "half-accumulation")
     assert finding.level == "warning" and "that the loop sums itself are added up in bfloat16 for 2" in finding.what
     assert finding.line is not None and ("_foreach_add_" if foreach else "total += ") in finding.line.text
+
+
+def test_a_load_that_makes_parameters_half_is_its_line() -> None:
+    state = {name: value.to(HALF) for name, value in mlp().state_dict().items()}
+
+    def run() -> None:
+        model = mlp()
+        model.load_state_dict(state, assign=True)  # here
+        train(model, batch())
+
+    finding = found(audited(run), "half-optimizer-state")
+    assert finding.line is not None and finding.line.text.endswith("# here")
+
+
+class Momentum(torch.optim.Optimizer):
+    """Keeps an average of the gradients in a dtype of its own."""
+
+    def __init__(self, params: Any, dtype: torch.dtype) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for param in self.param_groups[0]["params"]:
+            state = self.state[param]
+            state.setdefault("average", torch.zeros_like(param, dtype=self.dtype)).lerp_(param.grad.to(self.dtype), 0.1)
+            param.sub_(0.1 * state["average"])
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+def test_half_state_beside_float32_parameters(dtype: torch.dtype) -> None:
+    model = nn.Linear(16, 4)
+    report = audited(
+        lambda: train(model, batch(torch.float32), optimizer=Momentum(model.parameters(), dtype), context=AUTOCAST)
+    )
+    if dtype is torch.float32:
+        quiet(report)
+        return
+    finding = found(report, "half-optimizer-state")
+    assert finding.level == "warning"
+    assert "average is kept in bfloat16 for 2 parameters that are float32 (weight, bias)" in finding.what
+
+
+def test_state_that_the_loop_casts_has_that_line() -> None:
+    def run() -> None:
+        model = nn.Linear(16, 4)
+        optimizer = torch.optim.Adam(model.parameters(), foreach=False)
+        train(model, batch(torch.float32), optimizer=optimizer, context=AUTOCAST)
+        for state in optimizer.state.values():
+            state["exp_avg"] = state["exp_avg"].to(HALF)  # here
+
+    finding = found(audited(run), "half-optimizer-state")
+    assert finding.line is not None and finding.line.text.endswith("# here")

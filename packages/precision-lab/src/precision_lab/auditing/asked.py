@@ -35,7 +35,7 @@ def _of_transformers(trainer: Any) -> Asked:
 def _of_lightning(name: str, plugin: str) -> Callable[[Any], Asked]:
     def read(host: Any) -> Asked:
         mode = str(getattr(getattr(host, plugin), "precision", ""))
-        dtype = _LIGHTNING.get(mode.partition("-")[0])
+        dtype = _LIGHTNING.get(mode.partition("-")[0]) if mode != "32-true" else None  # which is its default
         return Asked("Lightning", f'{name}(precision="{mode}")', dtype, mode.endswith("-true"))
 
     return read

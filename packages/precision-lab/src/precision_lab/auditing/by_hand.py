@@ -33,7 +33,9 @@ class ByHand:
         name, output = row.name, outputs[0] if outputs else None
         if output is None or output.dtype not in _HALVES or not inputs or inputs[0].dtype not in _HALVES:
             return
-        if name == "pow" or (name == "mul" and len(inputs) > 1 and inputs[0] is inputs[1]):
+        if name == "pow" and self._what.get(inputs[0], ("",))[0] == "mean":  # to the power of -1/2
+            self._what[inputs[0]][1].by_hand = "norm"
+        elif name == "pow" or (name == "mul" and len(inputs) > 1 and inputs[0] is inputs[1]):
             self._what[output] = "square", row
         elif name in ("var", "std"):
             self._what[output] = ("mean" if name == "var" else "deviation"), row

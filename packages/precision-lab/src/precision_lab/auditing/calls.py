@@ -77,7 +77,7 @@ def _autocast_made(recorder: Recorder, original: Any, self: Any, *args: Any, **k
 
 
 def _autocast(recorder: Recorder, original: Any, self: Any) -> Any:
-    if not recorder.in_step:
+    if not recorder.in_update:
         recorder.note(
             "autocast",
             device=self.device,

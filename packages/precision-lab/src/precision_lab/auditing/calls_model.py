@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def model_calls() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     """Yields what is replaced while a loop is observed: class, method, what is called in its place."""
     yield nn.Module, "_apply", _module_cast
+    yield nn.Module, "load_state_dict", _loaded
     yield nn.Module, "register_parameter", _registered
     yield nn.parallel.DistributedDataParallel, "register_comm_hook", _comm_hook
 
@@ -34,6 +35,18 @@ def _module_cast(recorder: Recorder, original: Any, self: nn.Module, *args: Any,
     for old, new in zip(before, (*self.parameters(), *self.buffers()), strict=False):
         if old is not new.dtype and (old.is_floating_point or old.is_complex):
             path = recorder.names.path(self)
+            recorder.note("module_cast", root=type(self).__name__, path=path, ids=ids, of=old, to=new.dtype)
+            break
+    return result
+
+
+def _loaded(recorder: Recorder, original: Any, self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """With assign=True parameters get the dtype of what was loaded."""
+    before = [each.dtype for each in self.parameters()]
+    result = original(self, *args, **kwargs)
+    for old, new in zip(before, self.parameters(), strict=False):
+        if old is not new.dtype:
+            path, ids = recorder.names.path(self), [id(each) for each in self.parameters()]
             recorder.note("module_cast", root=type(self).__name__, path=path, ids=ids, of=old, to=new.dtype)
             break
     return result

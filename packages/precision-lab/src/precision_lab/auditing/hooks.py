@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -87,10 +88,10 @@ class Hooks:
             leaves = torch.utils._pytree.tree_leaves(dict(output) if hasattr(output, "keys") else output)
             recorder.root.data["outputs"] = [each.dtype for each in leaves if isinstance(each, Tensor)]
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         recorder = self._recorder
         if not recorder.running:
-            return
+            return None
         recorder.attempted(optimizer)
         recorder.in_step += 1
         recorder.gradients.settle()
@@ -104,6 +105,23 @@ class Hooks:
                 recorder.record.micro_batches[name] = max(recorder.record.micro_batches.get(name, 0), count)
         with recorder.quiet():
             self._samples[id(optimizer)] = Sample(optimizer, recorder.names, recorder.record)
+        if not has_closure(args, kwargs):
+            return None
+        within = {key: self._closure(each) if callable(each) else each for key, each in kwargs.items()}
+        return tuple(self._closure(each) if callable(each) else each for each in args), within
+
+    def _closure(self, closure: Any) -> Any:
+        """Returns the closure of a step, which is the loop's own code and not the optimizer's."""
+
+        @functools.wraps(closure)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._recorder.in_closure += 1
+            try:
+                return closure(*args, **kwargs)
+            finally:
+                self._recorder.in_closure -= 1
+
+        return run
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         recorder = self._recorder

@@ -103,7 +103,7 @@ class Ops(TorchDispatchMode):
         """Looks at an operation of the loop that writes, before it does."""
         recorder = self._recorder
         known = self._kinds.get(func)
-        if (known is not None and not known[2]) or recorder.stack or recorder.in_step or recorder.in_backward:
+        if (known is not None and not known[2]) or recorder.stack or recorder.in_update or recorder.in_backward:
             return []
         try:
             with recorder.quiet():
@@ -120,7 +120,7 @@ class Ops(TorchDispatchMode):
             known = self._kinds[func] = name, kind_of(func), schema.is_mutable
         name, kind, writes = known
         recorder = self._recorder
-        if kind is OTHER and recorder.in_step and not recorder.in_backward:  # what an optimizer computes: its names
+        if kind is OTHER and recorder.in_update and not recorder.in_backward:  # what an optimizer computes: its names
             self._rows.setdefault(func, Op(name, kind, "", STEP, (), None, None, False)).count += 1
             return
         if kind is OTHER and recorder.in_backward and not recorder.stack and name in _VIEWS:
@@ -140,7 +140,7 @@ class Ops(TorchDispatchMode):
         elif node is not None or recorder.in_backward:  # engines reduce when all nodes have run
             phase = BACKWARD
         else:
-            phase = STEP if recorder.in_step else LOOP
+            phase = STEP if recorder.in_update else LOOP
         autocast = bool(recorder.autocast and inputs) and recorder.autocast_dtype(inputs[0].device.type) is not None
         under = autocast
         if phase == BACKWARD and node is not None:

@@ -25,6 +25,11 @@ class Steps:
         """Called where an optimizer was made: it is waited for."""
         self._made.append(weakref.ref(optimizer))
 
+    @property
+    def any(self) -> bool:
+        """Whether there is an optimizer."""
+        return bool(self._begun) or any(each() is not None for each in self._made)
+
     def begin(self, optimizer: Optimizer) -> None:
         """Called where a step begins."""
         self._begun[id(optimizer)] = self._begun.get(id(optimizer), 0) + 1

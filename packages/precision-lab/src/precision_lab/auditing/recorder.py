@@ -50,6 +50,7 @@ class Recorder:
         self.contexts: list[Context] = []  # the same, and whether enabled=True was asked for
         self._looked = False  # for hosts that are alive
         self.in_step = 0
+        self.in_closure = 0  # of a step: the loop's own code, forward and backward
         self.in_backward = 0
         self.in_cast = False  # in a module's `to`, of which each child's is a part
         self.checkpointed = False
@@ -103,6 +104,11 @@ class Recorder:
         for param in self.params():
             if param.dtype in HALVES and (line := self.cast_to_half.get(storage(param))) is not None:
                 record.cast_lines[record.params[id(param)]] = line
+        for optimizer in self.optimizers.values():
+            for param, state in optimizer.state.items():
+                for key, value in state.items() if isinstance(state, dict) else ():
+                    if isinstance(value, Tensor) and (line := self.cast_to_half.get(storage(value))) is not None:
+                        record.cast_lines[f"{self.names.param(param)}.{key}"] = line
         record.events = [event for event in record.events if event.kind not in ("gradients", "assigned") or event.ids]
         if not record.of("forward"):
             self.note_unseen(
@@ -119,7 +125,12 @@ class Recorder:
     @property
     def steps(self) -> int:
         """Training steps that have begun: of the optimizer that stepped least often; without one, of those by hand."""
-        return self.counted.all or self.hand_steps.count
+        return self.counted.all if self.counted.any else self.hand_steps.count
+
+    @property
+    def in_update(self) -> bool:
+        """Whether an optimizer's own code runs."""
+        return self.in_step > self.in_closure
 
     @staticmethod
     def quiet() -> AbstractContextManager[None]:

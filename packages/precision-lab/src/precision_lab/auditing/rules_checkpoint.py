@@ -59,7 +59,8 @@ def saved_in_another_dtype(record: Record) -> Iterator[Finding]:
     for event in saved:
         rounded = {name: pair for name, pair in _rounded(record, event).items() if pair[1] is not None}
         if rounded:
-            export = not event.optimizer and (event.file.endswith(".safetensors") or rounded.keys() <= exact)
+            other = event.file.endswith(".safetensors") or event.file == "the checkpoint"  # weights alone, in memory
+            export = not event.optimizer and (other or rounded.keys() <= exact)
             yield _finding(event, rounded, "parameters", "info" if export else "warning")
         state = {
             path: (next(iter(trained)), dtype)

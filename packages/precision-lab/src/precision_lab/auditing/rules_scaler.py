@@ -76,8 +76,10 @@ def _clips(event: Event, read: set[int]) -> str:
         return ""
     if event.computed:
         return "certain" if event.degree else ""  # one that is the same at each scale does no harm
-    if event.by is None or not 0 < event.by < 0.99 or not set(event.ids) & read:
+    if event.by is None or not 0 <= event.by < 0.99 or not set(event.ids) & read:
         return ""
+    if event.by == 0:  # of a norm that overflowed
+        return "likely"
     inverse = 1 / event.by
     return "" if abs(inverse - round(inverse)) < 1e-6 * inverse else "likely"  # a mean over micro-batches
 

@@ -33,9 +33,10 @@ def _half_state(record: Record) -> list[Stored]:
 
 def half_optimizer_state(record: Record) -> Iterator[Finding]:
     """Moments in half, because the optimizer makes its state like the parameters."""
-    found = _half_state(record)
+    every_half = _half_state(record)
     params = {each.name: each.dtype for each in record.stored if each.kind in ("params", "master")}
-    found = [each for each in found if params.get(each.name, each.dtype) in HALVES]
+    found = [each for each in every_half if params.get(each.name, each.dtype) in HALVES]
+    yield from _half_beside_float32(record, [each for each in every_half if each not in found])
     if not found:
         return
     names = list(dict.fromkeys(each.name for each in found))
@@ -52,6 +53,31 @@ def half_optimizer_state(record: Record) -> Iterator[Finding]:
         _FULL,
         line=cast_line(record, {each.dtype for each in found}),
         module=module_of(names) if len(names) < len(every) else "",
+    )
+
+
+def _half_beside_float32(record: Record, found: list[Stored]) -> Iterator[Finding]:
+    """State that an optimizer of the user's own makes in half, or that a loop cast."""
+    if not found:
+        return
+    names = list(dict.fromkeys(each.name for each in found))
+    lines = [
+        record.cast_lines[f"{each.name}.{each.key}"] for each in found if f"{each.name}.{each.key}" in record.cast_lines
+    ]
+    steps = record.of("step")
+    yield Finding(
+        "half-optimizer-state",
+        "info" if is_asked(record) else "warning",
+        f"{listed(dict.fromkeys(each.key for each in found))} is kept in {dtypes(each.dtype for each in found)} for "
+        f"{len(names)} parameters that are float32 ({listed(names)})",
+        "with 8 bits of precision (bfloat16) an average over more than about 100 steps stops moving: a change below "
+        "1/256 of a value is rounded away; the float32 parameters then follow a stale average",
+        Remedy(
+            torch="make the state like the parameter, torch.zeros_like(param), and leave its dtype as it is",
+            ours="the same; optimizers that fabric.setup returns keep their state in float32",
+        ),
+        line=lines[0] if lines else steps[0].line if steps else None,
+        module=module_of(names),
     )
 
 
