@@ -167,7 +167,7 @@ def _look(
     def take(tensor: Tensor | None) -> int:
         return alive.pop(key_of(tensor), (0,))[0] if tensor is not None else 0
 
-    found.peak = tracker.current
+    found.peak = tracker.peak  # what a kernel has only while it runs counts
     found.params = sum(take(param) for param in params)
     found.grads = sum(take(param.grad) for param in params)
     found.buffers = sum(take(buffer) for buffer in model.buffers())
@@ -183,3 +183,4 @@ def _look(
     found.resident = sum(found.of(kind) for kind in ("params", "master", "optimizer", "buffers"))
     found.activations = sum(size for size, phase, number in rest if number not in kept and phase in ("forward", "task"))
     found.temporary = sum(size for size, *_ in rest) - (found.master - masters) - found.activations
+    found.temporary += found.peak - tracker.current
