@@ -10,6 +10,7 @@ from typing import Any
 
 from precision_lab.explaining.explanation import Explanation
 from precision_lab.explaining.numbers import end_of, percent
+from precision_lab.shown import Printed
 
 _NEAR = 16.0
 """A module whose largest value is within this factor of its format's end is named."""
@@ -19,7 +20,7 @@ _SKIPS = 10
 
 
 @dataclass
-class Symptoms:
+class Symptoms(Printed):
     """Of one run: its alarms, explained where the run could, and what else speaks for a cause."""
 
     path: str
