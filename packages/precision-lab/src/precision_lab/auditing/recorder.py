@@ -94,6 +94,7 @@ class Recorder:
         record.steps = self.steps
         self.names.refresh()
         self.look_for_hosts()
+        record.libraries += {each.library: None for each in record.asked if each.library not in record.libraries}
         record.modules = {
             self.names.path(module): type(module).__name__ for root in self.names.roots for module in root.modules()
         }
@@ -105,10 +106,10 @@ class Recorder:
             if param.dtype in HALVES and (line := self.cast_to_half.get(storage(param))) is not None:
                 record.cast_lines[record.params[id(param)]] = line
         for optimizer in self.optimizers.values():
-            for param, state in optimizer.state.items():
+            for of, state in optimizer.state.items():
                 for key, value in state.items() if isinstance(state, dict) else ():
                     if isinstance(value, Tensor) and (line := self.cast_to_half.get(storage(value))) is not None:
-                        record.cast_lines[f"{self.names.param(param)}.{key}"] = line
+                        record.cast_lines[f"{self.names.param(of)}.{key}"] = line
         record.events = [event for event in record.events if event.kind not in ("gradients", "assigned") or event.ids]
         if not record.of("forward"):
             self.note_unseen(
