@@ -152,7 +152,15 @@ def _nodes(loss: Tensor) -> list[tuple[Any, dict[str, Tensor]]]:
                     value = getattr(node, key)
                 except RuntimeError:  # freed by backward, or changed in place
                     continue
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and _is_there(value):
                     saved[key] = value.detach()
         found.append((node, saved))
     return found
+
+
+def _is_there(tensor: Tensor) -> bool:
+    """Whether it has its storage still: gathered weights are given back after a forward."""
+    try:
+        return not tensor.numel() or tensor.untyped_storage().nbytes() > 0
+    except (RuntimeError, NotImplementedError):
+        return False

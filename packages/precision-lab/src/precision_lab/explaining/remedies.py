@@ -22,8 +22,8 @@ _RUNS = 12
 _MODULES = 4
 """With more exceptions it is the whole model."""
 _FLOAT32 = torch.finfo(torch.float32).max
-_BATCHES = "leave such batches out: if not torch.isfinite(x).all(): continue"
-_WEIGHTS = (
+BATCHES = "leave such batches out: if not torch.isfinite(x).all(): continue"
+WEIGHTS = (
     "load a checkpoint from before, and skip steps whose gradients are not finite: by a GradScaler, or by "
     "torch.nn.utils.clip_grad_norm_(..., error_if_nonfinite=True)"
 )
@@ -86,12 +86,12 @@ class Fixes:
     def _add_clean(self, step: Step, name: str) -> Step | None:
         what = name.partition(" ")[0]
         if what == "input":
-            self.texts.append(_BATCHES)
+            self.texts.append(BATCHES)
             return replace(step, args=_clean(step.args), kwargs=_clean(step.kwargs))
         bad = {id(each): _clean(each) for each in step.model.parameters() if not is_finite(each)}
         if what != "parameter" or not bad or bad.keys() <= self.replaced.keys():
             return None
-        self.texts.append(_WEIGHTS)
+        self.texts.append(WEIGHTS)
         self.replaced.update(bad)
         return step
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from precision_lab.explaining.explanation import Explanation
+from precision_lab.explaining.files import Run, all_of, is_alarm
 from precision_lab.explaining.numbers import end_of, percent
+from precision_lab.explaining.ranks import First, first_rank, order_of
 
 _NEAR = 16.0
 """A module whose largest value is within this factor of its format's end is named."""
@@ -28,6 +28,8 @@ class Symptoms:
     explanations: list[Explanation] = field(default_factory=list)
     signs: list[str] = field(default_factory=list)
     type: list[str] = field(default_factory=list)  # what to type
+    ranks: int = 1
+    first: First | None = None  # of several ranks
 
     def as_dict(self) -> dict[str, Any]:
         """Returns everything as plain values."""
@@ -35,6 +37,8 @@ class Symptoms:
             "version": 1,
             "path": self.path,
             "steps": self.steps,
+            "ranks": self.ranks,
+            "first": self.first.as_dict() if self.first is not None else None,
             "alarms": [{key: value for key, value in each.items() if key != "explanation"} for each in self.alarms],
             "explanations": [each.as_dict() for each in self.explanations],
             "signs": self.signs,
@@ -47,36 +51,16 @@ class Symptoms:
         return shown_symptoms(self)
 
 
-def read(path: str) -> list[dict[str, Any]]:
-    """Returns the lines of a file; a last one that an interruption cut off is left out.
-
-    Raises:
-        ValueError: it is no file of `precision watch`.
-        OSError: it cannot be read.
-    """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    found: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line) if line.strip() else {}
-        except ValueError:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: expected JSON as `precision_lab.watch` writes it") from None
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}, line {number}: expected an object as `precision_lab.watch` writes it")
-        found.append(value)
-    if not any("step" in each or "watch" in each for each in found):
-        raise ValueError(f"{path}: no line has a step: expected a file that `precision_lab.watch(..., path=...)` wrote")
-    return found
-
-
-def symptoms(path: str) -> Symptoms:
-    """Returns what a file tells. Raises as `read` does."""
-    lines = read(path)
-    steps = [each for each in lines if "step" in each and not _is_alarm(each)]
-    found = Symptoms(path, len(steps))
-    found.alarms = [each for each in lines if _is_alarm(each)]
+def symptoms(*paths: str) -> Symptoms:
+    """Returns what files tell: those of several ranks, or one, beside which the others are found. Raises as `read`."""
+    runs = all_of(paths)
+    main = runs[0]
+    lines = main.lines
+    steps = [each for each in lines if "step" in each and not is_alarm(each) and "finding" not in each]
+    found = Symptoms(main.path, len(steps), ranks=max(run.ranks for run in runs))
+    found.first = first_rank({run.rank: run.alarms for run in runs}, found.ranks)
+    found.alarms = [_with_rank(each, run) for run in runs for each in run.alarms]
+    found.alarms.sort(key=lambda each: (order_of(each), each.get("rank", 0)))
     found.explanations = [
         Explanation.from_dict(each["explanation"]) for each in found.alarms if each.get("explanation")
     ]
@@ -96,8 +80,8 @@ def symptoms(path: str) -> Symptoms:
     return found
 
 
-def _is_alarm(line: dict[str, Any]) -> bool:
-    return "alarm" in line or line.get("kind") == "alarm"
+def _with_rank(alarm: dict[str, Any], run: Run) -> dict[str, Any]:
+    return {**alarm, "rank": run.rank} if run.ranks > 1 else alarm
 
 
 def _number(line: dict[str, Any]) -> float:

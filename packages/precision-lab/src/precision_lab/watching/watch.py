@@ -241,7 +241,9 @@ class Watch:
             alarm.before_step = (step is self.current and not step.optimizers) or alarm.kind == SKIPS
             was, self.running = self.running, False  # what a replay calls is none of the loop's
             try:
-                alarm.explanation, alarm.unexplained = explained(alarm.kind, batch, step.factor, self._optimizer)
+                alarm.explanation, alarm.unexplained = explained(
+                    alarm.kind, batch, step.factor, self._optimizer, self._output.ranks
+                )
             finally:
                 self.running = was
             self._output.alarm(alarm)
