@@ -15,7 +15,7 @@ from precision_lab.explaining.causes import cause_of
 from precision_lab.explaining.explanation import Explanation, Remedy
 from precision_lab.explaining.loss import explain_loss
 from precision_lab.explaining.numbers import is_finite
-from precision_lab.explaining.optimizers import explain_optimizer
+from precision_lab.explaining.optimizers import explain_optimizer, explain_update
 from precision_lab.explaining.remedies import try_fixes, try_scale
 from precision_lab.explaining.replay import Context, Outcome, Step, inner, run
 from precision_lab.explaining.rounding import explain_rounding
@@ -96,8 +96,13 @@ def _explain(step: Step, loss: Tensor | None, optimizer: Optimizer | None, remed
     reached, origin = _first(watched, outcome, masks)
     if outcome.error and not outcome.outputs and (origin is not None or watched.went):
         reached, origin = "an error", origin or watched.went[0]
+    update: Remedy | None = None
     if isinstance(origin, str):
         found = explain_leaf(step, origin)
+        if optimizer is not None and origin.startswith("parameter "):
+            name = origin.partition(" ")[2]
+            text, update = explain_update(optimizer, name, dict(step.model.named_parameters())[name])
+            found.what = f"{found.what} {text}".rstrip()
     elif origin is not None:
         found = _operation(origin)
     elif outcome.error:
@@ -113,7 +118,7 @@ def _explain(step: Step, loss: Tensor | None, optimizer: Optimizer | None, remed
             or Explanation("nothing", _all_finite(outcome))
         )
     if remedies and origin is not None:
-        found.remedies = _tried(step, origin, find)
+        found.remedies = [update] if update is not None else _tried(step, origin, find)
         if not outcome.went_backward:
             found.notes.append("the gradients of the outputs are not known: remedies were tried in the forward alone")
     found.reached = found.reached or reached

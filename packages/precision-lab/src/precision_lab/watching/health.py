@@ -28,9 +28,9 @@ class Health:
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
-        self._names = Names()
+        self.names = Names()
         for model in watch.models:
-            self._names.add(model)
+            self.names.add(model)
         self._hooks: list[RemovableHandle] = []
         self._armed = False
         self._sampled = Sampled()
@@ -79,7 +79,7 @@ class Health:
             return
         if not self._watch.in_backward:
             self._watch.begin()
-        name = self._names.path(module)
+        name = self.names.path(module)
         tensor = _first(output)
         if tensor is None or self._sampled.has(name, "output"):
             return
@@ -104,14 +104,14 @@ class Health:
             for param in group["params"]:
                 if param.grad is not None and param.grad.layout is torch.strided:
                     gradients.append(param.grad)
-                    name = self._names.param(param)
+                    name = self.names.param(param)
                     if name is not None:
                         self._sampled.take(name, "parameter", param.grad)
         if gradients and not step.norms and all(type(each) is Tensor for each in gradients):
             norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
             scale = getattr(optimizer, "grad_scale", None)
             step.norms.append(Value(norm if scale is None else norm / scale))
-        self._updates[id(optimizer)] = Unchanged(optimizer, self._names.param)
+        self._updates[id(optimizer)] = Unchanged(optimizer, self.names.param)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Looks at what it has changed."""

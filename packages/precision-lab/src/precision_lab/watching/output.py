@@ -55,6 +55,12 @@ class Output:
         for board in self._boards:
             board.sample(line)
 
+    def keep(self, line: dict[str, Any]) -> None:
+        """Takes how many bytes are kept."""
+        if self.rank == 0:
+            self._lines.write(line)
+        _log.info("kept before each step: %.1f MB", line["keep"] / 1e6)
+
     def alarm(self, alarm: Alarm) -> None:
         """Takes an alarm; what the user's function raises is raised."""
         self.alarms.append(alarm)

@@ -21,6 +21,7 @@ from precision_lab.watching.calls import replaced
 from precision_lab.watching.described import described, ended, unseen_of
 from precision_lab.watching.forwards import follow
 from precision_lab.watching.health import Health
+from precision_lab.watching.kept import Kept
 from precision_lab.watching.ours import Ours
 from precision_lab.watching.output import Output
 from precision_lab.watching.replay import explained
@@ -36,7 +37,12 @@ class Watch:
     """The context. `alarms` are those so far, `steps` how many steps have ended, `path` where the lines are."""
 
     def __init__(
-        self, models: list[nn.Module], optimizers: list[Optimizer], every: int, make_output: Callable[[], Output]
+        self,
+        models: list[nn.Module],
+        optimizers: list[Optimizer],
+        every: int,
+        make_output: Callable[[], Output],
+        keep: bool = False,
     ) -> None:
         self.models, self.optimizers = models, optimizers
         self._optimizer = next(iter(optimizers), None)
@@ -44,6 +50,8 @@ class Watch:
         self.running = False
         self.in_backward = 0
         self._every, self._make_output = every, make_output
+        self._keep, self.kept_bytes = keep, 0
+        self._kept: Kept | None = None
         self._judge = Alarms()
         self._where = Where()
         self._exit = ExitStack()
@@ -77,6 +85,7 @@ class Watch:
         self.path = output.path
         output.run(described(self.models, self.optimizers, self._every, output.rank, output.ranks))
         self._health = Health(self)
+        self._kept = Kept(self._health.names.param) if self._keep else None
         for model in self.models:
             self._exit.callback(follow(model, self._before_forward, self._after_forward))
         self._exit.callback(register_optimizer_step_pre_hook(self._before_step).remove)
@@ -179,9 +188,12 @@ class Watch:
         found = kwargs.get("found_inf", getattr(optimizer, "found_inf", None))
         if isinstance(found, Tensor):
             self.current.skips.append(Value(found))
-        self._look()
+        self._look(wait=self._kept is not None)  # before the copies are those of this step
         if self.current.sampled:
             self._health.before_step(optimizer, self.current)
+        if self._kept is not None:
+            self._kept.take(optimizer, self.current.batch, self.current.factor)
+            self._tell_bytes(self._kept.bytes)
         self._stepping.add(id(optimizer))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -223,9 +235,14 @@ class Watch:
         self.current = self._new_step()
         self._write_late()
 
-    def _look(self) -> None:
+    def _look(self, wait: bool = False) -> None:
         for step in (*self._late, self.current):
-            self._tell(step, step.look(self._judge))
+            self._tell(step, step.look(self._judge, wait))
+
+    def _tell_bytes(self, count: int) -> None:
+        if count > self.kept_bytes:  # the state is there from the second step on
+            self.kept_bytes = count
+            self._output.keep({"keep": count, "before_step": self.current.number})
 
     def _write_late(self, wait: bool = False) -> None:
         while self._late and (wait or self._late[0].ready or len(self._late) > _LATE):
@@ -242,7 +259,7 @@ class Watch:
             was, self.running = self.running, False  # what a replay calls is none of the loop's
             try:
                 alarm.explanation, alarm.unexplained = explained(
-                    alarm.kind, batch, step.factor, self._optimizer, self._output.ranks
+                    alarm.kind, batch, step.factor, self._optimizer, self._output.ranks, self._kept
                 )
             finally:
                 self.running = was
