@@ -11,6 +11,7 @@ loss.py         the graph of a loss that was computed outside of the model
 underflow.py    gradients that are zero in the format and are not in float64
 rounding.py     outputs that are far from what float64 gives
 optimizers.py   what an optimizer holds that is not finite, or made so; before.py: its step once more, on copies
+swallowed.py    updates that round to nothing
 sharded.py      what one rank sees of a sharded model, without the others
 
 wide.py         runs modules in a wider dtype, or one operation with its operands mended

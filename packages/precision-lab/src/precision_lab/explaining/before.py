@@ -31,6 +31,20 @@ class Param:
 
 
 @dataclass
+class Twin:
+    """An optimizer of its own parameters, whose bare step may be run."""
+
+    optimizer: Optimizer
+    params: list[Tensor]
+
+    def step(self) -> None:
+        """The optimizer's own step."""
+        step: Callable[..., Any] = inspect.unwrap(type(self.optimizer).step)
+        with torch.no_grad():
+            step(self.optimizer)
+
+
+@dataclass
 class Before:
     """All of an optimizer's; `options` has each group's, and `rates` the learning rates of steps before, per group."""
 
@@ -44,10 +58,13 @@ class Before:
         return [local(each.live.detach()) for each in self.params]
 
     def run(self, dtype: torch.dtype | None = None, options: Mapping[str, Any] | None = None) -> list[Tensor]:
-        """Returns the parameters after the optimizer's own step: in another dtype, or with other options, by choice.
+        """Returns the parameters after the optimizer's own step: in another dtype, or with other options, by choice."""
+        twin = self.twin(dtype, options)
+        twin.step()
+        return [each.detach() for each in twin.params]
 
-        What a library has put around the step is not run, and no hook.
-        """
+    def twin(self, dtype: torch.dtype | None = None, options: Mapping[str, Any] | None = None) -> Twin:
+        """Returns an optimizer of copies. What a library has put around the step is not run, and no hook."""
 
         def cast(value: Tensor) -> Tensor:
             return value.to(dtype, copy=True) if dtype is not None and value.is_floating_point() else value.clone()
@@ -69,10 +86,7 @@ class Before:
                     key: (value.clone() if key == "step" else cast(value)) if isinstance(value, Tensor) else _own(value)
                     for key, value in each.state.items()
                 }
-        step: Callable[..., Any] = inspect.unwrap(type(self.optimizer).step)
-        with torch.no_grad():
-            step(twin)
-        return [each.detach() for each in made]
+        return Twin(twin, made)
 
     def largest_update(self, after: list[Tensor]) -> float:
         """Returns the largest absolute change of an element; inf where one is not finite."""

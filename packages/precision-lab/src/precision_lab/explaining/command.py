@@ -22,4 +22,4 @@ def run(paths: Sequence[str], as_json: bool, console: Console) -> int:
         click.echo(json.dumps(found.as_dict(), indent=1))
     else:
         console.print(found)
-    return 1 if found.alarms or found.type else 0
+    return 1 if found.alarms or found.findings or found.type else 0

@@ -8,8 +8,9 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from precision_lab.explaining.explanation import Explanation
+
 if TYPE_CHECKING:
-    from precision_lab.explaining.explanation import Explanation
     from precision_lab.explaining.symptoms import Symptoms
 
 
@@ -60,6 +61,10 @@ def shown_symptoms(found: Symptoms) -> RenderableType:
         parts += [Text(), Text(f"step {alarm.get('step', '?')}{on}: {what}", style="bold")]
         if alarm.get("explanation"):
             parts.append(_in(shown(next(explained))))
+    for finding in found.findings:
+        parts += [Text(), Text(f"step {finding.get('at', '?')}: {finding['finding']}", style="bold")]
+        if finding.get("explanation"):
+            parts.append(_in(shown(Explanation.from_dict(finding["explanation"]))))
     if found.signs:
         parts += [Text(), Text("Signs:"), *(_in(Text(each)) for each in found.signs)]
     if found.type:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from precision_lab.explaining.explanation import Explanation
@@ -16,6 +17,8 @@ _NEAR = 16.0
 _GREW = 10.0
 _NAMED = 5
 _SKIPS = 10
+_FEWEST, _LESS = 20, 0.01
+"""Steps in a third of them, and how much lower its loss must be for it to go down."""
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Symptoms:
     explanations: list[Explanation] = field(default_factory=list)
     signs: list[str] = field(default_factory=list)
     type: list[str] = field(default_factory=list)  # what to type
+    findings: list[dict[str, Any]] = field(default_factory=list)  # swallowed updates
     ranks: int = 1
     first: First | None = None  # of several ranks
 
@@ -41,6 +45,7 @@ class Symptoms:
             "first": self.first.as_dict() if self.first is not None else None,
             "alarms": [{key: value for key, value in each.items() if key != "explanation"} for each in self.alarms],
             "explanations": [each.as_dict() for each in self.explanations],
+            "findings": self.findings,
             "signs": self.signs,
             "type": self.type,
         }
@@ -56,7 +61,7 @@ def symptoms(*paths: str) -> Symptoms:
     runs = all_of(paths)
     main = runs[0]
     lines = main.lines
-    steps = [each for each in lines if "step" in each and not is_alarm(each) and "finding" not in each]
+    steps = [each for each in lines if "step" in each and not is_alarm(each)]
     found = Symptoms(main.path, len(steps), ranks=max(run.ranks for run in runs))
     found.first = first_rank({run.rank: run.alarms for run in runs}, found.ranks)
     found.alarms = [_with_rank(each, run) for run in runs for each in run.alarms]
@@ -67,7 +72,10 @@ def symptoms(*paths: str) -> Symptoms:
     first = int(found.alarms[0].get("step", 0)) if found.alarms else _first_broken(steps)
     until = [each for each in lines if "sample" in each and isinstance(each.get("modules"), dict)]
     until = [each for each in until if first is None or _number(each) <= first]
+    found.findings = [each for run in runs for each in run.lines if "finding" in each]
     found.signs = [*_of_steps(steps, first), *_of_samples(until)]
+    if found.findings and (sign := _stalled(steps)):
+        found.signs.append(sign)
     if first is not None and not found.explanations:
         found.type = [
             "# in the loop, before optimizer.step(), at the step in question:",
@@ -130,6 +138,20 @@ def _of_steps(steps: list[dict[str, Any]], first: int | None) -> list[str]:
             f"the norm of the gradients had grown to {norms[-1]:.3g}, from {sorted(norms)[len(norms) // 2]:.3g}."
         )
     return found
+
+
+def _stalled(steps: list[dict[str, Any]]) -> str:
+    """Returns a sentence where the loss of the last third of the steps is not below that of the third before."""
+    losses = [value for each in steps if (value := _value(each, "loss")) is not None and math.isfinite(value)]
+    third = len(losses) // 3
+    if third < _FEWEST:
+        return ""
+    before, last = (median(losses[at * third : (at + 1) * third]) for at in (1, 2))
+    if last < before - _LESS * abs(before):
+        return ""
+    return (
+        f"the loss no longer goes down: its median is {before:.4g} in the second third of the steps, then {last:.4g}."
+    )
 
 
 def _of_samples(samples: list[dict[str, Any]]) -> list[str]:

@@ -38,6 +38,7 @@ class Health:
         self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # tensors that a module inside gave, and versions
         self._done: deque[Sampled] = deque()
         self.unseen: list[str] = []
+        self.swallowed: dict[str, Any] | None = None  # told once
 
     # ---------------------------------------------------------------- hooks
 
@@ -111,13 +112,13 @@ class Health:
             norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
             scale = getattr(optimizer, "grad_scale", None)
             step.norms.append(Value(norm if scale is None else norm / scale))
-        self._updates[id(optimizer)] = Unchanged(optimizer, self.names.param)
+        self._updates[id(optimizer)] = Unchanged(optimizer, self.names.param, details=self.swallowed is None)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Looks at what it has changed."""
         taken = self._updates.pop(id(optimizer), None)
         if taken is not None:
-            self._sampled.updates(*taken.counts())
+            self._sampled.updates(*taken.counts(), taken.before)
 
     # ---------------------------------------------------------------- what was seen
 
@@ -130,10 +131,14 @@ class Health:
         self._sampled = Sampled()
 
     def read(self, wait: bool) -> list[dict[str, Any]]:
-        """Returns the samples that have come, as lines."""
+        """Returns the samples that have come, as lines, and what was found in them."""
         found = []
         while self._done and (wait or self._done[0].ready):
-            found.append(self._done.popleft().as_dict())
+            done = self._done.popleft()
+            found.append(done.as_dict())
+            if self.swallowed is None and done.swallowed is not None:
+                self.swallowed = done.swallowed
+                found.append(done.swallowed)
         return found
 
     def note_unseen(self, text: str) -> None:

@@ -25,6 +25,7 @@ class Output:
         self, path: str | os.PathLike[str], boards: list[Board], on_alarm: Callable[[Alarm], object] | None
     ) -> None:
         self.alarms: list[Alarm] = []
+        self.findings: list[dict[str, Any]] = []
         self.rank, self.ranks = ranks()
         self._lines = Lines(path if self.rank == 0 else of_rank(path, self.rank))
         self._boards, self._on_alarm = boards if self.rank == 0 else [], on_alarm
@@ -54,6 +55,14 @@ class Output:
             self._lines.write(line)
         for board in self._boards:
             board.sample(line)
+
+    def finding(self, line: dict[str, Any]) -> None:
+        """Takes a finding's line."""
+        self.findings.append(line)
+        if self.rank == 0:
+            self._lines.write(line, flush=True)
+            remedies = [each["ours"] for each in line["explanation"]["remedies"]]
+            _log.warning("step %d: %s Do: %s", line["at"], line["text"], " or ".join(remedies))
 
     def keep(self, line: dict[str, Any]) -> None:
         """Takes how many bytes are kept."""

@@ -98,7 +98,7 @@ def _of_the_step_before(model: nn.Module, kept: Kept) -> Any:
 
 @contextmanager
 def _weights_of(kept: Kept) -> Iterator[None]:
-    """Context in which the parameters are those from before the step, which a graph that waits for backward is not told."""
+    """Context in which the parameters are those from before the step. Graphs that wait for backward are not told."""
     params = [each for before in kept.steps for each in before.params]
     now = [each.live.data for each in params]
     try:

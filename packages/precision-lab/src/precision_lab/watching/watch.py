@@ -68,6 +68,11 @@ class Watch:
         self._device = next(devices, torch.device("cpu"))
 
     @property
+    def findings(self) -> list[dict[str, Any]]:
+        """What samples gave that is worth a word, and no alarm: swallowed updates, once."""
+        return self._output.findings
+
+    @property
     def alarms(self) -> list[Alarm]:
         """Those so far."""
         return self._output.alarms
@@ -250,8 +255,11 @@ class Watch:
             self._tell(step, step.end(self._judge))
             self._late.popleft()
             self._output.step(step.as_dict())
-        for sample in self._health.read(wait):
-            self._output.sample(sample)
+        for line in self._health.read(wait):
+            if "finding" in line:
+                self._output.finding(line)
+            else:
+                self._output.sample(line)
 
     def _tell(self, step: Step, found: list[tuple[Alarm, Batch | None]]) -> None:
         for alarm, batch in found:
