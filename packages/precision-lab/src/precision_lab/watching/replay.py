@@ -21,6 +21,9 @@ _ANOTHER = (
     "the gradients that this rank's own batch gives are finite: what is not came from another rank, with which they "
     "were averaged, or the sum over ranks overflowed. The files of the other ranks say which."
 )
+_LAST_BATCH = (
+    "of several batches before one step only the last was run once more; or something has changed the gradients"
+)
 _OF_A_STEP_BEFORE = {"", "weights", "optimizer"}
 """Phases of explanations that an earlier step may have brought about; "" where nothing is wrong in this one."""
 _SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
@@ -53,8 +56,11 @@ def explained(
             found = _of_the_step_before(model, kept) or found
         if found is None:
             return None, parts.NOTE
-        if kind == GRADIENTS and found.kind == "nothing" and ranks > 1:
-            found.kind, found.what = ANOTHER, _ANOTHER
+        if kind == GRADIENTS and found.kind == "nothing":
+            if ranks > 1:
+                found.kind, found.what = ANOTHER, _ANOTHER
+            else:
+                found.notes.append(_LAST_BATCH)
         return found, ""
     except Exception as error:  # the loop is the user's: it goes on
         return None, f"the replay failed: {type(error).__name__}: {error}"

@@ -24,6 +24,7 @@ from precision_lab.watching.health import Health
 from precision_lab.watching.kept import Kept
 from precision_lab.watching.ours import Ours
 from precision_lab.watching.output import Output
+from precision_lab.watching.probes import Probes
 from precision_lab.watching.replay import explained
 from precision_lab.watching.steps import Loss, Step
 from precision_lab.watching.values import Value, whole
@@ -53,6 +54,7 @@ class Watch:
         self._keep, self.kept_bytes = keep, 0
         self._kept: Kept | None = None
         self._judge = Alarms()
+        self._probes = Probes()
         self._where = Where()
         self._exit = ExitStack()
         self._late: deque[Step] = deque()
@@ -60,6 +62,7 @@ class Watch:
         self._scaled: tuple[weakref.ref[Tensor], Tensor] | None = None  # a scaled loss, and the loss
         self._insides: dict[int, list[int]] = {}
         self._stepping: set[int] = set()  # optimizers whose step runs
+        self._at_step = False  # whether the first optimizer of a step is about to step
         self._stepped = 0  # steps of torch's optimizers
         self._around = 0
         self._forwards = 0
@@ -193,9 +196,15 @@ class Watch:
         found = kwargs.get("found_inf", getattr(optimizer, "found_inf", None))
         if isinstance(found, Tensor):
             self.current.skips.append(Value(found))
-        self._look(wait=self._kept is not None)  # before the copies are those of this step
         if self.current.sampled:
             self._health.before_step(optimizer, self.current)
+        elif not self.current.norms and not self.current.is_scaled:
+            largest = self._probes.largest(optimizer)
+            if largest is not None:
+                self.current.probes.append(Value(largest))
+        self._at_step = len(self.current.optimizers) == 1
+        self._look(wait=self._kept is not None)  # before the copies are those of this step
+        self._at_step = False
         if self._kept is not None:
             self._kept.take(optimizer, self.current.batch, self.current.factor)
             self._tell_bytes(self._kept.bytes)
@@ -263,7 +272,8 @@ class Watch:
 
     def _tell(self, step: Step, found: list[tuple[Alarm, Batch | None]]) -> None:
         for alarm, batch in found:
-            alarm.before_step = (step is self.current and not step.optimizers) or alarm.kind == SKIPS
+            unchanged = step is self.current and (self._at_step or not step.optimizers)
+            alarm.before_step = unchanged or alarm.kind == SKIPS
             was, self.running = self.running, False  # what a replay calls is none of the loop's
             try:
                 alarm.explanation, alarm.unexplained = explained(
