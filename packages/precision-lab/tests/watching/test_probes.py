@@ -66,3 +66,23 @@ def test_a_slope_that_is_infinite_is_named_before_the_step(tmp_path: Path) -> No
     assert (alarm.kind, alarm.step, alarm.before_step) == ("gradients", 3, True)
     assert alarm.explanation.kind == "infinite slope" and alarm.explanation.remedy is not None
     assert alarm.explanation.line.text == "return self.head(torch.sqrt(self.body(x).square()))"
+
+
+def test_gradients_of_a_closure_are_looked_at_before_the_step(tmp_path: Path) -> None:
+    model = Root()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.no_grad():
+        model.body.weight.zero_()
+        model.body.bias.zero_()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.rand(3, 4)).square().mean()
+        loss.backward()
+        return loss
+
+    with precision_lab.watch(model, optimizer, file=tmp_path / "a.jsonl") as watched:
+        optimizer.step(closure)
+    (alarm,) = watched.alarms
+    assert (alarm.kind, alarm.step, alarm.before_step) == ("gradients", 1, True)
+    assert alarm.explanation.kind == "infinite slope"

@@ -72,6 +72,8 @@ def explain_step(before: Before) -> Explanation | None:
     The step is run once more on copies of what it began with, and with what may mend it.
     """
     kind = type(before.optimizer).__name__
+    if all(each.gradient is None for each in before.params):
+        return None
     for each in before.params:
         for key, value in each.state.items():
             if isinstance(value, Tensor) and not is_finite(value):

@@ -119,4 +119,5 @@ def _weights_of(kept: Kept) -> Iterator[None]:
 def _is_sharded(model: nn.Module) -> bool:
     """Whether a forward or backward of it would talk to other ranks. Gathered weights of FSDP2 look like any others."""
     kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
-    return bool(kinds & _SHARDED) or any(hasattr(param, "placements") for param in model.parameters())
+    marks = ("placements", "ds_id")  # of DTensors, and of DeepSpeed's stage 3
+    return bool(kinds & _SHARDED) or any(hasattr(param, mark) for param in model.parameters() for mark in marks)

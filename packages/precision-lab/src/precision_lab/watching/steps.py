@@ -41,6 +41,7 @@ class Step:
     scale: Value | None = None
     skips: list[Value] = field(default_factory=list)
     optimizers: list[int] = field(default_factory=list)  # ids of those that have stepped, or were skipped
+    changed: bool = False  # whether an optimizer has changed weights
     seconds: float = 0.0
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import weakref
 from collections import deque
@@ -62,7 +63,6 @@ class Watch:
         self._scaled: tuple[weakref.ref[Tensor], Tensor] | None = None  # a scaled loss, and the loss
         self._insides: dict[int, list[int]] = {}
         self._stepping: set[int] = set()  # optimizers whose step runs
-        self._at_step = False  # whether the first optimizer of a step is about to step
         self._stepped = 0  # steps of torch's optimizers
         self._around = 0
         self._forwards = 0
@@ -188,27 +188,53 @@ class Watch:
             self._end_step(optimizer)
         return result
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Called by torch before each step of an optimizer; returns its arguments where the closure is another one."""
         if not self.running or optimizer not in self._ours:
-            return
+            return None
         self._stepped += 1
         self._begin_step(optimizer)
         found = kwargs.get("found_inf", getattr(optimizer, "found_inf", None))
         if isinstance(found, Tensor):
             self.current.skips.append(Value(found))
+        self._stepping.add(id(optimizer))
+        given = (*args, *kwargs.values())
+        closure = next((each for each in given if callable(each) and each is not optimizer), None)
+        if closure is None:
+            self._look_at_gradients(optimizer)
+            return None
+        around = self._around_closure(optimizer, closure)
+        changed = {key: around if each is closure else each for key, each in kwargs.items()}
+        return tuple(around if each is closure else each for each in args), changed
+
+    def _around_closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Returns a closure after which, the first time, the gradients are those of the step."""
+        first = True
+
+        @functools.wraps(closure)
+        def around() -> Any:
+            nonlocal first
+            result = closure()
+            if first and self.running:
+                self._look_at_gradients(optimizer)
+                self.current.changed = True
+            first = False
+            return result
+
+        return around
+
+    def _look_at_gradients(self, optimizer: Optimizer) -> None:
+        """Called where an optimizer is about to use its gradients."""
         if self.current.sampled:
             self._health.before_step(optimizer, self.current)
         elif not self.current.norms and not self.current.is_scaled:
             largest = self._probes.largest(optimizer)
             if largest is not None:
                 self.current.probes.append(Value(largest))
-        self._at_step = len(self.current.optimizers) == 1
         self._look(wait=self._kept is not None)  # before the copies are those of this step
-        self._at_step = False
         if self._kept is not None:
             self._kept.take(optimizer, self.current.batch, self.current.factor)
             self._tell_bytes(self._kept.bytes)
-        self._stepping.add(id(optimizer))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.running and id(optimizer) in self._stepping:
@@ -224,6 +250,7 @@ class Watch:
 
     def _end_step(self, optimizer: Optimizer) -> None:
         self._stepping.discard(id(optimizer))
+        self.current.changed = True
         self._health.disarm()
         if self._is_sampled(self.current.number + 1):
             self._health.arm()
@@ -272,8 +299,7 @@ class Watch:
 
     def _tell(self, step: Step, found: list[tuple[Alarm, Batch | None]]) -> None:
         for alarm, batch in found:
-            unchanged = step is self.current and (self._at_step or not step.optimizers)
-            alarm.before_step = unchanged or alarm.kind == SKIPS
+            alarm.before_step = (step is self.current and not step.changed) or alarm.kind == SKIPS
             was, self.running = self.running, False  # what a replay calls is none of the loop's
             try:
                 alarm.explanation, alarm.unexplained = explained(
