@@ -1,4 +1,4 @@
-"""Loops of other libraries: the same bits with a watch and without, all steps seen, and a fault named in the user's line."""
+"""Loops of other libraries: the same bits with a watch, all steps seen, and a fault named in the line of the user."""
 
 from __future__ import annotations
 
