@@ -1,4 +1,4 @@
-"""`precision_lab.watch` around our Fabric on two ranks: the same bits with each strategy, and the first rank is named."""
+"""`precision_lab.watch` around our Fabric on two ranks: the same bits with each strategy; the first rank is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loops of other libraries: the same bits with a watch, all steps seen, and a fault named in the line of the user."""
+"""Loops of other libraries: the same bits with a watch, all steps seen, and a fault named by the user's line."""
 
 from __future__ import annotations
 
@@ -250,3 +250,56 @@ def test_a_fault_is_named(tmp_path: Path, name: str) -> None:
     assert (found.kind, found.operation) == ("log of zero", "log")
     assert found.line is not None and found.line.text == "sharp = torch.log(labels)  # the fault"
     assert found.remedy is not None
+
+
+def trl(folder: Path, watched: bool) -> tuple[list[Tensor], Watch | None]:
+    library, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    words = {**{f"w{number}": number for number in range(30)}, "<pad>": 30, "<eos>": 31}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 30, "eos_token_id": 31}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+    texts = [" ".join(f"w{row * word % 30}" for word in range(8)) for row in range(24)]
+    options = library.SFTConfig(
+        output_dir=str(folder / "out"),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_train_epochs=1,
+        use_cpu=True,
+        bf16=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=0,
+    )
+    trainer = library.SFTTrainer(
+        model=model,
+        args=options,
+        train_dataset=datasets.Dataset.from_dict({"text": texts}),
+        processing_class=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+        ),
+    )
+    found: Watch | None = None
+    if watched:
+        with precision_lab.watch(model, every=2, file=folder / "run.jsonl") as found:
+            trainer.train()
+    else:
+        trainer.train()
+    return [param.detach().clone() for param in model.parameters()], found
+
+
+@pytest.mark.full
+@pytest.mark.slow_start
+def test_trl(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone, _ = trl(tmp_path, watched=False)
+        values, watched = trl(tmp_path, watched=True)
+    assert all(map(torch.equal, alone, values))
+    assert watched is not None and watched.steps == 3 and watched.alarms == []  # two batches a step
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert all(line["norm"] > 0 for line in lines if "step" in line) and lines[-1]["unseen"] == []
