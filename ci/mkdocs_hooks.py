@@ -45,6 +45,7 @@ API = {
     "api/fsdp.md": ("precision_fsdp", "What users import from `precision_fsdp`."),
     "api/te.md": ("precision_te", "What users import from `precision_te`."),
     "api/xla.md": ("precision_xla", "What users import from `precision_xla`."),
+    "api/lab.md": ("precision_lab", "The functions behind the `precision` command."),
     "api/testing.md": ("precision_core.testing", "For the tests of plugins and strategies; needs pytest."),
     "api/surgery.md": ("precision_core.surgery", "For plugins that replace layers."),
 }
@@ -148,7 +149,10 @@ def on_files(files: Any, config: Any) -> Any:
 def include(argument: str, page: str) -> str:
     source, _, heading = argument.partition("#")
     text = (ROOT / source).read_text()
-    return relink(section(text, heading) if heading else text, source, page).strip("\n")
+    if not heading:
+        return relink(text, source, page).strip("\n")
+    # what leads to another section of that file leads to the page of the whole file
+    return relink(section(text, heading).replace("](#", f"]({Path(source).name}#"), source, page).strip("\n")
 
 
 def diff(argument: str, page: str) -> str:

@@ -12,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 
 from precision_core import Fabric
 from precision_core.testing import run_in_ranks
+from precision_core.testing.stored import cut_small_models
 from precision_fsdp import FSDPPrecision, FSDPStrategy
 
 
@@ -21,6 +22,8 @@ def make_net(seed: int) -> nn.Module:
 
 
 def setup(ranks: int, mode: str, seed: int) -> tuple[Fabric, nn.Module, Optimizer]:
+    if ranks > 1:  # in a process of its own
+        cut_small_models()
     precision = FSDPPrecision(mode, scaler={"init_scale": 2.0**8}) if mode == "16-master" else mode
     fabric = Fabric("cpu", devices=ranks, strategy=FSDPStrategy() if ranks > 1 else "auto", precision=precision)
     model = make_net(seed + fabric.global_rank)  # each rank draws weights of its own

@@ -13,7 +13,8 @@ from precision_core import MODES, Policy, supports
 from precision_core.hardware import FORMATS, cpu_has_float16
 from precision_core.support import KNOWN, PLUGINS
 from precision_lab import api
-from precision_lab.cli import _checked_folder, main
+from precision_lab.cli import main
+from precision_lab.commands.checks import checked_folder
 from precision_lab.train import BATCH, Job
 
 MODELS_BYTES = 1_272_640
@@ -299,7 +300,7 @@ def test_bad_options_are_clear_and_early(options, message, tmp_path, monkeypatch
 
 def test_home_and_file_addresses_are_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert _checked_folder("~/out") == _checked_folder(f"file://{tmp_path}/out") == tmp_path / "out"
+    assert checked_folder("~/out") == checked_folder(f"file://{tmp_path}/out") == tmp_path / "out"
     assert (tmp_path / "out").is_dir()
 
 

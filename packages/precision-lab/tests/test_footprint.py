@@ -87,6 +87,29 @@ def names():
     return task(model, optimizer, draw, nn.CrossEntropyLoss())
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.lstm = nn.Embedding(50, 32), nn.LSTM(32, 64, 2, batch_first=True)
+        self.out = nn.Linear(64, 50)
+
+    def forward(self, ids):
+        return self.out(self.lstm(self.embedding(ids))[0][:, -1])
+
+
+def recurrent():
+    model = Recurrent()
+    draw = lambda g: (torch.randint(50, (16, 20), generator=g), torch.randint(50, (16,), generator=g))  # noqa: E731
+    return task(model, torch.optim.Adam(model.parameters()), draw, nn.CrossEntropyLoss())
+
+
+def autoencoder():
+    layers = [nn.Conv2d(3, 16, 4, stride=2, padding=1), nn.ReLU(), nn.ConvTranspose2d(16, 3, 4, stride=2, padding=1)]
+    model = nn.Sequential(*layers)
+    draw = lambda g: [torch.randn(8, 3, 16, 16, generator=g)] * 2  # noqa: E731
+    return task(model, torch.optim.SGD(model.parameters(), lr=0.1), draw, nn.MSELoss())
+
+
 def witnessed(mode, make):
     """The most bytes that were allocated and not released at once, over set-up and three real steps."""
     fabric = Fabric("cpu", precision=mode)
@@ -111,12 +134,14 @@ def witnessed(mode, make):
 
 @pytest.mark.parametrize(
     ("mode", "make"),
-    # products of bfloat16 have a workspace on a CPU, which no operation shows
     [
         *(("32-true", make) for make in (gpt, conv, residual, bag, names)),
-        *(("bf16-mixed", make) for make in (gpt, residual, bag, names)),
+        *(("bf16-mixed", make) for make in (gpt, conv, residual, bag, names)),
+        ("bf16-mixed", recurrent),
+        ("bf16-true", autoencoder),
         *(pytest.param(mode, gpt, marks=pytest.mark.full) for mode in ("bf16-master", "16-master", "bf16-stochastic")),
-        *(pytest.param("bf16-true", make, marks=pytest.mark.full) for make in (gpt, bag)),
+        *(pytest.param("bf16-true", make, marks=pytest.mark.full) for make in (gpt, conv, residual, bag, names)),
+        *(pytest.param("32-true", make, marks=pytest.mark.full) for make in (recurrent, autoencoder)),
     ],
 )
 def test_the_peak_is_what_a_real_run_allocates(mode, make):

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from precision_bnb.config import COMPUTE_DTYPES
 from precision_bnb.packed import NESTED_BLOCK, Format, Layout, Parts
@@ -47,7 +49,7 @@ def quantize(weight: Tensor, format: Format, *, transposed: bool = False, device
     weight = weight.detach().t() if transposed else weight.detach()
     layout = Layout(format, *weight.shape)
     packed = layout.empty(weight.device)
-    if not weight.is_meta and weight.numel():
+    if has_values(weight) and weight.numel():
         write = _quantize_8bit if format.quant_type == "int8" else _quantize_4bit
         write(weight, packed, layout, device or weight.device)
     return packed
@@ -55,12 +57,17 @@ def quantize(weight: Tensor, format: Format, *, transposed: bool = False, device
 
 def check_values(weight: Tensor, format: Format | None) -> None:
     """Raises `ValueError` for weights that cannot be quantised, without temporaries; `format` None: int8-training."""
-    if weight.is_meta or not weight.numel():
+    if not has_values(weight) or not weight.numel():
         return
     low, high = weight.detach().aminmax()
     through_half = format is None or format.quant_type == "int8"
     if not bool(torch.maximum(-low, high).to(torch.float16 if through_half else torch.float32).isfinite()):
         raise ValueError(_NOT_IN_HALF if through_half else _NOT_FINITE)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has memory: not on the meta device, nor traced with fake tensors (`precision estimate`)."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def check_floating(dtype: torch.dtype) -> None:
@@ -185,7 +192,8 @@ def make_codes(format: Format, device: torch.device = _CPU) -> None:
 def _cached(name: str, device: torch.device) -> Tensor:
     key = (name, device)
     if key not in _codes:
-        _codes[key] = _make_table(name) if device.type == "cpu" else _cached(name, _CPU).to(device)
+        with _disable_current_modes():  # under fake tensors it would be one, for the rest of the process
+            _codes[key] = _make_table(name) if device.type == "cpu" else _cached(name, _CPU).to(device)
     return _codes[key]
 
 

@@ -10,10 +10,12 @@ from torch.optim import AdamW
 from precision_core import DDPStrategy, Fabric
 from precision_core.testing import run_in_ranks
 from precision_core.testing.net import Net, loss_of, make_batch
+from precision_core.testing.stored import cut_small_models
 
 
 def masters(mode: str, rounds: int) -> list[Tensor]:
     """Returns the values after steps with accumulation and clipping, and float32's own steps on the same gradients."""
+    cut_small_models()
     fabric = Fabric("cpu", devices=2, strategy=DDPStrategy(), precision=mode)
     model, start = Net(fabric.global_rank), Net(0)  # each rank draws weights of its own
     optimizer = AdamW(model.parameters(), lr=1e-4)

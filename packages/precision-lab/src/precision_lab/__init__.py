@@ -1,6 +1,6 @@
 """precision-lab: the `precision` command: which number formats run here, and what they do to training.
 
-    cli.py        the commands and their options
+    cli.py        the command; commands/: each of its commands, and their options
     api.py        the same as functions that return plain objects
 
     doctor.py     precision doctor: everything that there is to say of this machine
@@ -50,6 +50,11 @@
     estimates.py  precision estimate: the memory of each mode, and whether it fits
     footprint.py  of one training step, by kind
     tracker.py    bytes of tensors that have no memory
+    scratch.py    bytes that no operation shows
+    made.py       the task, made without values
+    buckets.py    DDP's; pretended.py: the other processes under FSDP2
+    formulas.py   where an engine cannot be traced
+    hf.py         the model of a config.json
 
     explaining/   precision why: the operation by which a step first goes wrong, and what mends it
     auditing/     precision audit: what a training loop of anybody's really computes and keeps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from precision_lab.table import human_bytes
 from precision_lab.task import Task
 from precision_lab.taskfile import TaskError, guarded, load_make
 from precision_lab.train import SIZES, gpt_maker
+from precision_lab.variants import split_variants, varied
 
 
 @dataclass(repr=False)
@@ -45,6 +46,9 @@ class Estimates(Shown):
         done = [row for row in self.rows if not row.reason]
         loaded = max((row.loaded for row in done), default=0)
         lines = [f"make() had the model's values in memory for that, {human_bytes(loaded)}"] * bool(loaded)
+        twice = [f"{row.mode} {human_bytes(row.set_up)}" for row in done if row.set_up > row.peak]
+        if twice:
+            lines.append(f"set-up takes more than a step, where make() puts the model: {', '.join(twice)}")
         says = {row.mode: accelerate_says(row.numbers, row.mode) for row in done}
         sizes: dict[int, list[str]] = {}
         for mode, size in says.items():
@@ -93,7 +97,7 @@ def estimate(
 
     Args:
         task: as for `compare`; its code runs with tensors that have no values.
-        modes: as for `compare`.
+        modes: as for `compare`, variants included.
         strategy: "single_device", "ddp" or "fsdp" (which needs precision-fsdp), which are traced; "deepspeed" (stage 2)
             or "xla", by a formula on what was traced on one device.
         devices: how many of them; each gets batches like those of the task.
@@ -111,7 +115,7 @@ def estimate(
     room = None if fit is None else parse_bytes(fit)
     named = modes not in (None, "all")
     text = modes if modes is None or isinstance(modes, str) else ",".join(modes)
-    listed = parse_modes(str(text)) if named else modes_to_run(None if text is None else str(text))
+    listed = parse_modes(str(text), variants=True) if named else modes_to_run(None if text is None else str(text))
     make = _maker(task, hf, batch, size)
     rows = [sharded(_traced(mode, make, strategy, devices), strategy, devices) for mode in listed]
     return Estimates(rows, room, "" if room is None else _written(fit, room))
@@ -159,7 +163,9 @@ def _traced(mode: str, make: Callable[[], Task], strategy: str = "single_device"
     try:
         if strategy in FORMULAS:
             strategy, devices = "single_device", 1
-        return trace(mode, make, strategy=strategy, devices=devices)
+        precision, changes = split_variants(mode) if "+" in mode else (mode, ())
+        found = trace(precision, varied(make, changes), strategy=strategy, devices=devices)
+        return replace(found, mode=mode)
     except TaskError:
         raise
     except Exception as error:  # a mode that cannot run here, a kernel that needs values: the others go on

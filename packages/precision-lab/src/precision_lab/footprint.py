@@ -50,6 +50,9 @@ class Footprint:
     temporary: int = 0
     """Whatever backward and the optimizer made and is no gradient yet."""
     peak: int = 0
+    set_up: int = 0
+    """The most that is alive before the first step, in the memory where the task makes the model, which is not always
+    that of the device. Without what quantisation has for a moment."""
     resident: int = 0
     """Between two steps, once gradients are dropped: parameters, optimizer, buffers."""
     loaded: int = 0
@@ -111,6 +114,7 @@ def _trace(mode: str, make: Callable[[], Task], fabric: Fabric, strategy: str, d
         with _not_fused(task.optimizer):
             model, optimizer = fabric.setup(task.model, task.optimizer)
         del vars(task.model)["to"]
+        found.set_up = tracker.peak
         batches = task.stream(0)
         _step(fabric, task, tracker, next(batches))
         optimizer.zero_grad()
@@ -167,7 +171,7 @@ def _look(
     def take(tensor: Tensor | None) -> int:
         return alive.pop(key_of(tensor), (0,))[0] if tensor is not None else 0
 
-    found.peak = tracker.current
+    found.peak = tracker.peak  # what a kernel has only while it runs counts
     found.params = sum(take(param) for param in params)
     found.grads = sum(take(param.grad) for param in params)
     found.buffers = sum(take(buffer) for buffer in model.buffers())
@@ -183,3 +187,4 @@ def _look(
     found.resident = sum(found.of(kind) for kind in ("params", "master", "optimizer", "buffers"))
     found.activations = sum(size for size, phase, number in rest if number not in kept and phase in ("forward", "task"))
     found.temporary = sum(size for size, *_ in rest) - (found.master - masters) - found.activations
+    found.temporary += found.peak - tracker.current

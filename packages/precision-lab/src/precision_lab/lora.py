@@ -20,11 +20,11 @@ RANK, ALPHA = 8, 16
 class LoRA(nn.Module):
     """A linear layer and its adapter."""
 
-    def __init__(self, layer: nn.Module, inputs: int, outputs: int) -> None:
+    def __init__(self, layer: nn.Module, inputs: int, outputs: int, device: torch.device) -> None:
         super().__init__()
         self.base_layer = layer
-        self.lora_A = nn.Linear(inputs, RANK, bias=False)
-        self.lora_B = nn.Linear(RANK, outputs, bias=False)
+        self.lora_A = nn.Linear(inputs, RANK, bias=False, device=device)
+        self.lora_B = nn.Linear(RANK, outputs, bias=False, device=device)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
@@ -56,7 +56,7 @@ def add_adapters(task: Task) -> None:
     for name, layer in taken.items():
         sizes = _sizes(layer)
         assert sizes is not None
-        adapted = LoRA(layer, *sizes).to(layer.weight.device)
+        adapted = LoRA(layer, *sizes, layer.weight.device)
         adapted.train(layer.training)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, adapted)

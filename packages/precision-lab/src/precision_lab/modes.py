@@ -60,7 +60,8 @@ def parse_modes(text: str, *, variants: bool = False) -> list[str]:
         mode, changes = split_variants(given) if "+" in given else (given, ())
         if changes and not variants:
             raise ValueError(
-                f"{given!r} changes the task, which only `precision compare` does: make the task so, and say {mode!r}"
+                f"{given!r} changes the task, which `precision compare` and `estimate` do alone: make the task so, "
+                f"and say {mode!r}"
             )
         mode = spelled(_checked(mode), changes)
         if mode in modes:

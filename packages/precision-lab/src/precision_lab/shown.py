@@ -1,8 +1,9 @@
-"""How results show themselves: in a terminal's Python, and in a notebook as HTML or Markdown."""
+"""How results show themselves: printed, in a terminal's Python, and in a notebook as HTML or Markdown."""
 
 from __future__ import annotations
 
 import html
+import io
 from typing import Any
 
 
@@ -35,6 +36,17 @@ class Shown:
         body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
         below = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"
+
+
+class Printed:
+    """A result whose class has `__rich__`: `print` shows the same, in 100 columns and without colours."""
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        Console(file=text, width=100, highlight=False, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
 
 
 def human_bytes(number: int | None) -> str:

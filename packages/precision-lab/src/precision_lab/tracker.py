@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from precision_lab.scratch import bytes_behind, scratch_bytes
+
 GATHERED = "gathered"
 """The phase of a storage that was resized, whenever that was."""
 
@@ -60,20 +62,21 @@ class Tracker(TorchDispatchMode):
             self._flags.add(key_of(args[1]))  # that a scaled gradient overflowed: it did not
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._add(leaf)
+                self._add(leaf, bytes_behind(func, args, leaf))
         self.operations += 1
-        if self.current > self.peak:
-            self.peak, self.peak_at = self.current, self.operations
+        meanwhile = self.current + scratch_bytes(func, args, kwargs or {}, result)
+        if meanwhile > self.peak:
+            self.peak, self.peak_at = meanwhile, self.operations
         if self._watch == self.operations and self._at_peak is not None:
             self._at_peak()
         return result
 
-    def _add(self, tensor: Tensor) -> None:
+    def _add(self, tensor: Tensor, behind: int) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.alive:
             return
-        size = storage.nbytes()
+        size = storage.nbytes() + behind
         self.alive[key] = size, self.phase, next(self._numbers)
         self.current += size
         self._refs[key] = weakref.ref(storage, lambda _: self._remove(key))

@@ -4,8 +4,8 @@
     32-true+adam8bit     Adam's states in 8 bits
     nf4+lora+adam8bit    both
 
-A precision says nothing of what trains, or by which optimizer, so these are no precisions: only `compare` takes them. A
-task to which one cannot be done, by its model or its optimizer, is a row with the reason.
+A precision says nothing of what trains, or by which optimizer, so these are no precisions: `compare` and `estimate`
+alone take them. A task to which one cannot be done, by its model or its optimizer, is a row with the reason.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from precision_core.precision.half import HalfPrecision
+from precision_core.precision.update import rows
 
 Make = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -98,3 +99,8 @@ def equal(mine: Iterable[Tensor], theirs: Iterable[Tensor]) -> bool:
         (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(a.contiguous().view(-1), b.contiguous().view(-1))
         for a, b in zip(mine, theirs, strict=True)
     )
+
+
+def cut_small_models() -> None:
+    """Has this process step small models in pieces, as it does large ones, instead of all at once."""
+    rows._LEAST_BYTES = 0

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from precision_core import Fabric
 
-SHAPES = [(48, 64)] * 40 + [(200, 200)]
+SHAPES = [(64, 96)] * 100 + [(200, 200)]
 SIZE = sum(rows * columns for rows, columns in SHAPES)
 
 

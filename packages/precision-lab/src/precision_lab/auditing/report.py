@@ -10,10 +10,11 @@ from precision_lab.auditing.ledger import PARTS, Ledger, ledger_of
 from precision_lab.auditing.observed import named, observed
 from precision_lab.auditing.record import Record
 from precision_lab.auditing.rules import findings_of
+from precision_lab.shown import Printed
 
 
 @dataclass
-class Report:
+class Report(Printed):
     """Filled when the audit ends."""
 
     record: Record = field(default_factory=Record, repr=False)

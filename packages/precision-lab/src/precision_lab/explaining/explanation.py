@@ -7,6 +7,7 @@ from typing import Any
 
 from precision_lab.auditing.where import Line
 from precision_lab.explaining.numbers import Numbers
+from precision_lab.shown import Printed
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Remedy:
 
 
 @dataclass
-class Explanation:
+class Explanation(Printed):
     """Where a step first goes wrong; `kind` is the class of the cause, "nothing" where all is finite."""
 
     kind: str

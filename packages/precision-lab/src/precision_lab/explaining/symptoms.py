@@ -11,6 +11,7 @@ from precision_lab.explaining.explanation import Explanation
 from precision_lab.explaining.files import Run, all_of, is_alarm
 from precision_lab.explaining.numbers import end_of, percent
 from precision_lab.explaining.ranks import First, first_rank, order_of
+from precision_lab.shown import Printed
 
 _NEAR = 16.0
 """A module whose largest value is within this factor of its format's end is named."""
@@ -22,7 +23,7 @@ _FEWEST, _LESS = 20, 0.01
 
 
 @dataclass
-class Symptoms:
+class Symptoms(Printed):
     """Of one run: its alarms, explained where the run could, and what else speaks for a cause."""
 
     path: str

@@ -34,6 +34,11 @@ class Alarm:
     explanation: Any = None  # of `precision_lab.explaining`
     unexplained: str = ""  # why there is none
 
+    def __str__(self) -> str:
+        at = f" ({self.line})" if self.line else ""
+        why = self.explanation if self.explanation is not None else self.unexplained
+        return f"{self.text}{at}" + (f"\n{why}" if why else "")
+
     def as_dict(self) -> dict[str, Any]:
         """Returns it as plain values."""
         found = {

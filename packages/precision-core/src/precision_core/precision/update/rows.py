@@ -16,6 +16,9 @@ LARGEST = 1 << 18
 _BYTES = 0.4
 """Of all rows, at most, for each element that is stepped; half of it where the optimizer allocates beside them."""
 
+_LEAST_BYTES = 1 << 17
+"""Of all rows, for small models: what they take is nothing, and calls are all that takes time there."""
+
 
 class Row:
     """Memory of one dimension, `flat`, and its part for each piece."""
@@ -76,5 +79,5 @@ def row_size(total: int, count: int, step: int, *, allocates: bool) -> int:
 
     `allocates`: the optimizer has memory of its own for what it steps, as all have but fused ones.
     """
-    of_rows = _BYTES / 2 if allocates else _BYTES
-    return max(step, min(LARGEST, int(of_rows / 4 * total / count) // step * step))
+    of_rows = max(_LEAST_BYTES, (_BYTES / 2 if allocates else _BYTES) * total)
+    return max(step, min(LARGEST, int(of_rows / 4 / count) // step * step))
