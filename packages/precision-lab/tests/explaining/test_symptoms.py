@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
 
 import precision_lab
 from precision_lab.cli import main
-from precision_lab.explaining.symptoms import read, symptoms
+from precision_lab.explaining.symptoms import symptoms
 
 
 def written(folder: Path, *lines: dict[str, Any], tail: str = "") -> str:
@@ -78,18 +77,17 @@ def test_a_run_without_an_alarm_may_be_broken_all_the_same(tmp_path: Path) -> No
     assert "if step == 1:" in symptoms(written(tmp_path, step(0), step(1, "nan"))).type
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("hello\nworld\n", "line 1: expected JSON"),
-        ("[1]\n", "line 1: expected an object"),
-        ("{}\n", "no line has a step"),
-    ],
-)
-def test_another_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "other.jsonl"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read(str(path))
-    result = CliRunner().invoke(main, ["why", str(path)])
-    assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
+def test_of_several_ranks_the_first_stands_first(tmp_path: Path) -> None:
+    def first(rank: int) -> dict[str, Any]:
+        return {"watch": 1, "rank": rank, "ranks": 2, "run": "a"}
+
+    path = written(tmp_path, first(0), step(3), step(4, "nan"), {"alarm": "loss", "step": 4, "text": "loss is nan"})
+    Path(tmp_path / "run.rank1.jsonl").write_text(
+        "".join(json.dumps(each) + "\n" for each in (first(1), {"alarm": "loss", "step": 3, "text": "loss is inf"}))
+    )
+    found = symptoms(path)
+    assert found.ranks == 2 and [each["rank"] for each in found.alarms] == [1, 0]
+    output = CliRunner().invoke(main, ["why", path]).output
+    assert "one rank alone: rank 1 of 2 alone went wrong first, in step 3" in " ".join(output.split())
+    assert output.index("step 3, rank 1: loss is inf") < output.index("step 4, rank 0: loss is nan")
+    assert json.loads(CliRunner().invoke(main, ["why", path, "--json"]).output)["first"]["rank"] == 1

@@ -25,6 +25,8 @@ _SLOPES = frozenset(
         "atan2",
     ]
 )
+_ARCS = ("acos", "asin")
+IGNORED_LABELS = "no label counts, as all are ignore_index: the mean over none is 0 / 0."
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,21 @@ def cause_of(went: Went) -> Cause:
         return Cause("root of a negative number", "its operand is negative.", "root")
     if name == "pow" and first is not None and first.zeros and any(each < 0 for each in went.scalars):
         return Cause("division by zero", "a negative power of zero.", "root")
-    if name == "exp":
-        return Cause("overflow in exp", f"{_largest(went)}, and exp ends at 709 in float64.", "exp")
+    if name in ("exp", "expm1", "cosh", "sinh"):
+        return Cause("overflow in exp", f"{_largest(went)}, and {name} ends at 709 in float64.", "exp")
+    if name == "lift_fresh":
+        return Cause("not finite before", "a constant, or a tensor from elsewhere, is not finite.", "")
     if went.inputs and not all(each.finite for each in went.inputs):
         return Cause("NaN from inf", "inf - inf, 0 x inf or inf / inf.", "")
+    if name.startswith(("std", "var")):
+        return Cause("division by zero", "the deviation of one value: n - 1 is zero.", "deviation")
+    if name.startswith("nll_loss"):
+        return Cause("bad data", IGNORED_LABELS, "ignored")
     if went.scalars and any(abs(each) == float("inf") for each in went.scalars):
         return Cause("NaN from inf", "an infinite constant in arithmetic: 0 x inf is NaN.", "")
+    if went.output.infs and not went.output.nans:
+        product = name in ("prod", "cumprod") or went.kind in PRODUCTS
+        return Cause("overflow in a product" if product else "overflow", "its result is beyond float64, too.", "")
     return Cause("not finite", "its operands are finite, and in float64 it is not finite either.", "")
 
 
@@ -90,7 +101,7 @@ def _overflow(went: Went) -> Cause:
         return Cause("overflow in exp", f"{_largest(went)}; {largest}", "exp")
     if went.kind is ATTENTION:
         return Cause("overflow in attention", largest)
-    if went.kind in PRODUCTS:
+    if went.kind in PRODUCTS or name in ("prod", "cumprod"):
         return Cause("overflow in a product", largest)
     if square:
         return Cause("overflow in a square", largest)
@@ -106,6 +117,8 @@ def _overflow(went: Went) -> Cause:
 def _slope(went: Went) -> Cause:
     forward = went.forward.rstrip("_")
     if forward in _SLOPES or forward.lower() in _SLOPES:
+        if forward in _ARCS:
+            return Cause("infinite slope", f"the slope of {forward} at 1 and -1 is infinite.", "arc")
         text = f"the slope of {forward} at zero is infinite."
         kind = "log" if forward.startswith("log") else "division" if forward in ("div", "reciprocal") else "root"
         return Cause("infinite slope", text, kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import click
 from rich.console import Console
@@ -10,15 +11,15 @@ from rich.console import Console
 from precision_lab.explaining.symptoms import symptoms
 
 
-def run(path: str, as_json: bool, console: Console) -> int:
-    """Prints what a file of `precision watch` tells, and returns the exit code: 1 where the run went wrong.
+def run(paths: Sequence[str], as_json: bool, console: Console) -> int:
+    """Prints what files of `precision watch` tell, and returns the exit code: 1 where the run went wrong.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: one is no such file.
     """
-    found = symptoms(path)
+    found = symptoms(*paths)
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=1))
     else:
         console.print(found)
-    return 1 if found.alarms or found.type else 0
+    return 1 if found.alarms or found.findings or found.type else 0

@@ -15,12 +15,12 @@ from precision_lab.explaining.causes import cause_of
 from precision_lab.explaining.explanation import Explanation, Remedy
 from precision_lab.explaining.loss import explain_loss
 from precision_lab.explaining.numbers import is_finite
-from precision_lab.explaining.optimizers import explain_optimizer
-from precision_lab.explaining.remedies import try_fixes, try_scale
+from precision_lab.explaining.optimizers import explain_optimizer, explain_update
+from precision_lab.explaining.remedies import try_fixes, try_paths, try_scale
 from precision_lab.explaining.replay import Context, Outcome, Step, inner, run
 from precision_lab.explaining.rounding import explain_rounding
 from precision_lab.explaining.stored import explain_leaf, masks_of
-from precision_lab.explaining.trace import Origin, hidden_overflow, origin_of
+from precision_lab.explaining.trace import Origin, hidden_overflow, origin_of, overflow_behind
 from precision_lab.explaining.underflow import explain_underflow
 from precision_lab.explaining.watched import BACKWARD, IN_LOSS, LOSS, Modules, Watched, Went
 
@@ -96,8 +96,13 @@ def _explain(step: Step, loss: Tensor | None, optimizer: Optimizer | None, remed
     reached, origin = _first(watched, outcome, masks)
     if outcome.error and not outcome.outputs and (origin is not None or watched.went):
         reached, origin = "an error", origin or watched.went[0]
+    update: Remedy | None = None
     if isinstance(origin, str):
         found = explain_leaf(step, origin)
+        if optimizer is not None and origin.startswith("parameter "):
+            name = origin.partition(" ")[2]
+            text, update = explain_update(optimizer, name, dict(step.model.named_parameters())[name])
+            found.what = f"{found.what} {text}".rstrip()
     elif origin is not None:
         found = _operation(origin)
     elif outcome.error:
@@ -113,7 +118,7 @@ def _explain(step: Step, loss: Tensor | None, optimizer: Optimizer | None, remed
             or Explanation("nothing", _all_finite(outcome))
         )
     if remedies and origin is not None:
-        found.remedies = _tried(step, origin, find)
+        found.remedies = [update] if update is not None else _tried(step, origin, find)
         if not outcome.went_backward:
             found.notes.append("the gradients of the outputs are not known: remedies were tried in the forward alone")
     found.reached = found.reached or reached
@@ -138,7 +143,10 @@ def _first(watched: Watched, outcome: Outcome, masks: set[str]) -> tuple[str, Or
             origin = origin_of(gradient, watched, masks, True)
             found += [(f"the gradient of {name}", origin)] if origin is not None else []
     if found:
-        return min(found, key=lambda each: each[1].number if isinstance(each[1], Went) else -1)
+        reached, origin = min(found, key=lambda each: each[1].number if isinstance(each[1], Went) else -1)
+        if isinstance(origin, Went) and origin.phase == BACKWARD and cause_of(origin).kind == "NaN from inf":
+            origin = overflow_behind(origin) or origin
+        return reached, origin
     hidden = hidden_overflow(watched)
     return ("nothing that leaves the model: x / inf is 0" if hidden is not None else ""), hidden
 
@@ -164,7 +172,14 @@ def _operation(went: Went) -> Explanation:
 def _tried(step: Step, origin: Origin, find: Callable[[Watched, Outcome], Origin | None]) -> list[Remedy]:
     smaller = try_scale(step) if isinstance(origin, Went) and cause_of(origin).remedy == "scale" else None
     tried = [each for each in (smaller, try_fixes(step, origin, find)) if each is not None]
+    if isinstance(origin, Went) and _is_half(origin) and not any(each.helps for each in tried):
+        wider = try_paths(step, [origin.module])[0]  # a zero may have been a small number before: eps=1e-12, say
+        tried += [wider] if wider.helps else []
     return sorted(tried, key=lambda each: not each.helps)
+
+
+def _is_half(went: Went) -> bool:
+    return went.module != IN_LOSS and any(each.dtype in ("float16", "bfloat16") for each in (*went.inputs, went.output))
 
 
 def _all_finite(outcome: Outcome) -> str:

@@ -17,12 +17,12 @@ class Remedy:
     kind: str  # exception, code, scale, data, weights
     ours: str  # what to type with precision-core
     torch: str  # in plain torch
-    outcome: str = "not tried"  # finite, not finite, not tried, or an error
+    outcome: str = "not tried"  # "finite" or "better", which may go on after a colon; not finite, not tried, an error
 
     @property
     def helps(self) -> bool:
-        """Whether the step was finite with it."""
-        return self.outcome == "finite"
+        """Whether the step was finite with it, or less of it went wrong."""
+        return self.outcome.partition(":")[0] in ("finite", "better")
 
 
 @dataclass

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from precision_lab.auditing.where import Line, Where
+from precision_lab.explaining.causes import IGNORED_LABELS
 from precision_lab.explaining.explanation import Explanation, Remedy
-from precision_lab.explaining.mends import LABELS
+from precision_lab.explaining.mends import IGNORED, LABELS, MENDS
 from precision_lab.explaining.numbers import is_finite, numbers_of
 
 _NODES = 2000
@@ -23,13 +24,37 @@ _LOSSES: dict[str, Callable[..., Tensor]] = {
     "SoftMarginLoss": functional.soft_margin_loss,
     "BinaryCrossEntropyWithLogits": functional.binary_cross_entropy_with_logits,
 }
-_LINES = 60
+_LINES, _NEAR = 60, 16
+"""Lines above backward that are looked at, and operations nearest to the loss whose names a line should have."""
+_ONE = torch.ones(())
+_OVERFLOWS = ("overflow in a square", "overflow in a product")
+_MENDED = {
+    "log of zero": "log",
+    "log of a negative number": "log",
+    "division by zero": "division",
+    "root of a negative number": "root",
+    "overflow in exp": "exp",
+}
+"""Kind of cause -> what of mends.py is for it."""
+_CALLS: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "Log": (torch.log, 1),
+    "Log2": (torch.log2, 1),
+    "Log10": (torch.log10, 1),
+    "Div": (torch.div, 2),
+}
+"""Operations that keep all of their operands, and how many."""
 _TEXTS = {
     "Div": r"/|\bdiv",
     "Reciprocal": r"/|reciprocal",
     "Mul": r"\*|\bmul",
     "Pow": r"\*\*|\bpow|square",
     "MseLoss": r"mse_?loss",
+    "NllLoss": r"nll_?loss|\bcross_?entropy",
+    "NllLoss2D": r"nll_?loss|\bcross_?entropy",
+    "LogSoftmax": r"log_?softmax|\bcross_?entropy",
+    "Neg": r"-",
+    "Add": r"\+|\badd",
+    "Sub": r"-|\bsub",
 }
 """What the text of a line has where an operation is called, for those that have signs or several names."""
 _INPUTS = ("_saved_self", "_saved_other", "_saved_target", "_saved_weight", "_saved_exponent")
@@ -40,7 +65,7 @@ def explain_loss(loss: Tensor, outputs: list[Tensor]) -> Explanation | None:
     if is_finite(loss):
         return None
     found = _explain(loss, outputs)
-    found.line = _line(found.operation)
+    found.line = _line(found.operation, [node.name().partition("Backward")[0] for node, _ in _nodes(loss)[:_NEAR]])
     if found.line is not None:
         found.notes.append("the line is the nearest above whose text has the operation: a graph keeps no lines")
     return found
@@ -60,9 +85,14 @@ def _explain(loss: Tensor, outputs: list[Tensor]) -> Explanation:
                 found.what = f"{finite}: {name} was given labels that are not finite ({numbers_of(value)})."
                 found.remedies = _without(name, saved)
                 return _with(found, node, name, saved)
+        if name.startswith("NllLoss") and float(saved.get("_saved_total_weight", _ONE)) == 0:
+            found.kind, found.name, found.what = "bad data", "the labels", f"{finite}: {name}: {IGNORED_LABELS}"
+            found.remedies = [Remedy("code", IGNORED, IGNORED, "finite: a sum over none is 0")]
+            return _with(found, node, name, {})
         if (text := _trouble(name, saved)) is not None:
             found.what = f"{finite}: {name}: {text}"
             found.kind = text.partition(":")[0]
+            found.remedies = _mended(found.kind, name, saved)
             return _with(found, node, name, saved)
         if bad and not any(key in _INPUTS for key in bad):
             found.what = f"{finite}: {name} made it so."
@@ -83,6 +113,25 @@ def _without(name: str, saved: dict[str, Tensor]) -> list[Remedy]:
         labels = torch.nan_to_num(saved["_saved_target"], 0.0, 0.0, 0.0)
         remedy.outcome = "finite" if is_finite(function(own, labels.to(own.dtype))) else "not finite"
     return [remedy]
+
+
+def _mended(kind: str, name: str, saved: dict[str, Tensor]) -> list[Remedy]:
+    """Returns what mends an operation of the loss, tried on what the graph has kept of its operands."""
+    own, other = saved.get("_saved_self"), saved.get("_saved_other")
+    if kind in _OVERFLOWS and own is not None and own.dtype in (torch.float16, torch.bfloat16):
+        text = "the loss of output.float(), outside of autocast"
+        finite = _trouble(name, {key: each.float() for key, each in saved.items()}) is None
+        return [Remedy("code", text, text, "finite: the operation alone, in float32" if finite else "not finite")]
+    if kind not in _MENDED:
+        return []
+    _, text, mend = MENDS[_MENDED[kind]]
+    operands = tuple(each for each in (own, other) if each is not None)
+    call = _CALLS.get(name)
+    outcome = "not tried"
+    if call is not None and len(operands) == call[1]:
+        arguments, _ = mend(operands, {})
+        outcome = "finite: the operation alone, on its operands" if is_finite(call[0](*arguments)) else "not finite"
+    return [Remedy("code", text, text, outcome)]
 
 
 def _with(found: Explanation, node: Any, name: str, saved: dict[str, Tensor]) -> Explanation:
@@ -120,18 +169,29 @@ def _trouble(name: str, saved: dict[str, Tensor]) -> str | None:
     return None
 
 
-def _line(operation: str) -> Line | None:
-    """Returns the line above the caller's own, at most so many, whose text has the operation; autograd keeps none."""
+def _line(operation: str, near: list[str]) -> Line | None:
+    """Returns the line above the caller's own, at most so many, whose text has the operation; autograd keeps none.
+
+    Of several it is the one that has most of the operations around it, the nearest of equal ones.
+    """
     here = Where().line(2)
     if here is None or not operation:
         return None
-    snake = re.sub(r"(?<!^)(?=[A-Z])", "_", operation).lower()
-    text = _TEXTS.get(operation, rf"\b{snake}\(|{operation}\(")
+    best: tuple[int, Line | None] = (-1, None)
     for number in range(here.number, max(here.number - _LINES, 0), -1):
         line = Line(here.file, number, here.function)
-        if re.search(text, line.text, re.IGNORECASE) and not line.text.startswith(("#", "def ")):
-            return line
-    return None
+        code = line.text.partition("#")[0]
+        if not code or code.startswith("def ") or not re.search(_pattern(operation), code, re.IGNORECASE):
+            continue
+        score = sum(bool(re.search(_pattern(name), code, re.IGNORECASE)) for name in set(near))
+        if score > best[0]:
+            best = score, line
+    return best[1]
+
+
+def _pattern(operation: str) -> str:
+    snake = re.sub(r"(?<!^)(?=[A-Z])", "_", operation).lower()
+    return _TEXTS.get(operation, rf"\b{snake}\(|{operation}\(")
 
 
 def _nodes(loss: Tensor) -> list[tuple[Any, dict[str, Tensor]]]:
@@ -152,7 +212,15 @@ def _nodes(loss: Tensor) -> list[tuple[Any, dict[str, Tensor]]]:
                     value = getattr(node, key)
                 except RuntimeError:  # freed by backward, or changed in place
                     continue
-                if isinstance(value, Tensor):
+                if isinstance(value, Tensor) and _is_there(value):
                     saved[key] = value.detach()
         found.append((node, saved))
     return found
+
+
+def _is_there(tensor: Tensor) -> bool:
+    """Whether it has its storage still: gathered weights are given back after a forward."""
+    try:
+        return not tensor.numel() or tensor.untyped_storage().nbytes() > 0
+    except (RuntimeError, NotImplementedError):
+        return False

@@ -13,6 +13,8 @@ from precision_lab.explaining.numbers import words
 
 LABELS = "leave such batches out: if not torch.isfinite(labels).all(): continue"
 
+IGNORED = 'reduction="sum", divided by the number of labels that count, at least 1'
+
 
 def _eps(value: Tensor) -> float:
     return torch.finfo(value.dtype).eps
@@ -39,7 +41,19 @@ def _denominator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _below_the_end(value: Tensor) -> Tensor:
-    return value.clamp_max(math.log(torch.finfo(value.dtype).max) / 2)
+    end = math.log(torch.finfo(value.dtype).max) / 2
+    return value.clamp(-end, end)
+
+
+def _by_count(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A deviation that divides by the number of values, not by one less."""
+    given = tuple(each for each in args if not isinstance(each, bool))
+    return given, {**{key: value for key, value in kwargs.items() if key != "unbiased"}, "correction": 0}
+
+
+def _summed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = args[:6] if len(args) > 6 else args  # reduction is the seventh
+    return given, {**kwargs, "reduction": "sum"}
 
 
 def _cleaned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,4 +108,15 @@ MENDS["slope"] = (
     "eps within the root, the logarithm or the denominator",
     _first(lambda value: value.clamp_min(0) + _eps(value)),
 )
+MENDS["deviation"] = (
+    words("std var std_mean var_mean"),
+    "correction=0 where there is one value alone: x.std(correction=0)",
+    _by_count,
+)
+MENDS["arc"] = (
+    words("acos asin arccos arcsin acos_ asin_"),
+    "x.clamp(-1 + eps, 1 - eps)",
+    _first(lambda value: value.clamp(-1 + _eps(value), 1 - _eps(value))),
+)
+MENDS["ignored"] = (words("cross_entropy nll_loss"), IGNORED, _summed)
 MENDS["labels"] = (frozenset(), LABELS, _cleaned)

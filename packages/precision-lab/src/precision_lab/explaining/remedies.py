@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from precision_lab.auditing.where import Line
 from precision_lab.explaining.causes import cause_of
 from precision_lab.explaining.explanation import Remedy
 from precision_lab.explaining.mends import LABELS, MENDS
@@ -22,8 +23,8 @@ _RUNS = 12
 _MODULES = 4
 """With more exceptions it is the whole model."""
 _FLOAT32 = torch.finfo(torch.float32).max
-_BATCHES = "leave such batches out: if not torch.isfinite(x).all(): continue"
-_WEIGHTS = (
+BATCHES = "leave such batches out: if not torch.isfinite(x).all(): continue"
+WEIGHTS = (
     "load a checkpoint from before, and skip steps whose gradients are not finite: by a GradScaler, or by "
     "torch.nn.utils.clip_grad_norm_(..., error_if_nonfinite=True)"
 )
@@ -40,6 +41,8 @@ class Fixes:
     patches: list[Patch] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)  # of patches and clean values
     replaced: dict[int, Tensor] = field(default_factory=dict)
+    narrowed: set[Line] = field(default_factory=set)  # lines that name a half dtype
+    needed: bool = False  # whether an exception does anything
 
     def add(self, step: Step, origin: Origin) -> Step | None:
         """Adds what mends the origin; returns the step to try, None where there is nothing to add."""
@@ -86,12 +89,12 @@ class Fixes:
     def _add_clean(self, step: Step, name: str) -> Step | None:
         what = name.partition(" ")[0]
         if what == "input":
-            self.texts.append(_BATCHES)
+            self.texts.append(BATCHES)
             return replace(step, args=_clean(step.args), kwargs=_clean(step.kwargs))
         bad = {id(each): _clean(each) for each in step.model.parameters() if not is_finite(each)}
         if what != "parameter" or not bad or bad.keys() <= self.replaced.keys():
             return None
-        self.texts.append(_WEIGHTS)
+        self.texts.append(WEIGHTS)
         self.replaced.update(bad)
         return step
 
@@ -100,26 +103,37 @@ class Fixes:
         modules = Modules(step.model)
         wide = Wide(modules, self.paths, self.dtype, bool(self.paths), self.patches, self.replaced)
         watched = Watched(modules)
-        return watched, run(step, modules, watched, wide)
+        outcome = run(step, modules, watched, wide)
+        self.narrowed |= wide.narrowed
+        self.needed |= wide.needed
+        return watched, outcome
 
     def remedy(self, outcome: str) -> Remedy:
         """Returns it as a remedy with this outcome."""
         mode = "32-true" if self.dtype == torch.float32 else "64-true"
         ours, plain = list(self.texts), list(self.texts)
         cast = "float()" if mode == "32-true" else "double()"
-        modules = [each for each in self.paths if each != IN_LOSS]
-        if "" in self.paths:
+        wider = self.needed or not self.narrowed  # else a cast that is spelled out is all that was narrow
+        modules = [each for each in self.paths if each != IN_LOSS and wider]
+        if "" in modules:
             ours.insert(0, f'precision="{mode}"')
             plain.insert(0, f"no autocast, and model.{cast}")
         elif modules:
             ours.insert(0, f'"{"; ".join(f"{each}: {mode}" for each in modules)}"')
             under = "under torch.autocast(device_type, enabled=False), parameters and inputs in"
             plain.insert(0, f"call {' and '.join(modules)} {under} .{cast}")
+        if self.narrowed:
+            lines = ", ".join(map(str, sorted(self.narrowed, key=lambda each: (each.file, each.number))))
+            ours.append(f"float{mode[:2]} in place of the cast in {lines}")
+            plain.append(ours[-1])
         if IN_LOSS in self.paths:
             ours.append(f"the loss of output.{cast}, outside of autocast")
             plain.append(ours[-1])
         kind = "code" if self.patches else "weights" if self.replaced else "data"
-        kind = "exception" if not self.texts else "data" if LABELS in self.texts else kind
+        if LABELS in self.texts:
+            kind = "data"
+        elif not self.texts:
+            kind = "code" if self.narrowed else "exception"
         return Remedy(kind, ", and ".join(ours), ", and ".join(plain), outcome)
 
 

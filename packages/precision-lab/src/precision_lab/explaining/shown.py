@@ -8,8 +8,9 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from precision_lab.explaining.explanation import Explanation
+
 if TYPE_CHECKING:
-    from precision_lab.explaining.explanation import Explanation
     from precision_lab.explaining.symptoms import Symptoms
 
 
@@ -18,7 +19,7 @@ def shown(found: Explanation) -> RenderableType:
     if found.kind == "nothing":
         return Group(Text(f"Nothing is wrong in this step: {found.what}"), *_notes(found))
     on = f" on rank {found.rank}" if found.rank is not None else ""
-    head = f"First wrong{on}: {found.operation or found.name}"
+    head = f"First wrong{on}: {found.operation or found.name or found.kind}"
     parts: list[RenderableType] = [
         Text.assemble((head, "bold red"), f" ({found.phase})" if found.phase else "", f" {found.where}".rstrip()),
         _in(Text(found.what)),
@@ -51,12 +52,19 @@ def shown_symptoms(found: Symptoms) -> RenderableType:
     parts: list[RenderableType] = []
     count = len(found.alarms)
     parts.append(Text(f"{found.path}: {found.steps} steps, {count or 'no'} alarm{'s' * (count != 1)}"))
+    if found.first is not None:
+        parts.append(Text(f"{found.first.kind}: {found.first.text}", style="bold red"))
     explained = iter(found.explanations)
     for alarm in found.alarms:
         what = alarm.get("text") or alarm.get("what") or alarm.get("alarm") or ""
-        parts += [Text(), Text(f"step {alarm.get('step', '?')}: {what}", style="bold")]
+        on = f", rank {alarm['rank']}" if "rank" in alarm else ""
+        parts += [Text(), Text(f"step {alarm.get('step', '?')}{on}: {what}", style="bold")]
         if alarm.get("explanation"):
             parts.append(_in(shown(next(explained))))
+    for finding in found.findings:
+        parts += [Text(), Text(f"step {finding.get('at', '?')}: {finding['finding']}", style="bold")]
+        if finding.get("explanation"):
+            parts.append(_in(shown(Explanation.from_dict(finding["explanation"]))))
     if found.signs:
         parts += [Text(), Text("Signs:"), *(_in(Text(each)) for each in found.signs)]
     if found.type:

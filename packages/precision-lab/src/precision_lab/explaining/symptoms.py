@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
+from statistics import median
 from typing import Any
 
 from precision_lab.explaining.explanation import Explanation
+from precision_lab.explaining.files import Run, all_of, is_alarm
 from precision_lab.explaining.numbers import end_of, percent
+from precision_lab.explaining.ranks import First, first_rank, order_of
 from precision_lab.shown import Printed
 
 _NEAR = 16.0
@@ -17,6 +18,8 @@ _NEAR = 16.0
 _GREW = 10.0
 _NAMED = 5
 _SKIPS = 10
+_FEWEST, _LESS = 20, 0.01
+"""Steps in a third of them, and how much lower its loss must be for it to go down."""
 
 
 @dataclass
@@ -29,6 +32,9 @@ class Symptoms(Printed):
     explanations: list[Explanation] = field(default_factory=list)
     signs: list[str] = field(default_factory=list)
     type: list[str] = field(default_factory=list)  # what to type
+    findings: list[dict[str, Any]] = field(default_factory=list)  # swallowed updates
+    ranks: int = 1
+    first: First | None = None  # of several ranks
 
     def as_dict(self) -> dict[str, Any]:
         """Returns everything as plain values."""
@@ -36,8 +42,11 @@ class Symptoms(Printed):
             "version": 1,
             "path": self.path,
             "steps": self.steps,
+            "ranks": self.ranks,
+            "first": self.first.as_dict() if self.first is not None else None,
             "alarms": [{key: value for key, value in each.items() if key != "explanation"} for each in self.alarms],
             "explanations": [each.as_dict() for each in self.explanations],
+            "findings": self.findings,
             "signs": self.signs,
             "type": self.type,
         }
@@ -48,43 +57,26 @@ class Symptoms(Printed):
         return shown_symptoms(self)
 
 
-def read(path: str) -> list[dict[str, Any]]:
-    """Returns the lines of a file; a last one that an interruption cut off is left out.
-
-    Raises:
-        ValueError: it is no file of `precision watch`.
-        OSError: it cannot be read.
-    """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    found: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line) if line.strip() else {}
-        except ValueError:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: expected JSON as `precision_lab.watch` writes it") from None
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}, line {number}: expected an object as `precision_lab.watch` writes it")
-        found.append(value)
-    if not any("step" in each or "watch" in each for each in found):
-        raise ValueError(f"{path}: no line has a step: expected a file that `precision_lab.watch(..., path=...)` wrote")
-    return found
-
-
-def symptoms(path: str) -> Symptoms:
-    """Returns what a file tells. Raises as `read` does."""
-    lines = read(path)
-    steps = [each for each in lines if "step" in each and not _is_alarm(each)]
-    found = Symptoms(path, len(steps))
-    found.alarms = [each for each in lines if _is_alarm(each)]
+def symptoms(*paths: str) -> Symptoms:
+    """Returns what files tell: those of several ranks, or one, beside which the others are found. Raises as `read`."""
+    runs = all_of(paths)
+    main = runs[0]
+    lines = main.lines
+    steps = [each for each in lines if "step" in each and not is_alarm(each)]
+    found = Symptoms(main.path, len(steps), ranks=max(run.ranks for run in runs))
+    found.first = first_rank({run.rank: run.alarms for run in runs}, found.ranks)
+    found.alarms = [_with_rank(each, run) for run in runs for each in run.alarms]
+    found.alarms.sort(key=lambda each: (order_of(each), each.get("rank", 0)))
     found.explanations = [
         Explanation.from_dict(each["explanation"]) for each in found.alarms if each.get("explanation")
     ]
     first = int(found.alarms[0].get("step", 0)) if found.alarms else _first_broken(steps)
     until = [each for each in lines if "sample" in each and isinstance(each.get("modules"), dict)]
     until = [each for each in until if first is None or _number(each) <= first]
+    found.findings = [each for run in runs for each in run.lines if "finding" in each]
     found.signs = [*_of_steps(steps, first), *_of_samples(until)]
+    if found.findings and (sign := _stalled(steps)):
+        found.signs.append(sign)
     if first is not None and not found.explanations:
         found.type = [
             "# in the loop, before optimizer.step(), at the step in question:",
@@ -97,8 +89,8 @@ def symptoms(path: str) -> Symptoms:
     return found
 
 
-def _is_alarm(line: dict[str, Any]) -> bool:
-    return "alarm" in line or line.get("kind") == "alarm"
+def _with_rank(alarm: dict[str, Any], run: Run) -> dict[str, Any]:
+    return {**alarm, "rank": run.rank} if run.ranks > 1 else alarm
 
 
 def _number(line: dict[str, Any]) -> float:
@@ -147,6 +139,20 @@ def _of_steps(steps: list[dict[str, Any]], first: int | None) -> list[str]:
             f"the norm of the gradients had grown to {norms[-1]:.3g}, from {sorted(norms)[len(norms) // 2]:.3g}."
         )
     return found
+
+
+def _stalled(steps: list[dict[str, Any]]) -> str:
+    """Returns a sentence where the loss of the last third of the steps is not below that of the third before."""
+    losses = [value for each in steps if (value := _value(each, "loss")) is not None and math.isfinite(value)]
+    third = len(losses) // 3
+    if third < _FEWEST:
+        return ""
+    before, last = (median(losses[at * third : (at + 1) * third]) for at in (1, 2))
+    if last < before - _LESS * abs(before):
+        return ""
+    return (
+        f"the loss no longer goes down: its median is {before:.4g} in the second third of the steps, then {last:.4g}."
+    )
 
 
 def _of_samples(samples: list[dict[str, Any]]) -> list[str]:

@@ -70,6 +70,14 @@ def hidden_overflow(watched: Watched) -> Went | None:
     return None
 
 
+def overflow_behind(went: Went) -> Went | None:
+    """Returns the overflow of the forward whose infinity an operation of backward has met; None: there is none."""
+    for each in _reached(went):
+        if each.phase != BACKWARD and not each.parents and each.wide is not None and each.wide.finite:
+            return each
+    return None
+
+
 def _given_infinite(went: Went) -> bool:
     return any(abs(each) == float("inf") for each in went.scalars)
 

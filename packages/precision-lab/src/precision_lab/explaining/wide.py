@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ _AS_THEY_ARE = frozenset(
     ]
 )
 _NARROWING = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32}
+_SPELLED = re.compile(r"\bfloat16\b|\bbfloat16\b|\bhalf\b")
 Mend = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
@@ -84,6 +86,8 @@ class Wide(TorchFunctionMode):
         self.paths = frozenset(paths)
         self.dtype = dtype
         self.patched = 0
+        self.narrowed: set[Line] = set()  # lines that name a narrow dtype, which no policy changes
+        self.needed = False  # whether anything else was narrow
         self._leaves: dict[int, Tensor] | None = {} if leaves else None
         self._patches = tuple(patches)
         self._replaced = dict(replaced or {})
@@ -115,11 +119,25 @@ class Wide(TorchFunctionMode):
         in_place = name.endswith("_") and not name.endswith("__")
         if in_place and args and isinstance(args[0], Tensor) and self._is_narrow(args[0].dtype):
             return func(*args, **kwargs)
+        self._see(name, args, kwargs)
         args, kwargs = self._widened(args), {key: self._widened(value) for key, value in kwargs.items()}
         if name in _NARROWING and self._is_narrow(_NARROWING[name]):
             return args[0].to(self.dtype)
         with torch.autocast(_device(args, kwargs), torch.bfloat16, enabled=False):
             return func(*args, **kwargs)
+
+    def _see(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
+        """Notes a cast that the user's line spells out, and whether anything else is narrow."""
+        given = [*args, *kwargs.values()]
+        cast = name in _NARROWING and self._is_narrow(_NARROWING[name])
+        if cast or any(isinstance(each, torch.dtype) and self._is_narrow(each) for each in given):
+            line = self._where.line(3)
+            if line is not None and _SPELLED.search(line.text.partition("#")[0]):
+                self.narrowed.add(line)
+                return
+        tensors = [each for each in given if isinstance(each, Tensor)]
+        self.needed |= any(self._is_narrow(each.dtype) for each in tensors)
+        self.needed |= self.dtype.itemsize > 4 or any(torch.is_autocast_enabled(each.device.type) for each in tensors)
 
     def _as_the_parameters(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Casts what came out of wide modules to the dtype of the parameter that it meets."""

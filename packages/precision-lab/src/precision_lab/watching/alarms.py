@@ -20,7 +20,7 @@ class Alarm:
 
     kind       value
     loss       the loss, which is inf or NaN
-    gradients  the norm of the gradients, which is, though no scaler looks after it
+    gradients  the norm of the gradients, or one of a few, which is, though no scaler looks after it
     spike      the loss
     skips      so many steps were skipped in a row
     """
@@ -80,6 +80,12 @@ class Alarms:
         if math.isfinite(norm) or scaled:
             return None
         return self._not_finite(GRADIENTS, step, norm, f"the norm of the gradients of step {step} is {norm}", None)
+
+    def gradient(self, step: int, value: float, scaled: bool) -> Alarm | None:
+        """Looks at some gradients of a step of which no norm is known."""
+        if math.isfinite(value) or scaled:
+            return None
+        return self._not_finite(GRADIENTS, step, value, f"gradients of step {step} are not finite", None)
 
     def ended(self, step: int, finite: bool, skipped: bool) -> Alarm | None:
         """Called for each step, when all of its values are known."""

@@ -23,6 +23,7 @@ def watch(
     on_alarm: Callable[[Alarm], object] | None = None,
     tensorboard: str | os.PathLike[str] | None = None,
     wandb: Any = None,
+    keep: bool = False,
 ) -> Watch:
     """Context around a training loop of any library, which it watches at next to no cost.
 
@@ -39,6 +40,8 @@ def watch(
         on_alarm: called with each alarm. What it raises ends the loop.
         tensorboard: a folder for the same values, by torch's SummaryWriter.
         wandb: True for the open run of Weights & Biases, or a run.
+        keep: copies weights, gradients and the optimizer's state before each step, and reads losses before it: what an
+            optimizer makes of finite gradients is named then, too. `.kept_bytes` says how much that is.
 
     Raises:
         TypeError: something else was given.
@@ -65,4 +68,4 @@ def watch(
         boards.append(TensorBoard(os.fspath(tensorboard)))
     if wandb not in (None, False):
         boards.append(WeightsAndBiases(wandb))
-    return Watch(models, optimizers, every, lambda: Output(file, boards, on_alarm))
+    return Watch(models, optimizers, every, lambda: Output(file, boards, on_alarm), keep)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import time
 from importlib.metadata import version
 from typing import Any
@@ -13,11 +15,15 @@ from torch.optim import Optimizer
 from precision_lab.auditing.ledger import short
 from precision_lab.auditing.sample import local
 
+_JOB = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "MASTER_ADDR", "MASTER_PORT")
+"""What launchers set alike on all ranks of a job."""
+_numbers = itertools.count(1)
+
 
 def described(
     models: list[nn.Module], optimizers: list[Optimizer], every: int, rank: int, world: int
 ) -> dict[str, Any]:
-    """Returns the run as plain values."""
+    """Returns the run as plain values. `run` is the same on all ranks, which enter the same watches in order."""
     params = {id(param): param for model in models for param in model.parameters()}
     sizes: dict[str, int] = {}
     for param in params.values():
@@ -34,6 +40,7 @@ def described(
         "trained": sum(local(param).numel() for param in params.values() if param.requires_grad),
         "devices": sorted({str(param.device) for param in params.values()}),
         "every": every,
+        "run": "/".join([*(os.environ.get(name, "") for name in _JOB), str(next(_numbers))]),
         "rank": rank,
         "ranks": world,
     }

@@ -28,9 +28,9 @@ class Health:
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
-        self._names = Names()
+        self.names = Names()
         for model in watch.models:
-            self._names.add(model)
+            self.names.add(model)
         self._hooks: list[RemovableHandle] = []
         self._armed = False
         self._sampled = Sampled()
@@ -38,6 +38,7 @@ class Health:
         self._seen: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # tensors that a module inside gave, and versions
         self._done: deque[Sampled] = deque()
         self.unseen: list[str] = []
+        self.swallowed: dict[str, Any] | None = None  # told once
 
     # ---------------------------------------------------------------- hooks
 
@@ -79,7 +80,7 @@ class Health:
             return
         if not self._watch.in_backward:
             self._watch.begin()
-        name = self._names.path(module)
+        name = self.names.path(module)
         tensor = _first(output)
         if tensor is None or self._sampled.has(name, "output"):
             return
@@ -104,20 +105,20 @@ class Health:
             for param in group["params"]:
                 if param.grad is not None and param.grad.layout is torch.strided:
                     gradients.append(param.grad)
-                    name = self._names.param(param)
+                    name = self.names.param(param)
                     if name is not None:
                         self._sampled.take(name, "parameter", param.grad)
         if gradients and not step.norms and all(type(each) is Tensor for each in gradients):
             norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
             scale = getattr(optimizer, "grad_scale", None)
             step.norms.append(Value(norm if scale is None else norm / scale))
-        self._updates[id(optimizer)] = Unchanged(optimizer, self._names.param)
+        self._updates[id(optimizer)] = Unchanged(optimizer, self.names.param, details=self.swallowed is None)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Looks at what it has changed."""
         taken = self._updates.pop(id(optimizer), None)
         if taken is not None:
-            self._sampled.updates(*taken.counts())
+            self._sampled.updates(*taken.counts(), taken.before)
 
     # ---------------------------------------------------------------- what was seen
 
@@ -130,10 +131,14 @@ class Health:
         self._sampled = Sampled()
 
     def read(self, wait: bool) -> list[dict[str, Any]]:
-        """Returns the samples that have come, as lines."""
+        """Returns the samples that have come, as lines, and what was found in them."""
         found = []
         while self._done and (wait or self._done[0].ready):
-            found.append(self._done.popleft().as_dict())
+            done = self._done.popleft()
+            found.append(done.as_dict())
+            if self.swallowed is None and done.swallowed is not None:
+                self.swallowed = done.swallowed
+                found.append(done.swallowed)
         return found
 
     def note_unseen(self, text: str) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from precision_lab.auditing.ledger import short
 from precision_lab.auditing.sample import local
+from precision_lab.explaining.before import Before
+from precision_lab.explaining.swallowed import ENOUGH, TOO_MANY, explain_swallowed
 from precision_lab.watching.shares import shares
 from precision_lab.watching.values import Copies
 
@@ -27,8 +29,10 @@ class Sampled:
         self._keys: dict[tuple[str, str], torch.dtype] = {}
         self._tensors: list[Tensor] = []  # for each key the least and largest value, and some absolute values
         self._changes: list[tuple[list[str], Tensor]] = []
+        self._before: list[Before] = []
         self._copies: Copies | None = None
         self._number, self._autocast = 0, dict[str, str]()
+        self.swallowed: dict[str, Any] | None = None  # a finding, once the line is made
 
     def has(self, name: str, kind: str) -> bool:
         """Whether that was taken already."""
@@ -47,10 +51,11 @@ class Sampled:
         part = wide.reshape(-1)[:: _stride(wide)].abs()
         self._tensors.append(part if part.dtype is torch.float64 else part.float())
 
-    def updates(self, names: list[str], counts: Tensor | None) -> None:
-        """Takes counts of updates, (unchanged, all) for each parameter."""
+    def updates(self, names: list[str], counts: Tensor | None, before: Before) -> None:
+        """Takes counts of updates, (unchanged, all) for each parameter, and what the step began with."""
         if counts is not None:
             self._changes.append((names, counts))
+            self._before.append(before)
 
     def close(self, number: int, autocast: dict[str, str]) -> None:
         """Starts to copy all to the CPU."""
@@ -81,6 +86,7 @@ class Sampled:
             for name, (same, all_) in zip(names, counts.tolist(), strict=True):
                 if all_:
                     parameters.setdefault(name, {})["unchanged"] = round(same / all_, 4)
+        self.swallowed = self._swallowed([counts.tolist() for counts in tensors[2 * len(self._keys) :]])
         return {
             "sample": self._number,
             "autocast": self._autocast,
@@ -88,6 +94,27 @@ class Sampled:
             "parameters": parameters,
             "notes": _notes(modules, parameters),
         }
+
+    def _swallowed(self, counts: list[list[list[int]]]) -> dict[str, Any] | None:
+        """Returns a finding where too many updates of an optimizer change nothing, and details of them were taken."""
+        for (names, _), found, before in zip(self._changes, counts, self._before, strict=True):
+            same, all_ = (sum(each[at] for each in found) for at in (0, 1))
+            if before.params and all_ >= ENOUGH and same > TOO_MANY * all_:
+                shares = {name: one / of for name, (one, of) in zip(names, found, strict=True) if of}
+                try:
+                    explanation = explain_swallowed(before, shares, same / all_)
+                except Exception:  # an optimizer of anybody's: the loop goes on
+                    continue
+                if explanation is None:
+                    continue
+                return {
+                    "finding": explanation.kind,
+                    "at": self._number,
+                    "share": round(same / all_, 4),
+                    "text": explanation.what,
+                    "explanation": explanation.as_dict(),
+                }
+        return None
 
 
 def _stride(tensor: Tensor) -> int:

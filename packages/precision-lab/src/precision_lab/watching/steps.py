@@ -34,16 +34,20 @@ class Step:
     losses: list[float] = field(default_factory=list)
     norms: list[Value] = field(default_factory=list)  # of parts of the gradients
     judged: int = 0  # norms that were looked at
+    probes: list[Value] = field(default_factory=list)  # of a few gradients, where there is no norm
+    probed: int = 0
+    probes_finite: bool = True
     is_scaled: bool = False
     scale: Value | None = None
     skips: list[Value] = field(default_factory=list)
     optimizers: list[int] = field(default_factory=list)  # ids of those that have stepped, or were skipped
+    changed: bool = False  # whether an optimizer has changed weights
     seconds: float = 0.0
 
     @property
     def ready(self) -> bool:
         """Whether all values have come."""
-        values = [*(loss.value for loss in self.waiting), *self.norms, *self.skips]
+        values = [*(loss.value for loss in self.waiting), *self.norms, *self.probes, *self.skips]
         return all(value.ready for value in values) and (self.scale is None or self.scale.ready)
 
     def look(self, alarms: Alarms, wait: bool = False) -> list[tuple[Alarm, Batch | None]]:
@@ -57,12 +61,18 @@ class Step:
             norm = self.norms[self.judged].read()
             self.judged += 1
             found.append((alarms.norm(self.number, norm, self.is_scaled), self.batch))
+        while self.probed < len(self.probes) and (wait or self.probes[self.probed].ready):
+            value = self.probes[self.probed].read()
+            self.probed += 1
+            self.probes_finite &= math.isfinite(value)
+            found.append((alarms.gradient(self.number, value, self.is_scaled), self.batch))
         return [(alarm, batch) for alarm, batch in found if alarm is not None]
 
     def end(self, alarms: Alarms) -> list[tuple[Alarm, Batch | None]]:
         """Looks at all that is left, when the step has ended."""
         found = self.look(alarms, wait=True)
         finite = all(map(math.isfinite, self.losses)) and (self.norm is None or math.isfinite(self.norm))
+        finite = finite and self.probes_finite
         last = alarms.ended(self.number, finite, self.skipped)
         return [*found, *([(last, self.batch)] if last is not None else [])]
 

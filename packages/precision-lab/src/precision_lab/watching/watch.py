@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import weakref
 from collections import deque
@@ -21,8 +22,10 @@ from precision_lab.watching.calls import replaced
 from precision_lab.watching.described import described, ended, unseen_of
 from precision_lab.watching.forwards import follow
 from precision_lab.watching.health import Health
+from precision_lab.watching.kept import Kept
 from precision_lab.watching.ours import Ours
 from precision_lab.watching.output import Output
+from precision_lab.watching.probes import Probes
 from precision_lab.watching.replay import explained
 from precision_lab.watching.steps import Loss, Step
 from precision_lab.watching.values import Value, whole
@@ -36,7 +39,12 @@ class Watch:
     """The context. `alarms` are those so far, `steps` how many steps have ended, `path` where the lines are."""
 
     def __init__(
-        self, models: list[nn.Module], optimizers: list[Optimizer], every: int, make_output: Callable[[], Output]
+        self,
+        models: list[nn.Module],
+        optimizers: list[Optimizer],
+        every: int,
+        make_output: Callable[[], Output],
+        keep: bool = False,
     ) -> None:
         self.models, self.optimizers = models, optimizers
         self._optimizer = next(iter(optimizers), None)
@@ -44,7 +52,10 @@ class Watch:
         self.running = False
         self.in_backward = 0
         self._every, self._make_output = every, make_output
+        self._keep, self.kept_bytes = keep, 0
+        self._kept: Kept | None = None
         self._judge = Alarms()
+        self._probes = Probes()
         self._where = Where()
         self._exit = ExitStack()
         self._late: deque[Step] = deque()
@@ -58,6 +69,11 @@ class Watch:
         self._ours = Ours(models, optimizers)
         devices = (param.device for model in models for param in model.parameters())
         self._device = next(devices, torch.device("cpu"))
+
+    @property
+    def findings(self) -> list[dict[str, Any]]:
+        """What samples gave that is worth a word, and no alarm: swallowed updates, once."""
+        return self._output.findings
 
     @property
     def alarms(self) -> list[Alarm]:
@@ -77,6 +93,7 @@ class Watch:
         self.path = output.path
         output.run(described(self.models, self.optimizers, self._every, output.rank, output.ranks))
         self._health = Health(self)
+        self._kept = Kept(self._health.names.param) if self._keep else None
         for model in self.models:
             self._exit.callback(follow(model, self._before_forward, self._after_forward))
         self._exit.callback(register_optimizer_step_pre_hook(self._before_step).remove)
@@ -171,18 +188,53 @@ class Watch:
             self._end_step(optimizer)
         return result
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Called by torch before each step of an optimizer; returns its arguments where the closure is another one."""
         if not self.running or optimizer not in self._ours:
-            return
+            return None
         self._stepped += 1
         self._begin_step(optimizer)
         found = kwargs.get("found_inf", getattr(optimizer, "found_inf", None))
         if isinstance(found, Tensor):
             self.current.skips.append(Value(found))
-        self._look()
+        self._stepping.add(id(optimizer))
+        given = (*args, *kwargs.values())
+        closure = next((each for each in given if callable(each) and each is not optimizer), None)
+        if closure is None:
+            self._look_at_gradients(optimizer)
+            return None
+        around = self._around_closure(optimizer, closure)
+        changed = {key: around if each is closure else each for key, each in kwargs.items()}
+        return tuple(around if each is closure else each for each in args), changed
+
+    def _around_closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Returns a closure after which, the first time, the gradients are those of the step."""
+        first = True
+
+        @functools.wraps(closure)
+        def around() -> Any:
+            nonlocal first
+            result = closure()
+            if first and self.running:
+                self._look_at_gradients(optimizer)
+                self.current.changed = True
+            first = False
+            return result
+
+        return around
+
+    def _look_at_gradients(self, optimizer: Optimizer) -> None:
+        """Called where an optimizer is about to use its gradients."""
         if self.current.sampled:
             self._health.before_step(optimizer, self.current)
-        self._stepping.add(id(optimizer))
+        elif not self.current.norms and not self.current.is_scaled:
+            largest = self._probes.largest(optimizer)
+            if largest is not None:
+                self.current.probes.append(Value(largest))
+        self._look(wait=self._kept is not None)  # before the copies are those of this step
+        if self._kept is not None:
+            self._kept.take(optimizer, self.current.batch, self.current.factor)
+            self._tell_bytes(self._kept.bytes)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.running and id(optimizer) in self._stepping:
@@ -198,6 +250,7 @@ class Watch:
 
     def _end_step(self, optimizer: Optimizer) -> None:
         self._stepping.discard(id(optimizer))
+        self.current.changed = True
         self._health.disarm()
         if self._is_sampled(self.current.number + 1):
             self._health.arm()
@@ -223,9 +276,14 @@ class Watch:
         self.current = self._new_step()
         self._write_late()
 
-    def _look(self) -> None:
+    def _look(self, wait: bool = False) -> None:
         for step in (*self._late, self.current):
-            self._tell(step, step.look(self._judge))
+            self._tell(step, step.look(self._judge, wait))
+
+    def _tell_bytes(self, count: int) -> None:
+        if count > self.kept_bytes:  # the state is there from the second step on
+            self.kept_bytes = count
+            self._output.keep({"keep": count, "before_step": self.current.number})
 
     def _write_late(self, wait: bool = False) -> None:
         while self._late and (wait or self._late[0].ready or len(self._late) > _LATE):
@@ -233,15 +291,20 @@ class Watch:
             self._tell(step, step.end(self._judge))
             self._late.popleft()
             self._output.step(step.as_dict())
-        for sample in self._health.read(wait):
-            self._output.sample(sample)
+        for line in self._health.read(wait):
+            if "finding" in line:
+                self._output.finding(line)
+            else:
+                self._output.sample(line)
 
     def _tell(self, step: Step, found: list[tuple[Alarm, Batch | None]]) -> None:
         for alarm, batch in found:
-            alarm.before_step = (step is self.current and not step.optimizers) or alarm.kind == SKIPS
+            alarm.before_step = (step is self.current and not step.changed) or alarm.kind == SKIPS
             was, self.running = self.running, False  # what a replay calls is none of the loop's
             try:
-                alarm.explanation, alarm.unexplained = explained(alarm.kind, batch, step.factor, self._optimizer)
+                alarm.explanation, alarm.unexplained = explained(
+                    alarm.kind, batch, step.factor, self._optimizer, self._output.ranks, self._kept
+                )
             finally:
                 self.running = was
             self._output.alarm(alarm)
