@@ -11,8 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
 
 from precision_core import Fabric
-from precision_core.testing import run_in_ranks
-from precision_core.testing.stored import cut_small_models
+from precision_core.testing import cut_small_models, run_in_ranks
 from precision_fsdp import FSDPPrecision, FSDPStrategy
 
 

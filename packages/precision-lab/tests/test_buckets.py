@@ -41,5 +41,6 @@ def make():
 )
 def test_a_step_has_a_bucket_and_what_is_sent_beside_gradients(mode, megabytes):
     (found,) = estimate(make, mode, strategy="ddp", devices=2).rows
-    assert found.grads + found.temporary == pytest.approx(megabytes * 1_000_000, abs=20_000)  # of the batch
+    # beside them the batch, and what a product has while it runs
+    assert found.grads + found.temporary == pytest.approx(megabytes * 1_000_000, abs=150_000)
     assert found.how == "traced on one device, with DDP's buckets of gradients"

@@ -3,7 +3,10 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from precision_core.testing import run_in_ranks
 from precision_lab.pretended import pretended
 
 
@@ -23,3 +26,16 @@ def test_one_of_a_run_cannot_pretend(monkeypatch):
     with pytest.raises(ValueError, match="one of a run already"), pretended(8):
         pass
     assert os.environ["RANK"] == "1" and not dist.is_initialized()
+
+
+def shard_of_zeros_like():
+    """What an operation on a sharded tensor returns is this rank's shard."""
+    mesh = init_device_mesh("cpu", (2,))
+    made = torch.zeros_like(distribute_tensor(torch.arange(6.0), mesh, [Shard(0)]))
+    return made.device_mesh.get_coordinate()
+
+
+def test_what_torch_keeps_of_shardings_is_that_of_no_later_run():
+    with pretended(2):
+        assert shard_of_zeros_like() == (0,)
+    assert run_in_ranks(2, shard_of_zeros_like) == [(0,), (1,)]

@@ -36,8 +36,20 @@ def pretended(devices: int) -> Iterator[None]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        _forget_shardings()
         for name, value in before.items():
             if value is None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _forget_shardings() -> None:
+    """Empties what DTensor keeps of operations, with the mesh of the first that ran: it is equal to that of a real run.
+
+    Tensors of a real run in this process, or in a fork of it, would have the shards of rank zero on every rank, and a
+    checkpoint of them would be refused.
+    """
+    from torch.distributed.tensor import debug
+
+    debug._clear_sharding_prop_cache()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import precision_lab
-from precision_core.testing.ranks import run_in_ranks
+from precision_core.testing import run_in_ranks
 from precision_lab.explaining.symptoms import symptoms
 
 STEPS, AT = 5, 3

@@ -30,5 +30,6 @@ from precision_core.testing.problem import train as train  # noqa: E402
 from precision_core.testing.ranks import RankError as RankError  # noqa: E402
 from precision_core.testing.ranks import run_in_ranks as run_in_ranks  # noqa: E402
 from precision_core.testing.required_hardware import needs as needs  # noqa: E402
+from precision_core.testing.stored import cut_small_models as cut_small_models  # noqa: E402
 from precision_core.testing.ten_steps import reads_of_ten_steps as reads_of_ten_steps  # noqa: E402
 from precision_core.testing.ten_steps import small_model as small_model  # noqa: E402
